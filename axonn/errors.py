@@ -1,0 +1,33 @@
+"""Errors a user can act on. Each message says what is wrong and what to change."""
+
+
+class AxonnError(Exception):
+    """Base of every error that the suite raises on purpose."""
+
+
+class ConfigError(AxonnError):
+    """A configuration that is misspelt, incomplete or contradicts itself."""
+
+
+class GridError(ConfigError):
+    """A process grid that does not fit the ranks, the batch or the model."""
+
+
+class DataError(AxonnError):
+    """Training data that cannot be read or is too short."""
+
+
+class RecordError(AxonnError):
+    """A record or span file of a foreign or damaged schema."""
+
+
+class TransportError(AxonnError):
+    """A message that cannot be sent or received."""
+
+
+class DeadlockError(AxonnError):
+    """Every rank waits for another one. Names who waits for what."""
+
+
+class LaunchError(AxonnError):
+    """Ranks that cannot be started (no MPI, a missing framework)."""

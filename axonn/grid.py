@@ -1,0 +1,156 @@
+"""The process grid: which rank computes which part of the model and of the batch.
+
+Pure arithmetic: no process group is needed, so the planner, the simulator and the job scripts use it for any number
+of ranks. `ProcessGrid.connect` builds the communicators in a running job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from axonn.errors import GridError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Axis = Literal["data", "inter", "row", "col"]
+AXES: tuple[Axis, ...] = ("data", "inter", "row", "col")
+
+
+class Coordinates(NamedTuple):
+    """Where a rank stands on each axis of the grid."""
+
+    data: int
+    inter: int
+    row: int
+    col: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessGrid:
+    """A grid of data x inter x row x col ranks.
+
+    `order` lists the axes from the slowest to the fastest varying one; ranks are numbered and placed on nodes in that
+    order. Raises `GridError` when an extent is not a positive integer or `order` is not a permutation of the axes.
+    """
+
+    data: int = 1
+    inter: int = 1
+    row: int = 1
+    col: int = 1
+    order: tuple[Axis, ...] = AXES
+    ranks_per_node: int | None = None
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            if self.extent(axis) < 1:
+                raise GridError(f"grid axis '{axis}' is {self.extent(axis)}; it must be at least 1")
+        if sorted(self.order) != sorted(AXES):
+            raise GridError(f"grid order {self.order} must name each of {AXES} once")
+        if self.ranks_per_node is not None and self.ranks_per_node < 1:
+            raise GridError(f"ranks_per_node is {self.ranks_per_node}; it must be at least 1")
+
+    def __str__(self) -> str:
+        return " x ".join(f"G_{axis}={self.extent(axis)}" for axis in AXES)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.data * self.inter * self.row * self.col
+
+    @property
+    def tensor(self) -> int:
+        """G_tensor: ranks that share one layer."""
+        return self.row * self.col
+
+    def extent(self, axis: Axis) -> int:
+        """Number of ranks along `axis`."""
+        value = getattr(self, axis)
+        assert isinstance(value, int)
+        return value
+
+    def check_world(self, world_size: int) -> None:
+        """Raise `GridError` unless the grid uses exactly `world_size` ranks."""
+        if self.size != world_size:
+            raise GridError(
+                f"the grid {self} needs {self.size} ranks, but {world_size} run; "
+                f"change the grid or start {self.size} ranks"
+            )
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Coordinates of `rank`; raises `GridError` when the rank is not in the grid."""
+        if not 0 <= rank < self.size:
+            raise GridError(f"rank {rank} is not in the grid {self} of {self.size} ranks")
+        place: dict[str, int] = {}
+        for axis in reversed(self.order):
+            rank, place[axis] = divmod(rank, self.extent(axis))
+        return Coordinates(**place)
+
+    def rank(self, *, data: int = 0, inter: int = 0, row: int = 0, col: int = 0) -> int:
+        """Rank at the given coordinates; raises `GridError` when they lie outside the grid."""
+        place = {"data": data, "inter": inter, "row": row, "col": col}
+        rank = 0
+        for axis in self.order:
+            if not 0 <= place[axis] < self.extent(axis):
+                raise GridError(f"coordinate {axis}={place[axis]} is outside the grid {self}")
+            rank = rank * self.extent(axis) + place[axis]
+        return rank
+
+    def group(self, rank: int, axes: Iterable[Axis]) -> tuple[int, ...]:
+        """Ranks that differ from `rank` along `axes` only, itself included, in the order of the grid."""
+        free = set(axes)
+        here = self.coordinates(rank)._asdict()
+        members = [here]
+        for axis in self.order:
+            if axis in free:
+                members = [{**m, axis: i} for m in members for i in range(self.extent(axis))]
+        return tuple(self.rank(**m) for m in members)
+
+    def groups(self, axes: Iterable[Axis]) -> list[tuple[int, ...]]:
+        """All disjoint groups along `axes`, ordered by their first rank."""
+        wanted = tuple(axes)
+        return sorted({self.group(rank, wanted) for rank in range(self.size)})
+
+    def neighbour(self, rank: int, step: int) -> int | None:
+        """Rank `step` stages further along the pipeline, or None past its ends."""
+        here = self.coordinates(rank)
+        stage = here.inter + step
+        if not 0 <= stage < self.inter:
+            return None
+        return self.rank(data=here.data, inter=stage, row=here.row, col=here.col)
+
+    def is_first_stage(self, rank: int) -> bool:
+        return self.coordinates(rank).inter == 0
+
+    def is_last_stage(self, rank: int) -> bool:
+        return self.coordinates(rank).inter == self.inter - 1
+
+    def node(self, rank: int) -> int:
+        """Node that `rank` runs on; everything is one node unless `ranks_per_node` is given."""
+        return 0 if self.ranks_per_node is None else rank // self.ranks_per_node
+
+    def nodes_of(self, ranks: Sequence[int]) -> dict[int, int]:
+        """How many of `ranks` each node holds."""
+        count: dict[int, int] = {}
+        for rank in ranks:
+            count[self.node(rank)] = count.get(self.node(rank), 0) + 1
+        return count
+
+    def connect(self, device_type: str = "cpu") -> DeviceMesh:
+        """Build the communicators of a running job (collective over all its ranks).
+
+        `torch.distributed` must be initialised with `size` ranks. Raises `GridError` otherwise.
+        """
+        import torch
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if not dist.is_initialized():
+            raise GridError("torch.distributed is not initialised: start it before connecting the grid")
+        self.check_world(dist.get_world_size())
+        shape = [self.extent(axis) for axis in self.order]
+        mesh = torch.arange(prod(shape)).reshape(shape)
+        return DeviceMesh(device_type, mesh, mesh_dim_names=tuple(self.order))

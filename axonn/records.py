@@ -1,0 +1,158 @@
+"""Records: one per run, published, predicted or measured, all in one versioned schema, checked on read and on write."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from axonn.config import GridConfig, ScheduleConfig, StrictModel
+from axonn.errors import RecordError
+
+SCHEMA = "axonn-records/1"
+RecordKind = Literal["published", "predicted", "measured"]
+
+
+class Asked(StrictModel):
+    """The work: what was to be computed."""
+
+    model: str
+    parameters: int
+    gpus: int
+    """Devices (GPUs, or ranks on a machine without)."""
+    batch_size: int
+    seq_len: int
+    precision: str
+    layers: int
+    hidden: int
+    vocab: int
+
+
+class Ran(StrictModel):
+    """The strategy: how it was computed."""
+
+    framework: str
+    version: str
+    grid: GridConfig
+    microbatch_size: int
+    schedule: ScheduleConfig | None = None
+    microbatches: int | None = None
+    """Per pipeline."""
+
+
+class Machine(StrictModel):
+    """Where it ran (or, for a prediction, was meant to run)."""
+
+    name: str
+    host: str | None = None
+    cpu: str | None = None
+    cores: int | None = None
+    device: str | None = None
+    python: str | None = None
+    torch: str | None = None
+    mpi: str | None = None
+    commit: str | None = None
+    threads_per_rank: int | None = None
+
+
+class Failure(StrictModel):
+    """Why there is no result. `rank` is None when the cause is not one rank's."""
+
+    cause: Literal["out-of-memory", "timeout", "nan", "dead-rank", "error", "different-losses", "interrupted"]
+    detail: str
+    rank: int | None = None
+
+
+class Record(StrictModel):
+    """One run. Either `batch_time_s` or `failure` is given."""
+
+    kind: RecordKind
+    experiment: str
+    point: str
+    """Name of the point in the experiment, the same for its published, predicted and measured record."""
+    asked: Asked
+    ran: Ran
+    machine: Machine
+    source: str
+    """Publication, or the command that measured or computed it."""
+    batch_time_s: float | None = Field(default=None, gt=0)
+    batch_times_s: list[float] = []
+    """Every batch, the warm-up ones included."""
+    warmup_batches: int | None = None
+    """Leading batches that `batch_time_s`, a mean over the others, leaves out."""
+    losses: list[float] = []
+    parts_s: dict[str, float] = {}
+    """Seconds of a batch by part (`axonn.trace.Parts`), where spans were taken."""
+    memory_bytes: int | None = None
+    """Peak over ranks: device memory, or resident memory of the process on a CPU."""
+    tflops_per_gpu: float | None = None
+    tflops_formula: str | None = None
+    tflops_per_gpu_without_recompute: float | None = None
+    pct_peak: float | None = None
+    fingerprint: str | None = None
+    """Hash of everything that the result depends on; a point is measured anew when it changes."""
+    created: str | None = None
+    run_folder: str | None = None
+    failure: Failure | None = None
+    note: str | None = None
+
+    def model_post_init(self, context: object) -> None:
+        if (self.batch_time_s is None) == (self.failure is None):
+            raise ValueError("a record has either a batch_time_s or a failure")
+
+
+class _File(StrictModel):
+    schema_: Literal["axonn-records/1"] = Field(alias="schema")
+    records: list[Record]
+
+
+def gpt_flops(*, batch: int, seq_len: int, layers: int, hidden: int, vocab: int, recompute: bool = True) -> float:
+    """Floating-point operations of one batch: 96 b s l h^2 (1 + s/6h + V/16lh), with full activation recompute.
+
+    Narayanan et al., SC 2021, equation 3; used by IPDPS 2022. Without recompute three passes instead of four count, and
+    the head's three passes stay: 72 b s l h^2 (1 + s/6h) + 6 b s h V.
+    """
+    passes = 96 if recompute else 72
+    return passes * batch * seq_len * layers * hidden**2 * (1 + seq_len / (6 * hidden)) + (
+        6 * batch * seq_len * hidden * vocab
+    )
+
+
+def write_records(path: Path | str, records: Sequence[Record]) -> None:
+    """Write a record file, atomically."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(
+        {"schema": SCHEMA, "records": [r.model_dump(mode="json", exclude_none=True) for r in records]}, indent=1
+    )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_records(path: Path | str) -> list[Record]:
+    """Read a record file. Raises `RecordError` naming file and key when its schema is not ours."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        data = json.loads(text)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RecordError(f"{path}: is not a record file: {error}") from error
+    found = data.get("schema") if isinstance(data, dict) else None
+    if found != SCHEMA:
+        raise RecordError(f"{path}: has schema '{found}', expected '{SCHEMA}'; remove it or write it anew")
+    try:
+        return _File.model_validate_json(text).records
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(p) for p in first["loc"])
+        raise RecordError(f"{path}: '{place}': {first['msg']}") from error
+
+
+def read_all(folder: Path | str) -> list[Record]:
+    """Records of every `*.json` file in a folder, sorted by file name."""
+    files: Iterable[Path] = sorted(Path(folder).glob("*.json"))
+    return [record for file in files for record in read_records(file)]

@@ -1,0 +1,189 @@
+"""Spans: who did what, when. The engine, the simulator and the baselines write the same table.
+
+Times are seconds on one clock for all ranks of a run (`ClockOffset` is applied when a recorder is made).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from axonn.errors import RecordError
+
+
+class SpanKind(StrEnum):
+    """What a rank was doing."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    SEND = "send"
+    RECEIVE_WAIT = "receive-wait"
+    ALL_REDUCE = "all-reduce"
+    OPTIMIZER = "optimizer"
+    COPY = "copy"
+    IDLE = "idle"
+
+
+class Span(NamedTuple):
+    """One row. `microbatch`, `layer` and `direction` are -1 where they have no meaning.
+
+    `layer` is the first layer of the chunk. `direction` is 0 for activations and 1 for gradients. A send span starts
+    when the message is posted and ends when its buffer is free again.
+    """
+
+    rank: int
+    kind: SpanKind
+    step: int
+    microbatch: int
+    layer: int
+    direction: int
+    start: float
+    end: float
+
+
+_SCHEMA = pa.schema(
+    [
+        ("rank", pa.int32()),
+        ("kind", pa.dictionary(pa.int8(), pa.string())),
+        ("step", pa.int32()),
+        ("microbatch", pa.int32()),
+        ("layer", pa.int32()),
+        ("direction", pa.int8()),
+        ("start", pa.float64()),
+        ("end", pa.float64()),
+    ],
+    metadata={"schema": "axonn-spans/1"},
+)
+
+
+class SpanRecorder:
+    """Collects the spans of one rank. `clock_offset` (seconds) is added to this rank's clock."""
+
+    def __init__(self, rank: int, *, clock_offset: float = 0.0) -> None:
+        self.rank = rank
+        self.step = 0
+        self.clock_offset = clock_offset
+        self.spans: list[Span] = []
+
+    @staticmethod
+    def now() -> float:
+        """Seconds on this rank's clock."""
+        return time.perf_counter()
+
+    def add(
+        self, kind: SpanKind, start: float, end: float, *, microbatch: int = -1, layer: int = -1, direction: int = -1
+    ) -> None:
+        """Record a span that began and ended at the given readings of `now`."""
+        offset = self.clock_offset
+        self.spans.append(Span(self.rank, kind, self.step, microbatch, layer, direction, start + offset, end + offset))
+
+
+def write_spans(path: Path | str, spans: Iterable[Span]) -> None:
+    """Write spans as Parquet."""
+    rows = list(spans)
+    columns = list(zip(*rows, strict=True)) if rows else [() for _ in _SCHEMA]
+    arrays = [
+        pa.array([str(v) for v in column] if field.name == "kind" else column, type=field.type)
+        for field, column in zip(_SCHEMA, columns, strict=True)
+    ]
+    pq.write_table(pa.Table.from_arrays(arrays, schema=_SCHEMA), path)
+
+
+def read_spans(path: Path | str) -> list[Span]:
+    """Read what `write_spans` wrote. Raises `RecordError` for a file that is something else."""
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise RecordError(f"{path}: is not a span file: {error}") from error
+    found = (table.schema.metadata or {}).get(b"schema", b"none").decode()
+    if found != "axonn-spans/1":
+        raise RecordError(f"{path}: has schema '{found}', expected 'axonn-spans/1'; write it anew with this version")
+    return [Span(**{**row, "kind": SpanKind(row["kind"])}) for row in table.to_pylist()]
+
+
+class Parts(NamedTuple):
+    """Mean seconds per rank of one window of time, each instant counted once (DESIGN 4.6)."""
+
+    compute: float
+    optimizer: float
+    all_reduce: float
+    point_to_point: float
+    """Waiting for a message that was already under way."""
+    bubble: float
+    """Waiting for a message that was not sent yet."""
+    unexplained: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+@dataclass(frozen=True)
+class _Interval:
+    start: float
+    end: float
+
+
+def breakdown(spans: Sequence[Span], *, peer_of: dict[tuple[int, int], int] | None = None) -> Parts:
+    """Split the time from the first start to the last end into parts, averaged over ranks.
+
+    An instant that several spans cover belongs to the first of compute, optimizer, all-reduce, waiting. `peer_of` maps
+    (rank, direction) to the rank that sends to it; with it, waiting is split into point-to-point and bubble by the time
+    at which the awaited message was sent, without it all waiting is bubble.
+    """
+    if not spans:
+        raise RecordError("there are no spans to break down; was the run traced?")
+    begin = min(s.start for s in spans)
+    end = max(s.end for s in spans)
+    sent = {(s.rank, s.direction, s.step, s.microbatch): s.start for s in spans if s.kind == SpanKind.SEND}
+    totals = [0.0] * 6
+    ranks = sorted({s.rank for s in spans})
+    for rank in ranks:
+        covered: list[_Interval] = []
+        mine = [s for s in spans if s.rank == rank]
+        order: list[list[_Interval]] = [
+            _of(mine, SpanKind.FORWARD, SpanKind.BACKWARD),
+            _of(mine, SpanKind.OPTIMIZER, SpanKind.COPY),
+            _of(mine, SpanKind.ALL_REDUCE),
+            [],
+            [],
+        ]
+        for s in mine:
+            if s.kind not in (SpanKind.RECEIVE_WAIT, SpanKind.IDLE):
+                continue
+            sender = None if peer_of is None else peer_of.get((rank, s.direction))
+            stamp = None if sender is None else sent.get((sender, s.direction, s.step, s.microbatch))
+            split = s.end if stamp is None or s.kind == SpanKind.IDLE else min(max(stamp, s.start), s.end)
+            order[4].append(_Interval(s.start, split))
+            order[3].append(_Interval(split, s.end))
+        for part, intervals in enumerate(order):
+            before = _length(covered)
+            covered = _union(covered + intervals)
+            totals[part] += _length(covered) - before
+        totals[5] += (end - begin) - _length(covered)
+    return Parts(*(t / len(ranks) for t in totals))
+
+
+def _of(spans: Sequence[Span], *kinds: SpanKind) -> list[_Interval]:
+    return [_Interval(s.start, s.end) for s in spans if s.kind in kinds]
+
+
+def _union(intervals: Iterable[_Interval]) -> list[_Interval]:
+    merged: list[_Interval] = []
+    for i in sorted(intervals, key=lambda i: i.start):
+        if merged and i.start <= merged[-1].end:
+            merged[-1] = _Interval(merged[-1].start, max(merged[-1].end, i.end))
+        elif i.end > i.start:
+            merged.append(i)
+    return merged
+
+
+def _length(intervals: Iterable[_Interval]) -> float:
+    return sum(i.end - i.start for i in intervals)
