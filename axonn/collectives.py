@@ -1,0 +1,114 @@
+"""Asynchronous collectives over groups of the grid. Every call is counted."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from axonn.grid import AXES, Axis, ProcessGrid
+
+Operation = Literal["sum", "max"]
+
+
+class Work(ABC):
+    """A collective under way."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Return when the result is in the tensor."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that take part in a collective, with the implementation's own handle."""
+
+    ranks: tuple[int, ...]
+    handle: Any = field(default=None, compare=False)
+
+
+class Call(NamedTuple):
+    """One collective as this rank issued it."""
+
+    operation: str
+    ranks: tuple[int, ...]
+    elements: int
+    element_size: int
+
+
+class Collectives(ABC):
+    """Collectives of one rank. Groups are made once, by all their members in the same order."""
+
+    def __init__(self, grid: ProcessGrid, rank: int) -> None:
+        self.grid = grid
+        self.rank = rank
+        self.calls: list[Call] = []
+
+    def axis_group(self, axes: Sequence[Axis]) -> Group:
+        """The ranks that differ from this one along `axes` only."""
+        ranks = self.grid.group(self.rank, axes)
+        return Group(ranks, self._group(ranks, axes))
+
+    def subset_group(self, ranks: tuple[int, ...]) -> Group:
+        """Any set of ranks that contains this one."""
+        return Group(ranks, self._group(ranks, None))
+
+    def all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation = "sum") -> Work:
+        """Start reducing `tensor` in place over `group`. It must not be touched before `wait`."""
+        self.calls.append(Call("all-reduce", group.ranks, tensor.numel(), tensor.element_size()))
+        return self._all_reduce(tensor, group, operation)
+
+    @abstractmethod
+    def _group(self, ranks: tuple[int, ...], axes: Sequence[Axis] | None) -> Any: ...
+
+    @abstractmethod
+    def _all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation) -> Work: ...
+
+
+class _TorchWork(Work):
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        self._work.wait()
+
+
+class TorchCollectives(Collectives):
+    """Collectives of `torch.distributed` (NCCL or Gloo), which must be initialised with as many ranks as the grid."""
+
+    def __init__(self, grid: ProcessGrid, rank: int, *, device_type: str = "cpu") -> None:
+        super().__init__(grid, rank)
+        self._mesh = grid.connect(device_type)
+
+    def _group(self, ranks: tuple[int, ...], axes: Sequence[Axis] | None) -> Any:
+        if axes is not None and len(axes) == 1:
+            return self._mesh.get_group(axes[0])
+        if axes is not None and set(axes) == set(AXES):
+            return dist.group.WORLD
+        return dist.new_group(list(ranks), use_local_synchronization=True)
+
+    def _all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation) -> Work:
+        op = dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX
+        return _TorchWork(dist.all_reduce(tensor, op=op, group=group.handle, async_op=True))
+
+
+class SerialCollectives(Collectives):
+    """The only rank there is: nothing to reduce, nothing to count."""
+
+    def _group(self, ranks: tuple[int, ...], axes: Sequence[Axis] | None) -> Any:
+        return None
+
+    def all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation = "sum") -> Work:
+        return self._all_reduce(tensor, group, operation)
+
+    def _all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation) -> Work:
+        return _NothingToDo()
+
+
+class _NothingToDo(Work):
+    def wait(self) -> None:
+        return None

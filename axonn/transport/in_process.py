@@ -1,0 +1,192 @@
+"""All ranks in one process: deterministic messages and collectives, for tests and for debugging without MPI.
+
+Each rank is a thread, but only the one that holds the baton runs; it passes the baton on when it waits. So a run is
+the same every time (or, with `order_seed`, one reproducible order out of many), and when every rank waits, the
+deadlock is reported at once with what each one waits for.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from axonn.collectives import Collectives, Group, Operation, Work
+from axonn.errors import DeadlockError, TransportError
+from axonn.grid import Axis, ProcessGrid
+from axonn.schedules import Direction
+from axonn.transport.base import Address, Edge, Message, Transport
+
+T = TypeVar("T")
+
+
+class _Stopped(Exception):
+    """Another rank has failed; this one ends quietly."""
+
+
+class InProcessWorld:
+    """`size` ranks that take turns. With `order_seed`, who goes next is drawn at random, reproducibly.
+
+    Messages may also be held back for a random number of turns then, so ranks see them arrive in many orders (each edge
+    and direction still in send order).
+    """
+
+    def __init__(self, size: int, *, order_seed: int | None = None) -> None:
+        self.size = size
+        self._random = None if order_seed is None else random.Random(order_seed)
+        self._condition = threading.Condition()
+        self._turn = 0
+        self._ready: list[Callable[[], bool]] = [lambda: True] * size
+        self._waits_for = [""] * size
+        self._live: set[int] = set(range(size))
+        self._failure: BaseException | None = None
+        self.mailboxes: list[dict[tuple[int, Direction], deque[Message]]] = [{} for _ in range(size)]
+        self.rendezvous: dict[tuple[tuple[int, ...], int], list[torch.Tensor]] = {}
+
+    def run(self, function: Callable[[int], T]) -> list[T]:
+        """Results of `function(rank)` by rank. Raises what the first failing rank raised."""
+        results: dict[int, T] = {}
+        self._live = set(range(self.size))
+        self._failure = None
+
+        def body(rank: int) -> None:
+            try:
+                self._take_baton(rank)
+                results[rank] = function(rank)
+            except _Stopped:
+                pass
+            except BaseException as error:
+                self._failure = self._failure or error
+            finally:
+                with self._condition:
+                    self._live.discard(rank)
+                    self._pass_on(rank)
+
+        threads = [threading.Thread(target=body, args=(rank,), name=f"rank-{rank}") for rank in range(self.size)]
+        self._turn = 0
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return [results[rank] for rank in range(self.size)]
+
+    def until(self, rank: int, ready: Callable[[], bool], what: str) -> None:
+        """Let the others run until `ready()`; `what` says what `rank` waits for."""
+        with self._condition:
+            self._ready[rank] = ready
+            self._waits_for[rank] = what
+            self._pass_on(rank)
+        self._take_baton(rank)
+        self._ready[rank] = lambda: True
+
+    def holds_back(self) -> bool:
+        """Whether an arrived message is to be seen only later (never, unless orders are random)."""
+        return self._random is not None and self._random.random() < 0.3
+
+    def _take_baton(self, rank: int) -> None:
+        with self._condition:
+            self._condition.wait_for(lambda: self._turn == rank or self._failure is not None)
+        if self._failure is not None:
+            raise _Stopped
+
+    def _pass_on(self, rank: int) -> None:
+        after = [(rank + i) % self.size for i in range(1, self.size + 1)]
+        candidates = [r for r in after if r in self._live and self._ready[r]()]
+        if candidates:
+            self._turn = candidates[0] if self._random is None else self._random.choice(candidates)
+        elif self._live and self._failure is None:
+            waits = "; ".join(f"rank {r} waits for {self._waits_for[r]}" for r in sorted(self._live))
+            self._failure = DeadlockError(f"no rank can go on: {waits}")
+        self._condition.notify_all()
+
+
+class InProcessTransport(Transport):
+    """The messages of one rank of an `InProcessWorld`."""
+
+    def __init__(self, world: InProcessWorld, rank: int) -> None:
+        super().__init__(rank)
+        self._world = world
+        self._expected: dict[tuple[int, Direction], int] = {}
+
+    def expect(self, edge: Edge, count: int) -> None:
+        key = (edge.peer, edge.direction)
+        if self._expected.get(key):
+            raise TransportError(f"rank {self.rank} still expects messages from rank {edge.peer}")
+        self._expected[key] = count
+        self._world.mailboxes[self.rank].setdefault(key, deque())
+
+    def send(self, peer: int, address: Address, tensor: torch.Tensor) -> None:
+        start = 0.0 if self.spans is None else self.spans.now()
+        box = self._world.mailboxes[peer].setdefault((self.rank, address.direction), deque())
+        box.append(Message(address, tensor.clone()))
+        self._sent(address, start)
+
+    def poll(self) -> list[Message]:
+        arrived = []
+        for key, left in self._expected.items():
+            box = self._world.mailboxes[self.rank][key]
+            while box and left and not self._world.holds_back():
+                arrived.append(box.popleft())
+                left -= 1  # noqa: PLW2901
+            self._expected[key] = left
+        return arrived
+
+    def wait(self) -> list[Message]:
+        what = ", ".join(f"{left} {key[1].name.lower()} from {key[0]}" for key, left in self._expected.items() if left)
+        while True:
+            arrived = self.poll()
+            if arrived:
+                return arrived
+            self._world.until(self.rank, self._has_mail, f"messages ({what or 'none expected'})")
+
+    def _has_mail(self) -> bool:
+        boxes = self._world.mailboxes[self.rank]
+        return any(left and boxes[key] for key, left in self._expected.items())
+
+    def flush(self) -> None:
+        return None
+
+
+class _Done(Work):
+    def __init__(self, finish: Callable[[], None]) -> None:
+        self._finish = finish
+
+    def wait(self) -> None:
+        self._finish()
+
+
+class InProcessCollectives(Collectives):
+    """The collectives of one rank of an `InProcessWorld`; sums are taken in the order of the ranks."""
+
+    def __init__(self, world: InProcessWorld, grid: ProcessGrid, rank: int) -> None:
+        super().__init__(grid, rank)
+        self._world = world
+        self._calls: dict[tuple[int, ...], int] = {}
+
+    def _group(self, ranks: tuple[int, ...], axes: Sequence[Axis] | None) -> Any:
+        return None
+
+    def _all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation) -> Work:
+        number = self._calls.get(group.ranks, 0)
+        self._calls[group.ranks] = number + 1
+        parts = self._world.rendezvous.setdefault((group.ranks, number), [torch.empty(0)] * len(group.ranks))
+        parts[group.ranks.index(self.rank)] = tensor.clone()
+
+        def complete() -> bool:
+            return all(p.shape == tensor.shape for p in parts)
+
+        def finish() -> None:
+            if not complete():
+                self._world.until(self.rank, complete, f"all-reduce {number} of ranks {group.ranks}")
+            total = parts[0].clone()
+            for part in parts[1:]:
+                total = total + part if operation == "sum" else torch.maximum(total, part)
+            tensor.copy_(total)
+
+        return _Done(finish)
