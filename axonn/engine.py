@@ -107,6 +107,11 @@ class Engine:
         """Whether this rank needs the targets of a batch."""
         return self.here.inter == self.grid.inter - 1
 
+    @property
+    def held_microbatches(self) -> int:
+        """Microbatches whose activations or gradients this rank still holds; zero between batches."""
+        return self._executor.held
+
     def shard(self, step: int) -> range:
         """Global numbers of the samples that this rank's pipeline computes in batch number `step`."""
         rows = self.batch_size // self.grid.data

@@ -1,0 +1,138 @@
+"""Joins the ranks of a running job: who am I, how do I reach the others. One rank needs no MPI at all."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from axonn.collectives import Collectives, SerialCollectives, TorchCollectives
+from axonn.errors import LaunchError
+from axonn.grid import ProcessGrid
+from axonn.trace import SpanRecorder
+from axonn.transport import Transport
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_LAUNCHERS = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+    ("RANK", "WORLD_SIZE"),
+)
+_CLOCK_ROUNDS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """The means of one rank: its number, its messages, its collectives and its clock."""
+
+    rank: int
+    transport: Transport | None
+    collectives: Collectives
+    clock_offset: float
+    """Seconds to add to this rank's clock to get rank 0's."""
+
+
+def launched_as(environment: Mapping[str, str] | None = None) -> tuple[int, int]:
+    """(rank, number of ranks) as the launcher's environment says; (0, 1) without a launcher."""
+    env = os.environ if environment is None else environment
+    for rank, size in _LAUNCHERS:
+        if rank in env and size in env:
+            return int(env[rank]), int(env[size])
+    return 0, 1
+
+
+@contextmanager
+def connect(grid: ProcessGrid, *, comm: MPI.Intracomm | None = None, timeout_s: float = 1800.0) -> Iterator[Runtime]:
+    """Connect this process to the other ranks of `grid`, over `comm` or all ranks of the job.
+
+    Raises `GridError` when the grid does not fit the ranks and `LaunchError` when there is no MPI or it does not see
+    the ranks that were launched.
+    """
+    size = launched_as()[1] if comm is None else comm.Get_size()
+    grid.check_world(size)
+    if size == 1:
+        yield Runtime(rank=0, transport=None, collectives=SerialCollectives(grid, 0), clock_offset=0.0)
+        return
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise LaunchError(
+            f"{size} ranks need MPI, which cannot be loaded ({error}); "
+            "install it with: pip install 'axonn-reproduction[mpi]'"
+        ) from error
+    import torch.distributed as dist
+
+    from axonn.transport.mpi import MPITransport
+
+    world = MPI.COMM_WORLD if comm is None else comm
+    if world.Get_size() != size:
+        raise LaunchError(
+            f"the launcher started {size} ranks, but MPI sees {world.Get_size()}: launcher and MPI library do not "
+            "belong together; use the mpiexec that came with the MPI that mpi4py loads"
+        )
+    rank = world.Get_rank()
+    store = _rendezvous(world, timeout_s)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    transport = MPITransport(world)
+    try:
+        yield Runtime(
+            rank=rank,
+            transport=transport,
+            collectives=TorchCollectives(grid, rank),
+            clock_offset=_clock_offset(world),
+        )
+    finally:
+        transport.close()
+        dist.destroy_process_group()
+
+
+def _rendezvous(world: MPI.Intracomm, timeout_s: float) -> object:
+    """A store on rank 0 that all ranks reach; its address travels over MPI."""
+    from mpi4py import MPI
+    from torch.distributed import TCPStore
+
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    one_node = node.Get_size() == world.Get_size()
+    node.Free()
+    if one_node:
+        # Keeps working where the host's own name does not resolve.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    host = "127.0.0.1" if one_node else socket.gethostname()
+    timeout = timedelta(seconds=timeout_s)
+    if world.Get_rank() == 0:
+        store = TCPStore(host, 0, world.Get_size(), is_master=True, timeout=timeout, wait_for_workers=False)
+        world.bcast((host, store.port), root=0)
+        return store
+    host, port = world.bcast(None, root=0)
+    return TCPStore(host, port, world.Get_size(), is_master=False, timeout=timeout, wait_for_workers=False)
+
+
+def _clock_offset(world: MPI.Intracomm) -> float:
+    """Offset to rank 0's clock, from the ping-pong with the least round trip (Cristian's algorithm)."""
+    rank = world.Get_rank()
+    offset = 0.0
+    for other in range(1, world.Get_size()):
+        if rank == 0:
+            for _ in range(_CLOCK_ROUNDS):
+                world.recv(source=other)
+                world.send(SpanRecorder.now(), dest=other)
+        elif rank == other:
+            rounds = []
+            for _ in range(_CLOCK_ROUNDS):
+                sent = SpanRecorder.now()
+                world.send(None, dest=0)
+                theirs = world.recv(source=0)
+                back = SpanRecorder.now()
+                rounds.append((back - sent, theirs - (sent + back) / 2))
+            offset = min(rounds)[1]
+    world.Barrier()
+    return offset
+
+
