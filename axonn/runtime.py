@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+import torch
+
 from axonn.collectives import Collectives, SerialCollectives, TorchCollectives
 from axonn.errors import LaunchError
-from axonn.grid import ProcessGrid
+from axonn.grid import AXES, ProcessGrid
 from axonn.trace import SpanRecorder
 from axonn.transport import Transport
 
@@ -37,6 +39,11 @@ class Runtime:
     collectives: Collectives
     clock_offset: float
     """Seconds to add to this rank's clock to get rank 0's."""
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        group = self.collectives.axis_group(AXES)
+        self.collectives.all_reduce(torch.zeros(1), group).wait()
 
 
 def launched_as(environment: Mapping[str, str] | None = None) -> tuple[int, int]:

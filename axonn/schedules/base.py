@@ -87,6 +87,13 @@ class StageSchedule(ABC):
             self.held -= 1
             self.backwards_finished += 1
 
+    def waiting_for(self) -> str:
+        """What must happen before this stage has a next task, in words for an error message."""
+        sides = ([] if self.first else [f"an activation from stage {self.stage - 1}"]) + (
+            [] if self.last else [f"a gradient from stage {self.stage + 1}"]
+        )
+        return " or ".join(sides) or "nothing"
+
     @property
     def done(self) -> bool:
         """True once every microbatch has run forward and backward here."""

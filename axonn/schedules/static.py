@@ -24,6 +24,13 @@ class StaticSchedule(StageSchedule):
             most = max(most, held)
         return most
 
+    def waiting_for(self) -> str:
+        if self._position == len(self.order):
+            return "nothing"
+        task = self.order[self._position]
+        what, stage = ("activation", self.stage - 1) if task.kind == Kind.FORWARD else ("gradient", self.stage + 1)
+        return f"the {what} of microbatch {task.microbatch} from stage {stage}, to run {task}"
+
     def arrived(self, direction: Direction, chunk: int, microbatch: int) -> None:
         self._there[direction].add(microbatch)
 

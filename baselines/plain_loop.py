@@ -1,0 +1,76 @@
+"""The plain PyTorch training loop on one rank: gradient accumulation over microbatches, then a step of AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from axonn.config import TrainConfig
+from axonn.data.text import TextData
+from axonn.inter_layer.stage import Stage
+from axonn.models.gpt import GPT
+from axonn.runtime import Runtime
+from axonn.trace import SpanRecorder
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """The configured AdamW, fused, as our engine uses it."""
+    o = config.optimizer
+    return torch.optim.AdamW(
+        parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True
+    )
+
+
+class PlainLoopTrainer:
+    """All layers on one rank."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config = config
+        self._data = TextData(
+            config.data.path, seq_len=config.model.seq_len, vocab=config.model.vocab, seed=config.seed
+        )
+        self._model = GPT(config.model)
+        self._module = Stage(
+            self._model,
+            range(len(self._model.layers)),
+            seed=config.seed,
+            dtype=getattr(torch, config.precision),
+            device=torch.device("cpu"),
+        )
+        self._optimizer = make_optimizer(self._module.parameters(), config)
+
+    def train_batch(self, step: int) -> float:
+        size = self._config.microbatch_size
+        first = step * self._config.batch_size
+        inputs, targets = self._data.batch(range(first, first + self._config.batch_size))
+        microbatches = self._config.batch_size // size
+        self._optimizer.zero_grad()
+        total = 0.0
+        for x, y in zip(inputs.split(size), targets.split(size), strict=True):
+            loss = self._model.loss(self._module(x), y) / microbatches
+            loss.backward()
+            total += loss.item()
+        self._optimizer.step()
+        return total
+
+
+class PlainLoop:
+    label = "PyTorch loop"
+
+    def version(self) -> str:
+        return f"torch {torch.__version__}"
+
+    def unavailable(self, config: TrainConfig) -> str | None:
+        grid = config.grid
+        if grid.data * grid.inter * grid.row * grid.col > 1:
+            return "a plain loop runs on 1 rank"
+        return None
+
+    @contextmanager
+    def trainer(
+        self, config: TrainConfig, runtime: Runtime, spans: SpanRecorder | None
+    ) -> Iterator[PlainLoopTrainer]:
+        yield PlainLoopTrainer(config)

@@ -1,0 +1,55 @@
+"""The one interface behind which our engine and every other framework run the same work."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from importlib.metadata import entry_points
+from typing import Protocol
+
+from axonn.config import TrainConfig
+from axonn.errors import LaunchError
+from axonn.runtime import Runtime
+from axonn.trace import SpanRecorder
+
+
+class Trainer(Protocol):
+    """A framework set up for one configuration, on one rank."""
+
+    def train_batch(self, step: int) -> float:
+        """Train on batch number `step` of the configured data; the mean loss of the whole batch, on every rank."""
+        ...
+
+
+class Framework(Protocol):
+    """What can train a `TrainConfig`."""
+
+    label: str
+    """Name in records and legends."""
+
+    def version(self) -> str:
+        """Version of the framework, as it states it."""
+        ...
+
+    def unavailable(self, config: TrainConfig) -> str | None:
+        """Why this framework cannot run `config` here, or None when it can."""
+        ...
+
+    def trainer(
+        self, config: TrainConfig, runtime: Runtime, spans: SpanRecorder | None
+    ) -> AbstractContextManager[Trainer]:
+        """Set up, on every rank alike. `torch.distributed` is initialised when there is more than one rank."""
+        ...
+
+
+def framework_names() -> list[str]:
+    """Names of all installed frameworks' adapters."""
+    return sorted(entry.name for entry in entry_points(group="axonn.frameworks"))
+
+
+def load_framework(name: str) -> Framework:
+    """The framework's adapter. Raises `LaunchError` for an unknown name."""
+    for entry in entry_points(group="axonn.frameworks"):
+        if entry.name == name:
+            made: Framework = entry.load()()
+            return made
+    raise LaunchError(f"unknown framework '{name}'; known are {', '.join(framework_names())}")
