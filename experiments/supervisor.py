@@ -1,0 +1,162 @@
+"""Runs the ranks of one measured point from outside; knows what became of them when they cannot say so."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from axonn.config import TrainConfig
+from axonn.launch import mpiexec_command, rank_environment
+from axonn.records import Failure
+
+SILENCE_S = 20.0
+"""A rank that has not touched its heartbeat for so long is taken for dead or stopped."""
+_POLL_S = 0.1
+_GRACE_S = 3.0
+
+
+@dataclass
+class Outcome:
+    """What came of a run: the finished batches in any case, and why it ended early if it did."""
+
+    batch_times_s: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    memory_bytes: int | None = None
+    failure: Failure | None = None
+
+
+def supervise(
+    framework: str,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    timeout_s: float = 3600.0,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> Outcome:
+    """Run `config` with `framework` on one process per rank of its grid; everything it writes is under `folder`.
+
+    `on_batch` is called with the number of finished batches. The ranks never outlive this call. Raises `LaunchError`
+    when there is no MPI to start several ranks with.
+    """
+    grid = config.grid
+    ranks = grid.data * grid.inter * grid.row * grid.col
+    command = [sys.executable, "-m", "experiments.worker", str(folder)]
+    if ranks > 1:
+        command = mpiexec_command(ranks, command)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in [*folder.glob("rank-*"), *folder.glob("spans-*"), folder / "batches.jsonl"]:
+        stale.unlink(missing_ok=True)
+    (folder / "spec.json").write_text(
+        json.dumps({"framework": framework, "config": config.model_dump(mode="json")}, indent=1)
+    )
+    with open(folder / "log.txt", "w") as log:
+        process = subprocess.Popen(
+            command, env=rank_environment(os.environ), stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            failure = _watch(process, folder, ranks, timeout_s, on_batch)
+        finally:
+            _end(process)
+    failure = failure or _failure_after_exit(process.returncode, folder, ranks)
+    batches = _batches(folder)
+    memory = [s["memory_bytes"] for r in range(ranks) if "memory_bytes" in (s := _state(folder, r))]
+    return Outcome(
+        batch_times_s=[b["seconds"] for b in batches],
+        losses=[b["loss"] for b in batches],
+        memory_bytes=max(memory, default=None),
+        failure=failure,
+    )
+
+
+def _watch(
+    process: subprocess.Popen[bytes], folder: Path, ranks: int, timeout_s: float, on_batch: Callable[[int], None]
+) -> Failure | None:
+    """Wait for the end of the run; a failure if the run has to be ended from here."""
+    started = time.monotonic()
+    seen = 0
+    while process.poll() is None:
+        time.sleep(_POLL_S)
+        done = len(_batches(folder))
+        if done > seen:
+            seen = done
+            on_batch(done)
+        for rank in range(ranks):
+            beat = folder / f"rank-{rank}.alive"
+            silent = time.time() - beat.stat().st_mtime if beat.exists() else 0.0
+            if silent > SILENCE_S and _state(folder, rank).get("state") == "started":
+                return Failure(
+                    cause="dead-rank", rank=rank, detail=f"rank {rank} gave no sign of life for {silent:.0f} s"
+                )
+        if time.monotonic() - started > timeout_s:
+            return Failure(cause="timeout", detail=f"not finished after {timeout_s:.0f} s, {done} batches done")
+    return None
+
+
+def _failure_after_exit(code: int, folder: Path, ranks: int) -> Failure | None:
+    states = {rank: _state(folder, rank) for rank in range(ranks)}
+    failed = sorted((s["time"], rank) for rank, s in states.items() if s.get("state") == "failed")
+    killed = _killed_rank(folder, code, ranks)
+    if killed is not None:
+        rank, number = killed
+        name = signal.Signals(number).name
+        hint = "; the system kills a process like this when memory runs out" if number == signal.SIGKILL else ""
+        return Failure(cause="dead-rank", rank=rank, detail=f"rank {rank} was killed by {name}{hint}")
+    if failed:
+        rank = failed[0][1]
+        state = states[rank]
+        return Failure(cause=state["cause"], rank=rank, detail=f"rank {rank}: {state['detail']}")
+    unfinished = [rank for rank, s in states.items() if s.get("state") != "done"]
+    if code == 0 and not unfinished:
+        return None
+    tail = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-5:]
+    return Failure(
+        cause="error",
+        rank=unfinished[0] if unfinished else None,
+        detail=f"the launcher ended with code {code}; ranks not finished: {unfinished}; " + " | ".join(tail),
+    )
+
+
+def _killed_rank(folder: Path, code: int, ranks: int) -> tuple[int, int] | None:
+    """(rank, signal) of the rank that a signal ended first, from the exit code or Open MPI's notice."""
+    if ranks == 1:
+        return (0, -code) if code < 0 else None
+    text = (folder / "log.txt").read_text(errors="replace")
+    notice = re.search(r"rank\s+(\d+)\s+with\s+PID\s+\d+.*?exited\s+on\s+signal\s+(\d+)", text, re.DOTALL)
+    return (int(notice[1]), int(notice[2])) if notice else None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the launcher and all ranks, politely at first."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            break
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, how)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _state(folder: Path, rank: int) -> dict[str, Any]:
+    path = folder / f"rank-{rank}.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def _batches(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "batches.jsonl"
+    if not path.exists():
+        return []
+    # A rank that died while writing leaves half a line.
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
