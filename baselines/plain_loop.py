@@ -19,9 +19,7 @@ from axonn.trace import SpanRecorder
 def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """The configured AdamW, fused, as our engine uses it."""
     o = config.optimizer
-    return torch.optim.AdamW(
-        parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
 
 
 class PlainLoopTrainer:
@@ -70,7 +68,5 @@ class PlainLoop:
         return None
 
     @contextmanager
-    def trainer(
-        self, config: TrainConfig, runtime: Runtime, spans: SpanRecorder | None
-    ) -> Iterator[PlainLoopTrainer]:
+    def trainer(self, config: TrainConfig, runtime: Runtime, spans: SpanRecorder | None) -> Iterator[PlainLoopTrainer]:
         yield PlainLoopTrainer(config)

@@ -58,8 +58,7 @@ class TorchPipeliningTrainer:
         loss = torch.zeros(1, dtype=torch.float64)
         if losses:
             loss[0] = torch.stack(losses).mean().detach()
-        if dist.is_initialized():
-            dist.all_reduce(loss)
+        dist.all_reduce(loss)
         return float(loss)
 
 
@@ -73,8 +72,6 @@ class TorchPipelining:
         grid = config.grid
         if grid.data * grid.row * grid.col > 1:
             return "torch.distributed.pipelining is run with G_inter only here; set the other axes to 1"
-        if grid.inter == 1:
-            return "torch.distributed.pipelining needs at least 2 stages; a plain loop does the same on 1 rank"
         if config.model.tied_head:
             return "torch.distributed.pipelining does not tie parameters of two stages"
         if config.batch_size // config.microbatch_size < grid.inter:
@@ -85,4 +82,12 @@ class TorchPipelining:
     def trainer(
         self, config: TrainConfig, runtime: Runtime, spans: SpanRecorder | None
     ) -> Iterator[TorchPipeliningTrainer]:
-        yield TorchPipeliningTrainer(config, runtime)
+        alone = not dist.is_initialized()
+        if alone:
+            # It wants a process group even for a single stage.
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield TorchPipeliningTrainer(config, runtime)
+        finally:
+            if alone:
+                dist.destroy_process_group()

@@ -21,9 +21,7 @@ class EngineTrainer:
     """An `Engine` with its data."""
 
     def __init__(self, config: TrainConfig, runtime: Runtime, spans: SpanRecorder | None) -> None:
-        self.data = TextData(
-            config.data.path, seq_len=config.model.seq_len, vocab=config.model.vocab, seed=config.seed
-        )
+        self.data = TextData(config.data.path, seq_len=config.model.seq_len, vocab=config.model.vocab, seed=config.seed)
         self.engine = Engine(
             GPT(config.model),
             grid=ProcessGrid(**config.grid.model_dump()),

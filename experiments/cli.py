@@ -1,0 +1,226 @@
+"""The `axonn` command."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from axonn.errors import AxonnError
+
+app = typer.Typer(
+    help="AxoNN reproduction suite: run, predict and compare asynchronous hybrid-parallel training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+ExperimentFile = Annotated[Path, typer.Argument(help="Experiment file, for instance experiments/fig6.yaml")]
+
+
+def _command() -> str:
+    return shlex.join(["axonn", *sys.argv[1:]])
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
+
+
+@app.command()
+def run(
+    experiment_file: ExperimentFile,
+    list_points: Annotated[bool, typer.Option("--list", help="List the points and whether they are done.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and run nothing.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume/--fresh", help="Keep points that are done, or measure all anew.")
+    ] = True,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a point is given up.")] = 3600.0,
+) -> None:
+    """Measure the points of an experiment on this machine. What is done is kept; an interrupted run can be resumed."""
+    from experiments.definition import load_experiment
+    from experiments.runner import compare_losses, points_of, run_point
+
+    experiment = load_experiment(experiment_file)
+    points = points_of(experiment)
+    done = {p.name: r for p in points if resume and (r := p.finished_record()) is not None}
+    if list_points or dry_run:
+        for point in points:
+            state = "done" if point.name in done else "to do"
+            console.print(
+                f"{state:6} {point.name}: {point.ranks} rank(s), {point.config.steps} batches", soft_wrap=True
+            )
+        return
+    missing = [p for p in points if p.name not in done]
+    if not missing:
+        newest = max(r.created or "" for r in done.values())
+        console.print(f"nothing to do: {len(points)} measured points, newest of {newest}; --fresh measures anew")
+        return
+    failures = 0
+    with _progress() as progress:
+        all_points = progress.add_task(f"measuring {experiment.name}", total=len(points), completed=len(done))
+        for point in missing:
+            one = progress.add_task(f"  {point.work} {point.framework}", total=point.config.steps)
+            record = run_point(
+                point,
+                command=_command(),
+                on_batch=lambda n, task=one: progress.update(task, completed=n),
+                timeout_s=timeout,
+            )
+            progress.remove_task(one)
+            progress.advance(all_points)
+            if record.failure is None:
+                done[point.name] = record
+                console.print(
+                    f"{point.work:>16} {record.ran.framework:14} {record.batch_time_s:8.3f} s per batch, "
+                    f"loss {record.losses[-1]:.4f}"
+                )
+            else:
+                failures += 1
+                console.print(
+                    f"[red]{point.work} {record.ran.framework} failed ({record.failure.cause}): "
+                    f"{escape(record.failure.detail)}; see {record.run_folder}/log.txt[/red]",
+                    soft_wrap=True,
+                )
+    ordered = [(p, done[p.name]) for p in points if p.name in done]
+    for record in compare_losses(ordered, experiment.measured.loss_tolerance):
+        failures += 1
+        assert record.failure is not None
+        console.print(f"[red]{record.point} {record.ran.framework}: {record.failure.detail}[/red]", soft_wrap=True)
+    if failures:
+        raise AxonnError(f"{failures} of {len(points)} points failed; run again to repeat them alone")
+    worst = experiment.measured.loss_tolerance
+    console.print(f"{len(points)} points measured; losses of all frameworks agree within {worst:g} (relative)")
+
+
+@app.command()
+def predict(
+    experiment_file: ExperimentFile,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Predict anew even if nothing has changed.")] = False,
+) -> None:
+    """Predict the points of an experiment at the published scale with the performance model."""
+    from experiments.definition import load_experiment
+    from experiments.predictor import done_predictions, predict_experiment
+
+    experiment = load_experiment(experiment_file)
+    records = None if fresh else done_predictions(experiment)
+    if records is not None:
+        console.print(f"nothing to do: {len(records)} points were predicted on {records[0].created}")
+        return
+    start = time.perf_counter()
+    with _progress() as progress:
+        task = progress.add_task("predicting", total=len(experiment.predicted.points))
+        count = 0
+
+        def on_point(name: str) -> None:
+            nonlocal count
+            progress.update(task, description=f"predicting {name}", completed=count)
+            count += 1
+
+        records = predict_experiment(experiment, command=_command(), on_point=on_point)
+        progress.update(task, description="predicted", completed=len(records))
+    console.print(f"{len(records)} points predicted in {time.perf_counter() - start:.1f} s")
+
+
+@app.command()
+def train(
+    config_file: Annotated[Path, typer.Argument(help="Training configuration (YAML)")],
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<name of the file>.")] = None,
+) -> None:
+    """Train a model as a configuration says, on as many ranks as its grid has."""
+    from axonn.config import TrainConfig, load_yaml
+    from axonn.data.text import TextData
+    from axonn.engine import microbatches_of
+    from axonn.grid import ProcessGrid
+    from axonn.inter_layer.stage import stage_spans
+    from axonn.models.gpt import GPT
+    from axonn.schedules import make_schedule
+    from experiments.runner import RUNS
+    from experiments.supervisor import supervise
+
+    config = load_yaml(config_file, TrainConfig)
+    grid = ProcessGrid(**config.grid.model_dump())
+    # Everything that can be wrong is found here, before ranks start.
+    count = microbatches_of(batch_size=config.batch_size, microbatch_size=config.microbatch_size, grid=grid)
+    make_schedule(config.schedule.spec(), stage=0, stages=grid.inter, microbatches=count)
+    stages = stage_spans(GPT(config.model), grid.inter)
+    data = TextData(config.data.path, seq_len=config.model.seq_len, vocab=config.model.vocab, seed=config.seed)
+    console.print(
+        f"{config.model.parameters / 1e6:.1f}M parameters, {grid.size} rank(s) ({grid}), {count} microbatch(es) per "
+        f"pipeline, layers per stage {[len(s) for s in stages]}, {len(data.tokens)} tokens"
+    )
+    folder = out or RUNS / config_file.stem
+    with _progress() as progress:
+        task = progress.add_task("training", total=config.steps)
+
+        def on_batch(done: int) -> None:
+            lines = (folder / "batches.jsonl").read_text().splitlines()
+            batch = json.loads(lines[done - 1])
+            progress.update(
+                task, completed=done, description=f"loss {batch['loss']:.4f}, {batch['seconds']:.2f} s per batch"
+            )
+
+        outcome = supervise("axonn", config, folder, on_batch=on_batch, timeout_s=float("inf"))
+    if outcome.failure is not None:
+        raise AxonnError(f"{outcome.failure.detail}; {len(outcome.losses)} batches are kept in {folder}")
+    console.print(
+        f"loss {outcome.losses[0]:.4f} -> {outcome.losses[-1]:.4f} in {len(outcome.losses)} batches; {folder}"
+    )
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has: ranks, MPI, GPUs, frameworks; what will not work, and why."""
+    from axonn.errors import LaunchError
+    from axonn.launch import find_mpiexec
+    from experiments.definition import measured_configs  # noqa: F401  (the suite itself must import)
+    from experiments.framework import framework_names, load_framework
+    from experiments.provenance import this_machine
+
+    machine = this_machine()
+    table = Table(show_header=False, box=None)
+    for name, value in machine.model_dump(exclude_none=True).items():
+        table.add_row(name.replace("_", " "), str(value))
+    problems = []
+    try:
+        table.add_row("mpiexec", find_mpiexec())
+        import mpi4py
+
+        table.add_row("mpi4py", mpi4py.__version__)
+    except (LaunchError, ImportError) as error:
+        problems.append(f"more than one rank: {error}")
+    import torch
+
+    table.add_row("GPUs", str(torch.cuda.device_count()))
+    if torch.cuda.is_available():
+        problems.append("GPUs: the engine does not use them yet; it runs on the CPU")
+    for name in framework_names():
+        try:
+            table.add_row(f"framework {name}", load_framework(name).version())
+        except Exception as error:
+            problems.append(f"framework {name}: {error}")
+    console.print(table)
+    for problem in problems:
+        console.print(f"[yellow]will not work: {escape(problem)}[/yellow]", soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: errors of the suite become one message and exit code 2, an interruption 130."""
+    try:
+        app()
+    except AxonnError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; what is done is kept, run again to go on")
+        sys.exit(130)

@@ -1,0 +1,184 @@
+"""Measured points: which there are, which are done, and running the rest."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from axonn.config import TrainConfig
+from axonn.errors import LaunchError
+from axonn.records import Asked, Failure, Ran, Record, gpt_flops, read_records, write_records
+from experiments.definition import ROOT, Experiment, measured_configs
+from experiments.framework import Framework, load_framework
+from experiments.provenance import fingerprint, sources, this_machine
+from experiments.supervisor import Outcome, supervise
+
+MEASURED = ROOT / "results" / "measured"
+RUNS = ROOT / "runs"
+_SOURCES = (
+    "axonn/*.py",
+    "axonn/schedules/*.py",
+    "axonn/transport/*.py",
+    "axonn/inter_layer/*.py",
+    "axonn/optim/*.py",
+    "axonn/models/*.py",
+    "axonn/data/*.py",
+    "baselines/*.py",
+    "experiments/worker.py",
+    "experiments/*framework.py",
+)
+"""What a measured time depends on: a change here makes a point worth measuring anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One run of one framework."""
+
+    experiment: str
+    framework: str
+    config: TrainConfig
+    repeat: int
+    warmup: int
+    fingerprint: str
+
+    @property
+    def ranks(self) -> int:
+        g = self.config.grid
+        return g.data * g.inter * g.row * g.col
+
+    @property
+    def work(self) -> str:
+        """Name of the work, the same for every framework."""
+        return f"{self.config.model.name}-{self.ranks}r"
+
+    @property
+    def name(self) -> str:
+        return f"{self.experiment}-{self.work}-{self.framework}-{self.repeat}"
+
+    @property
+    def record_file(self) -> Path:
+        return MEASURED / f"{self.name}.json"
+
+    @property
+    def folder(self) -> Path:
+        return RUNS / self.name
+
+    def finished_record(self) -> Record | None:
+        """The point's record, if it has one that succeeded and that nothing has changed since."""
+        if not self.record_file.exists():
+            return None
+        record = read_records(self.record_file)[0]
+        return record if record.fingerprint == self.fingerprint and record.failure is None else None
+
+
+def points_of(experiment: Experiment) -> list[Point]:
+    """All points in the order in which they run: repeats outermost, frameworks alternating at each rank count."""
+    panel = experiment.measured
+    machine = this_machine().model_dump(exclude={"commit"})
+    code = fingerprint(machine, sources(*_SOURCES))
+    return [
+        Point(
+            experiment=experiment.name,
+            framework=name,
+            config=config,
+            repeat=repeat,
+            warmup=panel.warmup_batches,
+            fingerprint=fingerprint([name, config.model_dump(mode="json"), panel.warmup_batches, code], []),
+        )
+        for repeat in range(panel.repeats)
+        for config in measured_configs(panel)
+        for name in panel.frameworks
+    ]
+
+
+def run_point(point: Point, *, command: str, on_batch: object = None, timeout_s: float = 3600.0) -> Record:
+    """Measure one point and write its record, be it a failure. Raises `LaunchError` when the ranks cannot start."""
+    framework = load_framework(point.framework)
+    reason = framework.unavailable(point.config)
+    if reason is not None:
+        raise LaunchError(f"{framework.label} cannot run {point.work}: {reason}")
+    watch = on_batch if callable(on_batch) else (lambda done: None)
+    outcome = supervise(point.framework, point.config, point.folder, on_batch=watch, timeout_s=timeout_s)
+    record = _record(point, framework, outcome, command)
+    write_records(point.record_file, [record])
+    return record
+
+
+def compare_losses(records: list[tuple[Point, Record]], tolerance: float) -> list[Record]:
+    """Losses before times: a record whose losses differ from the first of the same work is made a failure.
+
+    Returns the failures, which are written in place of the records.
+    """
+    reference: dict[str, Record] = {}
+    failures = []
+    for point, record in records:
+        if record.failure is not None:
+            continue
+        first = reference.setdefault(point.work, record)
+        worst = max(
+            (abs(a - b) / abs(a) for a, b in zip(first.losses, record.losses, strict=True)),
+            default=math.inf,
+        )
+        if worst > tolerance:
+            failure = Failure(
+                cause="different-losses",
+                detail=f"losses differ from those of {first.ran.framework} by {worst:.1e}, more than {tolerance:.0e}",
+            )
+            changed = record.model_copy(update={"batch_time_s": None, "failure": failure})
+            write_records(point.record_file, [changed])
+            failures.append(changed)
+    return failures
+
+
+def _record(point: Point, framework: Framework, outcome: Outcome, command: str) -> Record:
+    config = point.config
+    model = config.model
+    times = outcome.batch_times_s[point.warmup :]
+    mean = sum(times) / len(times) if times and outcome.failure is None else None
+    flops = gpt_flops(
+        batch=config.batch_size,
+        seq_len=model.seq_len,
+        layers=model.layers,
+        hidden=model.hidden,
+        vocab=model.vocab,
+        recompute=False,
+    )
+    return Record(
+        kind="measured",
+        experiment=point.experiment,
+        point=point.work,
+        asked=Asked(
+            model=model.name,
+            parameters=model.parameters,
+            gpus=point.ranks,
+            batch_size=config.batch_size,
+            seq_len=model.seq_len,
+            precision=config.precision,
+            layers=model.layers,
+            hidden=model.hidden,
+            vocab=model.vocab,
+        ),
+        ran=Ran(
+            framework=framework.label,
+            version=framework.version(),
+            grid=config.grid,
+            microbatch_size=config.microbatch_size,
+            schedule=config.schedule if framework.label == "AxoNN" else None,
+            microbatches=config.batch_size // (config.microbatch_size * config.grid.data),
+        ),
+        machine=this_machine(),
+        source=command,
+        batch_time_s=mean,
+        batch_times_s=outcome.batch_times_s,
+        warmup_batches=point.warmup,
+        losses=outcome.losses,
+        memory_bytes=outcome.memory_bytes,
+        tflops_formula=None if mean is None else "72bslh^2(1+s/6h)+6bshV (no recompute)",
+        tflops_per_gpu_without_recompute=None if mean is None else flops / mean / point.ranks / 1e12,
+        fingerprint=point.fingerprint,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        run_folder=str(point.folder.relative_to(ROOT)),
+        failure=outcome.failure,
+    )
