@@ -1,0 +1,1 @@
+"""Performance model: machine, kernels, network, memory, simulator; `predict` puts them together."""

@@ -1,0 +1,32 @@
+"""The predictor to beat: every GPU runs at one constant rate, whatever the strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from axonn.config import GPTConfig
+from axonn.errors import ConfigError
+from axonn.records import gpt_flops
+
+
+def naive_constant(batches: Sequence[tuple[float, int, float]]) -> float:
+    """FLOP/s per GPU that fits best: `batches` are (FLOPs, GPUs, seconds); least mean |error| over them.
+
+    The error of `naive_predict` is quoted beside the model's; it is fitted on the very points that it predicts.
+    """
+    if not batches:
+        raise ConfigError("the naive predictor needs at least one batch to be fitted on")
+    rates = [flops / gpus / seconds for flops, gpus, seconds in batches]
+
+    def error(rate: float) -> float:
+        return sum(abs(r / rate - 1) for r in rates)
+
+    return min(rates, key=error)
+
+
+def naive_predict(model: GPTConfig, *, batch_size: int, gpus: int, flops_per_s: float) -> float:
+    """Seconds of a batch if every GPU ran at a constant `flops_per_s`, whatever the strategy."""
+    flops = gpt_flops(
+        batch=batch_size, seq_len=model.seq_len, layers=model.layers, hidden=model.hidden, vocab=model.vocab
+    )
+    return flops / gpus / flops_per_s

@@ -1,0 +1,163 @@
+"""Seconds of messages and all-reduces, given where their ranks are placed.
+
+A placement says which links a message or a group crosses and with whom it shares them. Measured curves (`Curve`) give
+the time of the configuration they were measured in; another configuration moves other amounts over other links, and
+its time per byte is scaled by the load of its busiest link.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, log2
+
+from axonn.errors import ConfigError
+from axonn.grid import Axis, ProcessGrid
+from axonn.perf.machine import Curve, Library, MachineFile
+
+
+@dataclass(frozen=True)
+class MessageTime:
+    """Time of one message: it arrives `latency + transfer` after it was sent; the link is busy for `transfer`.
+
+    Both in seconds.
+    """
+
+    latency: float
+    transfer: float
+
+    @property
+    def seconds(self) -> float:
+        return self.latency + self.transfer
+
+
+@dataclass(frozen=True)
+class GroupPlacement:
+    """Where the ranks of a group are, and with how many like groups it shares its links."""
+
+    ranks: int
+    nodes: int
+    most_per_node: int
+    """Ranks of the group on the node that holds most of them."""
+    sockets_per_node: int
+    """Sockets of one node that the group touches."""
+    sharing_network: int
+    """Groups that cross nodes and have a rank on the same node, this one included."""
+    sharing_bus: int
+    """Groups that cross sockets inside the same node, this one included."""
+
+
+def place(grid: ProcessGrid, axes: Sequence[Axis], rank: int, machine: MachineFile) -> GroupPlacement:
+    """Placement of the group of `rank` along `axes`, all groups along these axes being active at once."""
+    group = grid.group(rank, axes)
+    home = grid.node(rank)
+    per_socket = machine.node.gpus_per_socket.number
+    per_node = grid.ranks_per_node or grid.size
+
+    def sockets(ranks: Sequence[int], node: int) -> set[int]:
+        return {(r % per_node) // per_socket for r in ranks if grid.node(r) == node}
+
+    neighbours: set[tuple[int, ...]] = set()
+    for other in range(home * per_node, min((home + 1) * per_node, grid.size)):
+        neighbours.add(grid.group(other, axes))
+    counts = grid.nodes_of(group)
+    return GroupPlacement(
+        ranks=len(group),
+        nodes=len(counts),
+        most_per_node=max(counts.values()),
+        sockets_per_node=len(sockets(group, home)),
+        sharing_network=max(1, sum(len(grid.nodes_of(g)) > 1 for g in neighbours)),
+        sharing_bus=max(1, sum(len(sockets(g, home)) > 1 for g in neighbours)),
+    )
+
+
+def ring_factor(ranks: int) -> float:
+    """Bytes that each rank of a ring sends in an all-reduce, over the bytes reduced: 2 (n - 1) / n.
+
+    Thakur, Rabenseifner & Gropp, IJHPCA 2005.
+    """
+    return 2 * (ranks - 1) / ranks
+
+
+def _load(machine: MachineFile, placement: GroupPlacement) -> float:
+    """Seconds per byte reduced that the busiest link of the group is occupied, at its nominal bandwidth."""
+    ring = ring_factor(placement.ranks)
+    link = min(machine.network.p2p["nccl"].intra_node.asymptotic_bandwidth, machine.node.nvlink.si)
+    loads = [0.0]
+    if placement.most_per_node > 1:
+        # A ring of three and more uses both directions of its links; two ranks have one link between them.
+        loads.append(ring / (link * (2 if placement.ranks > 2 else 1)))
+    if placement.most_per_node > 1 and placement.sockets_per_node > 1:
+        loads.append(ring * placement.sharing_bus / _bus_bandwidth(machine))
+    if placement.nodes > 1:
+        # Between two nodes a tree sends every byte once each way, a ring 2 (n - 1) / n times; the library takes the
+        # better one (NCCL 2.4 and later: double binary trees). With more nodes an inner rank of a tree sends it twice.
+        crossing = min(ring, 1.0 if placement.nodes == 2 else 2.0)
+        injection = machine.network.injection.si
+        port = injection / machine.network.ports.number
+        share = min(injection / placement.sharing_network, port * placement.most_per_node)
+        loads.append(crossing / share)
+    return max(loads)
+
+
+def _bus_bandwidth(machine: MachineFile) -> float:
+    """Bytes per second and rank of a ring over all devices of a node, from the measured all-reduce."""
+    curves = machine.network.all_reduce
+    return curves.intra_node.asymptotic_bandwidth * ring_factor(curves.intra_node_ranks.number)
+
+
+def all_reduce_time(machine: MachineFile, nbytes: float, placement: GroupPlacement) -> float:
+    """Seconds to all-reduce `nbytes` in a group: the measured curve of one or of several nodes, its time per byte
+    scaled by the group's load over that of the group it was measured with; the latency grows with log2 of the nodes.
+    """
+    if placement.ranks < 2 or nbytes <= 0:
+        return 0.0
+    curves = machine.network.all_reduce
+    node, socket = machine.node.gpus.number, machine.node.gpus_per_socket.number
+    if placement.nodes == 1:
+        curve, ranks, nodes, hops = curves.intra_node, curves.intra_node_ranks.number, 1, 1.0
+    else:
+        curve, ranks = curves.inter_node, curves.inter_node_ranks.number
+        nodes = curves.inter_node_nodes.number
+        hops = max(1.0, log2(placement.nodes) / log2(nodes))
+    per_node = ceil(ranks / nodes)
+    if per_node > node:
+        raise ConfigError(f"the machine file's all-reduce was measured on {per_node} ranks of a node with {node} GPUs")
+    measured = GroupPlacement(ranks, nodes, per_node, ceil(per_node / socket), 1, 1)
+    scale = _load(machine, placement) / _load(machine, measured)
+    return hops * curve.latency(nbytes) + scale * curve.transfer(nbytes)
+
+
+def message_time(
+    machine: MachineFile, nbytes: float, *, library: Library, same_node: bool, flows: int = 1
+) -> MessageTime:
+    """One message of `nbytes` between two devices; `flows` messages leave the node at the same time and share its
+    injection bandwidth."""
+    curves = machine.network.p2p[library]
+    curve: Curve = curves.intra_node if same_node else curves.inter_node
+    latency, transfer = curve.latency(nbytes), curve.transfer(nbytes)
+    if not same_node:
+        transfer = max(transfer, nbytes * flows / machine.network.injection.si)
+    return MessageTime(latency, transfer)
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The messages from one stage to the next (or back): the worst pair of ranks between the two stages."""
+
+    same_node: bool
+    flows: int
+
+
+def edge(grid: ProcessGrid, stage: int) -> Edge:
+    """How the ranks of `stage` reach those of `stage + 1`, every replica sending at once."""
+    worst = Edge(same_node=True, flows=1)
+    leaving: dict[int, int] = {}
+    for rank in grid.group(grid.rank(inter=stage), ("data", "row", "col")):
+        peer = grid.neighbour(rank, 1)
+        assert peer is not None
+        if grid.node(peer) != grid.node(rank):
+            node = grid.node(rank)
+            leaving[node] = leaving.get(node, 0) + 1
+            worst = Edge(same_node=False, flows=max(leaving.values()))
+    return worst

@@ -1,0 +1,186 @@
+"""The whole model against published batch times. Nothing in it was fitted on the twelve points of the weak scaling."""
+
+import csv
+from dataclasses import astuple
+from pathlib import Path
+
+import pytest
+
+from axonn.config import GPTConfig, GridConfig, ScheduleConfig, load_yaml
+from axonn.perf.machine import MachineFile, load_machine
+from axonn.perf.naive import naive_constant, naive_predict
+from axonn.perf.predict import Prediction, messages, predict, simulate_pipeline, stage_times, step_times
+from axonn.perf.strategy import Strategy
+from axonn.records import gpt_flops
+from axonn.trace import breakdown
+
+ROOT = Path(__file__).parents[1]
+PUBLISHED = ROOT / "results/published"
+SIZES = ("12B", "24B", "50B", "100B")
+BATCH = 16384
+
+
+def rows_of(name: str) -> list[dict[str, str]]:
+    with (PUBLISHED / name).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def model_of(size: str) -> GPTConfig:
+    return load_yaml(ROOT / f"experiments/models/gpt-{size.lower()}.yaml", GPTConfig)
+
+
+def strategy_of(row: dict[str, str]) -> Strategy:
+    """Table II of IPDPS 2022, and what each framework is known to do."""
+    grid = GridConfig(data=int(row["G_data"]), inter=int(row["G_inter"]), col=int(row["G_intra"] or 1))
+    microbatch = int(row["microbatch"])
+    if row["framework"] == "AxoNN":
+        schedule = ScheduleConfig(in_flight_limit=grid.inter)
+        return Strategy(grid=grid, microbatch_size=microbatch, schedule=schedule, optimizer="offloaded")
+    return Strategy(
+        grid=grid,
+        order=("inter", "data", "row", "col"),
+        microbatch_size=microbatch,
+        schedule=ScheduleConfig(name="1f1b"),
+        blocking_messages=True,
+        message_library="nccl",
+        optimizer="sharded" if row["framework"] == "DeepSpeed" else "device",
+    )
+
+
+@pytest.fixture(scope="module")
+def machine() -> MachineFile:
+    return load_machine(ROOT / "experiments/machines/summit.yaml")
+
+
+@pytest.fixture(scope="module")
+def weak_scaling(machine: MachineFile) -> dict[tuple[str, str], tuple[float, Prediction]]:
+    """(size, framework) -> published seconds, prediction."""
+    return {
+        (r["model"], r["framework"]): (
+            float(r["batch_time_s_derived"]),
+            predict(model_of(r["model"]), machine, strategy_of(r), batch_size=BATCH),
+        )
+        for r in rows_of("ipdps22_fig9_weak_scaling.csv")
+    }
+
+
+Points = dict[tuple[str, str], tuple[float, Prediction]]
+
+
+def test_predicted_batch_times_are_within_ten_percent_on_average(weak_scaling: Points) -> None:
+    errors = [abs(p.batch_time_s / published - 1) for published, p in weak_scaling.values()]
+    assert len(errors) == 12
+    assert sum(errors) / 12 < 0.10
+    assert max(errors) < 0.20
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_frameworks_come_in_the_published_order(weak_scaling: Points, size: str) -> None:
+    points = [value for (model, _), value in weak_scaling.items() if model == size]
+    assert len(points) == 3
+    for published, predicted in points:
+        for other, other_predicted in points:
+            if published > 1.05 * other:
+                assert predicted.batch_time_s > other_predicted.batch_time_s
+
+
+def test_the_model_beats_a_constant_rate(weak_scaling: Points) -> None:
+    gpus = {r["model"]: int(r["gpus"]) for r in rows_of("ipdps22_fig9_weak_scaling.csv")}
+    batches = []
+    for (size, _), (published, _) in weak_scaling.items():
+        m = model_of(size)
+        flops = gpt_flops(batch=BATCH, seq_len=m.seq_len, layers=m.layers, hidden=m.hidden, vocab=m.vocab)
+        batches.append((flops, gpus[size], published))
+    rate = naive_constant(batches)
+    naive = [
+        abs(naive_predict(model_of(size), batch_size=BATCH, gpus=gpus[size], flops_per_s=rate) / published - 1)
+        for (size, _), (published, _) in weak_scaling.items()
+    ]
+    ours = [abs(p.batch_time_s / published - 1) for published, p in weak_scaling.values()]
+    assert sum(ours) < 0.6 * sum(naive)
+
+
+def test_parts_add_up_and_everything_fits(weak_scaling: Points) -> None:
+    for _, prediction in weak_scaling.values():
+        assert sum(astuple(prediction.parts)) == pytest.approx(prediction.batch_time_s)
+        assert all(part >= 0 for part in astuple(prediction.parts))
+        prediction.memory.check()
+        assert prediction.pct_peak == pytest.approx(100 * prediction.tflops_per_gpu / 125)
+
+
+def test_the_inter_layer_phase_grows_with_the_stages_as_published(machine: MachineFile) -> None:
+    """Figure 5: 12B on 48 GPUs, batch 2048. The head makes the last stage the slowest, the more so the more stages."""
+    predicted, published = [], []
+    for row in rows_of("ipdps22_fig5_inter_layer_time.csv"):
+        stages = int(row["G_inter"])
+        strategy = Strategy(
+            grid=GridConfig(data=48 // stages, inter=stages),
+            microbatch_size=1,
+            schedule=ScheduleConfig(in_flight_limit=stages),
+            optimizer="offloaded",
+            bsize=16_000_000,
+        )
+        predicted.append(predict(model_of("12B"), machine, strategy, batch_size=2048).pipeline_s)
+        published.append(float(row["time_s"]))
+    assert predicted == sorted(predicted)
+    assert predicted[-1] / predicted[0] == pytest.approx(published[-1] / published[0], rel=0.05)
+    assert [abs(p / q - 1) < 0.15 for p, q in zip(predicted, published, strict=True)] == [True] * 4
+
+
+def test_spans_of_a_predicted_batch_break_down_to_its_parts(machine: MachineFile) -> None:
+    model = model_of("12B")
+    strategy = Strategy(grid=GridConfig(inter=6), microbatch_size=8, schedule=ScheduleConfig(in_flight_limit=6))
+    prediction = predict(model, machine, strategy, batch_size=160)
+    stages = stage_times(model, machine, strategy)
+    run = simulate_pipeline(model, machine, strategy, microbatches=20, stages=stages, record=True)
+    parts = breakdown(run.spans(), peer_of=run.peers())
+    assert parts.compute == pytest.approx(prediction.parts.compute)
+    assert parts.bubble == pytest.approx(prediction.parts.bubble)
+    assert parts.point_to_point == pytest.approx(prediction.parts.point_to_point)
+
+
+def test_what_a_strategy_changes_changes_the_prediction_the_right_way(machine: MachineFile) -> None:
+    model = model_of("12B")
+    base = Strategy(
+        grid=GridConfig(data=2, inter=24),
+        microbatch_size=1,
+        schedule=ScheduleConfig(name="1f1b"),
+        optimizer="offloaded",
+    )
+
+    def time(**changes: object) -> float:
+        return predict(model, machine, base.model_copy(update=changes), batch_size=256).batch_time_s
+
+    assert time(blocking_messages=True) > time()
+    assert time(recompute=False) < time()
+    assert time(message_library="nccl") > time()  # MPI has the faster links inside a node
+    assert time(order=("inter", "data", "row", "col")) != time()
+
+
+def test_the_last_stage_carries_the_head_and_the_first_the_embedding(machine: MachineFile) -> None:
+    stages = stage_times(model_of("12B"), machine, Strategy(grid=GridConfig(inter=6), microbatch_size=8))
+    middle = stages[1]
+    assert stages[2:5] == [middle] * 3
+    assert stages[5].forward > 1.05 * middle.forward
+    assert middle.backward < stages[0].backward < stages[5].backward
+    assert all(s.reduce_forward == 0 == s.reduce_backward for s in stages)
+
+
+def test_partitioned_messages_are_smaller_and_gathered(machine: MachineFile) -> None:
+    base = Strategy(grid=GridConfig(inter=4, col=3), order=("inter", "data", "row", "col"), microbatch_size=8)
+    whole = base.model_copy(update={"partition_messages": False})
+    model = model_of("12B")
+    assert messages(model, machine, base)[0][1].transfer < messages(model, machine, whole)[0][1].transfer / 2.9
+    with_gather, without = (stage_times(model, machine, s)[1] for s in (base, whole))
+    assert with_gather.reduce_forward > without.reduce_forward
+
+
+def test_the_optimizer_hides_under_the_all_reduce(machine: MachineFile) -> None:
+    """Chunked, the step takes little longer than its all-reduce; in one chunk nothing overlaps."""
+    model = model_of("12B")
+    base = Strategy(grid=GridConfig(data=8, inter=6), microbatch_size=8, optimizer="offloaded")
+    chunked = step_times(model, machine, base)
+    whole = step_times(model, machine, base.model_copy(update={"k": 10_000}))
+    assert chunked[1] < 0.02 * chunked[0]
+    assert whole[1] > 0.5
+    assert sum(chunked) < sum(whole) * 1.3
