@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from axonn.collectives import Collectives, SerialCollectives
+from axonn.collectives import Collectives, Group, SerialCollectives
 from axonn.config import OptimizerConfig
 from axonn.errors import ConfigError, GridError
 from axonn.grid import AXES, ProcessGrid
@@ -124,45 +124,42 @@ class Engine:
         `inputs` and `targets` are [batch_size / G_data, ...]; inputs may be None except on the first stage, targets
         except on the last.
         """
-        self._check_rows(inputs, targets)
-        loss = self.compute_gradients(inputs, targets)
+        loss = self._start_batch(inputs, targets)
         start = SpanRecorder.now()
         self._optimizer.step()
         if self.spans is not None:
             self.spans.add(SpanKind.OPTIMIZER, start, self.spans.now())
+        value = loss.wait()
+        if self.spans is not None:
             self.spans.step += 1
-        return loss
+        return value
 
     def compute_gradients(self, inputs: torch.Tensor | None, targets: torch.Tensor | None) -> float:
         """As `train_batch`, without the optimizer: each parameter's `.grad` is that of the mean loss of the batch."""
+        return self._start_batch(inputs, targets).wait()
+
+    def _start_batch(self, inputs: torch.Tensor | None, targets: torch.Tensor | None) -> _Loss:
+        """Pipeline and gradient reduction; the loss is still on its way to the other ranks."""
         self._check_rows(inputs, targets)
         self._reducer.zero()
         scale = 1.0 / (self.microbatches * self.grid.data)
         local = self._executor.train(self._new_schedule(), inputs, targets, loss_scale=scale)
+        # A stage that is done early reduces and updates while the others still run backwards.
+        loss = _Loss(local, self._collectives, self._world, self.spans)
         self._reducer.reduce()
-        return self._loss_everywhere(local)
+        return loss
 
     def evaluate_batch(self, inputs: torch.Tensor | None, targets: torch.Tensor | None) -> float:
         """Mean loss of a batch on every rank, without changing anything."""
         self._check_rows(inputs, targets)
         local = self._executor.evaluate(self.microbatches, inputs, targets)
         scale = 1.0 / (self.microbatches * self.grid.data)
-        return self._loss_everywhere(None if local is None else local * scale)
+        return _Loss(None if local is None else local * scale, self._collectives, self._world, self.spans).wait()
 
     def _new_schedule(self) -> StageSchedule:
         return make_schedule(
             self._schedule, stage=self.here.inter, stages=self.grid.inter, microbatches=self.microbatches
         )
-
-    def _loss_everywhere(self, local: torch.Tensor | None) -> float:
-        loss = torch.zeros(1, dtype=torch.float64)
-        if local is not None:
-            loss[0] = local
-        start = SpanRecorder.now()
-        self._collectives.all_reduce(loss, self._world).wait()
-        if self.spans is not None and self.grid.size > 1:
-            self.spans.add(SpanKind.ALL_REDUCE, start, self.spans.now())
-        return float(loss)
 
     def _check_rows(self, inputs: torch.Tensor | None, targets: torch.Tensor | None) -> None:
         rows = self.batch_size // self.grid.data
@@ -171,3 +168,23 @@ class Engine:
             if used and (tensor is None or tensor.shape[0] != rows):
                 found = "None" if tensor is None else f"{tensor.shape[0]} rows"
                 raise ConfigError(f"rank {self.rank} needs {name} of {rows} rows (batch_size / G_data), got {found}")
+
+
+class _Loss:
+    """The sum over all ranks of their part of the loss, under way."""
+
+    def __init__(
+        self, local: torch.Tensor | None, collectives: Collectives, world: Group, spans: SpanRecorder | None
+    ) -> None:
+        self._value = torch.zeros(1, dtype=torch.float64)
+        if local is not None:
+            self._value[0] = local
+        self._spans = spans if len(world.ranks) > 1 else None
+        self._work = collectives.all_reduce(self._value, world)
+
+    def wait(self) -> float:
+        start = SpanRecorder.now()
+        self._work.wait()
+        if self._spans is not None:
+            self._spans.add(SpanKind.ALL_REDUCE, start, self._spans.now())
+        return float(self._value)

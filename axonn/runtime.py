@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -100,10 +100,10 @@ def connect(grid: ProcessGrid, *, comm: MPI.Intracomm | None = None, timeout_s: 
         dist.destroy_process_group()
 
 
-def _rendezvous(world: MPI.Intracomm, timeout_s: float) -> object:
+def _rendezvous(world: MPI.Intracomm, timeout_s: float) -> Any:
     """A store on rank 0 that all ranks reach; its address travels over MPI."""
     from mpi4py import MPI
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     one_node = node.Get_size() == world.Get_size()
@@ -141,5 +141,3 @@ def _clock_offset(world: MPI.Intracomm) -> float:
             offset = min(rounds)[1]
     world.Barrier()
     return offset
-
-

@@ -1,4 +1,4 @@
-"""Trains a small GPT on a grid and returns what a serial run can be compared with. Runs on pool ranks and in process."""
+"""Trains a small GPT on a grid, over MPI or in process, and returns what a serial run can be compared with."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ class Case:
 
     @property
     def model(self) -> GPTConfig:
-        return GPTConfig(
-            name="test", layers=6, hidden=24, heads=3, seq_len=10, vocab=61, tied_head=self.tied
-        )
+        return GPTConfig(name="test", layers=6, hidden=24, heads=3, seq_len=10, vocab=61, tied_head=self.tied)
 
 
 @dataclass
@@ -63,9 +61,7 @@ def batch_of(case: Case, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def train(
-    case: Case, rank: int, transport: Transport | None, collectives: Collectives | None
-) -> Outcome:
+def train(case: Case, rank: int, transport: Transport | None, collectives: Collectives | None) -> Outcome:
     engine = Engine(
         GPT(case.model),
         grid=case.grid,
@@ -84,14 +80,10 @@ def train(
     for step in range(case.steps):
         inputs, targets = (t[rows.start : rows.stop] for t in batch_of(case, step))
         outcome.evaluations.append(
-            engine.evaluate_batch(
-                inputs if engine.is_first_stage else None, targets if engine.is_last_stage else None
-            )
+            engine.evaluate_batch(inputs if engine.is_first_stage else None, targets if engine.is_last_stage else None)
         )
         outcome.losses.append(
-            engine.train_batch(
-                inputs if engine.is_first_stage else None, targets if engine.is_last_stage else None
-            )
+            engine.train_batch(inputs if engine.is_first_stage else None, targets if engine.is_last_stage else None)
         )
         outcome.gradients.append({s.name: s.parameter.grad.clone() for s in engine.specs})
     outcome.parameters = {s.name: s.parameter.detach().clone() for s in engine.specs}
