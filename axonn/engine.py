@@ -8,6 +8,7 @@ from axonn.collectives import Collectives, Group, SerialCollectives
 from axonn.config import OptimizerConfig
 from axonn.errors import ConfigError, GridError
 from axonn.grid import AXES, ProcessGrid
+from axonn.inter_layer.accumulation import accumulate_in_place
 from axonn.inter_layer.executor import PipelineExecutor
 from axonn.inter_layer.stage import ParameterSpec, Stage, parameter_specs, stage_spans
 from axonn.models.base import PipelineModel
@@ -72,6 +73,7 @@ class Engine:
         self._world = self._collectives.axis_group(AXES)
         self.spans_of_stages = stage_spans(model, grid.inter)
         self.stage = Stage(model, self.spans_of_stages[self.here.inter], seed=seed, dtype=dtype, device=self.device)
+        accumulate_in_place(self.stage)
         self.specs: list[ParameterSpec] = parameter_specs(model, self.stage, self.spans_of_stages)
         if transport is not None:
             transport.spans = spans
