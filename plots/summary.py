@@ -1,0 +1,199 @@
+"""Tables of a figure's points, published, predicted and measured side by side: as rows, and on the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from statistics import mean, median
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from axonn.config import GPTConfig
+from axonn.perf.naive import naive_constant, naive_predict
+from axonn.records import Record, gpt_flops
+
+Key = tuple[str, str]
+"""(point, framework)"""
+DISTINCT = 0.05
+"""Published times that differ by less are taken for equal when orders are compared."""
+
+
+def key(record: Record) -> Key:
+    return record.point, record.ran.framework
+
+
+def group(records: Iterable[Record]) -> dict[Key, list[Record]]:
+    """Records that succeeded, by point and framework (a measured point may have been repeated)."""
+    groups: dict[Key, list[Record]] = {}
+    for record in records:
+        if record.failure is None:
+            groups.setdefault(key(record), []).append(record)
+    return groups
+
+
+def rows_of(published: Sequence[Record], others: Sequence[Record]) -> list[dict[str, Any]]:
+    """One row per kind, point and framework. Times are seconds; a repeated measurement counts with its median."""
+    reference = {key(r): r.batch_time_s for r in published}
+    rows = []
+    for kind in ("published", "predicted", "measured"):
+        for k, records in group(r for r in [*published, *others] if r.kind == kind).items():
+            first = records[0]
+            times = [r.batch_time_s for r in records if r.batch_time_s is not None]
+            known = reference.get(k) if kind != "published" else None
+            time = median(times)
+            row: dict[str, Any] = {
+                "framework": first.ran.framework,
+                "model": first.asked.model,
+                "gpus": first.asked.gpus,
+                "kind": kind,
+                "machine": first.machine.name,
+                "batch_time_s": time,
+                "pct_peak": first.pct_peak,
+                "published_s": known,
+                "error_pct": None if known is None else 100 * (time / known - 1),
+                "grid": first.ran.grid.model_dump(),
+                "microbatch_size": first.ran.microbatch_size,
+                "parts_s": first.parts_s or None,
+                "memory_bytes": max((r.memory_bytes for r in records if r.memory_bytes), default=None),
+                "source": first.source,
+                "note": first.note,
+            }
+            if kind == "measured":
+                row |= {
+                    "repeats_s": times,
+                    "tflops_per_gpu": median(r.tflops_per_gpu_without_recompute or 0.0 for r in records),
+                    "final_loss": first.losses[-1] if first.losses else None,
+                    "machine": first.machine.model_dump(exclude_none=True),
+                }
+            rows.append(row)
+    return rows
+
+
+def mape(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean absolute error in percent by kind, of each framework and of all."""
+    errors: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row["error_pct"] is not None:
+            of_kind = errors.setdefault(row["kind"], {})
+            for name in (row["framework"], "all"):
+                of_kind.setdefault(name, []).append(abs(row["error_pct"]))
+    return {kind: {name: mean(values) for name, values in of.items()} for kind, of in errors.items()}
+
+
+def wrong_orders(rows: Sequence[dict[str, Any]], kind: str) -> list[str]:
+    """Pairs of frameworks whose order at one size is another than the published one."""
+    found = []
+    mine = [r for r in rows if r["kind"] == kind and r["published_s"] is not None]
+    for a in mine:
+        for b in mine:
+            same = a["model"] == b["model"] and a["gpus"] == b["gpus"]
+            if same and a["published_s"] * (1 + DISTINCT) < b["published_s"] and a["batch_time_s"] >= b["batch_time_s"]:
+                found.append(f"{a['model']}: {a['framework']} is published faster than {b['framework']}, not {kind} so")
+    return found
+
+
+def naive(published: Sequence[Record], model_of: Callable[[str], GPTConfig]) -> dict[str, Any]:
+    """The constant-TFLOP/s predictor, fitted on the very points it predicts, for comparison with the model."""
+    batches = [
+        (
+            gpt_flops(
+                batch=r.asked.batch_size,
+                seq_len=r.asked.seq_len,
+                layers=r.asked.layers,
+                hidden=r.asked.hidden,
+                vocab=r.asked.vocab,
+            ),
+            r.asked.gpus,
+            r.batch_time_s or 0.0,
+        )
+        for r in published
+    ]
+    rate = naive_constant(batches)
+    rows = []
+    for r in published:
+        time = naive_predict(
+            model_of(r.asked.model), batch_size=r.asked.batch_size, gpus=r.asked.gpus, flops_per_s=rate
+        )
+        assert r.batch_time_s is not None
+        rows.append(
+            {
+                "framework": r.ran.framework,
+                "model": r.asked.model,
+                "gpus": r.asked.gpus,
+                "batch_time_s": time,
+                "error_pct": 100 * (time / r.batch_time_s - 1),
+            }
+        )
+    return {
+        "tflops_per_gpu": rate / 1e12,
+        "fitted_on": "the published points themselves",
+        "mape_pct": mean(abs(r["error_pct"]) for r in rows),
+        "rows": rows,
+    }
+
+
+def _table(title: str, *names: str) -> Table:
+    """An empty table that fits a terminal of 80 columns."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    return table
+
+
+def published_table(rows: Sequence[dict[str, Any]], constant: dict[str, Any]) -> Table:
+    """Published, predicted and, where a cluster's records were collected, measured times at the published scale."""
+    collected = any(r["kind"] == "measured" and r["published_s"] is not None for r in rows)
+    table = _table("At the published scale: seconds per batch", "model", "GPUs", "framework")
+    for name in ("published", "predicted", "error", *(["measured"] if collected else []), "constant", "error"):
+        table.add_column(name, justify="right")
+    by = {(r["kind"], r["model"], r["gpus"], r["framework"]): r for r in rows}
+    flat = {(r["model"], r["gpus"], r["framework"]): r for r in constant["rows"]}
+    previous = None
+    for row in (r for r in rows if r["kind"] == "published"):
+        where = (row["model"], row["gpus"], row["framework"])
+        if previous is not None and row["model"] != previous:
+            table.add_section()
+        previous = row["model"]
+        predicted = by.get(("predicted", *where))
+        measured = by.get(("measured", *where))
+        table.add_row(
+            str(row["model"]),
+            str(row["gpus"]),
+            str(row["framework"]),
+            f"{row['batch_time_s']:.1f}",
+            "-" if predicted is None else f"{predicted['batch_time_s']:.1f}",
+            "-" if predicted is None else f"{predicted['error_pct']:+.1f}%",
+            *(["-" if measured is None else f"{measured['batch_time_s']:.1f}"] if collected else []),
+            f"{flat[where]['batch_time_s']:.1f}",
+            f"{flat[where]['error_pct']:+.1f}%",
+        )
+    return table
+
+
+def measured_table(rows: Sequence[dict[str, Any]], failures: Sequence[Record]) -> Table:
+    """Measured times on this machine, with the spread of the repeats and the ratio to our engine."""
+    table = _table("On this machine: seconds per batch, median of the repeats", "model", "ranks", "framework")
+    for name in ("median", "least", "most", "vs AxoNN", "loss", "GFLOP/s/rank"):
+        table.add_column(name, justify="right")
+    mine = [r for r in rows if r["kind"] == "measured" and r["published_s"] is None]
+    ours = {(r["model"], r["gpus"]): r["batch_time_s"] for r in mine if r["framework"] == "AxoNN"}
+    for row in sorted(mine, key=lambda r: (r["gpus"], r["framework"])):
+        reference = ours.get((row["model"], row["gpus"]))
+        table.add_row(
+            str(row["model"]),
+            str(row["gpus"]),
+            str(row["framework"]),
+            f"{row['batch_time_s']:.3f}",
+            f"{min(row['repeats_s']):.3f}",
+            f"{max(row['repeats_s']):.3f}",
+            "-" if reference is None else f"{row['batch_time_s'] / reference:.3f}",
+            "-" if row["final_loss"] is None else f"{row['final_loss']:.4f}",
+            f"{1000 * row['tflops_per_gpu']:.1f}",
+        )
+    for record in failures:
+        assert record.failure is not None
+        table.add_row(
+            record.asked.model, str(record.asked.gpus), record.ran.framework, f"failed: {record.failure.cause}"
+        )
+    return table
