@@ -173,8 +173,10 @@ def published_table(rows: Sequence[dict[str, Any]], constant: dict[str, Any]) ->
 
 def measured_table(rows: Sequence[dict[str, Any]], failures: Sequence[Record]) -> Table:
     """Measured times on this machine, with the spread of the repeats and the ratio to our engine."""
-    table = _table("On this machine: seconds per batch, median of the repeats", "model", "ranks", "framework")
-    for name in ("median", "least", "most", "vs AxoNN", "loss", "GFLOP/s/rank"):
+    table = _table(
+        "On this machine: seconds per batch (ratio to AxoNN; GFLOP/s per rank)", "model", "ranks", "framework"
+    )
+    for name in ("median", "least", "most", "ratio", "loss", "GFLOP/s"):
         table.add_column(name, justify="right")
     mine = [r for r in rows if r["kind"] == "measured" and r["published_s"] is None]
     ours = {(r["model"], r["gpus"]): r["batch_time_s"] for r in mine if r["framework"] == "AxoNN"}

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from axonn.config import GPTConfig, GridConfig, ScheduleConfig, load_yaml
+from axonn.config import GPTConfig, GridConfig, ScheduleConfig
 from axonn.perf.machine import MachineFile, load_machine
-from axonn.perf.naive import naive_constant, naive_predict
 from axonn.perf.predict import Prediction, messages, predict, simulate_pipeline, stage_times, step_times
 from axonn.perf.strategy import Strategy
-from axonn.records import gpt_flops
+from axonn.records import read_records
 from axonn.trace import breakdown
+from experiments.definition import load_experiment, load_model, strategy_of
+from plots.summary import key, naive
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = ROOT / "results/published"
@@ -26,25 +27,7 @@ def rows_of(name: str) -> list[dict[str, str]]:
 
 
 def model_of(size: str) -> GPTConfig:
-    return load_yaml(ROOT / f"experiments/models/gpt-{size.lower()}.yaml", GPTConfig)
-
-
-def strategy_of(row: dict[str, str]) -> Strategy:
-    """Table II of IPDPS 2022, and what each framework is known to do."""
-    grid = GridConfig(data=int(row["G_data"]), inter=int(row["G_inter"]), col=int(row["G_intra"] or 1))
-    microbatch = int(row["microbatch"])
-    if row["framework"] == "AxoNN":
-        schedule = ScheduleConfig(in_flight_limit=grid.inter)
-        return Strategy(grid=grid, microbatch_size=microbatch, schedule=schedule, optimizer="offloaded")
-    return Strategy(
-        grid=grid,
-        order=("inter", "data", "row", "col"),
-        microbatch_size=microbatch,
-        schedule=ScheduleConfig(name="1f1b"),
-        blocking_messages=True,
-        message_library="nccl",
-        optimizer="sharded" if row["framework"] == "DeepSpeed" else "device",
-    )
+    return load_model(f"gpt-{size.lower()}")
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +38,16 @@ def machine() -> MachineFile:
 @pytest.fixture(scope="module")
 def weak_scaling(machine: MachineFile) -> dict[tuple[str, str], tuple[float, Prediction]]:
     """(size, framework) -> published seconds, prediction."""
-    return {
-        (r["model"], r["framework"]): (
-            float(r["batch_time_s_derived"]),
-            predict(model_of(r["model"]), machine, strategy_of(r), batch_size=BATCH),
-        )
-        for r in rows_of("ipdps22_fig9_weak_scaling.csv")
-    }
+    experiment = load_experiment(ROOT / "experiments/fig6.yaml")
+    published = {key(r): r.batch_time_s for r in read_records(ROOT / experiment.published)}
+    points = {}
+    for point in experiment.predicted.points:
+        seconds = published[f"{point.model}-{point.gpus}", point.framework]
+        assert seconds is not None
+        strategy = strategy_of(experiment.predicted, point, where="fig6.yaml")
+        prediction = predict(load_model(point.model), machine, strategy, batch_size=BATCH)
+        points[point.model.removeprefix("gpt-").upper(), point.framework] = (seconds, prediction)
+    return points
 
 
 Points = dict[tuple[str, str], tuple[float, Prediction]]
@@ -85,19 +71,10 @@ def test_frameworks_come_in_the_published_order(weak_scaling: Points, size: str)
 
 
 def test_the_model_beats_a_constant_rate(weak_scaling: Points) -> None:
-    gpus = {r["model"]: int(r["gpus"]) for r in rows_of("ipdps22_fig9_weak_scaling.csv")}
-    batches = []
-    for (size, _), (published, _) in weak_scaling.items():
-        m = model_of(size)
-        flops = gpt_flops(batch=BATCH, seq_len=m.seq_len, layers=m.layers, hidden=m.hidden, vocab=m.vocab)
-        batches.append((flops, gpus[size], published))
-    rate = naive_constant(batches)
-    naive = [
-        abs(naive_predict(model_of(size), batch_size=BATCH, gpus=gpus[size], flops_per_s=rate) / published - 1)
-        for (size, _), (published, _) in weak_scaling.items()
-    ]
-    ours = [abs(p.batch_time_s / published - 1) for published, p in weak_scaling.values()]
-    assert sum(ours) < 0.6 * sum(naive)
+    experiment = load_experiment(ROOT / "experiments/fig6.yaml")
+    constant = naive(read_records(ROOT / experiment.published), load_model)["mape_pct"]
+    ours = [100 * abs(p.batch_time_s / published - 1) for published, p in weak_scaling.values()]
+    assert sum(ours) / len(ours) < 0.6 * constant
 
 
 def test_parts_add_up_and_everything_fits(weak_scaling: Points) -> None:
