@@ -9,7 +9,10 @@ from pathlib import Path
 
 from axonn.config import TrainConfig
 from axonn.errors import LaunchError
+from axonn.grid import ProcessGrid
 from axonn.records import Asked, Failure, Ran, Record, gpt_flops, read_records, write_records
+from axonn.schedules import Direction
+from axonn.trace import breakdown, read_spans
 from experiments.definition import ROOT, Experiment, measured_configs
 from experiments.framework import Framework, load_framework
 from experiments.provenance import fingerprint, sources, this_machine
@@ -132,6 +135,23 @@ def compare_losses(records: list[tuple[Point, Record]], tolerance: float) -> lis
     return failures
 
 
+def _parts(point: Point) -> dict[str, float]:
+    """Seconds of a batch by part, mean over ranks and over the batches after warm-up; empty without spans."""
+    files = [point.folder / f"spans-{rank}.parquet" for rank in range(point.ranks)]
+    if not all(file.exists() for file in files):
+        return {}
+    spans = [s for file in files for s in read_spans(file) if s.step >= point.warmup]
+    grid = ProcessGrid(**point.config.grid.model_dump())
+    peers = {
+        (rank, direction): peer
+        for rank in range(grid.size)
+        for direction, step in ((Direction.FORWARD, -1), (Direction.BACKWARD, +1))
+        if (peer := grid.neighbour(rank, step)) is not None
+    }
+    batches = point.config.steps - point.warmup
+    return {name: seconds / batches for name, seconds in breakdown(spans, peer_of=peers)._asdict().items()}
+
+
 def _record(point: Point, framework: Framework, outcome: Outcome, command: str) -> Record:
     config = point.config
     model = config.model
@@ -174,6 +194,7 @@ def _record(point: Point, framework: Framework, outcome: Outcome, command: str) 
         batch_times_s=outcome.batch_times_s,
         warmup_batches=point.warmup,
         losses=outcome.losses,
+        parts_s=_parts(point) if mean is not None else {},
         memory_bytes=outcome.memory_bytes,
         tflops_formula=None if mean is None else "72bslh^2(1+s/6h)+6bshV (no recompute)",
         tflops_per_gpu_without_recompute=None if mean is None else flops / mean / point.ranks / 1e12,
