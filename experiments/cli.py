@@ -61,6 +61,10 @@ def run(
                 f"{state:6} {point.name}: {point.ranks} rank(s), {point.config.steps} batches", soft_wrap=True
             )
         return
+    if not resume:
+        # So that a fresh measurement which is interrupted goes on where it was, and does not mix with the old one.
+        for point in points:
+            point.record_file.unlink(missing_ok=True)
     missing = [p for p in points if p.name not in done]
     if not missing:
         newest = max(r.created or "" for r in done.values())
