@@ -28,6 +28,12 @@ def microbatches_of(*, batch_size: int, microbatch_size: int, grid: ProcessGrid)
     return batch_size // (grid.data * microbatch_size)
 
 
+def check_axes(grid: ProcessGrid) -> None:
+    """Raise `GridError` when the grid has an axis that the engine does not run yet."""
+    if grid.tensor > 1:
+        raise GridError(f"the engine runs data x inter-layer grids; set G_row and G_col of {grid} to 1")
+
+
 class Engine:
     """Trains `model` on one rank of `grid`, in step with the engines of the other ranks.
 
@@ -52,8 +58,7 @@ class Engine:
         seed: int = 0,
         spans: SpanRecorder | None = None,
     ) -> None:
-        if grid.tensor > 1:
-            raise GridError(f"the engine runs data x inter-layer grids; set G_row and G_col of {grid} to 1")
+        check_axes(grid)
         self.device = torch.device("cpu") if device is None else device
         if self.device.type != "cpu":
             raise ConfigError(f"the engine runs on 'cpu'; device '{self.device}' is not supported yet")

@@ -112,7 +112,13 @@ class ProcessGrid:
     def groups(self, axes: Iterable[Axis]) -> list[tuple[int, ...]]:
         """All disjoint groups along `axes`, ordered by their first rank."""
         wanted = tuple(axes)
-        return sorted({self.group(rank, wanted) for rank in range(self.size)})
+        found: list[tuple[int, ...]] = []
+        seen: set[int] = set()
+        for rank in range(self.size):
+            if rank not in seen:
+                found.append(self.group(rank, wanted))
+                seen.update(found[-1])
+        return found
 
     def neighbour(self, rank: int, step: int) -> int | None:
         """Rank `step` stages further along the pipeline, or None past its ends."""

@@ -10,6 +10,14 @@ from pathlib import Path
 
 from axonn.errors import LaunchError
 
+LAUNCHERS = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+    ("RANK", "WORLD_SIZE"),
+)
+"""Variables in which launchers tell a process its rank and the number of ranks."""
+
 
 def find_mpiexec() -> str:
     """The mpiexec beside the running Python, or the first on the path. Raises `LaunchError` when there is none."""
@@ -35,8 +43,12 @@ def mpiexec_command(ranks: int, command: Sequence[str], *, link_only: bool = Fal
 
 
 def rank_environment(base: Mapping[str, str], *, threads: int = 1) -> dict[str, str]:
-    """Environment for ranks that share this machine's cores: `threads` each, and Open MPI that yields when idle."""
-    env = dict(base)
+    """Environment for ranks that share this machine's cores: `threads` each, and Open MPI that yields when idle.
+
+    What an outer launcher says about this process is left out: the ranks are those of their own launcher.
+    """
+    outer = {name for names in LAUNCHERS for name in names}
+    env = {name: value for name, value in base.items() if name not in outer}
     env.update(
         OMP_NUM_THREADS=str(threads),
         MKL_NUM_THREADS=str(threads),

@@ -37,7 +37,8 @@ def random_bits(key: int, index: torch.Tensor) -> torch.Tensor:
 
 def uniform(key: int, index: torch.Tensor) -> torch.Tensor:
     """float64 values in the open interval (0, 1), one for each `index`."""
-    return (_shift_right(random_bits(key, index), 10).to(torch.float64) + 0.5) * 2.0**-53
+    # 52 bits: the half added to more of them would round the largest value up to 1.
+    return (_shift_right(random_bits(key, index), 11).to(torch.float64) + 0.5) * 2.0**-52
 
 
 def normal(key: int, index: torch.Tensor) -> torch.Tensor:

@@ -15,18 +15,13 @@ import torch
 from axonn.collectives import Collectives, SerialCollectives, TorchCollectives
 from axonn.errors import LaunchError
 from axonn.grid import AXES, ProcessGrid
+from axonn.launch import LAUNCHERS
 from axonn.trace import SpanRecorder
 from axonn.transport import Transport
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_LAUNCHERS = (
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("PMI_RANK", "PMI_SIZE"),
-    ("SLURM_PROCID", "SLURM_NTASKS"),
-    ("RANK", "WORLD_SIZE"),
-)
 _CLOCK_ROUNDS = 10
 
 
@@ -49,7 +44,7 @@ class Runtime:
 def launched_as(environment: Mapping[str, str] | None = None) -> tuple[int, int]:
     """(rank, number of ranks) as the launcher's environment says; (0, 1) without a launcher."""
     env = os.environ if environment is None else environment
-    for rank, size in _LAUNCHERS:
+    for rank, size in LAUNCHERS:
         if rank in env and size in env:
             return int(env[rank]), int(env[size])
     return 0, 1

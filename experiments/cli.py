@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -144,10 +145,12 @@ def train(
     """Train a model as a configuration says, on as many ranks as its grid has."""
     from axonn.config import TrainConfig, load_yaml
     from axonn.data.text import TextData
-    from axonn.engine import microbatches_of
+    from axonn.engine import check_axes, microbatches_of
+    from axonn.errors import LaunchError
     from axonn.grid import ProcessGrid
     from axonn.inter_layer.stage import stage_spans
     from axonn.models.gpt import GPT
+    from axonn.runtime import launched_as
     from axonn.schedules import make_schedule
     from experiments.runner import RUNS
     from experiments.supervisor import supervise
@@ -155,6 +158,14 @@ def train(
     config = load_yaml(config_file, TrainConfig)
     grid = ProcessGrid(**config.grid.model_dump())
     # Everything that can be wrong is found here, before ranks start.
+    # A batch script under Slurm has the variables of its whole job, and is run once all the same.
+    copies = launched_as({k: v for k, v in os.environ.items() if not k.startswith("SLURM_")})[1]
+    if copies > 1:
+        raise LaunchError(
+            f"the command was launched {copies} times, but starts the {grid.size} ranks of its grid itself; "
+            "run it once, without mpiexec"
+        )
+    check_axes(grid)
     count = microbatches_of(batch_size=config.batch_size, microbatch_size=config.microbatch_size, grid=grid)
     make_schedule(config.schedule.spec(), stage=0, stages=grid.inter, microbatches=count)
     stages = stage_spans(GPT(config.model), grid.inter)

@@ -4,10 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.rank_pool import RankPool
 
 torch.set_num_threads(1)
+# No test fails because a machine is slow.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

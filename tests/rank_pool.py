@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import secrets
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, wait
 from pathlib import Path
 from typing import Any
 
 from axonn.launch import mpiexec_command, rank_environment
 
 ROOT = Path(__file__).parent.parent
+_AFTER_ERROR_S = 3.0
+"""How long the other ranks are waited for once one has failed: they may be stuck waiting for it."""
 
 
 def _send(link: Connection, value: Any) -> None:
@@ -38,18 +41,28 @@ class RankPool:
         self._links: list[Connection] = []
 
     def start(self) -> None:
+        """Start the ranks and wait until each has reported. Raises `AssertionError` when the launcher gives up."""
         self._folder = tempfile.TemporaryDirectory(prefix="axonn-pool-")
         address = str(Path(self._folder.name) / "socket")
-        key = secrets.token_bytes(16)
-        listener = Listener(address, "AF_UNIX", backlog=self.size, authkey=key)
-        env = rank_environment(os.environ) | {"AXONN_POOL": address, "AXONN_POOL_KEY": key.hex()}
+        env = rank_environment(os.environ) | {"AXONN_POOL": address}
         command = mpiexec_command(self.size, [sys.executable, "-m", "tests.rank_pool"])
-        self._process = subprocess.Popen(command, env=env, cwd=ROOT)
         links = {}
-        for _ in range(self.size):
-            link = listener.accept()
-            links[_receive(link)] = link
-        listener.close()
+        with socket.socket(socket.AF_UNIX) as server:
+            # The folder is private to this user, so the socket needs no key.
+            server.bind(address)
+            server.listen(self.size)
+            server.settimeout(1.0)
+            self._process = subprocess.Popen(command, env=env, cwd=ROOT)
+            while len(links) < self.size:
+                try:
+                    client, _ = server.accept()
+                except TimeoutError:
+                    if self._process.poll() is not None:
+                        raise AssertionError(f"mpiexec ended with code {self._process.returncode}") from None
+                    continue
+                client.setblocking(True)
+                link = Connection(client.detach())
+                links[_receive(link)] = link
         self._links = [links[rank] for rank in range(self.size)]
 
     def run(self, function: Callable[..., Any], *args: Any, ranks: int, timeout_s: float = 120.0) -> list[Any]:
@@ -58,31 +71,44 @@ class RankPool:
             self.start()
         for link in self._links[:ranks]:
             _send(link, (function, args, ranks))
-        results, errors = [], []
-        for rank, link in enumerate(self._links[:ranks]):
-            if not link.poll(5.0 if errors else timeout_s):
-                errors.append(f"rank {rank} gave no answer")
-                continue
-            ok, value = _receive(link)
-            (results if ok else errors).append(value if ok else f"rank {rank}:\n{value}")
+        rank_of = {link: rank for rank, link in enumerate(self._links[:ranks])}
+        results: dict[int, Any] = {}
+        errors: list[str] = []
+        deadline = time.monotonic() + timeout_s
+        while rank_of and (ready := wait(list(rank_of), max(0.0, deadline - time.monotonic()))):
+            for link in ready:
+                assert isinstance(link, Connection)
+                rank = rank_of.pop(link)
+                try:
+                    ok, value = _receive(link)
+                except (EOFError, OSError):
+                    ok, value = False, "died"
+                if ok:
+                    results[rank] = value
+                else:
+                    errors.append(f"rank {rank}:\n{value}")
+                    deadline = min(deadline, time.monotonic() + _AFTER_ERROR_S)
+        errors += [f"rank {rank} gave no answer" for rank in rank_of.values()]
         if errors:
-            self.stop()  # The ranks that did not fail may be stuck; the next call starts anew.
+            self.stop(patience_s=0)  # The ranks that did not fail may be stuck; the next call starts anew.
             raise AssertionError("\n".join(errors))
-        return results
+        return [results[rank] for rank in range(ranks)]
 
-    def stop(self) -> None:
+    def stop(self, *, patience_s: float = 10.0) -> None:
+        """End the ranks, after `patience_s` by force."""
         if self._process is None:
             return
         for link in self._links:
             with contextlib.suppress(OSError):
                 _send(link, None)
             link.close()
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._process.terminate()
-            self._process.wait()
+        for end, seconds in ((lambda: None, patience_s), (self._process.terminate, 10.0), (self._process.kill, None)):
+            end()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(seconds)
+                break
         self._process = None
+        self._links = []
         self._folder.cleanup()
 
 
@@ -92,7 +118,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     world = MPI.COMM_WORLD
-    link = Client(os.environ["AXONN_POOL"], "AF_UNIX", authkey=bytes.fromhex(os.environ["AXONN_POOL_KEY"]))
+    link = Client(os.environ["AXONN_POOL"], "AF_UNIX")
     _send(link, world.Get_rank())
     while (job := _receive(link)) is not None:
         function, args, ranks = job

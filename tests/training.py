@@ -1,14 +1,15 @@
-"""Trains a small GPT on a grid, over MPI or in process, and returns what a serial run can be compared with."""
+"""Trains a small GPT on a grid, over MPI or in process, and compares every rank with a serial run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 
-from axonn.collectives import Collectives
-from axonn.config import GPTConfig
+from axonn.collectives import Call, Collectives
+from axonn.config import GPTConfig, OptimizerConfig
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
 from axonn.models.gpt import GPT
@@ -18,11 +19,16 @@ from axonn.trace import SpanRecorder
 from axonn.transport import InProcessCollectives, InProcessTransport, InProcessWorld, Transport
 
 STEPS = 5
+ROWS = 4
+"""Rows of one microbatch over all pipelines: every G_data of the tests divides it."""
+# None is a default, so an option that gets lost shows. Where a gradient is far below eps, Adam's step is proportional
+# to it; with the usual 1e-8 the step would be the sign of float32's rounding errors.
+OPTIMIZER = OptimizerConfig(lr=2e-3, betas=(0.85, 0.98), eps=1e-6, weight_decay=0.05)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One configuration. The batch has `data x microbatches` rows times `rows` of each microbatch."""
+    """One configuration. A batch has ROWS rows for each microbatch, whatever the grid."""
 
     data: int = 1
     inter: int = 1
@@ -32,12 +38,15 @@ class Case:
     pick: Any = "backward-first"
     dtype: str = "float64"
     tied: bool = False
-    batch: int = 8
     steps: int = STEPS
 
     @property
     def grid(self) -> ProcessGrid:
         return ProcessGrid(data=self.data, inter=self.inter)
+
+    @property
+    def batch(self) -> int:
+        return ROWS * self.microbatches
 
     @property
     def model(self) -> GPTConfig:
@@ -52,43 +61,75 @@ class Outcome:
     evaluations: list[float] = field(default_factory=list)
     gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    changed_by_evaluation: set[str] = field(default_factory=set)
+    calls: list[Call] = field(default_factory=list)
+    """Collectives issued by the last step's evaluation and training."""
     held: int = 0
 
 
 def batch_of(case: Case, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets of a whole batch."""
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(0, case.model.vocab, (case.batch, case.model.seq_len + 1), generator=generator)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def train(case: Case, rank: int, transport: Transport | None, collectives: Collectives | None) -> Outcome:
-    engine = Engine(
+def make_engine(case: Case, rank: int, transport: Transport | None, collectives: Collectives | None) -> Engine:
+    return Engine(
         GPT(case.model),
         grid=case.grid,
         rank=rank,
         batch_size=case.batch,
-        microbatch_size=case.batch // (case.data * case.microbatches),
+        microbatch_size=ROWS // case.data,
         transport=transport,
         collectives=collectives,
         schedule=ScheduleSpec(name=case.schedule, in_flight_limit=case.limit, pick=case.pick),
+        optimizer=OPTIMIZER,
         dtype=getattr(torch, case.dtype),
         seed=7,
         spans=SpanRecorder(rank),
     )
-    outcome = Outcome()
+
+
+def train_step(engine: Engine, case: Case, step: int, outcome: Outcome) -> None:
+    """Evaluate a batch, train on it, and note what this rank sees of both."""
     rows = engine.shard(0)
-    for step in range(case.steps):
-        inputs, targets = (t[rows.start : rows.stop] for t in batch_of(case, step))
-        outcome.evaluations.append(
-            engine.evaluate_batch(inputs if engine.is_first_stage else None, targets if engine.is_last_stage else None)
-        )
-        outcome.losses.append(
-            engine.train_batch(inputs if engine.is_first_stage else None, targets if engine.is_last_stage else None)
-        )
-        outcome.gradients.append({s.name: s.parameter.grad.clone() for s in engine.specs})
+    inputs, targets = (t[rows.start : rows.stop] for t in batch_of(case, step))
+    # A rank is given only what it is meant to need.
+    shard = inputs if engine.is_first_stage else None, targets if engine.is_last_stage else None
+    before = _state(engine)
+    outcome.evaluations.append(engine.evaluate_batch(*shard))
+    after = _state(engine)
+    outcome.changed_by_evaluation |= {
+        name for name in before.keys() | after.keys() if not _same(before.get(name), after.get(name))
+    }
+    outcome.losses.append(engine.train_batch(*shard))
+    outcome.gradients.append({s.name: s.parameter.grad.clone() for s in engine.specs if s.parameter.grad is not None})
     outcome.parameters = {s.name: s.parameter.detach().clone() for s in engine.specs}
     outcome.held = engine.held_microbatches
+
+
+def train(case: Case, rank: int, transport: Transport | None, collectives: Collectives | None) -> Outcome:
+    engine = make_engine(case, rank, transport, collectives)
+    outcome = Outcome()
+    for step in range(case.steps):
+        before = len(collectives.calls) if collectives is not None else 0
+        train_step(engine, case, step, outcome)
+        outcome.calls = collectives.calls[before:] if collectives is not None else []
     return outcome
+
+
+def _state(engine: Engine) -> dict[str, torch.Tensor | None]:
+    state: dict[str, torch.Tensor | None] = {}
+    for spec in engine.specs:
+        gradient = spec.parameter.grad
+        state[spec.name] = spec.parameter.detach().clone()
+        state[f"gradient of {spec.name}"] = None if gradient is None else gradient.clone()
+    return state
+
+
+def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 def train_over_mpi(comm: Any, case: Case) -> Outcome:
@@ -111,6 +152,12 @@ def train_in_process(case: Case, *, order_seed: int | None = None) -> list[Outco
 
 def serial_reference(case: Case) -> Outcome:
     """The same training in a plain PyTorch loop over the whole batch: no engine, no schedule, no microbatches."""
+    return _serial(case.microbatches, case.tied, case.dtype, case.steps)
+
+
+@cache
+def _serial(microbatches: int, tied: bool, dtype_name: str, steps: int) -> Outcome:
+    case = Case(microbatches=microbatches, tied=tied, dtype=dtype_name, steps=steps)
     model = GPT(case.model)
     dtype = getattr(torch, case.dtype)
     modules = {layer.name: layer.build().to(dtype) for layer in model.layers}
@@ -120,7 +167,7 @@ def serial_reference(case: Case) -> Outcome:
         del named["head.output.weight"]
     for name, parameter in named.items():
         model.initialise(name, parameter, seed=7)
-    optimizer = torch.optim.AdamW(named.values(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(named.values(), **OPTIMIZER.model_dump())
     outcome = Outcome()
     for step in range(case.steps):
         x, targets = batch_of(case, step)
@@ -131,7 +178,7 @@ def serial_reference(case: Case) -> Outcome:
         loss.backward()
         optimizer.step()
         outcome.losses.append(loss.item())
-        outcome.gradients.append({n: p.grad.clone() for n, p in named.items()})
+        outcome.gradients.append({n: p.grad.clone() for n, p in named.items() if p.grad is not None})
     outcome.evaluations = outcome.losses
     outcome.parameters = {n: p.detach().clone() for n, p in named.items()}
     return outcome

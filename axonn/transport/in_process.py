@@ -45,7 +45,10 @@ class InProcessWorld:
         self._live: set[int] = set(range(size))
         self._failure: BaseException | None = None
         self.mailboxes: list[dict[tuple[int, Direction], deque[Message]]] = [{} for _ in range(size)]
-        self.rendezvous: dict[tuple[tuple[int, ...], int], list[torch.Tensor]] = {}
+        self.rendezvous: dict[tuple[tuple[int, ...], int], list[torch.Tensor | None]] = {}
+        """Contributions to each collective under way, by its ranks and its number among the collectives of these."""
+        self.calls: list[dict[tuple[int, ...], int]] = [{} for _ in range(size)]
+        """Collectives that each rank has issued so far, by their ranks: of all grids of the process together."""
 
     def run(self, function: Callable[[int], T]) -> list[T]:
         """Results of `function(rank)` by rank. Raises what the first failing rank raised."""
@@ -139,11 +142,13 @@ class InProcessTransport(Transport):
 
     def wait(self) -> list[Message]:
         what = ", ".join(f"{left} {key[1].name.lower()} from {key[0]}" for key, left in self._expected.items() if left)
+        if not what:
+            raise TransportError(f"rank {self.rank} waits for a message, but none is expected")
         while True:
             arrived = self.poll()
             if arrived:
                 return arrived
-            self._world.until(self.rank, self._has_mail, f"messages ({what or 'none expected'})")
+            self._world.until(self.rank, self._has_mail, f"messages ({what})")
 
     def _has_mail(self) -> bool:
         boxes = self._world.mailboxes[self.rank]
@@ -167,25 +172,27 @@ class InProcessCollectives(Collectives):
     def __init__(self, world: InProcessWorld, grid: ProcessGrid, rank: int) -> None:
         super().__init__(grid, rank)
         self._world = world
-        self._calls: dict[tuple[int, ...], int] = {}
 
     def _group(self, ranks: tuple[int, ...], axes: Sequence[Axis] | None) -> Any:
         return None
 
     def _all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation) -> Work:
-        number = self._calls.get(group.ranks, 0)
-        self._calls[group.ranks] = number + 1
-        parts = self._world.rendezvous.setdefault((group.ranks, number), [torch.empty(0)] * len(group.ranks))
+        calls = self._world.calls[self.rank]
+        number = calls.get(group.ranks, 0)
+        calls[group.ranks] = number + 1
+        parts = self._world.rendezvous.setdefault((group.ranks, number), [None] * len(group.ranks))
         parts[group.ranks.index(self.rank)] = tensor.clone()
 
         def complete() -> bool:
-            return all(p.shape == tensor.shape for p in parts)
+            return all(part is not None for part in parts)
 
         def finish() -> None:
             if not complete():
                 self._world.until(self.rank, complete, f"all-reduce {number} of ranks {group.ranks}")
-            total = parts[0].clone()
-            for part in parts[1:]:
+            # Whoever comes here first takes it off the table; the others hold their own reference.
+            self._world.rendezvous.pop((group.ranks, number), None)
+            total, *others = (part for part in parts if part is not None)
+            for part in others:
                 total = total + part if operation == "sum" else torch.maximum(total, part)
             tensor.copy_(total)
 

@@ -107,7 +107,10 @@ class MPITransport(Transport):
             arrived = self.poll()
             if arrived:
                 return arrived
-            if all(i.request is None for i in self._incoming.values()):
+            with self._lock:
+                # The thread may have taken the last message since.
+                nothing = not self._arrived and all(i.request is None for i in self._incoming.values())
+            if nothing:
                 raise TransportError(f"rank {self.rank} waits for a message, but none is expected")
             self._back_off(spins)
             spins += 1

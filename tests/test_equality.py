@@ -1,0 +1,273 @@
+"""Training on a grid equals serial training: losses, gradients of every step, parameters, on every rank.
+
+Errors are relative to the largest value of the tensor (gradients: of the layer), never elementwise. In float32 the
+reference is the serial run in float32: it starts from the same rounded weights and computes the same function with
+roundings of the same size, so the bound measures what the grid adds; against float64 it would measure float32 itself.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from mpi4py import MPI
+
+from axonn.collectives import TorchCollectives
+from axonn.runtime import connect
+from axonn.transport import InProcessCollectives, InProcessTransport, InProcessWorld
+from axonn.transport.mpi import MPITransport
+from tests.pairwise import full_product, pairs_of, pairwise_cover
+from tests.rank_pool import RankPool
+from tests.training import (
+    Case,
+    Outcome,
+    make_engine,
+    serial_reference,
+    train_in_process,
+    train_over_mpi,
+    train_step,
+)
+
+GRADIENT_BOUND = {"float64": 1e-12, "float32": 1e-5}
+PARAMETER_BOUND = {"float64": 1e-10, "float32": 1e-3}
+# The gradient of the key bias is zero, since softmax does not see it: what is computed is rounding.
+KEY_BIAS_BOUND = {"float64": 1e-14, "float32": 1e-6}
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "message-driven": {},
+    "message-driven, one in flight": {"limit": 1, "pick": "forward-first"},
+    "message-driven, by arrival": {"limit": 3, "pick": "arrival-order"},
+    "gpipe": {"schedule": "gpipe"},
+    "1f1b": {"schedule": "1f1b"},
+}
+PARAMETERS = {
+    "grid": [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4)],
+    "schedule": list(SCHEDULES),
+    "transport": ["mpi", "in-process"],
+    "microbatches": list(range(1, 9)),
+    "dtype": ["float64", "float32"],
+    "tied": [False, True],
+}
+
+
+def at_most_eight_ranks(row: dict[str, Any]) -> bool:
+    data, inter = row["grid"]
+    return bool(data * inter <= 8)
+
+
+def name_of(row: dict[str, Any]) -> str:
+    (data, inter), head = row["grid"], "tied" if row["tied"] else "untied"
+    return f"{data}x{inter}-{row['schedule']}-{row['transport']}-{row['microbatches']}mb-{row['dtype']}-{head}"
+
+
+COVER = pairwise_cover(PARAMETERS, at_most_eight_ranks)
+REST = [row for row in full_product(PARAMETERS, at_most_eight_ranks) if row not in COVER]
+
+
+def check_row(row: dict[str, Any], pool: RankPool) -> None:
+    data, inter = row["grid"]
+    case = Case(
+        data=data,
+        inter=inter,
+        microbatches=row["microbatches"],
+        dtype=row["dtype"],
+        tied=row["tied"],
+        **SCHEDULES[row["schedule"]],
+    )
+    if row["transport"] == "mpi":
+        outcomes = pool.run(train_over_mpi, case, ranks=case.grid.size)
+    else:
+        outcomes = train_in_process(case, order_seed=case.microbatches)
+    check_every_rank(case, outcomes)
+
+
+def check_every_rank(case: Case, outcomes: Sequence[Outcome]) -> None:
+    """Compare each rank's own losses, gradients and parameters with the serial run's."""
+    reference = serial_reference(case)
+    assert len(outcomes) == case.grid.size
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.losses == pytest.approx(reference.losses, rel=GRADIENT_BOUND[case.dtype], abs=0), rank
+        assert outcome.evaluations == pytest.approx(reference.losses, rel=GRADIENT_BOUND[case.dtype], abs=0), rank
+        assert len(outcome.losses) == len(outcome.gradients) == case.steps
+        assert outcome.changed_by_evaluation == set(), rank
+        assert outcome.held == 0, rank
+        for step in range(case.steps):
+            check_gradients(case, rank, step, outcome.gradients[step], reference.gradients[step])
+        check_parameters(case, rank, outcome.parameters, reference.parameters)
+        assert outcome.gradients[-1].keys() == outcome.parameters.keys()
+    for replica in range(case.data):
+        ranks = [case.grid.rank(data=replica, inter=stage) for stage in range(case.inter)]
+        owned = [serial_name(case, name) for rank in ranks for name in outcomes[rank].parameters]
+        assert set(owned) == set(reference.parameters)
+        # Only a tied weight lies on two stages.
+        assert len(owned) - len(set(owned)) == (1 if case.tied and case.inter > 1 else 0)
+
+
+def serial_name(case: Case, name: str) -> str:
+    return "embedding.tokens.weight" if case.tied and name == "head.output.weight" else name
+
+
+def key_part(name: str, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The tensor without its key bias, and the key bias (the middle third of a fused QKV bias) if it has one."""
+    if not name.endswith("attention.qkv.bias"):
+        return value, None
+    query, key, values = value.chunk(3)
+    return torch.cat([query, values]), key
+
+
+def largest(value: torch.Tensor) -> float:
+    return float(value.abs().max())
+
+
+def check_gradients(
+    case: Case, rank: int, step: int, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
+) -> None:
+    largest_of: dict[str, float] = defaultdict(float)
+    for name, gradient in theirs.items():
+        layer = name.partition(".")[0]
+        largest_of[layer] = max(largest_of[layer], largest(gradient))
+    for name, gradient in ours.items():
+        serial = serial_name(case, name)
+        value, key = key_part(name, gradient)
+        error = largest(value - key_part(name, theirs[serial])[0]) / largest_of[serial.partition(".")[0]]
+        assert error <= GRADIENT_BOUND[case.dtype], f"gradient of {name} on rank {rank} in step {step}: {error:.1e}"
+        assert key is None or largest(key) <= KEY_BIAS_BOUND[case.dtype], f"{name} on rank {rank} in step {step}"
+
+
+def check_parameters(case: Case, rank: int, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    for name, parameter in ours.items():
+        assert parameter.dtype == getattr(torch, case.dtype)
+        value, key = key_part(name, parameter)
+        reference, _ = key_part(name, theirs[serial_name(case, name)])
+        error = largest(value - reference) / largest(reference)
+        assert error <= PARAMETER_BOUND[case.dtype], f"{name} on rank {rank}: {error:.1e}"
+        assert key is None or largest(key) <= KEY_BIAS_BOUND[case.dtype], f"{name} on rank {rank}"
+
+
+@pytest.mark.parametrize("row", COVER, ids=name_of)
+def test_a_grid_trains_like_one_rank(row: dict[str, Any], pool: RankPool) -> None:
+    check_row(row, pool)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("row", REST, ids=name_of)
+def test_every_grid_trains_like_one_rank(row: dict[str, Any], pool: RankPool) -> None:
+    check_row(row, pool)
+
+
+def test_the_cover_has_every_pair_of_values() -> None:
+    numbers = [{name: PARAMETERS[name].index(value) for name, value in row.items()} for row in COVER]
+    covered = set().union(*(pairs_of(row) for row in numbers))
+    wanted = 0
+    for (one, values), (other, others) in combinations(PARAMETERS.items(), 2):
+        allowed = [(i, j) for i in range(len(values)) for j in range(len(others))]
+        allowed = [p for p in allowed if (values[p[0]] if one == "grid" else ()) != (4, 4)]
+        wanted += len(allowed)
+        assert {((one, i), (other, j)) for i, j in allowed} <= covered
+    assert len(covered) == wanted
+    assert len(COVER) < len(REST) / 20
+
+
+def test_the_references_differ_from_each_other() -> None:
+    """The comparison can fail: other microbatch counts, heads and steps are other runs."""
+    case = Case(microbatches=2)
+    wrong = serial_reference(Case(microbatches=3))
+    with pytest.raises(AssertionError):
+        check_every_rank(case, [wrong])
+    short = serial_reference(Case(microbatches=2, steps=4))
+    right = serial_reference(case)
+    check_every_rank(case, [right])
+    with pytest.raises(AssertionError, match="on rank 0"):
+        check_parameters(case, 0, short.parameters, right.parameters)
+    with pytest.raises(AssertionError, match="on rank 0 in step 0"):
+        check_gradients(case, 0, 0, right.gradients[1], right.gradients[0])
+
+
+# --- the same bits
+
+
+def check_same_bits(one: Sequence[Outcome], other: Sequence[Outcome]) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert a.losses == b.losses
+        assert a.evaluations == b.evaluations
+        for ours, theirs in [*zip(a.gradients, b.gradients, strict=True), (a.parameters, b.parameters)]:
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+REPEATED = Case(data=2, inter=4, microbatches=7, dtype="float32", tied=True)
+
+
+def test_a_run_over_mpi_repeats_to_the_bit(pool: RankPool) -> None:
+    first, second = (pool.run(train_over_mpi, REPEATED, ranks=8) for _ in range(2))
+    check_same_bits(first, second)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_order_of_messages_does_not_change_a_bit(schedule: str) -> None:
+    case = Case(data=2, inter=4, microbatches=6, dtype="float32", steps=2, **SCHEDULES[schedule])
+    first = train_in_process(case)
+    check_same_bits(first, train_in_process(case))
+    for seed in range(4):
+        check_same_bits(first, train_in_process(case, order_seed=seed))
+
+
+def test_replicas_stay_the_same_to_the_bit(pool: RankPool) -> None:
+    outcomes = pool.run(train_over_mpi, REPEATED, ranks=8)
+    for stage in range(4):
+        first, second = (outcomes[REPEATED.grid.rank(data=d, inter=stage)].parameters for d in range(2))
+        assert all(torch.equal(first[name], second[name]) for name in first | second)
+    ends = [outcomes[REPEATED.grid.rank(inter=stage)].parameters for stage in (0, 3)]
+    assert torch.equal(ends[0]["embedding.tokens.weight"], ends[1]["head.output.weight"])
+
+
+# --- two grids in one process
+
+TOGETHER = (Case(data=2, inter=2, microbatches=3), Case(inter=4, microbatches=5, tied=True, schedule="1f1b"))
+
+
+def train_two_grids_over_mpi(comm: MPI.Intracomm) -> list[Outcome]:
+    """A job of the rank pool: engines on two grids over the same ranks take turns."""
+    outcomes = [Outcome() for _ in TOGETHER]
+    with connect(TOGETHER[0].grid, comm=comm) as runtime:
+        second = MPITransport(comm)
+        other = TorchCollectives(TOGETHER[1].grid, runtime.rank)
+        engines = [
+            make_engine(TOGETHER[0], runtime.rank, runtime.transport, runtime.collectives),
+            make_engine(TOGETHER[1], runtime.rank, second, other),
+        ]
+        for step in range(TOGETHER[0].steps):
+            for engine, case, outcome in zip(engines, TOGETHER, outcomes, strict=True):
+                train_step(engine, case, step, outcome)
+        second.close()
+    return outcomes
+
+
+def test_two_grids_take_turns_over_mpi(pool: RankPool) -> None:
+    by_rank = pool.run(train_two_grids_over_mpi, ranks=4)
+    for number, case in enumerate(TOGETHER):
+        check_every_rank(case, [outcomes[number] for outcomes in by_rank])
+
+
+@pytest.mark.parametrize("cases", [TOGETHER, (TOGETHER[0], TOGETHER[0])], ids=["two grids", "one grid twice"])
+def test_two_engines_take_turns_in_process(cases: Sequence[Case]) -> None:
+    world = InProcessWorld(4, order_seed=5)
+
+    def body(rank: int) -> list[Outcome]:
+        engines = [
+            make_engine(case, rank, InProcessTransport(world, rank), InProcessCollectives(world, case.grid, rank))
+            for case in cases
+        ]
+        outcomes = [Outcome() for _ in cases]
+        for step in range(cases[0].steps):
+            for engine, case, outcome in zip(engines, cases, outcomes, strict=True):
+                train_step(engine, case, step, outcome)
+        return outcomes
+
+    by_rank = world.run(body)
+    for number, case in enumerate(cases):
+        check_every_rank(case, [outcomes[number] for outcomes in by_rank])

@@ -1,0 +1,362 @@
+"""What goes wrong ends the whole run soon, says what it was, keeps what is done and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import experiments.supervisor
+from axonn.config import DataConfig, GPTConfig, GridConfig, OptimizerConfig, TrainConfig
+from axonn.errors import LaunchError
+from experiments import cli, definition, runner
+from experiments.supervisor import Outcome, supervise
+
+AXONN = Path(sys.executable).parent / "axonn"
+END_S = 30.0
+"""From the death of a rank to the end of the run. A promise of the suite, not a guess about the machine."""
+ENDLESS = 1_000_000
+
+
+def tiny(*, inter: int = 2, steps: int = ENDLESS, **changes: Any) -> TrainConfig:
+    return TrainConfig(
+        model=GPTConfig(name="tiny", layers=2, hidden=16, heads=2, seq_len=16, vocab=256),
+        grid=GridConfig(inter=inter),
+        batch_size=8,
+        microbatch_size=2,
+        steps=steps,
+        **changes,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Live processes (launcher and ranks) whose command line names the run folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+            state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue  # ended meanwhile
+        if str(folder).encode() in command and state not in "ZX":
+            found.append(int(process.name))
+    return found
+
+
+def nothing_runs(folder: Path) -> bool:
+    end = time.monotonic() + 10.0  # what was killed may take a moment to vanish
+    while (left := processes_of(folder)) and time.monotonic() < end:
+        time.sleep(0.1)
+    return not left
+
+
+class Harm:
+    """Sends a signal to a rank once `after` batches are done, and remembers when."""
+
+    def __init__(self, folder: Path, number: signal.Signals, *, rank: int, after: int = 2) -> None:
+        self.folder, self.number, self.rank, self.after = folder, number, rank, after
+        self.at: float | None = None
+        self.batches = 0
+
+    def __call__(self, done: int) -> None:
+        self.batches = max(self.batches, done)
+        if self.at is None and done >= self.after:
+            assert processes_of(self.folder), "nothing_runs would not see the ranks"
+            pid = json.loads((self.folder / f"rank-{self.rank}.json").read_text())["pid"]
+            os.kill(pid, self.number)
+            self.at = time.monotonic()
+
+    @property
+    def seconds_ago(self) -> float:
+        assert self.at is not None
+        return time.monotonic() - self.at
+
+
+def check_batches(outcome: Outcome, at_least: int) -> None:
+    assert len(outcome.batch_times_s) == len(outcome.losses) >= at_least
+    assert all(seconds > 0 for seconds in outcome.batch_times_s)
+    assert all(0 < loss < 10 for loss in outcome.losses)
+
+
+def test_a_run_without_faults_has_no_failure(folder: Path) -> None:
+    """And what an earlier run left in the folder is not taken for its own."""
+    folder.mkdir()
+    (folder / "rank-1.json").write_text(json.dumps({"state": "failed", "time": 0, "cause": "nan", "detail": "old"}))
+    (folder / "batches.jsonl").write_text('{"step": 0, "loss": 99.0, "seconds": 1.0}\n')
+    counts: list[int] = []
+    outcome = supervise("axonn", tiny(steps=3), folder, on_batch=counts.append)
+    assert outcome.failure is None
+    assert len(outcome.losses) == 3
+    check_batches(outcome, 3)
+    assert outcome.memory_bytes is not None
+    assert 10 << 20 < outcome.memory_bytes < 10 << 30
+    assert all(a < b <= 3 for a, b in pairwise(counts))
+    assert nothing_runs(folder)
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_killed_rank_ends_the_run_and_is_named(folder: Path, rank: int) -> None:
+    harm = Harm(folder, signal.SIGKILL, rank=rank)
+    outcome = supervise("axonn", tiny(), folder, on_batch=harm, timeout_s=200)
+    assert harm.seconds_ago < END_S
+    assert outcome.failure is not None
+    assert (outcome.failure.cause, outcome.failure.rank) == ("dead-rank", rank)
+    assert f"rank {rank} was killed by SIGKILL" in outcome.failure.detail
+    check_batches(outcome, harm.batches)
+    assert nothing_runs(folder)
+
+
+def test_a_killed_single_rank_is_named(folder: Path) -> None:
+    harm = Harm(folder, signal.SIGSEGV, rank=0)
+    outcome = supervise("axonn", tiny(inter=1), folder, on_batch=harm, timeout_s=200)
+    assert harm.seconds_ago < END_S
+    assert outcome.failure is not None
+    assert (outcome.failure.cause, outcome.failure.rank) == ("dead-rank", 0)
+    assert "SIGSEGV" in outcome.failure.detail
+    check_batches(outcome, harm.batches)
+    assert nothing_runs(folder)
+
+
+def test_a_stopped_rank_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiments.supervisor, "SILENCE_S", 6.0)
+    harm = Harm(folder, signal.SIGSTOP, rank=1)
+    outcome = supervise("axonn", tiny(), folder, on_batch=harm, timeout_s=200)
+    assert outcome.failure is not None
+    assert (outcome.failure.cause, outcome.failure.rank) == ("dead-rank", 1)
+    assert "rank 1 gave no sign of life" in outcome.failure.detail
+    check_batches(outcome, harm.batches)
+    assert nothing_runs(folder)
+
+
+def test_a_stopped_rank_is_given_up_within_the_promise() -> None:
+    assert experiments.supervisor.SILENCE_S + 2 * experiments.supervisor._GRACE_S < END_S
+
+
+def test_a_loss_that_is_not_a_number_is_a_failure_of_its_own(folder: Path) -> None:
+    outcome = supervise("axonn", tiny(optimizer=OptimizerConfig(lr=1e30)), folder, timeout_s=200)
+    assert outcome.failure is not None
+    assert outcome.failure.cause == "nan"
+    assert "lower optimizer.lr" in outcome.failure.detail
+    # The diverged batch is kept too: it shows when.
+    assert len(outcome.losses) >= 2
+    assert outcome.losses[0] == pytest.approx(5.5, abs=0.5)
+    assert nothing_runs(folder)
+
+
+def test_a_run_that_takes_too_long_is_ended(folder: Path) -> None:
+    outcome = supervise("axonn", tiny(), folder, timeout_s=8)
+    assert outcome.failure is not None
+    assert (outcome.failure.cause, outcome.failure.rank) == ("timeout", None)
+    assert "not finished after 8 s" in outcome.failure.detail
+    assert all(0 < loss < 10 for loss in outcome.losses)
+    assert nothing_runs(folder)
+
+
+def test_an_error_on_the_ranks_is_told(folder: Path) -> None:
+    outcome = supervise("axonn", tiny(data=DataConfig(path="none.txt")), folder, timeout_s=200)
+    assert outcome.failure is not None
+    assert outcome.failure.cause == "error"
+    assert outcome.failure.rank in (0, 1)
+    assert "DataError: none.txt: cannot be read" in outcome.failure.detail
+    assert "Traceback" in (folder / "log.txt").read_text()
+    assert nothing_runs(folder)
+
+
+def test_an_interruption_leaves_no_ranks(folder: Path) -> None:
+    def interrupt(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        supervise("axonn", tiny(), folder, on_batch=interrupt, timeout_s=200)
+    assert (folder / "batches.jsonl").read_text()
+    assert nothing_runs(folder)
+
+
+# --- bad input on the command line
+
+
+class CommandLine:
+    """The `axonn` command inside of this process, its results and run folders in a folder of their own."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.root, self._monkeypatch, self._capsys = root, monkeypatch, capsys
+        monkeypatch.setattr(runner, "ROOT", root)
+        monkeypatch.setattr(runner, "RUNS", root / "runs")
+        monkeypatch.setattr(runner, "MEASURED", root / "measured")
+
+    def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
+        """(exit code, standard output, standard error)"""
+        self._monkeypatch.setattr(sys, "argv", ["axonn", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        return code, *self._capsys.readouterr()
+
+    def config(self, **changes: Any) -> Path:
+        """A configuration file for `axonn train`."""
+        content = tiny(inter=1, steps=2).model_dump(mode="json") | changes
+        path = self.root / "config.yaml"
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        return path
+
+    def experiment(self, **measured: Any) -> Path:
+        """A small experiment file for `axonn run`."""
+        content = yaml.safe_load((definition.HERE / "fig6.yaml").read_text(encoding="utf-8"))
+        content["measured"] |= {
+            "frameworks": ["axonn"],
+            "layers_per_rank": 1,
+            "hidden": 16,
+            "heads": 2,
+            "seq_len": 16,
+            "vocab": 256,
+            "microbatch_size": 2,
+            "min_microbatches": 2,
+            "microbatches_per_rank": 1,
+            "batches": 3,
+            "repeats": 1,
+            "max_ranks": 1,
+        } | measured
+        path = self.root / "experiment.yaml"
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        return path
+
+    def refuses(self, message: str, *arguments: str | Path) -> None:
+        """The command fails with a one-line error that contains `message`, and leaves the folder as it was."""
+        before = {p: p.read_bytes() if p.is_file() else None for p in self.root.rglob("*")}
+        code, _, error = self(*arguments)
+        assert code == 2
+        assert message in error
+        assert error.startswith("error: ")
+        assert len(error.splitlines()) == 1
+        assert {p: p.read_bytes() if p.is_file() else None for p in self.root.rglob("*")} == before
+
+
+@pytest.fixture
+def axonn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 9}, "batch_size 9 is not a multiple of G_data x microbatch_size = 1 x 2 = 2"),
+        ({"grid": {"data": 3}}, "batch_size 8 is not a multiple of G_data x microbatch_size = 3 x 2 = 6"),
+        ({"grid": {"inter": 5}}, "5 stages need at least 5 layers, the model has 4; lower G_inter"),
+        ({"grid": {"row": 2}}, "set G_row and G_col"),
+        ({"grid": {"data": 0}}, "'grid.data'"),
+        ({"schedule": {"name": "1f2b"}}, "unknown schedule '1f2b'; known are message-driven, gpipe, 1f1b"),
+        ({"schedule": {"name": "gpipe", "in_flight_limit": 2}}, "'gpipe' has no in_flight_limit"),
+        ({"data": {"path": "none.txt"}}, "none.txt: cannot be read"),
+        ({"data": {"path": "."}}, ".: cannot be read"),
+        ({"batchsize": 8}, "unknown key 'batchsize'; did you mean 'batch_size'?"),
+        ({"steps": "many"}, "'steps'"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_one_line_and_leaves_nothing(axonn: CommandLine, changes: dict[str, Any], message: str) -> None:
+    axonn.refuses(message, "train", axonn.config(**changes))
+
+
+def test_data_that_does_not_suit_the_model_is_refused(axonn: CommandLine) -> None:
+    text = axonn.root / "text"
+    text.write_bytes(b"too short")
+    axonn.refuses("9 tokens are fewer than seq_len + 1 = 17", "train", axonn.config(data={"path": str(text)}))
+
+
+def test_a_configuration_that_is_not_there_is_refused(axonn: CommandLine) -> None:
+    axonn.refuses("none.yaml: cannot be read", "train", "none.yaml")
+
+
+def test_several_ranks_without_mpi_are_refused(axonn: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/bin/python")
+    monkeypatch.setenv("PATH", str(axonn.root))
+    config = axonn.config(grid={"inter": 2})
+    axonn.refuses("there is no mpiexec: several ranks need MPI; install it with pip install", "train", config)
+    with pytest.raises(LaunchError, match="there is no mpiexec"):
+        supervise("axonn", tiny(), axonn.root / "run")
+    assert not (axonn.root / "run").exists()
+
+
+def test_a_command_that_the_launcher_started_several_times_is_refused(
+    axonn: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
+    message = "was launched 3 times, but starts the 2 ranks of its grid itself; run it once, without mpiexec"
+    axonn.refuses(message, "train", axonn.config(grid={"inter": 2}))
+
+
+def test_a_single_rank_runs_inside_the_allocation_of_a_batch_system(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch script sees the variables of the whole job; a rank that it starts is not rank 0 of these four."""
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    outcome = supervise("axonn", tiny(inter=1, steps=2), folder, timeout_s=200)
+    assert outcome.failure is None
+    assert len(outcome.losses) == 2
+
+
+def test_an_experiment_with_a_misspelt_key_is_refused(axonn: CommandLine) -> None:
+    axonn.refuses("'measured.repeat'; did you mean 'repeats'?", "run", axonn.experiment(repeat=2))
+    axonn.refuses("experiment.yaml: cannot be read", "predict", axonn.root / "none" / "experiment.yaml")
+
+
+def test_an_unknown_framework_is_refused(axonn: CommandLine) -> None:
+    axonn.refuses("unknown framework 'axon'; known are axonn", "run", axonn.experiment(frameworks=["axon"]))
+
+
+@pytest.mark.parametrize("content", ['{"schema": "their-records/3", "points": []}', "not a record"])
+def test_a_result_of_a_foreign_schema_is_not_overwritten(axonn: CommandLine, content: str) -> None:
+    experiment = axonn.experiment()
+    (point,) = runner.points_of(definition.load_experiment(experiment))
+    point.record_file.parent.mkdir()
+    point.record_file.write_text(content)
+    axonn.refuses(f"{point.record_file}: ", "run", experiment)
+
+
+def test_a_diverging_point_is_recorded_as_a_failure_and_repeated(axonn: CommandLine) -> None:
+    diverging = axonn.experiment(optimizer={"lr": 1e30})
+    (point,) = runner.points_of(definition.load_experiment(diverging))
+    code, output, error = axonn("run", diverging)
+    assert code == 2
+    assert "1 of 1 points failed" in error
+    assert "failed (nan)" in output
+    record = json.loads(point.record_file.read_text())["records"][0]
+    assert record["failure"]["cause"] == "nan"
+    assert "batch_time_s" not in record
+    assert "to do" in axonn("run", diverging, "--list")[1]
+    code, output, _ = axonn("run", axonn.experiment())
+    assert code == 0, output
+    assert "1 points measured" in output
+    code, output, _ = axonn("run", axonn.experiment())
+    assert (code, output.partition(":")[0]) == (0, "nothing to do")
+
+
+@pytest.mark.skipif(not AXONN.exists(), reason="the command is not installed beside this Python")
+def test_the_installed_command_prints_no_traceback(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("model: {nam: x}\n")
+    ended = subprocess.run(
+        [AXONN, "train", config], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert ended.returncode == 2
+    assert "unknown key 'model.nam'; did you mean 'name'?" in ended.stderr
+    assert "Traceback" not in ended.stderr + ended.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]

@@ -1,0 +1,111 @@
+"""The layers of the code, by its imports: arrows point down only, and what must be pure is."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("axonn", "experiments", "baselines", "plots", "results", "jobscripts", "tests")
+
+FORBIDDEN = [
+    ("axonn", ("experiments", "baselines", "plots", "results", "jobscripts", "tests")),
+    ("experiments", ("baselines", "plots", "jobscripts", "tests")),
+    ("baselines", ("experiments.cli", "experiments.runner", "plots", "jobscripts", "tests")),
+    ("plots", ("baselines", "jobscripts", "tests")),
+    ("axonn/perf", ("torch", "torch.distributed", "mpi4py", "axonn.engine", "axonn.transport", "axonn.collectives")),
+    (
+        "axonn/schedules",
+        ("torch", "numpy", "mpi4py", "time", "datetime", "threading", "asyncio", "random", "os", "pathlib", "sys"),
+    ),
+    ("axonn/schedules", ("axonn.transport", "axonn.trace", "axonn.engine", "axonn.perf")),
+    ("axonn/transport", ("torch.distributed", "axonn.engine", "axonn.inter_layer", "axonn.optim", "axonn.models")),
+    ("axonn/models", ("axonn.engine", "axonn.transport", "axonn.collectives", "axonn.grid")),
+    ("axonn/grid.py", ("mpi4py", "axonn.transport", "axonn.engine", "axonn.collectives")),
+]
+
+
+def files_of(place: str) -> list[Path]:
+    path = ROOT / place
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+def imports_of(path: Path) -> Iterable[tuple[int, str]]:
+    """(line, full name) of everything that a file imports, inside of functions and type checks too."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = ".".join([*package[: len(package) - node.level + 1], node.module or ""]) if node.level else ""
+            module = module.rstrip(".") or node.module or ""
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def is_inside(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def violations(place: str, forbidden: tuple[str, ...]) -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in files_of(place)
+        for line, name in imports_of(path)
+        if any(is_inside(name, module) for module in forbidden)
+    ]
+
+
+@pytest.mark.parametrize(("place", "forbidden"), FORBIDDEN, ids=lambda value: value if isinstance(value, str) else None)
+def test_imports_point_down_only(place: str, forbidden: tuple[str, ...]) -> None:
+    assert files_of(place), f"{place} is empty: was it moved?"
+    assert violations(place, forbidden) == []
+
+
+def test_imports_are_found_wherever_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule can be broken: every way to import is seen."""
+    monkeypatch.setattr("tests.test_layers.ROOT", tmp_path)
+    folder = tmp_path / "axonn" / "perf"
+    folder.mkdir(parents=True)
+    (folder / "bad.py").write_text(
+        "import torch.nn as nn\nfrom torch import optim\ndef f():\n    import torch\nfrom ..engine import Engine\n"
+        "from .. import transport\nfrom . import kernels\nimport torchlike\n"
+    )
+    found = violations("axonn/perf", ("torch", "axonn.engine", "axonn.transport"))
+    assert [line.rpartition(" ")[2] for line in found] == [
+        "torch.nn",
+        "torch.optim",
+        "axonn.engine.Engine",
+        "axonn.transport",
+        "torch",
+    ]
+
+
+def test_the_pure_parts_call_no_clock_and_do_no_input_or_output() -> None:
+    names = {"open", "print", "input", "exec", "eval"}
+    for path in files_of("axonn/schedules"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in names, f"{path.name}:{node.lineno}"
+
+
+def test_no_module_keeps_mutable_state() -> None:
+    """Upper-case tables are constants by agreement; a lower-case list, dict or set at module level is state."""
+    for place in ("axonn", "experiments"):
+        for path in files_of(place):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                assert not isinstance(node, ast.Global)
+                if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(
+                    node.value, ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp | ast.SetComp
+                ):
+                    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                    for target in targets:
+                        name = ast.unparse(target)
+                        assert name.isupper() or name == "__all__", f"{path.name}:{node.lineno}: {name}"
+
+
+def test_every_package_is_covered_by_a_rule() -> None:
+    found = {p.parent.name for p in ROOT.glob("*/__init__.py")}
+    assert found <= set(PACKAGES), "a new package needs a place in the layers"
