@@ -18,6 +18,7 @@ from typing import Any
 from axonn.config import TrainConfig
 from axonn.launch import mpiexec_command, rank_environment
 from axonn.records import Failure
+from experiments.worker import SUPERVISOR
 
 SILENCE_S = 20.0
 """A rank that has not touched its heartbeat for so long is taken for dead or stopped."""
@@ -61,7 +62,11 @@ def supervise(
     )
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(
-            command, env=rank_environment(os.environ), stdout=log, stderr=log, start_new_session=True
+            command,
+            env=rank_environment(os.environ) | {SUPERVISOR: str(os.getpid())},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
         try:
             failure = _watch(process, folder, ranks, timeout_s, on_batch)

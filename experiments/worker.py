@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 HEARTBEAT_S = 1.0
+SUPERVISOR = "AXONN_SUPERVISOR"
+"""Variable with the process id of the supervisor, on whose machine the ranks run."""
 
 
 def set_state(folder: Path, rank: int, state: str, **details: Any) -> None:
@@ -27,9 +29,24 @@ def set_state(folder: Path, rank: int, state: str, **details: Any) -> None:
     temporary.replace(folder / f"rank-{rank}.json")
 
 
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def _heartbeat(folder: Path, rank: int) -> None:
     path = folder / f"rank-{rank}.alive"
+    launcher = os.getppid()
+    supervisor = int(os.environ.get(SUPERVISOR, launcher))
     while True:
+        if os.getppid() != launcher or not _runs(supervisor):
+            # Nobody is left who would end this rank.
+            os._exit(1)
         path.touch()
         time.sleep(HEARTBEAT_S)
 

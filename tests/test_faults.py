@@ -176,6 +176,17 @@ def test_an_error_on_the_ranks_is_told(folder: Path) -> None:
     assert nothing_runs(folder)
 
 
+def test_ranks_do_not_outlive_a_killed_supervisor(folder: Path) -> None:
+    code = "import sys; from tests.test_faults import *; supervise('axonn', tiny(), Path(sys.argv[1]))"
+    supervisor = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=definition.ROOT)
+    while not (folder / "batches.jsonl").exists():
+        assert supervisor.poll() is None
+        time.sleep(0.1)
+    supervisor.kill()
+    supervisor.wait()
+    assert nothing_runs(folder)
+
+
 def test_an_interruption_leaves_no_ranks(folder: Path) -> None:
     def interrupt(done: int) -> None:
         raise KeyboardInterrupt
