@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from axonn.config import GridConfig, ScheduleConfig, StrictModel
+from axonn.config import GPTConfig, GridConfig, ScheduleConfig, StrictModel
 from axonn.errors import RecordError
 
 SCHEMA = "axonn-records/1"
@@ -30,6 +30,32 @@ class Asked(StrictModel):
     layers: int
     hidden: int
     vocab: int
+
+    @classmethod
+    def of(cls, model: GPTConfig, *, gpus: int, batch_size: int, precision: str) -> Asked:
+        """Training `model` on batches of `batch_size` sequences."""
+        return cls(
+            model=model.name,
+            parameters=model.parameters,
+            gpus=gpus,
+            batch_size=batch_size,
+            seq_len=model.seq_len,
+            precision=precision,
+            layers=model.layers,
+            hidden=model.hidden,
+            vocab=model.vocab,
+        )
+
+    def flops(self, *, recompute: bool) -> float:
+        """Floating-point operations of one batch, by `gpt_flops`."""
+        return gpt_flops(
+            batch=self.batch_size,
+            seq_len=self.seq_len,
+            layers=self.layers,
+            hidden=self.hidden,
+            vocab=self.vocab,
+            recompute=recompute,
+        )
 
 
 class Ran(StrictModel):

@@ -38,6 +38,20 @@ def _progress() -> Progress:
     )
 
 
+def _launched_once() -> None:
+    """Raise `LaunchError` when a launcher started this command several times: it starts the ranks itself."""
+    from axonn.errors import LaunchError
+    from axonn.runtime import launched_as
+
+    # A batch script under Slurm has the variables of its whole job, and is run once all the same.
+    copies = launched_as({k: v for k, v in os.environ.items() if not k.startswith("SLURM_")})[1]
+    if copies > 1:
+        raise LaunchError(
+            f"the command was launched {copies} times, but starts the ranks of its grids itself; "
+            "run it once, without mpiexec"
+        )
+
+
 @app.command()
 def run(
     experiment_file: ExperimentFile,
@@ -54,6 +68,8 @@ def run(
 
     experiment = load_experiment(experiment_file)
     points = points_of(experiment)
+    if not (list_points or dry_run):
+        _launched_once()
     done = {p.name: r for p in points if resume and (r := p.finished_record()) is not None}
     if list_points or dry_run:
         for point in points:
@@ -146,11 +162,9 @@ def train(
     from axonn.config import TrainConfig, load_yaml
     from axonn.data.text import TextData
     from axonn.engine import check_axes, microbatches_of
-    from axonn.errors import LaunchError
     from axonn.grid import ProcessGrid
     from axonn.inter_layer.stage import stage_spans
     from axonn.models.gpt import GPT
-    from axonn.runtime import launched_as
     from axonn.schedules import make_schedule
     from experiments.runner import RUNS
     from experiments.supervisor import supervise
@@ -158,13 +172,7 @@ def train(
     config = load_yaml(config_file, TrainConfig)
     grid = ProcessGrid(**config.grid.model_dump())
     # Everything that can be wrong is found here, before ranks start.
-    # A batch script under Slurm has the variables of its whole job, and is run once all the same.
-    copies = launched_as({k: v for k, v in os.environ.items() if not k.startswith("SLURM_")})[1]
-    if copies > 1:
-        raise LaunchError(
-            f"the command was launched {copies} times, but starts the {grid.size} ranks of its grid itself; "
-            "run it once, without mpiexec"
-        )
+    _launched_once()
     check_axes(grid)
     count = microbatches_of(batch_size=config.batch_size, microbatch_size=config.microbatch_size, grid=grid)
     make_schedule(config.schedule.spec(), stage=0, stages=grid.inter, microbatches=count)

@@ -78,7 +78,6 @@ def _record(
     command: str,
     mark: str,
 ) -> Record:
-    model = load_model(point.model)
     panel = experiment.predicted
     parts = prediction.parts
     needs = prediction.memory.total
@@ -86,16 +85,8 @@ def _record(
         kind="predicted",
         experiment=experiment.name,
         point=f"{point.model}-{point.gpus}",
-        asked=Asked(
-            model=point.model,
-            parameters=model.parameters,
-            gpus=point.gpus,
-            batch_size=panel.batch_size,
-            seq_len=model.seq_len,
-            precision=panel.precision,
-            layers=model.layers,
-            hidden=model.hidden,
-            vocab=model.vocab,
+        asked=Asked.of(
+            load_model(point.model), gpus=point.gpus, batch_size=panel.batch_size, precision=panel.precision
         ),
         ran=Ran(
             framework=point.framework,

@@ -10,7 +10,7 @@ from pathlib import Path
 from axonn.config import TrainConfig
 from axonn.errors import LaunchError
 from axonn.grid import ProcessGrid
-from axonn.records import Asked, Failure, Ran, Record, gpt_flops, read_records, write_records
+from axonn.records import Asked, Failure, Ran, Record, read_records, write_records
 from axonn.schedules import Direction
 from axonn.trace import breakdown, read_spans
 from experiments.definition import ROOT, Experiment, measured_configs
@@ -154,32 +154,14 @@ def _parts(point: Point) -> dict[str, float]:
 
 def _record(point: Point, framework: Framework, outcome: Outcome, command: str) -> Record:
     config = point.config
-    model = config.model
     times = outcome.batch_times_s[point.warmup :]
     mean = sum(times) / len(times) if times and outcome.failure is None else None
-    flops = gpt_flops(
-        batch=config.batch_size,
-        seq_len=model.seq_len,
-        layers=model.layers,
-        hidden=model.hidden,
-        vocab=model.vocab,
-        recompute=False,
-    )
+    asked = Asked.of(config.model, gpus=point.ranks, batch_size=config.batch_size, precision=config.precision)
     return Record(
         kind="measured",
         experiment=point.experiment,
         point=point.work,
-        asked=Asked(
-            model=model.name,
-            parameters=model.parameters,
-            gpus=point.ranks,
-            batch_size=config.batch_size,
-            seq_len=model.seq_len,
-            precision=config.precision,
-            layers=model.layers,
-            hidden=model.hidden,
-            vocab=model.vocab,
-        ),
+        asked=asked,
         ran=Ran(
             framework=framework.label,
             version=framework.version(),
@@ -197,7 +179,9 @@ def _record(point: Point, framework: Framework, outcome: Outcome, command: str) 
         parts_s=_parts(point) if mean is not None else {},
         memory_bytes=outcome.memory_bytes,
         tflops_formula=None if mean is None else "72bslh^2(1+s/6h)+6bshV (no recompute)",
-        tflops_per_gpu_without_recompute=None if mean is None else flops / mean / point.ranks / 1e12,
+        tflops_per_gpu_without_recompute=None
+        if mean is None
+        else asked.flops(recompute=False) / mean / point.ranks / 1e12,
         fingerprint=point.fingerprint,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         run_folder=str(point.folder.relative_to(ROOT)),

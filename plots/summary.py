@@ -11,7 +11,7 @@ from rich.table import Table
 
 from axonn.config import GPTConfig
 from axonn.perf.naive import naive_constant, naive_predict
-from axonn.records import Record, gpt_flops
+from axonn.records import Record
 
 Key = tuple[str, str]
 """(point, framework)"""
@@ -95,20 +95,7 @@ def wrong_orders(rows: Sequence[dict[str, Any]], kind: str) -> list[str]:
 
 def naive(published: Sequence[Record], model_of: Callable[[str], GPTConfig]) -> dict[str, Any]:
     """The constant-TFLOP/s predictor, fitted on the very points it predicts, for comparison with the model."""
-    batches = [
-        (
-            gpt_flops(
-                batch=r.asked.batch_size,
-                seq_len=r.asked.seq_len,
-                layers=r.asked.layers,
-                hidden=r.asked.hidden,
-                vocab=r.asked.vocab,
-            ),
-            r.asked.gpus,
-            r.batch_time_s or 0.0,
-        )
-        for r in published
-    ]
+    batches = [(r.asked.flops(recompute=True), r.asked.gpus, r.batch_time_s or 0.0) for r in published]
     rate = naive_constant(batches)
     rows = []
     for r in published:

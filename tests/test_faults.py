@@ -309,7 +309,7 @@ def test_a_command_that_the_launcher_started_several_times_is_refused(
 ) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
-    message = "was launched 3 times, but starts the 2 ranks of its grid itself; run it once, without mpiexec"
+    message = "was launched 3 times, but starts the ranks of its grids itself; run it once, without mpiexec"
     axonn.refuses(message, "train", axonn.config(grid={"inter": 2}))
 
 

@@ -23,7 +23,7 @@ from tests.bench.workloads import HIDDEN, config_of, run_paired
 
 SHARES = (0.05, 0.2, 0.5)
 TARGETS = {0.5: 0.90}
-ROUNDS = {"small": 12, "wide": 5}
+ROUNDS = {"small": 12, "wide": 4}
 
 
 def forward_seconds(workload: str) -> float:
@@ -63,7 +63,9 @@ def main() -> None:
             budget = f"{paired.ratio(over=1, under=2):.3f}"
             target = f"<= {TARGETS[share]:.2f}" if share in TARGETS else "-"
             table.add_row(workload, *row, budget, target)
-            console.print(f"{workload}: message {share} of a forward of {1000 * forward:.0f} ms: ratio {row[2]}")
+            console.print(
+                f"{workload}: message {share} of a forward of {1000 * forward:.0f} ms: ratio {row[2]}, at 1F1B's in-flight limit {budget}"
+            )
     console.print(table)
 
 
