@@ -64,7 +64,8 @@ def main() -> None:
             target = f"<= {TARGETS[share]:.2f}" if share in TARGETS else "-"
             table.add_row(workload, *row, budget, target)
             console.print(
-                f"{workload}: message {share} of a forward of {1000 * forward:.0f} ms: ratio {row[2]}, at 1F1B's in-flight limit {budget}"
+                f"{workload}: message {share} of a forward of {1000 * forward:.0f} ms: "
+                f"ratio {row[2]}, at 1F1B's in-flight limit {budget}"
             )
     console.print(table)
 
