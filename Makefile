@@ -25,10 +25,10 @@ reproduce-fig6: $(READY) ## weak scaling: published, predicted, and measured her
 	@status=0; $(BIN)/axonn run experiments/fig6.yaml $(FRESH_FLAG) || status=$$?; \
 		test $$status -eq 130 || $(BIN)/python -m plots.fig6 || status=$$?; exit $$status
 
-test: $(READY) ## the tests (about 5 minutes on 2 cores)
+test: $(READY) ## the tests (3 to 8 minutes on 2 cores)
 	@$(BIN)/python -m pytest
 
-test-full: $(READY) ## the tests with the full product of configurations (about an hour)
+test-full: $(READY) ## the tests with the full product of configurations (long)
 	@$(BIN)/python -m pytest -m ''
 
 lint: $(READY) ## ruff, and the type checker in strict mode on axonn/

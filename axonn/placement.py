@@ -18,7 +18,3 @@ class Placement:
 
     partial: tuple[Axis, ...] = ("data",)
     tied_stages: tuple[int, ...] = ()
-
-    def counts_on(self, stage: int) -> bool:
-        """Whether `stage` is the one that counts this parameter (for totals and norms)."""
-        return not self.tied_stages or stage == min(self.tied_stages)

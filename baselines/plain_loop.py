@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from axonn.config import TrainConfig
+from axonn.config import ScheduleConfig, TrainConfig
 from axonn.data.text import TextData
 from axonn.inter_layer.stage import Stage
 from axonn.models.gpt import GPT
@@ -65,6 +65,9 @@ class PlainLoop:
         grid = config.grid
         if grid.data * grid.inter * grid.row * grid.col > 1:
             return "a plain loop runs on 1 rank"
+        return None
+
+    def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
         return None
 
     @contextmanager

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-from axonn.config import TrainConfig
+from axonn.config import ScheduleConfig, TrainConfig
 from axonn.data.text import TextData
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.stage import Stage, stage_spans
@@ -77,6 +77,9 @@ class TorchPipelining:
         if config.batch_size // config.microbatch_size < grid.inter:
             return "its 1F1B needs at least as many microbatches as stages"
         return None
+
+    def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
+        return ScheduleConfig(name="1f1b")
 
     @contextmanager
     def trainer(

@@ -206,7 +206,6 @@ def doctor() -> None:
     """Say what this machine has: ranks, MPI, GPUs, frameworks; what will not work, and why."""
     from axonn.errors import LaunchError
     from axonn.launch import find_mpiexec
-    from experiments.definition import measured_configs  # noqa: F401  (the suite itself must import)
     from experiments.framework import framework_names, load_framework
     from experiments.provenance import this_machine
 

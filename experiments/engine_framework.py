@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import torch
 
-from axonn.config import TrainConfig
+from axonn.config import ScheduleConfig, TrainConfig
 from axonn.data.text import TextData
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
@@ -50,6 +50,9 @@ class EngineFramework:
 
     def unavailable(self, config: TrainConfig) -> str | None:
         return None
+
+    def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
+        return config.schedule
 
     @contextmanager
     def trainer(self, config: TrainConfig, runtime: Runtime, spans: SpanRecorder | None) -> Iterator[EngineTrainer]:

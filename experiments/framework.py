@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from importlib.metadata import entry_points
 from typing import Protocol
 
-from axonn.config import TrainConfig
+from axonn.config import ScheduleConfig, TrainConfig
 from axonn.errors import LaunchError
 from axonn.runtime import Runtime
 from axonn.trace import SpanRecorder
@@ -32,6 +32,10 @@ class Framework(Protocol):
 
     def unavailable(self, config: TrainConfig) -> str | None:
         """Why this framework cannot run `config` here, or None when it can."""
+        ...
+
+    def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
+        """The pipeline schedule that runs `config`, for its record; None where there is no pipeline."""
         ...
 
     def trainer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -96,14 +97,15 @@ def points_of(experiment: Experiment) -> list[Point]:
     ]
 
 
-def run_point(point: Point, *, command: str, on_batch: object = None, timeout_s: float = 3600.0) -> Record:
+def run_point(
+    point: Point, *, command: str, on_batch: Callable[[int], None] = lambda done: None, timeout_s: float = 3600.0
+) -> Record:
     """Measure one point and write its record, be it a failure. Raises `LaunchError` when the ranks cannot start."""
     framework = load_framework(point.framework)
     reason = framework.unavailable(point.config)
     if reason is not None:
         raise LaunchError(f"{framework.label} cannot run {point.work}: {reason}")
-    watch = on_batch if callable(on_batch) else (lambda done: None)
-    outcome = supervise(point.framework, point.config, point.folder, on_batch=watch, timeout_s=timeout_s)
+    outcome = supervise(point.framework, point.config, point.folder, on_batch=on_batch, timeout_s=timeout_s)
     record = _record(point, framework, outcome, command)
     write_records(point.record_file, [record])
     return record
@@ -167,7 +169,7 @@ def _record(point: Point, framework: Framework, outcome: Outcome, command: str) 
             version=framework.version(),
             grid=config.grid,
             microbatch_size=config.microbatch_size,
-            schedule=config.schedule if framework.label == "AxoNN" else None,
+            schedule=framework.schedule(config),
             microbatches=config.batch_size // (config.microbatch_size * config.grid.data),
         ),
         machine=this_machine(),

@@ -74,7 +74,11 @@ def test_the_figure_from_its_records(
         fig6.main([])
     shutil.copy(predictions, predictor.PREDICTED)
     monkeypatch.setattr(runner, "supervise", fake_supervise)
-    measure(experiment)
+    ran = {record.ran.framework: record.ran.schedule for _, record in measure(experiment)}
+    assert {name: schedule and schedule.name for name, schedule in ran.items()} == {
+        "AxoNN": "message-driven",
+        "PyTorch 1F1B": "1f1b",
+    }
     fig6.main([])
     for name in ("fig6.png", "fig6.svg"):
         assert (elsewhere / "out" / name).stat().st_size > 10_000
