@@ -5,9 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FRESH_FLAG := $(if $(FRESH),--fresh)
+QUICK_FLAG := $(if $(QUICK),--quick)
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce-fig6 test test-full lint bench bench-link clean
+.PHONY: help install reproduce-fig6 test test-full soak lint bench bench-link bench-schedules bench-optimizer clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -25,22 +26,32 @@ reproduce-fig6: $(READY) ## weak scaling: published, predicted, and measured her
 	@status=0; $(BIN)/axonn run experiments/fig6.yaml $(FRESH_FLAG) || status=$$?; \
 		test $$status -eq 130 || $(BIN)/python -m plots.fig6 || status=$$?; exit $$status
 
-test: $(READY) ## the tests (3 to 8 minutes on 2 cores)
+test: $(READY) ## the tests (8 to 14 minutes on 2 cores)
 	@$(BIN)/python -m pytest
 
 test-full: $(READY) ## the tests with the full product of configurations (long)
 	@$(BIN)/python -m pytest -m ''
+
+soak: $(READY) ## kill training runs 50 times at random moments; every resumed one ends as if nothing had happened
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --times $(or $(TIMES),50) $(if $(SEED),--seed $(SEED))
 
 lint: $(READY) ## ruff, and the type checker in strict mode on axonn/
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(READY) ## timings beside PyTorch's own on this machine: ratios of paired, alternating runs
+bench: $(READY) ## our schedules beside PyTorch's and DeepSpeed's pipelines, 2 ranks (QUICK=1 tries the benchmark itself)
+	@$(BIN)/python -m tests.bench.frameworks $(QUICK_FLAG)
 	@$(BIN)/python -m pytest tests/bench/bench_engine.py --benchmark-enable --timeout 0
 
-bench-link: $(READY) ## the same over an emulated slow link (root only)
-	@$(BIN)/python -m tests.bench.link
+bench-link: $(READY) ## the same over an emulated slow link (root only); JITTER=1: with uneven compute
+	@$(BIN)/python -m tests.bench.link $(QUICK_FLAG) $(if $(JITTER),--jitter)
+
+bench-schedules: $(READY) ## schedules on 8 ranks whose compute is a sleep, beside what the simulator says
+	@$(BIN)/python -m tests.bench.schedules $(QUICK_FLAG)
+
+bench-optimizer: $(READY) ## offloaded optimizer state; reduction overlapped with the step (with a slow link as root)
+	@$(BIN)/python -m tests.bench.optimizer $(QUICK_FLAG)
 
 clean: ## remove results, figures and run folders of this machine, not the environment
-	@rm -rf runs plots/out results/measured results/predicted results/fig6
+	@rm -rf runs plots/out results/measured results/predicted results/bench results/fig6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,11 @@ Operation = Literal["sum", "max"]
 
 class Work(ABC):
     """A collective under way."""
+
+    @property
+    def finished_at(self) -> float | None:
+        """When it was complete, in seconds of `time.perf_counter`; None before that and where nobody can tell."""
+        return None
 
     @abstractmethod
     def wait(self) -> None:
@@ -41,7 +47,7 @@ class Call(NamedTuple):
 
 
 class Collectives(ABC):
-    """Collectives of one rank. Groups are made once, by all their members in the same order."""
+    """Collectives of one rank. Groups are made once, by all ranks in the same order."""
 
     def __init__(self, grid: ProcessGrid, rank: int) -> None:
         self.grid = grid
@@ -53,9 +59,18 @@ class Collectives(ABC):
         ranks = self.grid.group(self.rank, axes)
         return Group(ranks, self._group(ranks, axes))
 
-    def subset_group(self, ranks: tuple[int, ...]) -> Group:
-        """Any set of ranks that contains this one."""
-        return Group(ranks, self._group(ranks, None))
+    def stage_group(self, stages: tuple[int, ...]) -> Group | None:
+        """The ranks of this rank's pipeline on `stages`; None where this rank is on another stage.
+
+        Every rank of the grid calls it, with the same stages in the same order.
+        """
+        mine = None
+        for pipeline in self.grid.groups(["inter"]):
+            ranks = tuple(pipeline[stage] for stage in stages)
+            handle = self._group(ranks, None)
+            if self.rank in ranks:
+                mine = Group(ranks, handle)
+        return mine
 
     def all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation = "sum") -> Work:
         """Start reducing `tensor` in place over `group`. It must not be touched before `wait`."""
@@ -70,8 +85,19 @@ class Collectives(ABC):
 
 
 class _TorchWork(Work):
-    def __init__(self, work: Any) -> None:
+    def __init__(self, work: Any, tensor: torch.Tensor) -> None:
         self._work = work
+        self._finished_at: float | None = None
+        if tensor.device.type == "cpu":
+            # Runs in the backend's thread, also while this one computes. (NCCL's would run when its work is queued.)
+            work.get_future().add_done_callback(self._stamp)
+
+    def _stamp(self, _: Any) -> None:
+        self._finished_at = time.perf_counter()
+
+    @property
+    def finished_at(self) -> float | None:
+        return self._finished_at
 
     def wait(self) -> None:
         self._work.wait()
@@ -89,11 +115,12 @@ class TorchCollectives(Collectives):
             return self._mesh.get_group(axes[0])
         if axes is not None and set(axes) == set(AXES):
             return dist.group.WORLD
-        return dist.new_group(list(ranks), use_local_synchronization=True)
+        # Members alone may make a group that every rank is in one of; its name counts the groups each has made.
+        return dist.new_group(list(ranks), use_local_synchronization=axes is not None)
 
     def _all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation) -> Work:
         op = dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX
-        return _TorchWork(dist.all_reduce(tensor, op=op, group=group.handle, async_op=True))
+        return _TorchWork(dist.all_reduce(tensor, op=op, group=group.handle, async_op=True), tensor)
 
 
 class SerialCollectives(Collectives):

@@ -6,13 +6,13 @@ import difflib
 import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from axonn.errors import ConfigError
-from axonn.schedules import PickRule, ScheduleSpec
+from axonn.schedules import ChunkPlacement, ScheduleSpec
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -58,36 +58,124 @@ class GridConfig(StrictModel):
 
 
 class ScheduleConfig(StrictModel):
-    """Which pipeline schedule runs; `in_flight_limit` defaults to twice G_inter."""
+    """Which pipeline schedule runs; `in_flight_limit` defaults to twice G_inter.
+
+    `chunks` of layers lie on each stage, placed in loops or in a V (`axonn.schedules.ChunkLayout`).
+    """
 
     name: str = "message-driven"
     in_flight_limit: int | None = Field(default=None, ge=1)
-    pick: PickRule = "backward-first"
+    pick: str = "backward-first"
+    chunks: int = Field(default=1, ge=1)
+    placement: ChunkPlacement = "loop"
 
     def spec(self) -> ScheduleSpec:
-        return ScheduleSpec(name=self.name, in_flight_limit=self.in_flight_limit, pick=self.pick)
+        return ScheduleSpec(**self.model_dump())
+
+
+class LearningRateConfig(StrictModel):
+    """How the learning rate goes: up to `optimizer.lr` over `warmup` batches, then on as `name` says.
+
+    linear and cosine come down to `final` x lr at batch number `decay_until` (default: the end of the run) and stay.
+    """
+
+    name: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: int = Field(default=0, ge=0)
+    decay_until: int | None = Field(default=None, ge=1)
+    final: float = Field(default=0.1, ge=0, le=1)
+
+
+OptimizerPlacement = Literal["device", "offloaded"]
 
 
 class OptimizerConfig(StrictModel):
-    """AdamW; the defaults are those of IPDPS'22, section VI-C."""
+    """AdamW; the defaults are those of IPDPS'22, section VI-C.
+
+    With placement "offloaded" (the memory optimisation) master weights and moments lie in host memory, and the step
+    streams them through `buckets_resident` buckets of `bsize` elements on the device. Gradients are all-reduced in
+    chunks of `k` buckets, the optimizer running on one chunk while the next is reduced; `k: null` makes one chunk of
+    all. `clip_norm` is the largest allowed norm of the gradient of the whole model.
+    """
 
     lr: float = Field(default=1e-3, gt=0)
     betas: tuple[float, float] = Field(default=(0.9, 0.999), strict=False)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
+    clip_norm: float | None = Field(default=None, gt=0)
+    schedule: LearningRateConfig = LearningRateConfig()
+    placement: OptimizerPlacement = "device"
+    bsize: int = Field(default=4_000_000, ge=1)
+    k: int | None = Field(default=4, ge=1)
+    buckets_resident: int = Field(default=2, ge=1)
 
 
 class DataConfig(StrictModel):
-    """Text to train on: any text file (as bytes) or a `.bin` file of uint16 tokens; by default Python's own sources."""
+    """Text to train on: any text file (as bytes) or a `.bin` file of uint16 tokens; by default Python's own sources.
+
+    The last `held_out` of the text is kept from training, for evaluation; 0.05 of it where there is evaluation and
+    this is 0.
+    """
 
     path: str | None = None
+    held_out: float = Field(default=0.0, ge=0, lt=1)
 
 
-Precision = Literal["float32", "float64"]
+FloatType = Literal["float64", "float32", "bfloat16", "float16"]
+
+
+class PrecisionConfig(StrictModel):
+    """Number formats; the name of a type alone stands for `compute`.
+
+    `compute`: parameters, activations and messages. `master`: weights and moments of the optimizer; by default float32
+    where `compute` is a half type, else `compute` itself. `gradients`: what microbatches accumulate and all-reduces
+    sum, by default `compute`. `loss_scale`: a number, or "dynamic", the default of float16 (1 otherwise), which doubles
+    after `growth_interval` steps without overflow.
+    """
+
+    compute: FloatType = "float32"
+    master: Literal["float64", "float32"] | None = None
+    gradients: FloatType | None = None
+    loss_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["dynamic"] | None = None
+    growth_interval: int = Field(default=2000, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, data: Any) -> Any:
+        return {"compute": data} if isinstance(data, str) else data
+
+    @property
+    def master_type(self) -> str:
+        return self.master or ("float64" if self.compute == "float64" else "float32")
+
+    @property
+    def gradient_type(self) -> str:
+        return self.gradients or self.compute
+
+    @property
+    def scaling(self) -> float | Literal["dynamic"]:
+        return self.loss_scale or ("dynamic" if self.compute == "float16" else 1.0)
+
+
+class EvaluationConfig(StrictModel):
+    """Evaluate on `batches` held-out batches after `every` batches of training."""
+
+    every: int = Field(ge=1)
+    batches: int = Field(default=1, ge=1)
+
+
+class CheckpointConfig(StrictModel):
+    """Save a checkpoint after `every` batches and at the end, and keep the last `keep` of them."""
+
+    every: int = Field(ge=1)
+    keep: int = Field(default=2, ge=1)
 
 
 class TrainConfig(StrictModel):
-    """One training run. `batch_size` counts sequences over all ranks, `microbatch_size` those of one microbatch."""
+    """One training run. `batch_size` counts sequences over all ranks, `microbatch_size` those of one microbatch.
+
+    `activation_checkpointing`: keep only the input of every that many transformer layers and recompute the rest in the
+    backward; "auto" takes the number that needs the least memory. `initial_weights`: a safetensors file to start from.
+    """
 
     model: GPTConfig
     grid: GridConfig = GridConfig()
@@ -96,7 +184,12 @@ class TrainConfig(StrictModel):
     schedule: ScheduleConfig = ScheduleConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
-    precision: Precision = "float32"
+    precision: PrecisionConfig = PrecisionConfig()
+    activation_checkpointing: int | Literal["auto"] | None = None
+    transport: Literal["mpi", "torch"] = "mpi"
+    evaluation: EvaluationConfig | None = None
+    checkpoints: CheckpointConfig | None = None
+    initial_weights: str | None = None
     seed: int = 0
     steps: int = Field(default=11, ge=1)
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 
 from axonn.collectives import Collectives, Group, SerialCollectives
-from axonn.config import OptimizerConfig
+from axonn.config import OptimizerConfig, PrecisionConfig
 from axonn.errors import ConfigError, GridError
 from axonn.grid import AXES, ProcessGrid
-from axonn.inter_layer.accumulation import accumulate_in_place
+from axonn.inter_layer.activations import default_checkpoint_blocks
 from axonn.inter_layer.executor import PipelineExecutor
-from axonn.inter_layer.stage import ParameterSpec, Stage, parameter_specs, stage_spans
+from axonn.inter_layer.stage import Chunk, ParameterSpec, parameter_specs, tied_stages, virtual_spans
 from axonn.models.base import PipelineModel
-from axonn.optim.gradients import GradientReducer
+from axonn.optim.model_optimizer import ModelOptimizer
 from axonn.schedules import ScheduleSpec, StageSchedule, make_schedule
 from axonn.trace import SpanKind, SpanRecorder
 from axonn.transport import Transport
@@ -34,11 +38,26 @@ def check_axes(grid: ProcessGrid) -> None:
         raise GridError(f"the engine runs data x inter-layer grids; set G_row and G_col of {grid} to 1")
 
 
+@dataclass(frozen=True, kw_only=True)
+class BatchResult:
+    """What came of one batch, the same on every rank."""
+
+    loss: float
+    """Mean loss of the batch, before the update."""
+    applied: bool
+    """False when gradients overflowed, and so nothing was updated anywhere."""
+    learning_rate: float
+    loss_scale: float
+    gradient_norm: float | None
+    """Of the whole model, before clipping; only with `clip_norm`."""
+
+
 class Engine:
     """Trains `model` on one rank of `grid`, in step with the engines of the other ranks.
 
     Every rank makes one with the same arguments. `transport` is needed when G_inter > 1, `collectives` when there is
-    more than one rank. Raises `GridError` or `ConfigError` when the configuration does not fit.
+    more than one rank. `activation_checkpointing` counts blocks, see `TrainConfig`. `steps` is the length of the run,
+    if the learning rate goes by it. Raises `GridError` or `ConfigError` when the configuration does not fit.
     """
 
     def __init__(
@@ -53,9 +72,11 @@ class Engine:
         collectives: Collectives | None = None,
         schedule: ScheduleSpec | None = None,
         optimizer: OptimizerConfig | None = None,
-        dtype: torch.dtype = torch.float32,
+        precision: PrecisionConfig | None = None,
+        activation_checkpointing: int | Literal["auto"] | None = None,
         device: torch.device | None = None,
         seed: int = 0,
+        steps: int | None = None,
         spans: SpanRecorder | None = None,
     ) -> None:
         check_axes(grid)
@@ -72,19 +93,46 @@ class Engine:
         self.here = grid.coordinates(rank)
         self.batch_size = batch_size
         self.microbatches = microbatches_of(batch_size=batch_size, microbatch_size=microbatch_size, grid=grid)
+        self.batches = 0
+        """Batches trained on so far."""
         self._schedule = schedule or ScheduleSpec()
-        self._new_schedule()  # An unknown schedule is an error now rather than in the first batch.
+        first = self._new_schedule()  # An unknown schedule is an error now rather than in the first batch.
+        self.layout = first.layout
         self._collectives = collectives or SerialCollectives(grid, rank)
         self._world = self._collectives.axis_group(AXES)
-        self.spans_of_stages = stage_spans(model, grid.inter)
-        self.stage = Stage(model, self.spans_of_stages[self.here.inter], seed=seed, dtype=dtype, device=self.device)
-        accumulate_in_place(self.stage)
-        self.specs: list[ParameterSpec] = parameter_specs(model, self.stage, self.spans_of_stages)
+        precision = precision or PrecisionConfig()
+        dtype = getattr(torch, precision.compute)
+        self.virtual_spans = virtual_spans(model, self.layout)
+        self.chunks: list[Chunk] = []
+        """The modules of this rank."""
+        for chunk in range(self.layout.chunks):
+            span = self.virtual_spans[self.layout.virtual(self.here.inter, chunk)]
+            recompute = activation_checkpointing
+            if recompute == "auto":
+                blocks = len({model.layers[i].block for i in span} - {None})
+                limit = -(-first.limit // self.layout.chunks)
+                recompute = default_checkpoint_blocks(blocks, limit=limit, chunks=self.layout.chunks)
+            self.chunks.append(Chunk(model, span, dtype=dtype, device=self.device, recompute=recompute))
+        self.specs: list[ParameterSpec] = parameter_specs(model, self.chunks, self.virtual_spans, self.layout)
+        self._optimizer = ModelOptimizer(
+            self.specs,
+            grid=grid,
+            rank=rank,
+            collectives=self._collectives,
+            config=optimizer or OptimizerConfig(),
+            precision=precision,
+            initialise=lambda name, tensor: model.initialise(name, tensor, seed=seed),
+            device=self.device,
+            spans=spans,
+            steps=steps,
+            ties=sorted(set(tied_stages(model, self.virtual_spans, self.layout).values())),
+        )
         if transport is not None:
             transport.spans = spans
         self._executor = PipelineExecutor(
             model=model,
-            stage=self.stage,
+            chunks=self.chunks,
+            layout=self.layout,
             grid=grid,
             rank=rank,
             transport=transport if grid.inter > 1 else None,
@@ -93,30 +141,20 @@ class Engine:
             device=self.device,
             spans=spans,
         )
-        self._reducer = GradientReducer(self.specs, grid=grid, rank=rank, collectives=self._collectives, spans=spans)
-        o = optimizer or OptimizerConfig()
-        self._optimizer = torch.optim.AdamW(
-            [spec.parameter for spec in self.specs],
-            lr=o.lr,
-            betas=o.betas,
-            eps=o.eps,
-            weight_decay=o.weight_decay,
-            fused=True,
-        )
 
     @property
     def is_first_stage(self) -> bool:
         """Whether this rank needs the inputs of a batch."""
-        return self.here.inter == 0
+        return any(self.layout.is_source(self.here.inter, chunk) for chunk in range(self.layout.chunks))
 
     @property
     def is_last_stage(self) -> bool:
         """Whether this rank needs the targets of a batch."""
-        return self.here.inter == self.grid.inter - 1
+        return any(self.layout.is_sink(self.here.inter, chunk) for chunk in range(self.layout.chunks))
 
     @property
     def held_microbatches(self) -> int:
-        """Microbatches whose activations or gradients this rank still holds; zero between batches."""
+        """Microbatches (of each chunk) whose activations or gradients this rank still holds; zero between batches."""
         return self._executor.held
 
     def shard(self, step: int) -> range:
@@ -125,43 +163,76 @@ class Engine:
         first = step * self.batch_size + self.here.data * rows
         return range(first, first + rows)
 
-    def train_batch(self, inputs: torch.Tensor | None, targets: torch.Tensor | None) -> float:
-        """One optimizer step on this rank's shard of a batch; returns the mean loss of the whole batch on every rank.
+    def train_batch(self, inputs: torch.Tensor | None, targets: torch.Tensor | None) -> BatchResult:
+        """One optimizer step on this rank's shard of a batch.
 
-        `inputs` and `targets` are [batch_size / G_data, ...]; inputs may be None except on the first stage, targets
-        except on the last.
+        `inputs` and `targets` are [batch_size / G_data, ...]; inputs may be None except where the network begins
+        (`is_first_stage`), targets except where it ends.
         """
-        loss = self._start_batch(inputs, targets)
-        start = SpanRecorder.now()
-        self._optimizer.step()
-        if self.spans is not None:
-            self.spans.add(SpanKind.OPTIMIZER, start, self.spans.now())
+        loss = self._run_pipeline(inputs, targets)
+        result = self._optimizer.step(self.batches)
         value = loss.wait()
+        self.batches += 1
         if self.spans is not None:
             self.spans.step += 1
-        return value
+        return BatchResult(
+            loss=value,
+            applied=result.applied,
+            learning_rate=result.learning_rate,
+            loss_scale=result.loss_scale,
+            gradient_norm=result.gradient_norm,
+        )
 
     def compute_gradients(self, inputs: torch.Tensor | None, targets: torch.Tensor | None) -> float:
         """As `train_batch`, without the optimizer: each parameter's `.grad` is that of the mean loss of the batch."""
-        return self._start_batch(inputs, targets).wait()
-
-    def _start_batch(self, inputs: torch.Tensor | None, targets: torch.Tensor | None) -> _Loss:
-        """Pipeline and gradient reduction; the loss is still on its way to the other ranks."""
-        self._check_rows(inputs, targets)
-        self._reducer.zero()
-        scale = 1.0 / (self.microbatches * self.grid.data)
-        local = self._executor.train(self._new_schedule(), inputs, targets, loss_scale=scale)
-        # A stage that is done early reduces and updates while the others still run backwards.
-        loss = _Loss(local, self._collectives, self._world, self.spans)
-        self._reducer.reduce()
-        return loss
+        loss = self._run_pipeline(inputs, targets)
+        self._optimizer.reduce()
+        return loss.wait()
 
     def evaluate_batch(self, inputs: torch.Tensor | None, targets: torch.Tensor | None) -> float:
         """Mean loss of a batch on every rank, without changing anything."""
         self._check_rows(inputs, targets)
         local = self._executor.evaluate(self.microbatches, inputs, targets)
-        scale = 1.0 / (self.microbatches * self.grid.data)
-        return _Loss(None if local is None else local * scale, self._collectives, self._world, self.spans).wait()
+        return self._mean_loss(local).wait()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by category: parameters, gradients, optimizer_state, buckets and activations (at their peak so far) on
+        the device; host: optimizer state in host memory."""
+        return {**self._optimizer.memory()._asdict(), "activations": self._executor.most_active_bytes}
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps of this rank, by names that are global over the job.
+
+        After writing into them, call `state_loaded`.
+        """
+        return self._optimizer.state_tensors()
+
+    def state_loaded(self) -> None:
+        """Continue from what was written into `state_tensors`."""
+        self._optimizer.state_loaded()
+
+    def progress(self) -> dict[str, int | float]:
+        """What a checkpoint keeps beside tensors; plain numbers, the same on every rank."""
+        return {"batches": self.batches, **self._optimizer.progress()}
+
+    def load_progress(self, progress: Mapping[str, int | float]) -> None:
+        """Inverse of `progress`."""
+        rest = dict(progress)
+        self.batches = int(rest.pop("batches"))
+        self._optimizer.load_progress(rest)
+
+    def _run_pipeline(self, inputs: torch.Tensor | None, targets: torch.Tensor | None) -> _Loss:
+        """Forward and backward of the batch; the loss is still on its way to the other ranks."""
+        self._check_rows(inputs, targets)
+        self._optimizer.zero()
+        scale = self._optimizer.loss_scale / (self.microbatches * self.grid.data)
+        local = self._executor.train(self._new_schedule(), inputs, targets, loss_scale=scale)
+        # A stage that is done early reduces and updates while the others still run backwards.
+        return self._mean_loss(local)
+
+    def _mean_loss(self, local: torch.Tensor | None) -> _Loss:
+        mean = None if local is None else local / (self.microbatches * self.grid.data)
+        return _Loss(mean, self._collectives, self._world, self.spans)
 
     def _new_schedule(self) -> StageSchedule:
         return make_schedule(
@@ -193,5 +264,6 @@ class _Loss:
         start = SpanRecorder.now()
         self._work.wait()
         if self._spans is not None:
-            self._spans.add(SpanKind.ALL_REDUCE, start, self._spans.now())
+            # A single number: what takes time is the ranks that are not done yet.
+            self._spans.add(SpanKind.IDLE, start, self._spans.now())
         return float(self._value)

@@ -17,6 +17,10 @@ class DataError(AxonnError):
     """Training data that cannot be read or is too short."""
 
 
+class CheckpointError(AxonnError):
+    """A checkpoint that cannot be written or read."""
+
+
 class RecordError(AxonnError):
     """A record or span file of a foreign or damaged schema."""
 

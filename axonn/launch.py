@@ -31,12 +31,15 @@ def find_mpiexec() -> str:
     return found
 
 
-def mpiexec_command(ranks: int, command: Sequence[str], *, link_only: bool = False) -> list[str]:
+def mpiexec_command(
+    ranks: int, command: Sequence[str], *, link_only: bool = False, own_cores: bool = False
+) -> list[str]:
     """Command that starts `command` on `ranks` ranks of this machine.
 
     `link_only` keeps MPI off shared memory, so that all messages cross the loopback interface (to emulate a slow link).
+    `own_cores` keeps each rank on a core of its own, for timings: two jobs that do so would share the first cores.
     """
-    options = ["--bind-to", "none"]
+    options = ["--bind-to", "core" if own_cores else "none"]
     if link_only:
         options += ["--mca", "pml", "ob1", "--mca", "btl", "tcp,self", "--mca", "btl_tcp_if_include", "lo"]
     return [find_mpiexec(), "-n", str(ranks), *options, *command]

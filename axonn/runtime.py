@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -22,6 +22,7 @@ from axonn.transport import Transport
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+TransportName = Literal["mpi", "torch"]
 _CLOCK_ROUNDS = 10
 
 
@@ -51,11 +52,19 @@ def launched_as(environment: Mapping[str, str] | None = None) -> tuple[int, int]
 
 
 @contextmanager
-def connect(grid: ProcessGrid, *, comm: MPI.Intracomm | None = None, timeout_s: float = 1800.0) -> Iterator[Runtime]:
+def connect(
+    grid: ProcessGrid,
+    *,
+    comm: MPI.Intracomm | None = None,
+    transport: TransportName = "mpi",
+    device: torch.device | None = None,
+    timeout_s: float = 1800.0,
+) -> Iterator[Runtime]:
     """Connect this process to the other ranks of `grid`, over `comm` or all ranks of the job.
 
-    Raises `GridError` when the grid does not fit the ranks and `LaunchError` when there is no MPI or it does not see
-    the ranks that were launched.
+    Messages between stages go over MPI or over `torch.distributed`; `device` is where their tensors lie. Raises
+    `GridError` when the grid does not fit the ranks and `LaunchError` when there is no MPI or it does not see the ranks
+    that were launched.
     """
     size = launched_as()[1] if comm is None else comm.Get_size()
     grid.check_world(size)
@@ -70,8 +79,7 @@ def connect(grid: ProcessGrid, *, comm: MPI.Intracomm | None = None, timeout_s: 
             "install it with: pip install 'axonn-reproduction[mpi]'"
         ) from error
     import torch.distributed as dist
-
-    from axonn.transport.mpi import MPITransport
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     world = MPI.COMM_WORLD if comm is None else comm
     if world.Get_size() != size:
@@ -81,18 +89,28 @@ def connect(grid: ProcessGrid, *, comm: MPI.Intracomm | None = None, timeout_s: 
         )
     rank = world.Get_rank()
     store = _rendezvous(world, timeout_s)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
-    transport = MPITransport(world)
-    try:
+    timeout = timedelta(seconds=timeout_s)
+    with ExitStack() as cleanup:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+        cleanup.callback(dist.destroy_process_group)
+        messages: Transport
+        if transport == "torch":
+            from axonn.transport.torch_distributed import TorchTransport
+
+            keys = PrefixStore("transport", store)
+            messages = TorchTransport(grid, rank, store=keys, device=device, timeout=timeout)
+        else:
+            from axonn.transport.mpi import MPITransport
+            from axonn.transport.staging import path_for
+
+            messages = MPITransport(world, path=path_for(device or torch.device("cpu")))
+        cleanup.callback(messages.close)
         yield Runtime(
             rank=rank,
-            transport=transport,
+            transport=messages,
             collectives=TorchCollectives(grid, rank),
             clock_offset=_clock_offset(world),
         )
-    finally:
-        transport.close()
-        dist.destroy_process_group()
 
 
 def _rendezvous(world: MPI.Intracomm, timeout_s: float) -> Any:

@@ -5,6 +5,7 @@ Times are seconds on one clock for all ranks of a run (`ClockOffset` is applied 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ class SpanKind(StrEnum):
 
     FORWARD = "forward"
     BACKWARD = "backward"
+    BACKWARD_INPUT = "backward-input"
+    BACKWARD_WEIGHT = "backward-weight"
     SEND = "send"
     RECEIVE_WAIT = "receive-wait"
     ALL_REDUCE = "all-reduce"
@@ -32,10 +35,12 @@ class SpanKind(StrEnum):
 
 
 class Span(NamedTuple):
-    """One row. `microbatch`, `layer` and `direction` are -1 where they have no meaning.
+    """One row. What has no meaning for its kind is -1.
 
-    `layer` is the first layer of the chunk. `direction` is 0 for activations and 1 for gradients. A send span starts
-    when the message is posted and ends when its buffer is free again.
+    `chunk` is the rank's own chunk that computes or waits. A send span has the chunk of the receiver, and that rank as
+    its `peer`: so it agrees with the receive-wait span of its message. `layer` is the first layer of the chunk that
+    computes or waits. `direction` is 0 for activations and 1 for gradients. A send span starts when the message is
+    posted and ends when its buffer is free again.
     """
 
     rank: int
@@ -46,6 +51,8 @@ class Span(NamedTuple):
     direction: int
     start: float
     end: float
+    chunk: int = -1
+    peer: int = -1
 
 
 _SCHEMA = pa.schema(
@@ -58,18 +65,30 @@ _SCHEMA = pa.schema(
         ("direction", pa.int8()),
         ("start", pa.float64()),
         ("end", pa.float64()),
+        ("chunk", pa.int16()),
+        ("peer", pa.int32()),
     ],
-    metadata={"schema": "axonn-spans/1"},
+    metadata={"schema": "axonn-spans/2"},
 )
 
 
-class SpanRecorder:
-    """Collects the spans of one rank. `clock_offset` (seconds) is added to this rank's clock."""
+_COMPUTE = (SpanKind.FORWARD, SpanKind.BACKWARD, SpanKind.BACKWARD_INPUT, SpanKind.BACKWARD_WEIGHT)
 
-    def __init__(self, rank: int, *, clock_offset: float = 0.0) -> None:
+
+class SpanRecorder:
+    """Collects the spans of one rank. `clock_offset` (seconds) is added to this rank's clock.
+
+    With a `folder`, `flush` moves what was collected to a file in it, so that a long run does not keep it in memory;
+    `read_spans` reads the folder as a whole.
+    """
+
+    def __init__(self, rank: int, *, clock_offset: float = 0.0, folder: Path | None = None) -> None:
         self.rank = rank
         self.step = 0
         self.clock_offset = clock_offset
+        self.folder = folder
+        self.recording = True
+        """False while what is done is no part of a training step, as an evaluation."""
         self.spans: list[Span] = []
 
     @staticmethod
@@ -78,22 +97,55 @@ class SpanRecorder:
         return time.perf_counter()
 
     def add(
-        self, kind: SpanKind, start: float, end: float, *, microbatch: int = -1, layer: int = -1, direction: int = -1
+        self,
+        kind: SpanKind,
+        start: float,
+        end: float,
+        *,
+        microbatch: int = -1,
+        layer: int = -1,
+        direction: int = -1,
+        chunk: int = -1,
+        peer: int = -1,
     ) -> None:
-        """Record a span that began and ended at the given readings of `now`."""
-        offset = self.clock_offset
-        self.spans.append(Span(self.rank, kind, self.step, microbatch, layer, direction, start + offset, end + offset))
+        """Record a span that began and ended at the given readings of `now`; the rest is as in `Span`."""
+        if not self.recording:
+            return
+        start, end = start + self.clock_offset, end + self.clock_offset
+        self.spans.append(Span(self.rank, kind, self.step, microbatch, layer, direction, start, end, chunk, peer))
+
+    def flush(self, *, at_least: int = 1) -> bool:
+        """Move the spans to a file of the folder, named by its first step, if there are `at_least` so many.
+
+        Call it between two steps, so that the spans of a step are in one file. Returns whether it wrote.
+        """
+        if self.folder is None or len(self.spans) < at_least:
+            return False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_spans(self.folder / f"{self.spans[0].step:08d}.parquet", self.spans)
+        self.spans.clear()
+        return True
+
+
+def span_files(folder: Path | str, *, first_step: int = 0) -> list[Path]:
+    """The files of a recorder's folder that may hold spans of `first_step` or later steps, in order."""
+    files = sorted(Path(folder).glob("[0-9]*.parquet"))
+    before = [i for i, file in enumerate(files) if int(file.stem) <= first_step]
+    return files[before[-1] :] if before else files
 
 
 def write_spans(path: Path | str, spans: Iterable[Span]) -> None:
-    """Write spans as Parquet."""
+    """Write spans as Parquet, atomically."""
+    path = Path(path)
     rows = list(spans)
     columns = list(zip(*rows, strict=True)) if rows else [() for _ in _SCHEMA]
     arrays = [
         pa.array([str(v) for v in column] if field.name == "kind" else column, type=field.type)
         for field, column in zip(_SCHEMA, columns, strict=True)
     ]
-    pq.write_table(pa.Table.from_arrays(arrays, schema=_SCHEMA), path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(pa.Table.from_arrays(arrays, schema=_SCHEMA), temporary)
+    temporary.replace(path)
 
 
 def read_spans(path: Path | str) -> list[Span]:
@@ -103,8 +155,8 @@ def read_spans(path: Path | str) -> list[Span]:
     except (OSError, pa.ArrowInvalid) as error:
         raise RecordError(f"{path}: is not a span file: {error}") from error
     found = (table.schema.metadata or {}).get(b"schema", b"none").decode()
-    if found != "axonn-spans/1":
-        raise RecordError(f"{path}: has schema '{found}', expected 'axonn-spans/1'; write it anew with this version")
+    if found != "axonn-spans/2":
+        raise RecordError(f"{path}: has schema '{found}', expected 'axonn-spans/2'; write it anew with this version")
     return [Span(**{**row, "kind": SpanKind(row["kind"])}) for row in table.to_pylist()]
 
 
@@ -131,25 +183,25 @@ class _Interval:
     end: float
 
 
-def breakdown(spans: Sequence[Span], *, peer_of: dict[tuple[int, int], int] | None = None) -> Parts:
+def breakdown(spans: Sequence[Span]) -> Parts:
     """Split the time from the first start to the last end into parts, averaged over ranks.
 
-    An instant that several spans cover belongs to the first of compute, optimizer, all-reduce, waiting. `peer_of` maps
-    (rank, direction) to the rank that sends to it; with it, waiting is split into point-to-point and bubble by the time
-    at which the awaited message was sent, without it all waiting is bubble.
+    An instant that several spans cover belongs to the first of compute, optimizer, all-reduce, waiting. Waiting is
+    split into bubble and point-to-point at the time at which the awaited message was sent; it is all bubble where no
+    send span has the receiver, direction, chunk and microbatch that are waited for.
     """
     if not spans:
         raise RecordError("there are no spans to break down; was the run traced?")
     begin = min(s.start for s in spans)
     end = max(s.end for s in spans)
-    sent = {(s.rank, s.direction, s.step, s.microbatch): s.start for s in spans if s.kind == SpanKind.SEND}
+    sent = {(s.peer, s.direction, s.chunk, s.step, s.microbatch): s.start for s in spans if s.kind == SpanKind.SEND}
     totals = [0.0] * 6
     ranks = sorted({s.rank for s in spans})
     for rank in ranks:
         covered: list[_Interval] = []
         mine = [s for s in spans if s.rank == rank]
         order: list[list[_Interval]] = [
-            _of(mine, SpanKind.FORWARD, SpanKind.BACKWARD),
+            _of(mine, *_COMPUTE),
             _of(mine, SpanKind.OPTIMIZER, SpanKind.COPY),
             _of(mine, SpanKind.ALL_REDUCE),
             [],
@@ -158,8 +210,7 @@ def breakdown(spans: Sequence[Span], *, peer_of: dict[tuple[int, int], int] | No
         for s in mine:
             if s.kind not in (SpanKind.RECEIVE_WAIT, SpanKind.IDLE):
                 continue
-            sender = None if peer_of is None else peer_of.get((rank, s.direction))
-            stamp = None if sender is None else sent.get((sender, s.direction, s.step, s.microbatch))
+            stamp = sent.get((rank, s.direction, s.chunk, s.step, s.microbatch))
             split = s.end if stamp is None or s.kind == SpanKind.IDLE else min(max(stamp, s.start), s.end)
             order[4].append(_Interval(s.start, split))
             order[3].append(_Interval(split, s.end))

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from axonn.config import ScheduleConfig, TrainConfig
-from axonn.data.text import TextData
-from axonn.inter_layer.stage import Stage
 from axonn.models.gpt import GPT
 from axonn.runtime import Runtime
 from axonn.trace import SpanRecorder
-
-
-def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """The configured AdamW, fused, as our engine uses it."""
-    o = config.optimizer
-    return torch.optim.AdamW(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
+from baselines.common import Batches, Layers, beyond, layers_of, make_optimizer
 
 
 class PlainLoopTrainer:
@@ -27,23 +20,17 @@ class PlainLoopTrainer:
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
-        self._data = TextData(
-            config.data.path, seq_len=config.model.seq_len, vocab=config.model.vocab, seed=config.seed
-        )
+        self._batches = Batches(config)
         self._model = GPT(config.model)
-        self._module = Stage(
-            self._model,
-            range(len(self._model.layers)),
-            seed=config.seed,
-            dtype=getattr(torch, config.precision),
-            device=torch.device("cpu"),
-        )
+        self._module = Layers(self._model, range(len(self._model.layers)), config)
         self._optimizer = make_optimizer(self._module.parameters(), config)
+
+    def layers(self) -> dict[str, nn.Module]:
+        return layers_of([self._module])
 
     def train_batch(self, step: int) -> float:
         size = self._config.microbatch_size
-        first = step * self._config.batch_size
-        inputs, targets = self._data.batch(range(first, first + self._config.batch_size))
+        inputs, targets = self._batches(step)
         microbatches = self._config.batch_size // size
         self._optimizer.zero_grad()
         total = 0.0
@@ -65,7 +52,7 @@ class PlainLoop:
         grid = config.grid
         if grid.data * grid.inter * grid.row * grid.col > 1:
             return "a plain loop runs on 1 rank"
-        return None
+        return beyond(config)
 
     def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
         return None

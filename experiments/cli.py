@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -157,48 +157,98 @@ def predict(
 def train(
     config_file: Annotated[Path, typer.Argument(help="Training configuration (YAML)")],
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<name of the file>.")] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew, and remove the checkpoints of the run folder.")
+    ] = False,
 ) -> None:
-    """Train a model as a configuration says, on as many ranks as its grid has."""
+    """Train a model as a configuration says; goes on from the newest checkpoint of the run folder if there is one."""
     from axonn.config import TrainConfig, load_yaml
     from axonn.data.text import TextData
     from axonn.engine import check_axes, microbatches_of
     from axonn.grid import ProcessGrid
-    from axonn.inter_layer.stage import stage_spans
+    from axonn.inter_layer.stage import virtual_spans
     from axonn.models.gpt import GPT
     from axonn.schedules import make_schedule
+    from experiments import training
+    from experiments.progress import TrainingProgress
     from experiments.runner import RUNS
-    from experiments.supervisor import supervise
 
-    config = load_yaml(config_file, TrainConfig)
+    config = training.resolved(load_yaml(config_file, TrainConfig))
     grid = ProcessGrid(**config.grid.model_dump())
     # Everything that can be wrong is found here, before ranks start.
     _launched_once()
     check_axes(grid)
     count = microbatches_of(batch_size=config.batch_size, microbatch_size=config.microbatch_size, grid=grid)
-    make_schedule(config.schedule.spec(), stage=0, stages=grid.inter, microbatches=count)
-    stages = stage_spans(GPT(config.model), grid.inter)
-    data = TextData(config.data.path, seq_len=config.model.seq_len, vocab=config.model.vocab, seed=config.seed)
+    schedule = make_schedule(config.schedule.spec(), stage=0, stages=grid.inter, microbatches=count)
+    stages = virtual_spans(GPT(config.model), schedule.layout)
+    data = TextData.of(config)
+    folder = out or RUNS / config_file.stem
+    session = training.prepare(config, folder, data=data, command=_command(), fresh=fresh, warn=_warn)
     console.print(
         f"{config.model.parameters / 1e6:.1f}M parameters, {grid.size} rank(s) ({grid}), {count} microbatch(es) per "
-        f"pipeline, layers per stage {[len(s) for s in stages]}, {len(data.tokens)} tokens"
+        f"pipeline, layers per chunk {[len(s) for s in stages]}, {len(data.tokens)} tokens"
     )
-    folder = out or RUNS / config_file.stem
-    with _progress() as progress:
-        task = progress.add_task("training", total=config.steps)
+    if session.resume is not None:
+        if session.first >= config.steps:
+            console.print(f"nothing to do: {session.first} batches are done; raise steps, or start anew with --fresh")
+            return
+        console.print(f"going on after batch {session.first} from {session.resume.folder}", soft_wrap=True)
+    try:
+        with TrainingProgress(console, folder, first=session.first, steps=config.steps) as progress:
+            record = training.train(session, fresh=fresh, on_batch=progress)
+    except KeyboardInterrupt:
+        _say_how_to_go_on(folder)
+        raise typer.Exit(130) from None
+    if record.failure is not None:
+        _say_how_to_go_on(folder)
+        raise AxonnError(f"{record.failure.detail}; {len(record.losses)} batches are kept in {folder}")
+    console.print(f"loss {record.losses[0]:.4f} -> {record.losses[-1]:.4f} in {len(record.losses)} batches; {folder}")
+    console.print(_time_of(record.batch_time_s, record.parts_s), soft_wrap=True)
 
-        def on_batch(done: int) -> None:
-            lines = (folder / "batches.jsonl").read_text().splitlines()
-            batch = json.loads(lines[done - 1])
-            progress.update(
-                task, completed=done, description=f"loss {batch['loss']:.4f}, {batch['seconds']:.2f} s per batch"
-            )
 
-        outcome = supervise("axonn", config, folder, on_batch=on_batch, timeout_s=float("inf"))
-    if outcome.failure is not None:
-        raise AxonnError(f"{outcome.failure.detail}; {len(outcome.losses)} batches are kept in {folder}")
-    console.print(
-        f"loss {outcome.losses[0]:.4f} -> {outcome.losses[-1]:.4f} in {len(outcome.losses)} batches; {folder}"
+def _warn(message: str) -> None:
+    console.print(f"[yellow]warning: {escape(message)}[/yellow]", soft_wrap=True)
+
+
+def _say_how_to_go_on(folder: Path) -> None:
+    from axonn.checkpoint import latest
+    from experiments.loop import CHECKPOINTS
+
+    newest = latest(folder / CHECKPOINTS, read_all=False)
+    how = (
+        "there is no checkpoint: the next start begins anew (see the key 'checkpoints')"
+        if newest is None
+        else f"the newest checkpoint is of batch {newest.state.batches}; the same command goes on from there"
     )
+    console.print(f"stopped; {how}", soft_wrap=True)
+
+
+def _time_of(seconds: float | None, parts: Mapping[str, float]) -> str:
+    """Where the time of a batch went, in one line."""
+    total = sum(parts.values())
+    shares = ", ".join(f"{name.replace('_', '-')} {part / total:.0%}" for name, part in parts.items() if part > 0)
+    return f"{seconds:.3f} s per batch" + (f": {shares}" if shares else "")
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="Run folder (its newest checkpoint) or one checkpoint")],
+    out: Annotated[Path, typer.Option(help="File to write, for instance model.safetensors")],
+) -> None:
+    """Write the master weights of a checkpoint as one safetensors file, for initial_weights or other programs."""
+    from axonn.checkpoint import latest
+    from axonn.errors import CheckpointError
+    from axonn.weights import export_weights
+    from experiments.loop import CHECKPOINTS
+
+    checkpoint = source
+    if not (source / "state.json").exists():
+        found = latest(source / CHECKPOINTS, warn=_warn)
+        if found is None:
+            raise CheckpointError(f"{source}: is neither a checkpoint nor a run folder with a good one")
+        checkpoint = found.folder
+    count = export_weights(checkpoint, out)
+    console.print(f"{count} parameters of {checkpoint} written to {out}", soft_wrap=True)
 
 
 @app.command()
@@ -206,6 +256,7 @@ def doctor() -> None:
     """Say what this machine has: ranks, MPI, GPUs, frameworks; what will not work, and why."""
     from axonn.errors import LaunchError
     from axonn.launch import find_mpiexec
+    from axonn.transport.survey import survey
     from experiments.framework import framework_names, load_framework
     from experiments.provenance import this_machine
 
@@ -221,6 +272,11 @@ def doctor() -> None:
         table.add_row("mpi4py", mpi4py.__version__)
     except (LaunchError, ImportError) as error:
         problems.append(f"more than one rank: {error}")
+    for finding in survey():
+        if finding.works:
+            table.add_row(f"transport {finding.transport}", escape(finding.text))
+        else:
+            problems.append(f"transport {finding.transport}: {finding.text}")
     import torch
 
     table.add_row("GPUs", str(torch.cuda.device_count()))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from typing import Any
 
 import torch
 
@@ -15,13 +16,14 @@ from axonn.grid import ProcessGrid
 from axonn.models.gpt import GPT
 from axonn.runtime import Runtime
 from axonn.trace import SpanRecorder
+from experiments.framework import ResumableTrainer
 
 
-class EngineTrainer:
+class EngineTrainer(ResumableTrainer):
     """An `Engine` with its data."""
 
     def __init__(self, config: TrainConfig, runtime: Runtime, spans: SpanRecorder | None) -> None:
-        self.data = TextData(config.data.path, seq_len=config.model.seq_len, vocab=config.model.vocab, seed=config.seed)
+        self.data = TextData.of(config)
         self.engine = Engine(
             GPT(config.model),
             grid=ProcessGrid(**config.grid.model_dump()),
@@ -32,14 +34,39 @@ class EngineTrainer:
             collectives=runtime.collectives,
             schedule=config.schedule.spec(),
             optimizer=config.optimizer,
-            dtype=getattr(torch, config.precision),
+            precision=config.precision,
+            activation_checkpointing=config.activation_checkpointing,
             seed=config.seed,
+            steps=config.steps,
             spans=spans,
         )
 
     def train_batch(self, step: int) -> float:
         inputs, targets = self.data.batch(self.engine.shard(step))
-        return self.engine.train_batch(inputs, targets)
+        self.result = self.engine.train_batch(inputs, targets)
+        return self.result.loss
+
+    def evaluate(self, number: int) -> float:
+        inputs, targets = self.data.held_out_batch(self.engine.shard(number))
+        return self.engine.evaluate_batch(inputs, targets)
+
+    def data_digest(self) -> str:
+        return self.data.digest
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        return self.engine.state_tensors()
+
+    def state_loaded(self) -> None:
+        self.engine.state_loaded()
+
+    def progress(self) -> dict[str, int | float]:
+        return self.engine.progress()
+
+    def load_progress(self, progress: Mapping[str, Any]) -> None:
+        self.engine.load_progress(progress)
+
+    def memory(self) -> dict[str, int]:
+        return self.engine.memory()
 
 
 class EngineFramework:

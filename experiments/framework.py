@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from importlib.metadata import entry_points
-from typing import Protocol
+from typing import Any, Protocol
+
+import torch
 
 from axonn.config import ScheduleConfig, TrainConfig
+from axonn.engine import BatchResult
 from axonn.errors import LaunchError
 from axonn.runtime import Runtime
 from axonn.trace import SpanRecorder
@@ -18,6 +23,45 @@ class Trainer(Protocol):
     def train_batch(self, step: int) -> float:
         """Train on batch number `step` of the configured data; the mean loss of the whole batch, on every rank."""
         ...
+
+
+class ResumableTrainer(ABC):
+    """A trainer that also evaluates, tells more of a batch than its loss, and goes on from a saved state."""
+
+    result: BatchResult
+    """What came of the last batch."""
+
+    @abstractmethod
+    def train_batch(self, step: int) -> float:
+        """As of every `Trainer`."""
+
+    @abstractmethod
+    def evaluate(self, number: int) -> float:
+        """Mean loss of held-out batch `number`, on every rank, without changing anything."""
+
+    @abstractmethod
+    def data_digest(self) -> str:
+        """Hash of the data that it trains on."""
+
+    @abstractmethod
+    def state_tensors(self) -> Mapping[str, torch.Tensor]:
+        """This rank's part of the state, by names that are global over the job; call `state_loaded` after writing."""
+
+    @abstractmethod
+    def state_loaded(self) -> None:
+        """Go on from what was written into `state_tensors`."""
+
+    @abstractmethod
+    def progress(self) -> Mapping[str, Any]:
+        """The rest of the state, plain JSON, the same on every rank."""
+
+    @abstractmethod
+    def load_progress(self, progress: Mapping[str, Any]) -> None:
+        """Inverse of `progress`."""
+
+    @abstractmethod
+    def memory(self) -> Mapping[str, int]:
+        """Bytes by category."""
 
 
 class Framework(Protocol):

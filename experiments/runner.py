@@ -12,8 +12,7 @@ from axonn.config import TrainConfig
 from axonn.errors import LaunchError
 from axonn.grid import ProcessGrid
 from axonn.records import Asked, Failure, Ran, Record, read_records, write_records
-from axonn.schedules import Direction
-from axonn.trace import breakdown, read_spans
+from axonn.trace import breakdown, read_spans, span_files
 from experiments.definition import ROOT, Experiment, measured_configs
 from experiments.framework import Framework, load_framework
 from experiments.provenance import fingerprint, sources, this_machine
@@ -31,6 +30,7 @@ _SOURCES = (
     "axonn/data/*.py",
     "baselines/*.py",
     "experiments/worker.py",
+    "experiments/loop.py",
     "experiments/*framework.py",
 )
 """What a measured time depends on: a change here makes a point worth measuring anew."""
@@ -137,28 +137,24 @@ def compare_losses(records: list[tuple[Point, Record]], tolerance: float) -> lis
     return failures
 
 
-def _parts(point: Point) -> dict[str, float]:
-    """Seconds of a batch by part, mean over ranks and over the batches after warm-up; empty without spans."""
-    files = [point.folder / f"spans-{rank}.parquet" for rank in range(point.ranks)]
-    if not all(file.exists() for file in files):
+def parts_of(folder: Path, config: TrainConfig, *, first: int, last: int) -> dict[str, float]:
+    """Seconds of a batch by part, mean over ranks and over the batches from `first` to before `last`.
+
+    Empty where a rank took no spans.
+    """
+    grid = ProcessGrid(**config.grid.model_dump())
+    files = [span_files(folder / f"spans-{rank}.parquet", first_step=first) for rank in range(grid.size)]
+    if not all(files) or last <= first:
         return {}
-    spans = [s for file in files for s in read_spans(file) if s.step >= point.warmup]
-    grid = ProcessGrid(**point.config.grid.model_dump())
-    peers = {
-        (rank, direction): peer
-        for rank in range(grid.size)
-        for direction, step in ((Direction.FORWARD, -1), (Direction.BACKWARD, +1))
-        if (peer := grid.neighbour(rank, step)) is not None
-    }
-    batches = point.config.steps - point.warmup
-    return {name: seconds / batches for name, seconds in breakdown(spans, peer_of=peers)._asdict().items()}
+    spans = [s for own in files for file in own for s in read_spans(file) if first <= s.step < last]
+    return {name: seconds / (last - first) for name, seconds in breakdown(spans)._asdict().items()}
 
 
 def _record(point: Point, framework: Framework, outcome: Outcome, command: str) -> Record:
     config = point.config
     times = outcome.batch_times_s[point.warmup :]
     mean = sum(times) / len(times) if times and outcome.failure is None else None
-    asked = Asked.of(config.model, gpus=point.ranks, batch_size=config.batch_size, precision=config.precision)
+    asked = Asked.of(config.model, gpus=point.ranks, batch_size=config.batch_size, precision=config.precision.compute)
     return Record(
         kind="measured",
         experiment=point.experiment,
@@ -178,7 +174,7 @@ def _record(point: Point, framework: Framework, outcome: Outcome, command: str) 
         batch_times_s=outcome.batch_times_s,
         warmup_batches=point.warmup,
         losses=outcome.losses,
-        parts_s=_parts(point) if mean is not None else {},
+        parts_s={} if mean is None else parts_of(point.folder, config, first=point.warmup, last=config.steps),
         memory_bytes=outcome.memory_bytes,
         tflops_formula=None if mean is None else "72bslh^2(1+s/6h)+6bshV (no recompute)",
         tflops_per_gpu_without_recompute=None

@@ -1,4 +1,4 @@
-"""Runs the ranks of one measured point from outside; knows what became of them when they cannot say so."""
+"""Runs the ranks of a training run or a measured point; knows what became of them when they cannot say so."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from axonn.checkpoint import Checkpoint
 from axonn.config import TrainConfig
 from axonn.launch import mpiexec_command, rank_environment
 from axonn.records import Failure
+from experiments.metrics import BATCHES, EVALUATIONS, Tail, cut_rows, read_rows
 from experiments.worker import SUPERVISOR
 
 SILENCE_S = 20.0
@@ -43,11 +46,13 @@ def supervise(
     *,
     timeout_s: float = 3600.0,
     on_batch: Callable[[int], None] = lambda done: None,
+    resume: Checkpoint | None = None,
 ) -> Outcome:
     """Run `config` with `framework` on one process per rank of its grid; everything it writes is under `folder`.
 
-    `on_batch` is called with the number of finished batches. The ranks never outlive this call. Raises `LaunchError`
-    when there is no MPI to start several ranks with.
+    `on_batch` is called with the number of finished batches. With `resume` the run of that checkpoint goes on: what the
+    folder says of later batches is removed; without, everything of an earlier run but its checkpoints. The ranks never
+    outlive this call. Raises `LaunchError` when there is no MPI to start several ranks with.
     """
     grid = config.grid
     ranks = grid.data * grid.inter * grid.row * grid.col
@@ -55,11 +60,10 @@ def supervise(
     if ranks > 1:
         command = mpiexec_command(ranks, command)
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in [*folder.glob("rank-*"), *folder.glob("spans-*"), folder / "batches.jsonl"]:
-        stale.unlink(missing_ok=True)
-    (folder / "spec.json").write_text(
-        json.dumps({"framework": framework, "config": config.model_dump(mode="json")}, indent=1)
-    )
+    _clear(folder, resume)
+    checkpoint = None if resume is None else str(resume.folder)
+    spec = {"framework": framework, "config": config.model_dump(mode="json"), "checkpoint": checkpoint}
+    (folder / "spec.json").write_text(json.dumps(spec, indent=1))
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(
             command,
@@ -73,7 +77,7 @@ def supervise(
         finally:
             _end(process)
     failure = failure or _failure_after_exit(process.returncode, folder, ranks)
-    batches = _batches(folder)
+    batches = read_rows(folder / BATCHES)
     memory = [s["memory_bytes"] for r in range(ranks) if "memory_bytes" in (s := _state(folder, r))]
     return Outcome(
         batch_times_s=[b["seconds"] for b in batches],
@@ -83,17 +87,39 @@ def supervise(
     )
 
 
+def _clear(folder: Path, resume: Checkpoint | None) -> None:
+    """Remove what an earlier run left and this one does not go on with."""
+    for stale in folder.glob("rank-*"):
+        stale.unlink()
+    if resume is None:
+        for stale in [*folder.glob("spans-*"), *folder.glob("log-*.txt"), folder / BATCHES, folder / EVALUATIONS]:
+            if stale.is_dir():
+                shutil.rmtree(stale)
+            else:
+                stale.unlink(missing_ok=True)
+        return
+    done = resume.state.batches
+    cut_rows(folder / BATCHES, lambda row: row["step"] < done)
+    cut_rows(folder / EVALUATIONS, lambda row: row["batches"] <= done)
+    for stale in folder.glob("spans-*.parquet/*.parquet"):
+        if stale.stem.isdecimal() and int(stale.stem) >= done:
+            stale.unlink()
+    log = folder / "log.txt"
+    if log.exists():
+        log.rename(folder / f"log-{len(list(folder.glob('log-*.txt'))) + 1}.txt")
+
+
 def _watch(
     process: subprocess.Popen[bytes], folder: Path, ranks: int, timeout_s: float, on_batch: Callable[[int], None]
 ) -> Failure | None:
     """Wait for the end of the run; a failure if the run has to be ended from here."""
     started = time.monotonic()
-    seen = 0
+    batches = Tail(folder / BATCHES)
+    done = len(batches.new())
     while process.poll() is None:
         time.sleep(_POLL_S)
-        done = len(_batches(folder))
-        if done > seen:
-            seen = done
+        if new := len(batches.new()):
+            done += new
             on_batch(done)
         for rank in range(ranks):
             beat = folder / f"rank-{rank}.alive"
@@ -157,11 +183,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _state(folder: Path, rank: int) -> dict[str, Any]:
     path = folder / f"rank-{rank}.json"
     return dict(json.loads(path.read_text())) if path.exists() else {}
-
-
-def _batches(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "batches.jsonl"
-    if not path.exists():
-        return []
-    # A rank that died while writing leaves half a line.
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]

@@ -1,13 +1,13 @@
-"""What runs on every rank of a measured point: python -m experiments.worker RUN_FOLDER.
+"""What runs on every rank of a training run or a measured point: python -m experiments.worker RUN_FOLDER.
 
 The rank leaves a trail in the run folder, from which the supervisor outside knows how it is: `rank-K.json` (its state),
-`rank-K.alive` (touched every second), and from rank 0 `batches.jsonl`, one line per finished batch.
+`rank-K.alive` (touched every second), `spans-K.parquet` (a folder), and from rank 0 `batches.jsonl`, one line per
+finished batch.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import resource
 import sys
@@ -63,34 +63,27 @@ def _train(folder: Path, rank: int) -> None:
     from axonn.config import TrainConfig, validate
     from axonn.grid import ProcessGrid
     from axonn.runtime import connect
-    from axonn.trace import SpanRecorder, write_spans
-    from experiments.framework import load_framework
+    from axonn.trace import SpanRecorder
+    from experiments.framework import ResumableTrainer, load_framework
+    from experiments.loop import TrainingLoop
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     spec = json.loads((folder / "spec.json").read_text())
     config = validate(spec["config"], TrainConfig, where=f"{folder}/spec.json")
+    checkpoint = None if spec["checkpoint"] is None else Path(spec["checkpoint"])
     framework = load_framework(spec["framework"])
-    with connect(ProcessGrid(**config.grid.model_dump())) as runtime:
-        spans = SpanRecorder(rank, clock_offset=runtime.clock_offset)
+    memory: dict[str, int] = {}
+    with connect(ProcessGrid(**config.grid.model_dump()), transport=config.transport) as runtime:
+        spans = SpanRecorder(rank, clock_offset=runtime.clock_offset, folder=folder / f"spans-{rank}.parquet")
         with framework.trainer(config, runtime, spans) as trainer:
-            runtime.barrier()
-            before = time.perf_counter()
-            with open(folder / "batches.jsonl", "a", buffering=1) as log:
-                for step in range(config.steps):
-                    loss = trainer.train_batch(step)
-                    now = time.perf_counter()
-                    # From one finished batch to the next: the rate at which the whole job trains.
-                    if rank == 0:
-                        log.write(json.dumps({"step": step, "loss": loss, "seconds": now - before}) + "\n")
-                    before = now
-                    if not math.isfinite(loss):
-                        raise FloatingPointError(f"the loss of batch {step} is {loss}; lower optimizer.lr")
-        if spans.spans:
-            write_spans(folder / f"spans-{rank}.parquet", spans.spans)
+            loop = TrainingLoop(config, trainer, runtime=runtime, spans=spans, folder=folder)
+            loop.run(loop.start(checkpoint))
+            if isinstance(trainer, ResumableTrainer):
+                memory |= trainer.memory()
         runtime.barrier()
     # Linux counts resident memory in KiB.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    set_state(folder, rank, "done", memory_bytes=peak)
+    set_state(folder, rank, "done", memory_bytes=peak, memory=memory)
 
 
 def main() -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+from tests.command_line import CommandLine
 from tests.rank_pool import RankPool
 
 torch.set_num_threads(1)
@@ -20,3 +22,9 @@ def pool() -> Iterator[RankPool]:
     ranks = RankPool(8)
     yield ranks
     ranks.stop()
+
+
+@pytest.fixture
+def axonn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    """The `axonn` command, which leaves everything in a folder of its own."""
+    return CommandLine(tmp_path, monkeypatch, capsys)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from axonn.inter_layer.accumulation import accumulate_in_place
+from axonn.inter_layer.accumulation import WeightGradients, accumulate_in_place
 
 Make = Callable[[], nn.Module]
 
@@ -148,3 +148,62 @@ def test_subclasses_are_left_alone() -> None:
     before = layer(x)
     assert torch.equal(accumulate_in_place(layer)(x), before)
     assert "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("name", ["two linears", "embedding", "tied", "one linear twice"])
+def test_the_second_half_can_come_later(name: str) -> None:
+    """Deferred, nothing is added until the queue is run; then the gradients are the same bits."""
+    make, inputs = LAYERS[name]
+    torch.manual_seed(0)
+    at_once = make().double()
+    queue = WeightGradients()
+    split = accumulate_in_place(copy.deepcopy(at_once), queue)
+    accumulate_in_place(at_once)
+    halves = []
+    for _ in range(3):
+        x = inputs()
+        at_once(x).sum().backward()
+        queue.deferring = True
+        split(x).sum().backward()
+        queue.deferring = False
+        halves.append(queue.take())
+        assert all(p.grad is None for p in split.parameters())
+    queue.take()()
+    assert all(p.grad is None for p in split.parameters())
+    for second_half in halves:
+        second_half()
+    for one, other in zip(at_once.parameters(), split.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert torch.equal(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("name", ["two linears", "embedding", "tied"])
+def test_half_precision_adds_up_in_single(name: str) -> None:
+    """Gradients of type float32 get what a thousand small microbatches add, which bfloat16 would lose."""
+    make, inputs = LAYERS[name]
+    torch.manual_seed(0)
+    module = accumulate_in_place(make().to(torch.bfloat16))
+    for parameter in module.parameters():
+        parameter.grad_dtype = torch.float32
+        parameter.grad = torch.zeros(parameter.shape)
+    x = inputs()
+    x = x.to(torch.bfloat16) if x.is_floating_point() else x
+    module(x).sum().backward()
+    once = [p.grad.clone() for p in module.parameters() if p.grad is not None]
+    for _ in range(999):
+        module(x).sum().backward()
+    for parameter, gradient in zip(module.parameters(), once, strict=True):
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+        assert torch.allclose(parameter.grad, 1000 * gradient, rtol=1e-4)
+
+
+def test_a_module_that_splits_its_own_backward_gets_the_queue() -> None:
+    class Own(nn.Module):
+        weight_gradients: WeightGradients | None = None
+
+    queue = WeightGradients()
+    module = nn.Sequential(Own(), nn.Linear(2, 2))
+    accumulate_in_place(module, queue)
+    assert module[0].weight_gradients is queue

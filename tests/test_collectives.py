@@ -9,17 +9,13 @@ from typing import Any
 import pytest
 import torch
 from mpi4py import MPI
-from torch import nn
 
 from axonn.collectives import Call, Collectives, SerialCollectives
 from axonn.grid import AXES, Axis, ProcessGrid
-from axonn.inter_layer.stage import ParameterSpec
-from axonn.optim.gradients import GradientReducer
-from axonn.placement import Placement
 from axonn.runtime import connect
 from axonn.transport import InProcessCollectives, InProcessWorld
 from tests.rank_pool import RankPool
-from tests.training import Case, Outcome, train_in_process, train_over_mpi
+from tests.training import CHUNK, Case, Outcome, train_in_process, train_over_mpi
 
 GRID = ProcessGrid(data=2, inter=4)
 Body = Callable[[Collectives], Any]
@@ -46,6 +42,7 @@ def run_ranks(request: pytest.FixtureRequest) -> RunsRanks:
     return run
 
 
+TIES = [(0, 3), (0, 1), (1, 2), (2, 3), (0, 1, 3)]
 AXIS_SETS: list[tuple[Axis, ...]] = [("data",), ("inter",), ("row",), ("data", "inter"), AXES]
 
 
@@ -55,9 +52,8 @@ def value(rank: int) -> torch.Tensor:
 
 def reduce_over_everything(collectives: Collectives) -> dict[tuple[str, tuple[int, ...]], list[float]]:
     groups = [collectives.axis_group(axes) for axes in AXIS_SETS]
-    first_and_last = tuple(GRID.rank(data=collectives.rank // 4, inter=stage) for stage in (0, 3))
-    if collectives.rank in first_and_last:
-        groups.append(collectives.subset_group(first_and_last))
+    # A ring of ties over stages: ranks belong to different numbers of groups.
+    groups += [group for stages in TIES if (group := collectives.stage_group(stages)) is not None]
     results = {}
     for operation in ("sum", "max"):
         tensors = [value(collectives.rank) for _ in groups]
@@ -72,8 +68,9 @@ def reduce_over_everything(collectives: Collectives) -> dict[tuple[str, tuple[in
 def test_sum_and_max_on_every_rank_of_every_group(run_ranks: RunsRanks) -> None:
     for rank, results in enumerate(run_ranks(reduce_over_everything)):
         groups = {GRID.group(rank, axes) for axes in AXIS_SETS}
-        if GRID.coordinates(rank).inter in (0, 3):
-            groups.add(tuple(GRID.rank(data=rank // 4, inter=stage) for stage in (0, 3)))
+        for stages in TIES:
+            if GRID.coordinates(rank).inter in stages:
+                groups.add(tuple(GRID.rank(data=rank // 4, inter=stage) for stage in stages))
         assert results.keys() == {(operation, group) for operation in ("sum", "max") for group in groups}
         for (operation, group), result in results.items():
             parts = torch.stack([value(r) for r in group])
@@ -132,7 +129,8 @@ def expected_calls(case: Case, rank: int, outcome: Outcome) -> Counter[Call]:
     calls[Call("all-reduce", everyone, 1, 8)] += 2
     if grid.data > 1:
         elements = sum(p.numel() for p in outcome.parameters.values())
-        calls[Call("all-reduce", grid.group(rank, ["data"]), elements, size)] += 1
+        for start in range(0, elements, CHUNK):
+            calls[Call("all-reduce", grid.group(rank, ["data"]), min(CHUNK, elements - start), size)] += 1
     if case.tied and here.inter in (0, grid.inter - 1) and grid.inter > 1:
         ends = grid.rank(data=here.data, inter=0), grid.rank(data=here.data, inter=grid.inter - 1)
         calls[Call("all-reduce", ends, case.model.vocab * case.model.hidden, size)] += 1
@@ -155,50 +153,3 @@ def test_the_engine_issues_just_the_collectives_it_needs(case: Case, transport: 
     outcomes = train_in_process(case) if in_process else pool.run(train_over_mpi, case, ranks=case.grid.size)
     for rank, outcome in enumerate(outcomes):
         assert Counter(outcome.calls) == expected_calls(case, rank, outcome)
-
-
-# --- gradient reduction follows the placements
-
-
-def reduce_gradients(collectives: Collectives) -> tuple[dict[str, float], list[Call]]:
-    placements = {
-        "partial along data": Placement(),
-        "complete": Placement(partial=()),
-        "partial along both": Placement(partial=("data", "inter")),
-        "partial along an axis of one": Placement(partial=("row",)),
-    }
-    specs = [
-        ParameterSpec(name=name, parameter=nn.Parameter(torch.zeros(5, 2)), placement=placement)
-        for name, placement in placements.items()
-    ]
-    reducer = GradientReducer(specs, grid=GRID, rank=collectives.rank, collectives=collectives, bucket_elements=4)
-    for _ in range(2):
-        reducer.zero()
-        for spec in specs:
-            loss = (spec.parameter * float(2**collectives.rank)).sum()
-            loss.backward()
-        before = len(collectives.calls)
-        reducer.reduce()
-    gradients = {}
-    for spec in specs:
-        assert spec.parameter.grad is not None
-        (gradients[spec.name],) = set(spec.parameter.grad.view(-1).tolist())
-    return gradients, collectives.calls[before:]
-
-
-def test_gradients_are_summed_along_the_axes_on_which_they_are_partial(run_ranks: RunsRanks) -> None:
-    """And forgotten between batches; in chunks of at most a bucket."""
-    for rank, (gradients, calls) in enumerate(run_ranks(reduce_gradients)):
-        replicas = GRID.group(rank, ["data"])
-        assert gradients == {
-            "partial along data": sum(2.0**r for r in replicas),
-            "complete": 2.0**rank,
-            "partial along both": 2.0**8 - 1,
-            "partial along an axis of one": 2.0**rank,
-        }
-        assert Counter((call.ranks, call.elements) for call in calls) == {
-            (replicas, 4): 2,
-            (replicas, 2): 1,
-            (tuple(range(8)), 4): 2,
-            (tuple(range(8)), 2): 1,
-        }

@@ -45,7 +45,7 @@ def test_a_short_file_is_complete(path: Path) -> None:
         ("batchsize: 3", "FILE: unknown key 'batchsize'; did you mean 'batch_size'?"),
         ("grid: {interr: 2}", "FILE: unknown key 'grid.interr'; did you mean 'inter'?"),
         ("schedule: {in_fligth_limit: 2}", "did you mean 'in_flight_limit'?"),
-        ("optimizer: {momentum: 0.1}", "known keys: lr, betas, eps, weight_decay"),
+        ("optimizer: {xyz: 0.1}", "known keys: lr, betas, eps, weight_decay, clip_norm"),
         ("1: 2", "FILE: '1': Keys should be strings"),
     ],
 )
@@ -83,7 +83,8 @@ def test_the_same_key_in_two_places_is_fine(path: Path) -> None:
         ("optimizer: {lr: fast}", "optimizer.lr", "'fast'"),
         ("optimizer: {lr: -1.0}", "optimizer.lr", "-1.0"),
         ("optimizer: {betas: [0.9, x]}", "optimizer.betas.1", "'x'"),
-        ("schedule: {pick: last}", "schedule.pick", "'last'"),
+        ("schedule: {placement: w}", "schedule.placement", "'w'"),
+        ("precision: {master: float16}", "precision.master", "'float16'"),
         ("grid: 4", "grid", "4"),
         ("data: {path: 3}", "data.path", "3"),
     ],

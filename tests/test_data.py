@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from axonn.config import GPTConfig
+from axonn.config import DataConfig, EvaluationConfig, GPTConfig, TrainConfig
 from axonn.data.text import TextData, read_tokens, standard_library_text
 from axonn.engine import Engine
 from axonn.errors import DataError
@@ -101,6 +101,43 @@ def test_a_sample_depends_on_seed_and_number_alone(text: Path) -> None:
     assert [again.sample(i).tolist() for i in reversed(range(100))] == forwards[::-1]
     other = TextData(text, seq_len=10, vocab=256, seed=4)
     assert [other.sample(i).tolist() for i in range(100)] != forwards
+
+
+@pytest.mark.parametrize(("held_out", "windows"), [(0.0, 0), (0.01, 1), (0.25, 10), (0.26, 11), (0.97, 39)])
+def test_held_out_windows_are_the_last_and_never_trained_on(text: Path, held_out: float, windows: int) -> None:
+    data = TextData(text, seq_len=10, vocab=256, seed=3, held_out=held_out)
+    assert (data.held_out_windows, data.windows) == (windows, 40 - windows)
+    every = [data.tokens[i * 10 : i * 10 + 11].tolist() for i in range(40)]
+    for epoch in range(2):
+        trained = [data.sample(epoch * data.windows + i).tolist() for i in range(data.windows)]
+        assert sorted(trained) == sorted(every[: 40 - windows])
+    if windows:
+        # In their order, and from the first again.
+        found = [data.held_out_sample(i).tolist() for i in range(2 * windows)]
+        assert found == 2 * every[40 - windows :]
+        inputs, targets = data.held_out_batch(range(1))
+        assert (inputs[0].tolist(), targets[0].tolist()) == (found[0][:-1], found[0][1:])
+
+
+def test_evaluation_holds_data_out_by_itself(text: Path) -> None:
+    model = GPTConfig(name="t", layers=1, hidden=4, heads=1, seq_len=10, vocab=256)
+
+    def held_out(evaluation: EvaluationConfig | None, part: float) -> int:
+        data = DataConfig(path=str(text), held_out=part)
+        config = TrainConfig(model=model, batch_size=1, microbatch_size=1, data=data, evaluation=evaluation)
+        return TextData.of(config).held_out_windows
+
+    assert held_out(None, 0.0) == 0
+    assert held_out(EvaluationConfig(every=1), 0.0) == 2
+    assert held_out(EvaluationConfig(every=1), 0.2) == 8
+    assert held_out(None, 0.2) == 8
+
+
+def test_what_cannot_be_held_out_is_refused(text: Path) -> None:
+    with pytest.raises(DataError, match=r"of 40 windows of 10 tokens none is left to train on; lower data.held_out"):
+        TextData(text, seq_len=10, vocab=256, seed=0, held_out=0.98)
+    with pytest.raises(DataError, match=r"no data is held out to evaluate on; set data.held_out"):
+        TextData(text, seq_len=10, vocab=256, seed=0).held_out_sample(0)
 
 
 def test_targets_are_the_inputs_one_token_on(text: Path) -> None:

@@ -15,7 +15,7 @@ from axonn.models.gpt import GPT
 from axonn.schedules import ScheduleSpec
 from axonn.trace import Span, SpanKind
 from axonn.transport import InProcessCollectives, InProcessTransport, InProcessWorld
-from tests.training import ROWS, Case, batch_of, make_engine
+from tests.training import CHUNK, ROWS, Case, batch_of, make_engine
 
 CASE = Case(data=2, inter=2, microbatches=3)
 
@@ -49,9 +49,9 @@ def test_what_does_not_fit_is_refused_at_once(options: dict[str, Any], error: ty
 
 
 def test_more_stages_than_layers_are_refused() -> None:
-    world = InProcessWorld(9)
-    with pytest.raises(GridError, match="9 stages need at least 9 layers, the model has 8"):
-        engine_in(world, Case(inter=9), 0)
+    world = InProcessWorld(15)
+    with pytest.raises(GridError, match="15 stages need at least 15 layers, the model has 14"):
+        engine_in(world, Case(inter=15), 0)
 
 
 def test_microbatches_of_a_batch() -> None:
@@ -108,14 +108,15 @@ def test_a_failed_batch_can_be_told_from_its_rank() -> None:
 def test_a_batch_leaves_one_span_for_each_task_and_message(steps: int) -> None:
     world = InProcessWorld(CASE.grid.size)
 
-    def body(rank: int) -> list[Span]:
+    def body(rank: int) -> tuple[list[Span], int]:
         engine = engine_in(world, CASE, rank)
         for step in range(steps):
             engine.train_batch(*shard_of(engine, CASE, step))
         assert engine.spans is not None
-        return engine.spans.spans
+        return engine.spans.spans, sum(s.parameter.numel() for s in engine.specs)
 
-    for rank, spans in enumerate(world.run(body)):
+    for rank, (spans, parameters) in enumerate(world.run(body)):
+        chunks = -(-parameters // CHUNK)
         assert {s.rank for s in spans} == {rank}
         assert all(s.end >= s.start for s in spans)
         first = CASE.grid.is_first_stage(rank)
@@ -126,8 +127,9 @@ def test_a_batch_leaves_one_span_for_each_task_and_message(steps: int) -> None:
                 assert count[SpanKind.FORWARD, microbatch] == 1
                 assert count[SpanKind.BACKWARD, microbatch] == 1
                 assert count[SpanKind.SEND, microbatch] == 1
-            assert count[SpanKind.OPTIMIZER, -1] == 1
-            assert count[SpanKind.ALL_REDUCE, -1] >= 1
+            assert count[SpanKind.OPTIMIZER, -1] == count[SpanKind.ALL_REDUCE, -1] == chunks
+            # Waiting for the loss is waiting for the other ranks.
+            assert count[SpanKind.IDLE, -1] == 1
             directions = {s.direction for s in mine if s.kind == SpanKind.SEND}
             assert directions == {0 if first else 1}
             waits = [s for s in mine if s.kind == SpanKind.RECEIVE_WAIT]

@@ -41,31 +41,66 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "message-driven": {},
     "message-driven, one in flight": {"limit": 1, "pick": "forward-first"},
     "message-driven, by arrival": {"limit": 3, "pick": "arrival-order"},
+    "message-driven, in 1F1B's order": {"limit": 4, "pick": "1f1b"},
+    "message-driven, V": {"chunks": 2, "placement": "v"},
     "gpipe": {"schedule": "gpipe"},
     "1f1b": {"schedule": "1f1b"},
+    "interleaved-1f1b": {"schedule": "interleaved-1f1b", "chunks": 2},
+    "zero-bubble": {"schedule": "zero-bubble"},
+    "zero-bubble, V": {"schedule": "zero-bubble", "chunks": 2, "placement": "v"},
+    "message-driven-zero-bubble": {"schedule": "message-driven-zero-bubble"},
+    "message-driven-zero-bubble, V": {"schedule": "message-driven-zero-bubble", "chunks": 2, "placement": "v"},
+    "message-driven-zero-bubble, loops": {"schedule": "message-driven-zero-bubble", "chunks": 3, "limit": 3},
 }
 PARAMETERS = {
     "grid": [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4)],
     "schedule": list(SCHEDULES),
-    "transport": ["mpi", "in-process"],
+    "transport": ["mpi", "torch", "in-process"],
     "microbatches": list(range(1, 9)),
     "dtype": ["float64", "float32"],
     "tied": [False, True],
 }
+OPTIONS = {
+    "grid": PARAMETERS["grid"],
+    "schedule": list(SCHEDULES),
+    "tied": [False, True],
+    "recompute": [None, 1],
+    "offloaded": [False, True],
+    "k": [1, 4],
+}
+"""What changes memory and the optimizer; the rest goes round with the number of the row."""
 
 
-def at_most_eight_ranks(row: dict[str, Any]) -> bool:
+def possible(row: dict[str, Any]) -> bool:
+    """At most eight ranks, and a layer for every chunk (the model has 14); interleaving wants whole rounds."""
     data, inter = row["grid"]
     return bool(data * inter <= 8)
 
 
 def name_of(row: dict[str, Any]) -> str:
     (data, inter), head = row["grid"], "tied" if row["tied"] else "untied"
-    return f"{data}x{inter}-{row['schedule']}-{row['transport']}-{row['microbatches']}mb-{row['dtype']}-{head}"
+    name = f"{data}x{inter}-{row['schedule']}-{row['transport']}-{row['microbatches']}mb-{row['dtype']}-{head}"
+    said = {"recompute": "recompute {}", "offloaded": "offloaded", "k": "k{}", "clip": "clipped"}
+    return "-".join([name, *(text.format(row[key]) for key, text in said.items() if row.get(key))])
 
 
-COVER = pairwise_cover(PARAMETERS, at_most_eight_ranks)
-REST = [row for row in full_product(PARAMETERS, at_most_eight_ranks) if row not in COVER]
+def with_the_rest(number: int, row: dict[str, Any]) -> dict[str, Any]:
+    """The other parameters of a row of OPTIONS."""
+    rest = {
+        "transport": PARAMETERS["transport"][number % 3],
+        "microbatches": 1 + number % 8,
+        "dtype": PARAMETERS["dtype"][number % 5 == 0],
+        "clip": None if number % 2 else 0.1,
+    }
+    if rest["microbatches"] % 3 == 0 and row["recompute"]:
+        rest["recompute"] = "auto"
+    return row | rest
+
+
+COVER = pairwise_cover(PARAMETERS, possible)
+REST = [row for row in full_product(PARAMETERS, possible) if row not in COVER]
+COVER_OF_OPTIONS = [with_the_rest(i, row) for i, row in enumerate(pairwise_cover(OPTIONS, possible))]
+REST_OF_OPTIONS = [with_the_rest(i, row) for i, row in enumerate(full_product(OPTIONS, possible))]
 
 
 def check_row(row: dict[str, Any], pool: RankPool) -> None:
@@ -76,9 +111,11 @@ def check_row(row: dict[str, Any], pool: RankPool) -> None:
         microbatches=row["microbatches"],
         dtype=row["dtype"],
         tied=row["tied"],
+        transport="mpi" if row["transport"] == "in-process" else row["transport"],
+        **{key: row[key] for key in ("recompute", "offloaded", "k", "clip") if key in row},
         **SCHEDULES[row["schedule"]],
     )
-    if row["transport"] == "mpi":
+    if row["transport"] != "in-process":
         outcomes = pool.run(train_over_mpi, case, ranks=case.grid.size)
     else:
         outcomes = train_in_process(case, order_seed=case.microbatches)
@@ -94,26 +131,28 @@ def check_every_rank(case: Case, outcomes: Sequence[Outcome]) -> None:
         assert outcome.evaluations == pytest.approx(reference.losses, rel=GRADIENT_BOUND[case.dtype], abs=0), rank
         assert len(outcome.losses) == len(outcome.gradients) == case.steps
         assert outcome.changed_by_evaluation == set(), rank
+        assert all(outcome.applied), rank
         assert outcome.held == 0, rank
-        for step in range(case.steps):
+        if case.clip is not None:
+            assert all(norm > case.clip for norm in reference.norms if norm is not None), "clipping is not tested"
+            assert outcome.norms == pytest.approx(reference.norms, rel=GRADIENT_BOUND[case.dtype], abs=0), rank
+        # With clipping the gradients that are left are scaled, or not; norms and parameters say what they were.
+        for step in range(case.steps if case.clip is None else 0):
             check_gradients(case, rank, step, outcome.gradients[step], reference.gradients[step])
         check_parameters(case, rank, outcome.parameters, reference.parameters)
         assert outcome.gradients[-1].keys() == outcome.parameters.keys()
     for replica in range(case.data):
         ranks = [case.grid.rank(data=replica, inter=stage) for stage in range(case.inter)]
-        owned = [serial_name(case, name) for rank in ranks for name in outcomes[rank].parameters]
+        owned = [name for rank in ranks for name in outcomes[rank].parameters]
         assert set(owned) == set(reference.parameters)
-        # Only a tied weight lies on two stages.
-        assert len(owned) - len(set(owned)) == (1 if case.tied and case.inter > 1 else 0)
-
-
-def serial_name(case: Case, name: str) -> str:
-    return "embedding.tokens.weight" if case.tied and name == "head.output.weight" else name
+        # Only a tied weight lies on two stages, unless both ends of the network lie on one.
+        twice = case.tied and case.inter > 1 and not (case.placement == "v" and case.chunks % 2 == 0)
+        assert len(owned) - len(set(owned)) == (1 if twice else 0)
 
 
 def key_part(name: str, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The tensor without its key bias, and the key bias (the middle third of a fused QKV bias) if it has one."""
-    if not name.endswith("attention.qkv.bias"):
+    if not name.endswith(".qkv.bias"):
         return value, None
     query, key, values = value.chunk(3)
     return torch.cat([query, values]), key
@@ -131,9 +170,8 @@ def check_gradients(
         layer = name.partition(".")[0]
         largest_of[layer] = max(largest_of[layer], largest(gradient))
     for name, gradient in ours.items():
-        serial = serial_name(case, name)
         value, key = key_part(name, gradient)
-        error = largest(value - key_part(name, theirs[serial])[0]) / largest_of[serial.partition(".")[0]]
+        error = largest(value - key_part(name, theirs[name])[0]) / largest_of[name.partition(".")[0]]
         assert error <= GRADIENT_BOUND[case.dtype], f"gradient of {name} on rank {rank} in step {step}: {error:.1e}"
         assert key is None or largest(key) <= KEY_BIAS_BOUND[case.dtype], f"{name} on rank {rank} in step {step}"
 
@@ -142,7 +180,7 @@ def check_parameters(case: Case, rank: int, ours: dict[str, torch.Tensor], their
     for name, parameter in ours.items():
         assert parameter.dtype == getattr(torch, case.dtype)
         value, key = key_part(name, parameter)
-        reference, _ = key_part(name, theirs[serial_name(case, name)])
+        reference, _ = key_part(name, theirs[name])
         error = largest(value - reference) / largest(reference)
         assert error <= PARAMETER_BOUND[case.dtype], f"{name} on rank {rank}: {error:.1e}"
         assert key is None or largest(key) <= KEY_BIAS_BOUND[case.dtype], f"{name} on rank {rank}"
@@ -156,6 +194,17 @@ def test_a_grid_trains_like_one_rank(row: dict[str, Any], pool: RankPool) -> Non
 @pytest.mark.full
 @pytest.mark.parametrize("row", REST, ids=name_of)
 def test_every_grid_trains_like_one_rank(row: dict[str, Any], pool: RankPool) -> None:
+    check_row(row, pool)
+
+
+@pytest.mark.parametrize("row", COVER_OF_OPTIONS, ids=name_of)
+def test_options_change_memory_and_not_the_training(row: dict[str, Any], pool: RankPool) -> None:
+    check_row(row, pool)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("row", REST_OF_OPTIONS, ids=name_of)
+def test_every_combination_of_options_trains_like_one_rank(row: dict[str, Any], pool: RankPool) -> None:
     check_row(row, pool)
 
 
@@ -222,7 +271,7 @@ def test_replicas_stay_the_same_to_the_bit(pool: RankPool) -> None:
         first, second = (outcomes[REPEATED.grid.rank(data=d, inter=stage)].parameters for d in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first | second)
     ends = [outcomes[REPEATED.grid.rank(inter=stage)].parameters for stage in (0, 3)]
-    assert torch.equal(ends[0]["embedding.tokens.weight"], ends[1]["head.output.weight"])
+    assert torch.equal(*(end["embedding.tokens.weight"] for end in ends))
 
 
 # --- two grids in one process

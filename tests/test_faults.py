@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,29 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 import experiments.supervisor
-from axonn.config import DataConfig, GPTConfig, GridConfig, OptimizerConfig, TrainConfig
+from axonn.config import DataConfig, OptimizerConfig
 from axonn.errors import LaunchError
-from experiments import cli, definition, runner
+from experiments import definition, runner
 from experiments.supervisor import Outcome, supervise
+from tests.command_line import CommandLine, tiny
+from tests.soak import soak
 
 AXONN = Path(sys.executable).parent / "axonn"
 END_S = 30.0
 """From the death of a rank to the end of the run. A promise of the suite, not a guess about the machine."""
-ENDLESS = 1_000_000
-
-
-def tiny(*, inter: int = 2, steps: int = ENDLESS, **changes: Any) -> TrainConfig:
-    return TrainConfig(
-        model=GPTConfig(name="tiny", layers=2, hidden=16, heads=2, seq_len=16, vocab=256),
-        grid=GridConfig(inter=inter),
-        batch_size=8,
-        microbatch_size=2,
-        steps=steps,
-        **changes,
-    )
 
 
 @pytest.fixture
@@ -200,78 +190,15 @@ def test_an_interruption_leaves_no_ranks(folder: Path) -> None:
 # --- bad input on the command line
 
 
-class CommandLine:
-    """The `axonn` command inside of this process, its results and run folders in a folder of their own."""
-
-    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.root, self._monkeypatch, self._capsys = root, monkeypatch, capsys
-        monkeypatch.setattr(runner, "ROOT", root)
-        monkeypatch.setattr(runner, "RUNS", root / "runs")
-        monkeypatch.setattr(runner, "MEASURED", root / "measured")
-
-    def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
-        """(exit code, standard output, standard error)"""
-        self._monkeypatch.setattr(sys, "argv", ["axonn", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-        return code, *self._capsys.readouterr()
-
-    def config(self, **changes: Any) -> Path:
-        """A configuration file for `axonn train`."""
-        content = tiny(inter=1, steps=2).model_dump(mode="json") | changes
-        path = self.root / "config.yaml"
-        path.write_text(yaml.safe_dump(content), encoding="utf-8")
-        return path
-
-    def experiment(self, **measured: Any) -> Path:
-        """A small experiment file for `axonn run`."""
-        content = yaml.safe_load((definition.HERE / "fig6.yaml").read_text(encoding="utf-8"))
-        content["measured"] |= {
-            "frameworks": ["axonn"],
-            "layers_per_rank": 1,
-            "hidden": 16,
-            "heads": 2,
-            "seq_len": 16,
-            "vocab": 256,
-            "microbatch_size": 2,
-            "min_microbatches": 2,
-            "microbatches_per_rank": 1,
-            "batches": 3,
-            "repeats": 1,
-            "max_ranks": 1,
-        } | measured
-        path = self.root / "experiment.yaml"
-        path.write_text(yaml.safe_dump(content), encoding="utf-8")
-        return path
-
-    def refuses(self, message: str, *arguments: str | Path) -> None:
-        """The command fails with a one-line error that contains `message`, and leaves the folder as it was."""
-        before = {p: p.read_bytes() if p.is_file() else None for p in self.root.rglob("*")}
-        code, _, error = self(*arguments)
-        assert code == 2
-        assert message in error
-        assert error.startswith("error: ")
-        assert len(error.splitlines()) == 1
-        assert {p: p.read_bytes() if p.is_file() else None for p in self.root.rglob("*")} == before
-
-
-@pytest.fixture
-def axonn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(tmp_path, monkeypatch, capsys)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"batch_size": 9}, "batch_size 9 is not a multiple of G_data x microbatch_size = 1 x 2 = 2"),
         ({"grid": {"data": 3}}, "batch_size 8 is not a multiple of G_data x microbatch_size = 3 x 2 = 6"),
-        ({"grid": {"inter": 5}}, "5 stages need at least 5 layers, the model has 4; lower G_inter"),
+        ({"grid": {"inter": 7}}, "7 stages need at least 7 layers, the model has 6; lower G_inter"),
         ({"grid": {"row": 2}}, "set G_row and G_col"),
         ({"grid": {"data": 0}}, "'grid.data'"),
-        ({"schedule": {"name": "1f2b"}}, "unknown schedule '1f2b'; known are message-driven, gpipe, 1f1b"),
+        ({"schedule": {"name": "1f2b"}}, "unknown schedule '1f2b'; known are message-driven, "),
         ({"schedule": {"name": "gpipe", "in_flight_limit": 2}}, "'gpipe' has no in_flight_limit"),
         ({"data": {"path": "none.txt"}}, "none.txt: cannot be read"),
         ({"data": {"path": "."}}, ".: cannot be read"),
@@ -371,3 +298,14 @@ def test_the_installed_command_prints_no_traceback(tmp_path: Path) -> None:
     assert "unknown key 'model.nam'; did you mean 'name'?" in ended.stderr
     assert "Traceback" not in ended.stderr + ended.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+# --- killed, and going on
+
+
+def test_killed_runs_go_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    try:
+        soak(tmp_path, times=3, seed=seed)
+    except AssertionError as error:
+        raise AssertionError(f"repeat with: python -m tests.soak --times 3 --seed {seed}") from error

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from axonn.config import GPTConfig, GridConfig, ScheduleConfig
+from axonn.errors import ConfigError
 from axonn.perf.machine import MachineFile, load_machine
-from axonn.perf.predict import Prediction, messages, predict, simulate_pipeline, stage_times, step_times
+from axonn.perf.predict import Prediction, StageTimes, messages, predict, stage_times, step_times
 from axonn.perf.strategy import Strategy
 from axonn.records import read_records
+from axonn.schedules import Kind
 from axonn.trace import breakdown
 from experiments.definition import load_experiment, load_model, strategy_of
 from plots.summary import key, naive
@@ -104,16 +106,32 @@ def test_the_inter_layer_phase_grows_with_the_stages_as_published(machine: Machi
     assert [abs(p / q - 1) < 0.15 for p, q in zip(predicted, published, strict=True)] == [True] * 4
 
 
-def test_spans_of_a_predicted_batch_break_down_to_its_parts(machine: MachineFile) -> None:
-    model = model_of("12B")
-    strategy = Strategy(grid=GridConfig(inter=6), microbatch_size=8, schedule=ScheduleConfig(in_flight_limit=6))
-    prediction = predict(model, machine, strategy, batch_size=160)
-    stages = stage_times(model, machine, strategy)
-    run = simulate_pipeline(model, machine, strategy, microbatches=20, stages=stages, record=True)
-    parts = breakdown(run.spans(), peer_of=run.peers())
-    assert parts.compute == pytest.approx(prediction.parts.compute)
-    assert parts.bubble == pytest.approx(prediction.parts.bubble)
-    assert parts.point_to_point == pytest.approx(prediction.parts.point_to_point)
+SCHEDULES = [
+    ScheduleConfig(),
+    ScheduleConfig(name="interleaved-1f1b", chunks=2),
+    ScheduleConfig(name="message-driven-zero-bubble", chunks=2, placement="v"),
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.name} x{s.chunks}")
+@pytest.mark.parametrize("optimizer", ["device", "offloaded"])
+def test_spans_of_a_predicted_batch_break_down_to_its_parts(
+    machine: MachineFile, schedule: ScheduleConfig, optimizer: str
+) -> None:
+    """The same function as for measured runs, all parts of it, and they add up to the batch time."""
+    grid = GridConfig(inter=6, data=8)
+    strategy = Strategy(grid=grid, microbatch_size=8, schedule=schedule, optimizer=optimizer)
+    prediction = predict(model_of("12B"), machine, strategy, batch_size=2048, record=True)
+    found, parts = breakdown(prediction.spans()), prediction.parts
+    assert found.compute == pytest.approx(parts.compute + parts.tensor_all_reduce)
+    assert found.point_to_point == pytest.approx(parts.point_to_point, rel=1e-6, abs=1e-9)
+    assert found.bubble == pytest.approx(parts.bubble)
+    assert found.all_reduce == pytest.approx(parts.all_reduce)
+    assert found.optimizer == pytest.approx(parts.optimizer)
+    assert found.unexplained == pytest.approx(0, abs=1e-9)
+    assert found.total == pytest.approx(prediction.batch_time_s)
+    assert found.all_reduce > 0
+    assert found.point_to_point > 0
 
 
 def test_what_a_strategy_changes_changes_the_prediction_the_right_way(machine: MachineFile) -> None:
@@ -143,11 +161,42 @@ def test_the_last_stage_carries_the_head_and_the_first_the_embedding(machine: Ma
     assert all(s.reduce_forward == 0 == s.reduce_backward for s in stages)
 
 
+def test_the_end_of_a_v_lies_on_the_first_stage(machine: MachineFile) -> None:
+    def times(**schedule: object) -> list[StageTimes]:
+        strategy = Strategy(grid=GridConfig(inter=6), microbatch_size=8, schedule=ScheduleConfig(**schedule))
+        return stage_times(model_of("12B"), machine, strategy)
+
+    whole, v = times(), times(chunks=2, placement="v")
+    assert v[5].forward == pytest.approx(v[1].forward) == pytest.approx(whole[1].forward)
+    ends = whole[0].backward + whole[5].backward - whole[1].backward
+    assert v[0].backward == pytest.approx(ends)
+    head = v[0].chunks[1]
+    assert head.backward > v[0].chunks[0].backward > v[1].chunks[0].backward
+    assert head.of(Kind.INPUT) + head.of(Kind.WEIGHT) == pytest.approx(head.of(Kind.BACKWARD))
+    # Recomputed is the forward, before the input half.
+    assert v[1].chunks[0].of(Kind.INPUT) > 1.5 * v[1].chunks[0].of(Kind.WEIGHT)
+    with pytest.raises(ConfigError, match="6 stages with 9 chunks each need at least 54 layers, gpt-12b has 48"):
+        times(chunks=9)
+
+
+def test_split_backwards_and_chunks_shorten_the_predicted_bubble(machine: MachineFile) -> None:
+    def bubble(**schedule: object) -> float:
+        strategy = Strategy(grid=GridConfig(inter=6), microbatch_size=8, schedule=ScheduleConfig(**schedule))
+        prediction = predict(model_of("12B"), machine, strategy, batch_size=192)
+        assert sum(vars(prediction.parts).values()) == pytest.approx(prediction.batch_time_s)
+        return prediction.parts.bubble
+
+    plain = bubble(name="1f1b")
+    assert bubble(name="interleaved-1f1b", chunks=2) < 0.75 * plain
+    assert bubble(name="zero-bubble") < 0.75 * plain
+    assert bubble(name="zero-bubble", chunks=2, placement="v") < 0.75 * plain
+
+
 def test_partitioned_messages_are_smaller_and_gathered(machine: MachineFile) -> None:
     base = Strategy(grid=GridConfig(inter=4, col=3), order=("inter", "data", "row", "col"), microbatch_size=8)
     whole = base.model_copy(update={"partition_messages": False})
     model = model_of("12B")
-    assert messages(model, machine, base)[0][1].transfer < messages(model, machine, whole)[0][1].transfer / 2.9
+    assert messages(model, machine, base)(1, 2).transfer < messages(model, machine, whole)(1, 2).transfer / 2.9
     with_gather, without = (stage_times(model, machine, s)[1] for s in (base, whole))
     assert with_gather.reduce_forward > without.reduce_forward
 

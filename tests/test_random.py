@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import axonn.random
 from axonn.config import GPTConfig
-from axonn.inter_layer.stage import Stage
+from axonn.inter_layer.stage import Chunk, initialise
 from axonn.models.gpt import GPT
 from axonn.random import normal, normal_, random_bits, stream_key, uniform
 
@@ -107,11 +107,12 @@ def test_every_cut_of_a_model_starts_from_the_same_weights(tied: bool) -> None:
     layers = len(model.layers)
 
     def weights(span: range, seed: int = 3) -> dict[str, torch.Tensor]:
-        stage = Stage(model, span, seed=seed, dtype=torch.float32, device=torch.device("cpu"))
-        return dict(stage.chain.named_parameters(remove_duplicate=False))
+        chunk = Chunk(model, span, dtype=torch.float32, device=torch.device("cpu"))
+        initialise(model, chunk, seed=seed)
+        return dict(chunk.chain.named_parameters(remove_duplicate=False))
 
     whole = weights(range(layers))
-    for span in [range(1), range(1, 3), range(3, layers), range(layers - 1, layers)]:
+    for span in [range(1), range(1, 3), range(4, layers), range(layers - 1, layers)]:
         for name, value in weights(span).items():
             assert torch.equal(value, whole[name]), name
     assert torch.equal(whole["embedding.tokens.weight"], whole["head.output.weight"]) == tied

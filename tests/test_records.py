@@ -156,15 +156,18 @@ def test_spans_survive_the_round_trip(tmp_path: Path) -> None:
     recorder = SpanRecorder(3, clock_offset=0.5)
     for _ in range(2):
         for number, kind in enumerate(SpanKind):
-            recorder.add(kind, number / 3, number / 3 + 1e-9, microbatch=number, layer=2, direction=number % 2)
+            start, chunk, peer = number / 3, number % 3, number + 10
+            recorder.add(
+                kind, start, start + 1e-9, microbatch=number, layer=2, direction=number % 2, chunk=chunk, peer=peer
+            )
         recorder.step += 1
     recorder.add(SpanKind.OPTIMIZER, 1e9, 1e9 + 1e-6)
     path = tmp_path / "spans.parquet"
     write_spans(path, recorder.spans)
     assert read_spans(path) == recorder.spans
     first, last = read_spans(path)[0], read_spans(path)[-1]
-    assert first == Span(3, SpanKind.FORWARD, 0, 0, 2, 0, 0.5, 0.5 + 1e-9)
-    assert (last.step, last.microbatch, last.layer, last.direction) == (2, -1, -1, -1)
+    assert first == Span(3, SpanKind.FORWARD, 0, 0, 2, 0, 0.5, 0.5 + 1e-9, 0, 10)
+    assert (last.step, last.microbatch, last.layer, last.direction, last.chunk, last.peer) == (2, -1, -1, -1, -1, -1)
     assert isinstance(last.kind, SpanKind)
 
 
@@ -182,15 +185,25 @@ def test_a_foreign_span_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="is not a span file"):
         read_spans(path)
     pq.write_table(pa.table({"rank": [1]}), path)
-    with pytest.raises(RecordError, match="has schema 'none', expected 'axonn-spans/1'"):
+    with pytest.raises(RecordError, match="has schema 'none', expected 'axonn-spans/2'"):
         read_spans(path)
 
 
 # --- breakdown
 
 
-def span(kind: SpanKind, start: float, end: float, *, rank: int = 0, microbatch: int = 0, direction: int = 0) -> Span:
-    return Span(rank, kind, 0, microbatch, 0, direction, start, end)
+def span(
+    kind: SpanKind,
+    start: float,
+    end: float,
+    *,
+    rank: int = 0,
+    microbatch: int = 0,
+    direction: int = 0,
+    chunk: int = 0,
+    peer: int = -1,
+) -> Span:
+    return Span(rank, kind, 0, microbatch, 0, direction, start, end, chunk, peer)
 
 
 def test_each_instant_belongs_to_one_part_by_priority() -> None:
@@ -212,34 +225,32 @@ def test_waiting_is_split_at_the_time_the_message_was_sent(sent: float, point_to
     """Rank 1 waits from 1 to 5 for what rank 0 sent at `sent`."""
     spans = [
         span(SpanKind.FORWARD, -1, 10),
-        span(SpanKind.SEND, sent, sent + 0.5, microbatch=2),
-        span(SpanKind.SEND, -1, 1, microbatch=1),  # another message
-        span(SpanKind.SEND, -1, 1, microbatch=2, direction=1),  # another direction
+        span(SpanKind.SEND, sent, sent + 0.5, microbatch=2, chunk=1, peer=1),
+        span(SpanKind.SEND, -1, 1, microbatch=1, chunk=1, peer=1),  # another message
+        span(SpanKind.SEND, -1, 1, microbatch=2, chunk=1, peer=1, direction=1),  # another direction
+        span(SpanKind.SEND, -1, 1, microbatch=2, chunk=0, peer=1),  # to another chunk
+        span(SpanKind.SEND, -1, 1, microbatch=2, chunk=1, peer=2),  # to another rank
         span(SpanKind.FORWARD, -1, 1, rank=1),
-        span(SpanKind.RECEIVE_WAIT, 1, 5, rank=1, microbatch=2),
+        span(SpanKind.RECEIVE_WAIT, 1, 5, rank=1, microbatch=2, chunk=1),
         span(SpanKind.FORWARD, 5, 10, rank=1),
     ]
-    parts = breakdown(spans, peer_of={(1, 0): 0})
+    parts = breakdown(spans)
     assert parts.point_to_point == pytest.approx(point_to_point / 2)
     assert parts.bubble == pytest.approx((4 - point_to_point) / 2)
     assert parts.compute == pytest.approx((11 + 7) / 2)
     assert parts.unexplained == pytest.approx(0)
-    assert breakdown(spans).bubble == pytest.approx(4 / 2)
+    nothing_sent = [s for s in spans if s.kind != SpanKind.SEND]
+    assert breakdown(nothing_sent).bubble == pytest.approx(4 / 2)
 
 
-def test_the_sender_is_the_peer_of_that_direction() -> None:
-    spans = [
-        span(SpanKind.SEND, 0, 1, rank=0),
-        span(SpanKind.SEND, 3, 4, rank=2, direction=1),
-        span(SpanKind.RECEIVE_WAIT, 0, 4, rank=1, direction=1),
-    ]
-    parts = breakdown(spans, peer_of={(1, 0): 0, (1, 1): 2})
-    assert (parts.point_to_point * 3, parts.bubble * 3) == pytest.approx((1, 3))
+def test_both_halves_of_a_backward_are_compute() -> None:
+    spans = [span(SpanKind.BACKWARD_INPUT, 0, 2), span(SpanKind.BACKWARD_WEIGHT, 3, 4)]
+    assert breakdown(spans) == pytest.approx(Parts(3, 0, 0, 0, 0, 1))
 
 
 def test_idle_time_is_bubble_and_sends_take_no_time_of_their_own() -> None:
-    spans = [span(SpanKind.IDLE, 0, 2), span(SpanKind.SEND, 0, 5), span(SpanKind.FORWARD, 4, 5)]
-    assert breakdown(spans, peer_of={(0, 0): 0}) == pytest.approx(Parts(1, 0, 0, 0, 2, 2))
+    spans = [span(SpanKind.IDLE, 0, 2), span(SpanKind.SEND, 0, 5, peer=0), span(SpanKind.FORWARD, 4, 5)]
+    assert breakdown(spans) == pytest.approx(Parts(1, 0, 0, 0, 2, 2))
 
 
 def test_what_no_span_explains_is_reported() -> None:

@@ -1,4 +1,9 @@
-"""Timelines and orders of schedules: goldens at 4 stages and 6 microbatches, forward 1, backward 2."""
+"""Timelines and orders of schedules, beside those under goldens/: 4 stages, 6 microbatches, F, I and W take 1 each.
+
+`python -m tests.test_timeline` writes the goldens anew.
+"""
+
+from pathlib import Path
 
 import pytest
 
@@ -7,40 +12,47 @@ from axonn.perf.simulator import Simulation, simulate
 from axonn.schedules import ScheduleSpec, make_schedule
 from axonn.schedules.timeline import read_orders, timeline, write_orders
 
-GOLDEN = {
-    "message-driven": """\
-stage 0  0F0 0F1 0F2 0F3 .   .   .   .   .   .   0B0 =   0F4 0B1 =   0F5 0B2 =   .   0B3 =   .   0B4 =   .   0B5 =
-stage 1  .   0F0 0F1 0F2 0F3 .   .   .   0B0 =   .   0B1 =   0F4 0B2 =   0F5 0B3 =   .   0B4 =   .   0B5 =   .   .
-stage 2  .   .   0F0 0F1 0F2 0F3 0B0 =   .   0B1 =   .   0B2 =   0F4 0B3 =   0F5 0B4 =   .   0B5 =   .   .   .   .
-stage 3  .   .   .   0F0 0B0 =   0F1 0B1 =   0F2 0B2 =   0F3 0B3 =   0F4 0B4 =   0F5 0B5 =   .   .   .   .   .   .
-""",
-    "gpipe": """\
-stage 0  0F0 0F1 0F2 0F3 0F4 0F5 .   .   .   .   .   .   .   .   .   0B0 =   0B1 =   0B2 =   0B3 =   0B4 =   0B5 =
-stage 1  .   0F0 0F1 0F2 0F3 0F4 0F5 .   .   .   .   .   .   0B0 =   0B1 =   0B2 =   0B3 =   0B4 =   0B5 =   .   .
-stage 2  .   .   0F0 0F1 0F2 0F3 0F4 0F5 .   .   .   0B0 =   0B1 =   0B2 =   0B3 =   0B4 =   0B5 =   .   .   .   .
-stage 3  .   .   .   0F0 0F1 0F2 0F3 0F4 0F5 0B0 =   0B1 =   0B2 =   0B3 =   0B4 =   0B5 =   .   .   .   .   .   .
-""",
-    "1f1b": """\
-stage 0  0F0 0F1 0F2 0F3 .   .   .   .   .   .   0B0 =   0F4 0B1 =   0F5 0B2 =   .   0B3 =   .   0B4 =   .   0B5 =
-stage 1  .   0F0 0F1 0F2 .   .   .   .   0B0 =   0F3 0B1 =   0F4 0B2 =   0F5 0B3 =   .   0B4 =   .   0B5 =   .   .
-stage 2  .   .   0F0 0F1 .   .   0B0 =   0F2 0B1 =   0F3 0B2 =   0F4 0B3 =   0F5 0B4 =   .   0B5 =   .   .   .   .
-stage 3  .   .   .   0F0 0B0 =   0F1 0B1 =   0F2 0B2 =   0F3 0B3 =   0F4 0B4 =   0F5 0B5 =   .   .   .   .   .   .
-""",
+GOLDENS = Path(__file__).parent / "goldens"
+SPECS = {
+    "message-driven": ScheduleSpec(in_flight_limit=4),
+    "message-driven-loop": ScheduleSpec(in_flight_limit=4, chunks=2),
+    "gpipe": ScheduleSpec(name="gpipe"),
+    "1f1b": ScheduleSpec(name="1f1b"),
+    "interleaved-1f1b": ScheduleSpec(name="interleaved-1f1b", chunks=2),
+    "zb-h1": ScheduleSpec(name="zero-bubble"),
+    "zb-v": ScheduleSpec(name="zero-bubble", chunks=2, placement="v"),
+    "message-driven-zero-bubble": ScheduleSpec(name="message-driven-zero-bubble", in_flight_limit=4),
+    "message-driven-zero-bubble-v": ScheduleSpec(
+        name="message-driven-zero-bubble", in_flight_limit=4, chunks=2, placement="v"
+    ),
 }
 
 
 def run(name: str) -> Simulation:
-    spec = ScheduleSpec(name=name, in_flight_limit=4 if name == "message-driven" else None)
+    spec = SPECS[name]
     schedules = [make_schedule(spec, stage=stage, stages=4, microbatches=6) for stage in range(4)]
-    return simulate(schedules, forward=[1.0] * 4, backward=[2.0] * 4)
+    return simulate(schedules, seconds=lambda stage, task: (1, 2, 1, 1)[task.kind] / spec.chunks)
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+def drawn(name: str) -> str:
+    return timeline(run(name).tasks, slot=1 / SPECS[name].chunks)
+
+
+@pytest.mark.parametrize("name", SPECS)
 def test_golden_timeline(name: str) -> None:
-    assert timeline(run(name).tasks) == GOLDEN[name]
+    assert drawn(name) == (GOLDENS / f"{name}.txt").read_text()
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", SPECS)
+def test_golden_orders(name: str) -> None:
+    assert write_orders(run(name).orders()) == (GOLDENS / f"{name}.csv").read_text()
+
+
+def test_no_golden_is_left_over() -> None:
+    assert {file.stem for file in GOLDENS.iterdir()} == set(SPECS)
+
+
+@pytest.mark.parametrize("name", SPECS)
 def test_orders_survive_the_round_trip(name: str) -> None:
     orders = run(name).orders()
     text = write_orders(orders)
@@ -64,3 +76,9 @@ def test_a_timeline_can_begin_late_and_stop_early() -> None:
     lines = timeline(run("1f1b").tasks, begin=3.0, columns=3).splitlines()
     assert lines[3] == "stage 3  0F0 0B0 ="
     assert lines[2] == "stage 2  0F1 .   ."
+
+
+if __name__ == "__main__":
+    for golden in SPECS:
+        (GOLDENS / f"{golden}.txt").write_text(drawn(golden))
+        (GOLDENS / f"{golden}.csv").write_text(write_orders(run(golden).orders()))

@@ -1,65 +1,34 @@
-"""Messages between ranks: the same promises over MPI and in one process, and what happens when a rank fails."""
+"""Messages between ranks: every transport keeps the same promises."""
 
 from __future__ import annotations
 
+import random
 import threading
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from mpi4py import MPI
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from axonn.collectives import Collectives
-from axonn.errors import DeadlockError, GridError, LaunchError, TransportError
+from axonn.errors import DeadlockError, TransportError
 from axonn.grid import AXES, ProcessGrid
-from axonn.runtime import connect, launched_as
 from axonn.schedules import Direction
+from axonn.tensors import TensorSpec
 from axonn.trace import SpanKind, SpanRecorder
 from axonn.transport import Address, Edge, InProcessCollectives, InProcessTransport, InProcessWorld, Message, Transport
-from axonn.transport.mpi import MPITransport
+from axonn.transport.header import HEADER_BYTES, open_header, pack_header
 from tests.rank_pool import RankPool
+from tests.transports import TRANSPORTS, edge, edge_of, filled, receive, run_over, same_bits
 
-Body = Callable[..., Any]
 RunsRanks = Callable[..., list[Any]]
-GIVE_UP_S = 60.0
-"""Only ever reached by a test that fails."""
 
 
-def body_over_mpi(comm: MPI.Intracomm, body: Body, *args: Any) -> Any:
-    """A job of the rank pool."""
-    transport = MPITransport(comm)
-    try:
-        return body(transport, *args)
-    finally:
-        transport.close()
-
-
-@pytest.fixture(params=["mpi", "in-process", "in-process, random order"])
-def run_ranks(request: pytest.FixtureRequest) -> RunsRanks:
+@pytest.fixture(params=TRANSPORTS)
+def run_ranks(request: pytest.FixtureRequest, pool: RankPool) -> RunsRanks:
     """Calls `body(transport, *args)` on every rank."""
-    if request.param == "mpi":
-        pool: RankPool = request.getfixturevalue("pool")
-        return lambda body, ranks, *args: pool.run(body_over_mpi, body, *args, ranks=ranks)
-
-    def run(body: Body, ranks: int, *args: Any) -> list[Any]:
-        world = InProcessWorld(ranks, order_seed=3 if "random" in request.param else None)
-        return world.run(lambda rank: body(InProcessTransport(world, rank), *args))
-
-    return run
-
-
-def edge(peer: int, direction: Direction, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Edge:
-    return Edge(peer=peer, direction=direction, shape=shape, dtype=dtype, device=torch.device("cpu"))
-
-
-def receive(transport: Transport, count: int) -> list[Message]:
-    messages: list[Message] = []
-    while len(messages) < count:
-        messages += transport.wait()
-    return messages
+    return lambda body, ranks, *args: run_over(request.param, pool, body, ranks, *args)
 
 
 # --- order and content
@@ -77,11 +46,11 @@ def swap_both_ways(transport: Transport, count: int) -> list[tuple[Address, tupl
             value = 1000 * transport.rank + 100 * direction + i
             # Microbatches need not be sent in the order of their numbers.
             tensor = torch.full(SHAPES[direction], value, dtype=torch.float64)
-            transport.send(peer, Address(direction, 0, (7 * i) % count), tensor)
+            transport.send(peer, Address(direction, 0, (7 * i) % count), (tensor,))
     messages = receive(transport, 2 * count)
     transport.flush()
     assert transport.poll() == []
-    return [(m.address, tuple(m.tensor.shape), float(m.tensor.mean())) for m in messages]
+    return [(m.address, tuple(m.tensors[0].shape), float(m.tensors[0].mean())) for m in messages]
 
 
 def test_each_direction_keeps_its_order_with_a_single_peer(run_ranks: RunsRanks) -> None:
@@ -97,7 +66,7 @@ def test_each_direction_keeps_its_order_with_a_single_peer(run_ranks: RunsRanks)
 def address_round_trip(transport: Transport, addresses: list[Address]) -> list[Address]:
     if transport.rank == 0:
         for address in addresses:
-            transport.send(1, address, torch.zeros(2, dtype=torch.float64))
+            transport.send(1, address, (torch.zeros(2, dtype=torch.float64),))
         transport.flush()
         return []
     transport.expect(edge(0, Direction.FORWARD, (2,)), len(addresses))
@@ -105,9 +74,8 @@ def address_round_trip(transport: Transport, addresses: list[Address]) -> list[A
 
 
 def test_addresses_arrive_as_they_were_sent(run_ranks: RunsRanks) -> None:
-    """Tags of MPI hold them all, up to 16384 microbatches."""
-    numbers = [(0, 0, 0), (63, 0, 3), (0, 16383, 0), (63, 16383, 3), (1, 2, 3)]
-    addresses = [Address(Direction.FORWARD, chunk, microbatch, tensor) for chunk, microbatch, tensor in numbers]
+    numbers = [(0, 0), (63, 0), (0, 1 << 40), (1 << 20, 16383), (1, 2)]
+    addresses = [Address(Direction.FORWARD, chunk, microbatch) for chunk, microbatch in numbers]
     assert run_ranks(address_round_trip, 2, addresses)[1] == addresses
 
 
@@ -115,11 +83,11 @@ def send_types(transport: Transport, tensors: list[torch.Tensor]) -> list[torch.
     received = []
     for tensor in tensors:
         if transport.rank == 0:
-            transport.send(1, Address(Direction.FORWARD, 0, 0), tensor)
+            transport.send(1, Address(Direction.FORWARD, 0, 0), (tensor,))
             transport.flush()
         else:
             transport.expect(edge(0, Direction.FORWARD, tuple(tensor.shape), tensor.dtype), 1)
-            received += [m.tensor for m in receive(transport, 1)]
+            received += [m.tensors[0] for m in receive(transport, 1)]
     return received
 
 
@@ -138,12 +106,12 @@ def keep_all(transport: Transport, count: int) -> tuple[int, list[float]]:
     if transport.rank == 0:
         buffer = torch.zeros(5000, dtype=torch.float64)
         for i in range(count):
-            transport.send(1, Address(Direction.FORWARD, 0, i), buffer.fill_(i))
+            transport.send(1, Address(Direction.FORWARD, 0, i), (buffer.fill_(i),))
             transport.flush()  # After this the buffer is ours again.
         return 0, []
     transport.expect(edge(0, Direction.FORWARD, (5000,)), count)
     messages = receive(transport, count)
-    return len({m.tensor.data_ptr() for m in messages}), [float(m.tensor.mean()) for m in messages]
+    return len({m.tensors[0].data_ptr() for m in messages}), [float(m.tensors[0].mean()) for m in messages]
 
 
 def test_the_receiver_owns_what_it_gets(run_ranks: RunsRanks) -> None:
@@ -156,8 +124,8 @@ def large_both_ways(transport: Transport) -> float:
     transport.expect(edge(peer, Direction.FORWARD, (size,)), 2)
     for i in range(2):
         tensor = torch.full((size,), transport.rank, dtype=torch.float64)
-        transport.send(peer, Address(Direction.FORWARD, 0, i), tensor)
-    total = sum(float(m.tensor.mean()) for m in receive(transport, 2))
+        transport.send(peer, Address(Direction.FORWARD, 0, i), (tensor,))
+    total = sum(float(m.tensors[0].mean()) for m in receive(transport, 2))
     transport.flush()
     return total
 
@@ -173,9 +141,9 @@ def around_the_ring(transport: Transport, ranks: int) -> list[float]:
     arrived: list[Message] = []
     value = torch.full((4,), transport.rank, dtype=torch.float64)
     for hop in range(ranks):
-        transport.send(after, Address(Direction.FORWARD, 0, hop), value)
+        transport.send(after, Address(Direction.FORWARD, 0, hop), (value,))
         arrived = arrived or transport.wait()
-        value = arrived.pop(0).tensor
+        value = arrived.pop(0).tensors[0]
         seen.append(float(value[0]))
     transport.flush()
     return seen
@@ -199,13 +167,104 @@ def test_random_orders_differ_and_repeat() -> None:
     assert arrivals(None) == arrivals(None)
 
 
+# --- several tensors
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8)
+SPECS = st.builds(
+    TensorSpec, st.lists(st.integers(0, 4), max_size=3).map(tuple), st.sampled_from(TYPES)
+)  # Scalars and tensors without elements are among them.
+MANY = [
+    TensorSpec((3, 4, 5), torch.bfloat16),
+    TensorSpec((7,), torch.int64),
+    TensorSpec((), torch.float32),
+    TensorSpec((0, 6), torch.float16),
+    TensorSpec((1000, 30), torch.float64),
+    TensorSpec((2, 0), torch.int64),
+    TensorSpec((3,), torch.float16),
+]
+
+
+def number_of(sender: int, direction: Direction, message: int, tensor: int) -> int:
+    return (((sender * 2 + direction) * 1000) + message) * 1000 + tensor
+
+
+def content(specs: list[TensorSpec], sender: int, direction: Direction, message: int) -> tuple[torch.Tensor, ...]:
+    return tuple(filled(spec, number_of(sender, direction, message, k)) for k, spec in enumerate(specs))
+
+
+Wanted = dict[Direction, list[TensorSpec]]
+
+
+def neighbours(rank: int, ranks: int) -> list[int]:
+    return sorted({(rank - 1) % ranks, (rank + 1) % ranks})
+
+
+def everyone_both_ways(transport: Transport, ranks: int, specs: Wanted, count: int, seed: int) -> dict[Any, list[Any]]:
+    """Every rank sends `count` messages of both directions to both neighbours in a ring, in an order of its own.
+
+    Returns the microbatches that came over each edge, in their order, and whether their contents were right.
+    """
+    peers = neighbours(transport.rank, ranks)
+    for peer in peers:
+        for direction in Direction:
+            transport.expect(edge_of(peer, direction, specs[direction]), count)
+    plan = [(peer, direction) for peer in peers for direction in Direction] * count
+    random.Random(seed + transport.rank).shuffle(plan)
+    sent = dict.fromkeys(plan, 0)
+    for peer, direction in plan:
+        i = sent[peer, direction]
+        sent[peer, direction] += 1
+        # The number of the message tells which it is; the chunk, who sent it. Microbatches come in no order.
+        address = Address(direction, transport.rank, (7 * i + 3) % 1009)
+        transport.send(peer, address, content(specs[direction], transport.rank, direction, i))
+    found: dict[Any, list[Any]] = {(peer, direction): [] for peer in peers for direction in Direction}
+    for message in receive(transport, len(plan)):
+        direction, sender, microbatch = message.address
+        i = len(found[sender, direction])
+        expected = content(specs[direction], sender, direction, i)
+        same = len(expected) == len(message.tensors) and all(map(same_bits, message.tensors, expected))
+        found[sender, direction].append((microbatch, same))
+    transport.flush()
+    assert transport.poll() == []
+    return found
+
+
+def check_everyone(outcomes: list[dict[Any, list[Any]]], count: int) -> None:
+    ranks = len(outcomes)
+    for rank, found in enumerate(outcomes):
+        assert found.keys() == {(p, d) for p in neighbours(rank, ranks) for d in Direction}
+        for messages in found.values():
+            assert messages == [((7 * i + 3) % 1009, True) for i in range(count)]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_messages_of_several_tensors_come_over_every_edge_in_order(run_ranks: RunsRanks, ranks: int) -> None:
+    """Edges as in a V and in loops: both directions from both neighbours, which with two ranks are the same one."""
+    specs = {Direction.FORWARD: MANY, Direction.BACKWARD: MANY[:2]}
+    check_everyone(run_ranks(everyone_both_ways, ranks, ranks, specs, 12, 5), 12)
+
+
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(SPECS, max_size=4), st.lists(SPECS, max_size=4), st.integers(1, 6), st.integers(0, 99))
+def test_any_tensors_in_any_order(
+    run_ranks: RunsRanks, forward: list[TensorSpec], backward: list[TensorSpec], count: int, seed: int
+) -> None:
+    specs = {Direction.FORWARD: forward, Direction.BACKWARD: backward}
+    check_everyone(run_ranks(everyone_both_ways, 2, 2, specs, count, seed), count)
+
+
+def test_very_many_messages_at_once(run_ranks: RunsRanks) -> None:
+    specs = {direction: [TensorSpec((5,), torch.float32)] for direction in Direction}
+    check_everyone(run_ranks(everyone_both_ways, 2, 2, specs, 300, 1), 300)
+
+
 # --- what is expected
 
 
 def two_batches(transport: Transport) -> list[list[int]]:
     if transport.rank == 0:
         for i in range(5):
-            transport.send(1, Address(Direction.FORWARD, 0, i), torch.zeros(1, dtype=torch.float64))
+            transport.send(1, Address(Direction.FORWARD, 0, i), (torch.zeros(1, dtype=torch.float64),))
         transport.flush()
         return []
     batches = []
@@ -235,7 +294,7 @@ def expect_twice(transport: Transport) -> str:
     transport.expect(edge(peer, Direction.FORWARD, (1,)), 1)
     with pytest.raises(TransportError) as error:
         transport.expect(edge(peer, Direction.FORWARD, (1,)), 1)
-    transport.send(peer, Address(Direction.FORWARD, 0, 0), torch.zeros(1, dtype=torch.float64))
+    transport.send(peer, Address(Direction.FORWARD, 0, 0), (torch.zeros(1, dtype=torch.float64),))
     receive(transport, 1)
     transport.flush()
     return str(error.value)
@@ -250,7 +309,7 @@ def traced(transport: Transport) -> list[tuple[str, int, int, bool]]:
     peer = 1 - transport.rank
     transport.expect(edge(peer, Direction.BACKWARD, (1000,)), 2)
     for i in range(2):
-        transport.send(peer, Address(Direction.BACKWARD, 0, i), torch.zeros(1000, dtype=torch.float64))
+        transport.send(peer, Address(Direction.BACKWARD, 0, i), (torch.zeros(1000, dtype=torch.float64),))
     transport.flush()
     receive(transport, 2)
     return [(s.kind, s.microbatch, s.direction, s.end >= s.start) for s in transport.spans.spans]
@@ -261,79 +320,127 @@ def test_each_send_is_one_span(run_ranks: RunsRanks) -> None:
         assert sorted(spans) == [(SpanKind.SEND, i, Direction.BACKWARD, True) for i in range(2)]
 
 
-# --- progress over MPI
+# --- what is refused
+
+EXPECTED = [TensorSpec((4, 3), torch.float32), TensorSpec((2,), torch.int64)]
+OTHERS = {
+    "another shape of as many bytes": [TensorSpec((3, 4), torch.float32), EXPECTED[1]],
+    "a smaller microbatch": [TensorSpec((2, 3), torch.float32), EXPECTED[1]],
+    "a larger microbatch": [TensorSpec((4000, 3), torch.float32), EXPECTED[1]],
+    "another type": [TensorSpec((4, 3), torch.int32), EXPECTED[1]],
+    "too few": EXPECTED[:1],
+    "too many": [*EXPECTED, EXPECTED[1]],
+    "another order": EXPECTED[::-1],
+    "none": [],
+}
 
 
-def compute_until(done: Callable[[], bool]) -> bool:
-    """Matrix products, which release the interpreter's lock and call no MPI."""
-    a = torch.rand(768, 768)
-    end = time.monotonic() + GIVE_UP_S
-    while time.monotonic() < end:
-        a = (a @ a).clamp(0, 1)
-        if done():
-            return True
-    return False
-
-
-def computes_while_a_message_travels(comm: MPI.Intracomm, flag: str) -> int:
-    """Rank 0 sends and computes, rank 1 computes; neither calls MPI again until rank 1 has the message."""
-    transport = MPITransport(comm)
-    if comm.Get_rank() == 1:
-        transport.expect(edge(0, Direction.FORWARD, (1 << 21,)), 1)
-    comm.Barrier()
-    if comm.Get_rank() == 0:
-        transport.send(1, Address(Direction.FORWARD, 0, 5), torch.ones(1 << 21, dtype=torch.float64))
-        compute_until(Path(flag).exists)
-        found = 0
-    else:
-        # A glance at the queue calls no MPI; a poll would make progress and prove nothing.
-        compute_until(lambda: bool(transport._arrived))
-        Path(flag).touch()
-        found = len(list(transport._arrived))
-        assert [m.address.microbatch for m in transport.poll()] == [5] * found
-    comm.Barrier()
+def sends_another(transport: Transport, others: list[TensorSpec], announced: bool) -> str:
+    """A message that is right, then one that is not. Returns what the rank is told that finds it out."""
+    right, wrong = (content(specs, 0, Direction.BACKWARD, 0) for specs in (EXPECTED, others))
+    if transport.rank == 1:
+        transport.expect(edge_of(0, Direction.BACKWARD, EXPECTED), 1 if announced else 2)
+        if announced:
+            receive(transport, 1)
+            return ""
+        with pytest.raises(TransportError) as error:
+            receive(transport, 2)
+        return str(error.value)
+    if announced:
+        transport.announce(edge_of(1, Direction.BACKWARD, EXPECTED))
+    transport.send(1, Address(Direction.BACKWARD, 2, 5), right)
+    if not announced:
+        transport.send(1, Address(Direction.BACKWARD, 2, 6), wrong)
+        return ""
+    with pytest.raises(TransportError) as error:
+        transport.send(1, Address(Direction.BACKWARD, 2, 6), wrong)
     transport.flush()
-    transport.close()
-    return found
+    return str(error.value)
 
 
-def test_a_message_sent_before_a_long_computation_has_arrived_when_that_ends(pool: RankPool, tmp_path: Path) -> None:
-    assert pool.run(computes_while_a_message_travels, str(tmp_path / "arrived"), ranks=2) == [0, 1]
+@pytest.mark.parametrize("announced", [True, False], ids=["announced", "not announced"])
+def test_tensors_that_are_not_those_of_the_edge_are_refused(run_ranks: RunsRanks, announced: bool) -> None:
+    for others in OTHERS.values():
+        told = run_ranks(sends_another, 2, others, announced)[0 if announced else 1]
+        found = " ".join(map(str, others)) or "no tensors"
+        assert told == (
+            f"the backward message of chunk 2, microbatch 6 from rank 0 to rank 1 carries {found}, "
+            "but float32[4,3] int64[2] is expected; "
+            "every microbatch must have the shapes and types that its edge was given"
+        )
 
 
-class Late(MPITransport):
-    """The thread takes the message in right after the first, fruitless poll."""
-
-    polls = 0
-
-    def poll(self) -> list[Message]:
-        self.polls += 1
-        if self.polls > 1:
-            return super().poll()
-        while not self._arrived:
-            time.sleep(0.001)
-        return []
+def sends_in_pieces(transport: Transport) -> str:
+    with pytest.raises(TransportError) as error:
+        transport.send(1 - transport.rank, Address(Direction.FORWARD, 0, 3), (torch.zeros(4, 4).t()[1:],))
+    return str(error.value)
 
 
-def waits_unluckily(comm: MPI.Intracomm) -> int:
-    transport = Late(comm)
-    number = 0
-    if comm.Get_rank() == 0:
-        transport.send(1, Address(Direction.FORWARD, 0, 9), torch.zeros(1, dtype=torch.float64))
-        transport.flush()
-    else:
-        transport.expect(edge(0, Direction.FORWARD, (1,)), 1)
-        number = transport.wait()[0].address.microbatch
-    comm.Barrier()
-    transport.close()
-    return number
+def test_memory_in_pieces_is_refused(run_ranks: RunsRanks) -> None:
+    told = run_ranks(sends_in_pieces, 2)[0]
+    assert "microbatch 3 from rank 0 to rank 1 carries tensors that are not contiguous" in told
 
 
-def test_a_message_that_the_thread_takes_in_just_then_is_not_lost(pool: RankPool) -> None:
-    assert pool.run(waits_unluckily, ranks=2) == [0, 9]
+def from_another_device(transport: Transport) -> list[str]:
+    elsewhere = torch.zeros(2, device="meta")
+    told = []
+    for call in (
+        lambda: transport.send(1 - transport.rank, Address(Direction.FORWARD, 0, 0), (elsewhere,)),
+        lambda: transport.expect(
+            Edge(peer=1 - transport.rank, direction=Direction.FORWARD, tensors=(), device=elsewhere.device), 1
+        ),
+    ):
+        with pytest.raises(TransportError) as error:
+            call()
+        told.append(str(error.value))
+    return told
 
 
-# --- failures
+@pytest.mark.parametrize("name", ["mpi", "torch"])
+def test_tensors_of_another_device_are_refused(name: str, pool: RankPool) -> None:
+    for rank, told in enumerate(run_over(name, pool, from_another_device, 2)):
+        assert [text.split(";")[0] for text in told] == [
+            f"rank {rank}: a message with tensors on 'meta', but this transport was made for 'cpu'"
+        ] * 2
+
+
+@given(st.lists(SPECS, max_size=60), st.sampled_from(Direction), st.integers(0, 2**40), st.integers(0, 2**40))
+def test_a_header_says_what_follows(specs: list[TensorSpec], direction: Direction, chunk: int, microbatch: int) -> None:
+    tensors = [torch.empty(spec.shape, dtype=spec.dtype) for spec in specs]
+    address = Address(direction, chunk, microbatch)
+    header = pack_header(address, tensors)
+    assert len(header) == HEADER_BYTES
+    assert open_header(header, edge_of(0, direction, specs), rank=1) == address
+    # However long the list, the last tensor is told from another one.
+    wrong = [*specs[:-1], TensorSpec((9, 9), torch.int8)]
+    with pytest.raises(TransportError, match=f"chunk {chunk}, microbatch {microbatch} from rank 0 to rank 1 carries"):
+        open_header(header, edge_of(0, direction, wrong), rank=1)
+
+
+# --- the end
+
+
+def aborts(transport: Transport, size: int) -> bool:
+    """A batch that ends in the middle: nothing that was sent is received, nothing that is expected was sent."""
+    peer = 1 - transport.rank
+    other = Direction(transport.rank)
+    transport.expect(edge(peer, other, (size,)), 3)
+    transport.send(peer, Address(other, 0, 0), (torch.zeros(size, dtype=torch.float64),))
+    return transport.poll() == []
+
+
+def test_closing_after_an_aborted_batch_ends_at_once(run_ranks: RunsRanks) -> None:
+    for size in (2, 1 << 17):
+        assert run_ranks(aborts, 2, size) == [True, True]
+    assert all(run_ranks(threads_left, 2))
+
+
+def threads_left(transport: Transport) -> bool:
+    """Only those of this transport run: the earlier ones have ended."""
+    return len([t for t in threading.enumerate() if t.name.startswith("axonn-")]) <= 1
+
+
+# --- failures in process
 
 
 def test_a_deadlock_in_process_says_who_waits_for_what() -> None:
@@ -369,96 +476,3 @@ def test_an_exception_in_process_surfaces_though_others_wait() -> None:
     with pytest.raises(ValueError, match="rank 1 has had enough"):
         world.run(body)
     assert not [t for t in threading.enumerate() if t.name.startswith("rank-")]
-
-
-def fails_on_one_rank(comm: MPI.Intracomm) -> None:
-    with connect(ProcessGrid(data=1, inter=2), comm=comm) as runtime:
-        assert runtime.transport is not None
-        if comm.Get_rank() == 1:
-            raise ValueError("rank 1 has had enough")
-        runtime.transport.expect(edge(1, Direction.BACKWARD, (1,)), 1)
-        runtime.transport.wait()
-
-
-def test_an_exception_over_mpi_surfaces_though_others_wait() -> None:
-    ranks = RankPool(2)
-    try:
-        with pytest.raises(AssertionError, match=r"rank 1:\n(.*\n)*ValueError: rank 1 has had enough"):
-            ranks.run(fails_on_one_rank, ranks=2)
-        assert ranks.run(rank_of, ranks=2) == [0, 1]
-    finally:
-        ranks.stop()
-
-
-def rank_of(comm: MPI.Intracomm) -> int:
-    return comm.Get_rank()
-
-
-# --- joining
-
-
-def joins_a_wrong_grid(comm: MPI.Intracomm) -> str:
-    with pytest.raises(GridError) as error, connect(ProcessGrid(data=2, inter=2), comm=comm):
-        pass
-    return str(error.value)
-
-
-def test_a_grid_that_does_not_fit_the_ranks_is_refused_on_every_rank(pool: RankPool) -> None:
-    messages = pool.run(joins_a_wrong_grid, ranks=2)
-    assert len(messages) == 2
-    assert all("needs 4 ranks, but 2 run; change the grid or start 4 ranks" in message for message in messages)
-
-
-def joins(comm: MPI.Intracomm) -> tuple[int, float, int]:
-    with connect(ProcessGrid(inter=2, data=2), comm=comm) as runtime:
-        runtime.barrier()
-        total = torch.ones(1)
-        collectives: Collectives = runtime.collectives
-        collectives.all_reduce(total, collectives.axis_group(AXES)).wait()
-        return runtime.rank, runtime.clock_offset, int(total)
-
-
-def test_ranks_join_and_agree_on_a_clock(pool: RankPool) -> None:
-    answers = pool.run(joins, ranks=4)
-    assert [rank for rank, *_ in answers] == [0, 1, 2, 3]
-    assert {total for *_, total in answers} == {4}
-    # All ranks run on this machine and read the same clock, so what is found is the error of the method.
-    assert answers[0][1] == 0.0
-    assert all(abs(offset) < 1.0 for _, offset, _ in answers)
-
-
-@pytest.mark.parametrize(
-    ("environment", "found"),
-    [
-        ({}, (0, 1)),
-        ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}, (3, 4)),
-        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, (1, 2)),
-        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "6"}, (5, 6)),
-        ({"RANK": "0", "WORLD_SIZE": "8"}, (0, 8)),
-        ({"RANK": "2"}, (0, 1)),
-        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (1, 2)),
-    ],
-)
-def test_the_launchers_environment_says_who_this_is(environment: dict[str, str], found: tuple[int, int]) -> None:
-    assert launched_as(environment) == found
-
-
-def test_a_launcher_that_does_not_belong_to_the_mpi_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    with (
-        pytest.raises(LaunchError, match="the launcher started 2 ranks, but MPI sees 1"),
-        connect(ProcessGrid(data=2)),
-    ):
-        pass
-
-
-def test_one_rank_needs_no_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "mpi4py", None)
-    with connect(ProcessGrid()) as runtime:
-        assert (runtime.rank, runtime.transport) == (0, None)
-        runtime.barrier()
-    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    with pytest.raises(LaunchError, match="2 ranks need MPI, which cannot be loaded"), connect(ProcessGrid(data=2)):
-        pass

@@ -2,11 +2,15 @@
 
 Autograd computes each microbatch's weight gradient into new memory and then adds it to `.grad`: for a Linear one write
 and one read of the whole gradient too many, for an Embedding a dense gradient of which few rows are not zero.
+
+It also lets a backward be split (zero-bubble schedules: Qi et al., arXiv 2401.10241): the gradients of the weights can
+wait in a queue while the gradient of the input is already on its way.
 """
 
 from __future__ import annotations
 
-from types import MethodType
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,75 +18,127 @@ import torch.nn.functional as F
 from torch import nn
 
 
+class WeightGradients:
+    """The weight gradients of a chunk: computed at once, or kept for later while `deferring` is set."""
+
+    def __init__(self) -> None:
+        self.deferring = False
+        self._waiting: list[Callable[[], None]] = []
+
+    def add(self, accumulate: Callable[[], None]) -> None:
+        """Call `accumulate`, which adds to gradients, now or later."""
+        if self.deferring:
+            self._waiting.append(accumulate)
+        else:
+            accumulate()
+
+    def take(self) -> Callable[[], None]:
+        """The second half of the backwards since the last call: adds what has been kept, in the order it came."""
+        waiting, self._waiting = self._waiting, []
+
+        @torch.no_grad()
+        def second_half() -> None:
+            for accumulate in waiting:
+                accumulate()
+
+        return second_half
+
+
+def _add_product(parameter: nn.Parameter, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add the matrix product a b to the parameter's gradient."""
+    if parameter.grad is None:
+        parameter.grad = a @ b
+    elif parameter.grad.dtype == a.dtype:
+        parameter.grad.addmm_(a, b)
+    else:
+        parameter.grad += a @ b
+
+
+def _add(parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = gradient
+    else:
+        parameter.grad += gradient
+
+
 class _Linear(torch.autograd.Function):
     """`F.linear` whose backward adds to the gradients of weight and bias itself."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: nn.Parameter, bias: nn.Parameter | None) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: nn.Parameter, bias: nn.Parameter | None, queue: WeightGradients
+    ) -> torch.Tensor:
         ctx.save_for_backward(x)
         # The parameters themselves, not the tensors that autograd saves for them: their `.grad` is what counts.
-        ctx.weight, ctx.bias = weight, bias
+        ctx.weight, ctx.bias, ctx.queue = weight, bias, queue
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         (x,) = ctx.saved_tensors
         weight, bias = ctx.weight, ctx.bias
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        inputs = x.reshape(-1, x.shape[-1])
-        if weight.requires_grad:
-            if weight.grad is None:
-                weight.grad = rows.t() @ inputs
-            else:
-                weight.grad.addmm_(rows.t(), inputs)
-        if bias is not None and bias.requires_grad:
-            if bias.grad is None:
-                bias.grad = rows.sum(0)
-            else:
-                bias.grad += rows.sum(0)
-        return (gradient @ weight if ctx.needs_input_grad[0] else None), None, None
+
+        def accumulate() -> None:
+            rows = gradient.reshape(-1, gradient.shape[-1])
+            if weight.requires_grad:
+                _add_product(weight, rows.t(), x.reshape(-1, x.shape[-1]))
+            if bias is not None and bias.requires_grad:
+                _add(bias, rows.sum(0))
+
+        ctx.queue.add(accumulate)
+        return (gradient @ weight if ctx.needs_input_grad[0] else None), None, None, None
 
 
 class _Embedding(torch.autograd.Function):
     """`F.embedding` whose backward adds the rows it looked up to the gradient of the weight itself."""
 
     @staticmethod
-    def forward(ctx: Any, index: torch.Tensor, weight: nn.Parameter) -> torch.Tensor:
+    def forward(ctx: Any, index: torch.Tensor, weight: nn.Parameter, queue: WeightGradients) -> torch.Tensor:
         ctx.save_for_backward(index)
-        ctx.weight = weight
+        ctx.weight, ctx.queue = weight, queue
         return F.embedding(index, weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:
         (index,) = ctx.saved_tensors
         weight = ctx.weight
-        if weight.requires_grad:
+
+        def accumulate() -> None:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-            weight.grad.index_add_(0, index.reshape(-1), gradient.reshape(-1, gradient.shape[-1]))
-        return None, None
+            rows = gradient.reshape(-1, gradient.shape[-1]).to(weight.grad.dtype)
+            weight.grad.index_add_(0, index.reshape(-1), rows)
+
+        if weight.requires_grad:
+            ctx.queue.add(accumulate)
+        return None, None, None
 
 
-def _linear(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    y: torch.Tensor = _Linear.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
+def _linear(queue: WeightGradients, self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = _Linear.apply(x, self.weight, self.bias, queue)  # type: ignore[no-untyped-call]
     return y
 
 
-def _embedding(self: nn.Embedding, index: torch.Tensor) -> torch.Tensor:
-    y: torch.Tensor = _Embedding.apply(index, self.weight)  # type: ignore[no-untyped-call]
+def _embedding(queue: WeightGradients, self: nn.Embedding, index: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = _Embedding.apply(index, self.weight, queue)  # type: ignore[no-untyped-call]
     return y
 
 
-def accumulate_in_place(module: nn.Module) -> nn.Module:
+def accumulate_in_place(module: nn.Module, queue: WeightGradients | None = None) -> nn.Module:
     """Let every plain `nn.Linear` and `nn.Embedding` inside `module` add to its gradients in place; returns `module`.
 
-    Subclasses, and embeddings with padding, norm limits or sparse gradients, are left as they are.
+    With a `queue` their weight gradients can be deferred. Subclasses, and embeddings with padding, norm limits or
+    sparse gradients, are left as they are: autograd computes their weight gradients with those of their inputs.
+    A module with an attribute `weight_gradients` of its own gets the queue, to defer what it likes.
     """
+    queue = queue or WeightGradients()
     for part in module.modules():
         if type(part) is nn.Linear:
-            part.forward = MethodType(_linear, part)  # type: ignore[method-assign]
+            part.forward = partial(_linear, queue, part)  # type: ignore[method-assign]
         elif type(part) is nn.Embedding and not (
             part.sparse or part.scale_grad_by_freq or part.padding_idx is not None or part.max_norm is not None
         ):
-            part.forward = MethodType(_embedding, part)  # type: ignore[method-assign]
+            part.forward = partial(_embedding, queue, part)  # type: ignore[method-assign]
+        elif hasattr(part, "weight_gradients"):
+            part.weight_gradients = queue  # type: ignore[assignment]
     return module

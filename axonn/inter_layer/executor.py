@@ -1,33 +1,59 @@
-"""Runs the tasks of one stage as its schedule asks for them, with messages to and from the neighbouring stages."""
+"""Runs the tasks of one stage as its schedule asks for them, with messages to and from the other stages."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from axonn.errors import GridError
 from axonn.grid import ProcessGrid
-from axonn.inter_layer.stage import Stage
+from axonn.inter_layer.accumulation import WeightGradients, accumulate_in_place
+from axonn.inter_layer.activations import SavedBytes
+from axonn.inter_layer.stage import Chunk, Tensors
 from axonn.models.base import PipelineModel
-from axonn.schedules import Direction, Kind, StageSchedule, Task
+from axonn.schedules import ChunkLayout, Direction, Kind, StageSchedule, Task
+from axonn.tensors import TensorSpec
 from axonn.trace import SpanKind, SpanRecorder
 from axonn.transport import Address, Edge, Message, Transport
 
-_SPAN_OF = {Kind.FORWARD: SpanKind.FORWARD, Kind.BACKWARD: SpanKind.BACKWARD}
+
+class _ChunkState:
+    """A chunk with what it holds of each microbatch."""
+
+    def __init__(self, module: Chunk) -> None:
+        self.module = module
+        self.queue = WeightGradients()
+        accumulate_in_place(module, self.queue)
+        self.inputs: dict[int, Tensors] = {}
+        self.outputs: dict[int, list[GradientEdge | None]] = {}
+        """Of each floating-point output; None where it depends on no parameter and no input."""
+        self.gradients: dict[int, Tensors] = {}
+        self.weights: dict[int, Callable[[], None]] = {}
+        """Second halves of split backwards."""
+        self.saved_bytes: int | None = None
+        """Bytes that one microbatch keeps from its forward to its backward, once known."""
+
+    @property
+    def held(self) -> set[int]:
+        return set().union(self.inputs, self.outputs, self.gradients, self.weights)
 
 
 class PipelineExecutor:
     """Executes one batch after another on the stage of `rank`.
 
-    `transport` may be None when there is one stage. `microbatch_size` counts rows.
+    `transport` may be None when there is one stage. `microbatch_size` counts rows. Raises `GridError` when chunks would
+    send different messages over one edge.
     """
 
     def __init__(
         self,
         *,
         model: PipelineModel,
-        stage: Stage,
+        chunks: Sequence[Chunk],
+        layout: ChunkLayout,
         grid: ProcessGrid,
         rank: int,
         transport: Transport | None,
@@ -37,29 +63,26 @@ class PipelineExecutor:
         spans: SpanRecorder | None,
     ) -> None:
         self._model = model
-        self._stage = stage
+        self._chunks = [_ChunkState(chunk) for chunk in chunks]
+        self._layout = layout
+        self._grid = grid
+        self._rank = rank
+        self._stage = grid.coordinates(rank).inter
         self._transport = transport
         self._spans = spans
         self._microbatch_size = microbatch_size
-        self._layer = stage.span.start
-        shape = model.activation_shape(microbatch_size)
-
-        def edge(step: int, direction: Direction) -> Edge | None:
-            peer = grid.neighbour(rank, step)
-            if peer is None:
-                return None
-            return Edge(peer=peer, direction=direction, shape=shape, dtype=dtype, device=device)
-
-        self._before = edge(-1, Direction.FORWARD)
-        self._after = edge(+1, Direction.BACKWARD)
-        self._inputs: dict[int, torch.Tensor] = {}
-        self._outputs: dict[int, GradientEdge] = {}
-        self._gradients: dict[int, torch.Tensor] = {}
+        self._dtype = dtype
+        self._device = device
+        self._edges = {direction: self._edges_of(direction) for direction in Direction}
+        self._announce()
+        self._active_bytes = 0
+        self.most_active_bytes = 0
+        """Most bytes of activations that were kept for backwards at any one time so far."""
 
     @property
     def held(self) -> int:
-        """Microbatches whose tensors are still held; zero between batches."""
-        return len(self._inputs.keys() | self._outputs.keys() | self._gradients.keys())
+        """(chunk, microbatch) pairs of which something is still held; zero between batches."""
+        return sum(len(chunk.held) for chunk in self._chunks)
 
     def train(
         self,
@@ -71,13 +94,11 @@ class PipelineExecutor:
     ) -> torch.Tensor | None:
         """Forward and backward of every microbatch; gradients of `loss_scale` x sum of microbatch losses accumulate.
 
-        `inputs` [rows, ...] are used on the first stage, `targets` on the last. Returns the scaled sum of losses (a
-        scalar that carries no graph) on the last stage, None elsewhere.
+        `inputs` [rows, ...] are used where the network begins, `targets` where it ends. Returns the sum of losses (a
+        scalar without a graph, not scaled) where the network ends, None elsewhere.
         """
-        tokens = None if inputs is None else torch.split(inputs, self._microbatch_size)
-        labels = None if targets is None else torch.split(targets, self._microbatch_size)
-        self._expect(schedule.microbatches, backward=True)
-        losses: list[torch.Tensor] = []
+        batch = _Batch(inputs, targets, self._microbatch_size, loss_scale)
+        self._expect(schedule.microbatches, *Direction)
         transport = self._transport
         while not schedule.done:
             if transport is not None:
@@ -88,65 +109,112 @@ class PipelineExecutor:
                 self._wait(schedule)
                 continue
             start = SpanRecorder.now()
-            if task.kind == Kind.FORWARD:
-                outgoing = self._forward(task.microbatch, tokens, labels, losses, loss_scale)
-            else:
-                outgoing = self._backward(task.microbatch, losses)
+            outgoing = self._run(task, batch)
             self._record(task, start)
-            if outgoing is not None:
-                self._send(task, outgoing)
+            local = self._hand_on(task, outgoing)
             schedule.finished(task)
+            if local is not None:
+                schedule.arrived(*local)
         if transport is not None:
             transport.flush()
-        if not losses:
-            return None
-        return torch.stack(losses).sum()
+        return batch.loss()
 
     @torch.no_grad()
     def evaluate(
         self, microbatches: int, inputs: torch.Tensor | None, targets: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Forward only; no gradient and no parameter changes. Sum of microbatch losses on the last stage."""
-        tokens = None if inputs is None else torch.split(inputs, self._microbatch_size)
-        labels = None if targets is None else torch.split(targets, self._microbatch_size)
-        self._expect(microbatches, backward=False)
-        losses: list[torch.Tensor] = []
-        arrived: list[Message] = []
-        for microbatch in range(microbatches):
-            if tokens is not None and self._before is None:
-                x = tokens[microbatch]
+        """Forward only; no gradient and no parameter changes. Sum of microbatch losses where the network ends."""
+        batch = _Batch(inputs, targets, self._microbatch_size, 1.0)
+        transport = self._transport
+        self._expect(microbatches, Direction.FORWARD)
+        ready: deque[tuple[Address, Tensors]] = deque()
+        source = self._layout.is_source(self._stage, 0)
+        begun = 0
+        for _ in range(microbatches * len(self._chunks)):
+            if transport is not None:
+                ready.extend(transport.poll())
+            if not ready and source and begun < microbatches:
+                ready.append((Address(Direction.FORWARD, 0, begun), batch.tokens(begun)))
+                begun += 1
+            if not ready:
+                assert transport is not None, "a stage without others has its inputs"
+                ready.extend(transport.wait())
+            (_, chunk, microbatch), tensors = ready.popleft()
+            output = self._chunks[chunk].module(*tensors)
+            target = self._layout.target(self._stage, chunk, Direction.FORWARD)
+            if target is None:
+                batch.losses[microbatch] = self._model.loss(_unpacked(output), batch.labels(microbatch))
+            elif target[0] == self._stage:
+                ready.append((Address(Direction.FORWARD, target[1], microbatch), output))
             else:
-                assert self._transport is not None
-                arrived = arrived or self._transport.wait()
-                x = arrived.pop(0).tensor
-            output = self._stage(x)
-            if self._after is None:
-                assert labels is not None
-                losses.append(self._model.loss(output, labels[microbatch]))
-            else:
-                assert self._transport is not None
+                assert transport is not None
                 # One message under way at a time: without backwards nothing else bounds what piles up downstream.
-                self._transport.flush()
-                self._transport.send(self._after.peer, Address(Direction.FORWARD, 0, microbatch), output.contiguous())
-        if self._transport is not None:
-            self._transport.flush()
-        return torch.stack(losses).sum() if losses else None
+                transport.flush()
+                self._send(target, Direction.FORWARD, microbatch, output)
+        if transport is not None:
+            transport.flush()
+        return batch.loss()
 
-    def _expect(self, microbatches: int, *, backward: bool) -> None:
+    def _announce(self) -> None:
+        """Tell the transport what will be sent, so that it refuses anything else."""
         if self._transport is None:
             return
-        if self._before is not None:
-            self._transport.expect(self._before, microbatches)
-        if self._after is not None and backward:
-            self._transport.expect(self._after, microbatches)
+        for direction in Direction:
+            for chunk, state in enumerate(self._chunks):
+                target = self._layout.target(self._stage, chunk, direction)
+                if target is not None and target[0] != self._stage:
+                    self._transport.announce(self._edge(target[0], state, direction, outwards=True))
+
+    def _edge(self, stage: int, state: _ChunkState, direction: Direction, *, outwards: bool) -> Edge:
+        span = state.module.span
+        boundary = span.stop - 1 if outwards == (direction == Direction.FORWARD) else span.start - 1
+        tensors = self._specs(boundary, direction)
+        return Edge(peer=self._peer(stage), direction=direction, tensors=tensors, device=self._device)
+
+    def _edges_of(self, direction: Direction) -> dict[Edge, int]:
+        """Edges that bring messages of this direction to the stage, with how many chunks they serve."""
+        edges: dict[int, tuple[Edge, int]] = {}
+        for chunk, state in enumerate(self._chunks):
+            origin = self._layout.origin(self._stage, chunk, direction)
+            if origin is None or origin[0] == self._stage:
+                continue
+            edge = self._edge(origin[0], state, direction, outwards=False)
+            peer = edge.peer
+            known, count = edges.get(peer, (edge, 0))
+            if known != edge:
+                raise GridError(
+                    f"chunks of stage {self._stage} would get different messages from rank {peer}; "
+                    "set schedule.chunks to 1"
+                )
+            edges[peer] = (edge, count + 1)
+        return dict(edges.values())
+
+    def _specs(self, boundary: int, direction: Direction) -> tuple[TensorSpec, ...]:
+        """Tensors that cross the boundary after layer `boundary`; backwards only those that can have a gradient."""
+        specs = self._model.activation(boundary, self._microbatch_size, self._dtype)
+        return tuple(s for s in specs if direction == Direction.FORWARD or s.dtype.is_floating_point)
+
+    def _peer(self, stage: int) -> int:
+        here = self._grid.coordinates(self._rank)
+        return self._grid.rank(data=here.data, inter=stage, row=here.row, col=here.col)
+
+    def _expect(self, microbatches: int, *directions: Direction) -> None:
+        if self._transport is not None:
+            for direction in directions:
+                for edge, chunks in self._edges[direction].items():
+                    self._transport.expect(edge, microbatches * chunks)
 
     def _take(self, message: Message, schedule: StageSchedule) -> None:
-        direction, chunk, microbatch, _ = message.address
+        self._put(message.address, message.tensors)
+        schedule.arrived(*message.address)
+
+    def _put(self, address: Address, tensors: Tensors) -> None:
+        direction, chunk, microbatch = address
+        state = self._chunks[chunk]
         if direction == Direction.FORWARD:
-            self._inputs[microbatch] = message.tensor.requires_grad_()
+            state.inputs[microbatch] = tuple(t.requires_grad_(t.dtype.is_floating_point) for t in tensors)
         else:
-            self._gradients[microbatch] = message.tensor
-        schedule.arrived(direction, chunk, microbatch)
+            state.gradients[microbatch] = tensors
 
     def _wait(self, schedule: StageSchedule) -> None:
         assert self._transport is not None, "a schedule of one stage never waits"
@@ -154,64 +222,138 @@ class PipelineExecutor:
         messages = self._transport.wait()
         if self._spans is not None:
             # Waiting ended with the first message; that one was waited for.
-            first = messages[0].address
+            direction, chunk, microbatch = messages[0].address
             self._spans.add(
                 SpanKind.RECEIVE_WAIT,
                 start,
                 self._spans.now(),
-                microbatch=first.microbatch,
-                layer=self._layer,
-                direction=first.direction,
+                microbatch=microbatch,
+                layer=self._chunks[chunk].module.span.start,
+                direction=direction,
+                chunk=chunk,
             )
         for message in messages:
             self._take(message, schedule)
 
-    def _forward(
-        self,
-        microbatch: int,
-        tokens: Sequence[torch.Tensor] | None,
-        labels: Sequence[torch.Tensor] | None,
-        losses: list[torch.Tensor],
-        loss_scale: float,
-    ) -> torch.Tensor | None:
-        if self._before is None:
-            assert tokens is not None, "the first stage needs the inputs"
-            x = tokens[microbatch]
+    def _run(self, task: Task, batch: _Batch) -> Tensors:
+        """Run a task; what it hands on (nothing where the network begins or ends, and from weight halves)."""
+        kind, chunk, microbatch = task
+        state = self._chunks[chunk]
+        if kind == Kind.FORWARD:
+            return self._forward(state, chunk, microbatch, batch)
+        if kind == Kind.WEIGHT:
+            state.weights.pop(microbatch)()
+            outgoing: Tensors = ()
         else:
-            x = self._inputs[microbatch]
-        output: torch.Tensor = self._stage(x)
-        if self._after is None:
-            assert labels is not None, "the last stage needs the targets"
-            output = self._model.loss(output, labels[microbatch]) * loss_scale
-            losses.append(output.detach())
-            self._outputs[microbatch] = get_gradient_edge(output)
-            return None
+            state.queue.deferring = kind == Kind.INPUT
+            outgoing = self._backward(state, chunk, microbatch, batch)
+            if kind == Kind.INPUT:
+                state.queue.deferring = False
+                state.weights[microbatch] = state.queue.take()
+        if kind != Kind.INPUT:
+            self._active_bytes -= state.saved_bytes or 0
+        return outgoing
+
+    def _forward(self, state: _ChunkState, chunk: int, microbatch: int, batch: _Batch) -> Tensors:
+        source = self._layout.is_source(self._stage, chunk)
+        x = batch.tokens(microbatch) if source else state.inputs[microbatch]
+        if state.saved_bytes is None:
+            output = self._first_forward(state, x, microbatch, batch, chunk)
+        else:
+            output = self._compute(state, x, microbatch, batch, chunk)
+        self._active_bytes += state.saved_bytes or 0
+        self.most_active_bytes = max(self.most_active_bytes, self._active_bytes)
         # The graph is held, the output itself only as long as its message is under way.
-        self._outputs[microbatch] = get_gradient_edge(output)
-        return output.detach().contiguous()
+        state.outputs[microbatch] = [
+            get_gradient_edge(t) if t.requires_grad else None for t in output if t.dtype.is_floating_point
+        ]
+        if self._layout.is_sink(self._stage, chunk):
+            return ()
+        return tuple(t.detach().contiguous() for t in output)
 
-    def _backward(self, microbatch: int, losses: list[torch.Tensor]) -> torch.Tensor | None:
-        output = self._outputs.pop(microbatch)
-        gradient = torch.ones_like(losses[0]) if self._after is None else self._gradients.pop(microbatch)
-        torch.autograd.backward([output], [gradient])
-        if self._before is None:
-            return None
-        x = self._inputs.pop(microbatch)
-        assert x.grad is not None
-        return x.grad.contiguous()
+    def _compute(self, state: _ChunkState, x: Tensors, microbatch: int, batch: _Batch, chunk: int) -> Tensors:
+        output: Tensors = state.module(*x)
+        if not self._layout.is_sink(self._stage, chunk):
+            return output
+        loss = self._model.loss(_unpacked(output), batch.labels(microbatch))
+        batch.losses[microbatch] = loss.detach()
+        return (loss,)
 
-    def _send(self, task: Task, tensor: torch.Tensor) -> None:
-        assert self._transport is not None
-        if task.kind == Kind.FORWARD:
-            assert self._after is not None
-            peer, direction = self._after.peer, Direction.FORWARD
+    def _first_forward(self, state: _ChunkState, x: Tensors, microbatch: int, batch: _Batch, chunk: int) -> Tensors:
+        """The first forward of a chunk counts the bytes that each one keeps."""
+        saved = SavedBytes(without=state.module.parameters())
+        for tensor in x:
+            saved.add(tensor)
+        with saved.counting():
+            output = self._compute(state, x, microbatch, batch, chunk)
+        state.saved_bytes = saved.bytes
+        return output
+
+    def _backward(self, state: _ChunkState, chunk: int, microbatch: int, batch: _Batch) -> Tensors:
+        outputs = state.outputs.pop(microbatch)
+        if self._layout.is_sink(self._stage, chunk):
+            gradients: Sequence[torch.Tensor] = [batch.loss_gradient(microbatch)]
         else:
-            assert self._before is not None
-            peer, direction = self._before.peer, Direction.BACKWARD
-        self._transport.send(peer, Address(direction, task.chunk, task.microbatch), tensor)
+            gradients = state.gradients.pop(microbatch)
+        pairs = [(edge, g) for edge, g in zip(outputs, gradients, strict=True) if edge is not None]
+        torch.autograd.backward([edge for edge, _ in pairs], [g for _, g in pairs])
+        if self._layout.is_source(self._stage, chunk):
+            return ()
+        inputs = [t for t in state.inputs.pop(microbatch) if t.requires_grad]
+        return tuple(torch.zeros_like(t) if t.grad is None else t.grad.contiguous() for t in inputs)
+
+    def _hand_on(self, task: Task, tensors: Tensors) -> Address | None:
+        """Send what a task made; where it stays on this stage, the address at which it has arrived."""
+        direction = task.kind.sends
+        target = None if direction is None else self._layout.target(self._stage, task.chunk, direction)
+        if direction is None or target is None:
+            return None
+        if target[0] == self._stage:
+            address = Address(direction, target[1], task.microbatch)
+            self._put(address, tensors)
+            return address
+        self._send(target, direction, task.microbatch, tensors)
+        return None
+
+    def _send(self, target: tuple[int, int], direction: Direction, microbatch: int, tensors: Tensors) -> None:
+        assert self._transport is not None
+        stage, chunk = target
+        self._transport.send(self._peer(stage), Address(direction, chunk, microbatch), tensors)
 
     def _record(self, task: Task, start: float) -> None:
         if self._spans is not None:
             self._spans.add(
-                _SPAN_OF[task.kind], start, self._spans.now(), microbatch=task.microbatch, layer=self._layer
+                SpanKind(task.kind.label),
+                start,
+                self._spans.now(),
+                microbatch=task.microbatch,
+                layer=self._chunks[task.chunk].module.span.start,
+                chunk=task.chunk,
             )
+
+
+class _Batch:
+    """A batch shard cut into microbatches, and the losses that have come of them."""
+
+    def __init__(self, inputs: torch.Tensor | None, targets: torch.Tensor | None, rows: int, loss_scale: float) -> None:
+        self._tokens = () if inputs is None else torch.split(inputs, rows)
+        self._labels = () if targets is None else torch.split(targets, rows)
+        self._loss_scale = loss_scale
+        self.losses: dict[int, torch.Tensor] = {}
+
+    def tokens(self, microbatch: int) -> Tensors:
+        return (self._tokens[microbatch],)
+
+    def labels(self, microbatch: int) -> torch.Tensor:
+        return self._labels[microbatch]
+
+    def loss_gradient(self, microbatch: int) -> torch.Tensor:
+        return torch.full_like(self.losses[microbatch], self._loss_scale)
+
+    def loss(self) -> torch.Tensor | None:
+        """Sum of the losses in the order of the microbatches; None where none was computed."""
+        return torch.stack([self.losses[m] for m in sorted(self.losses)]).sum() if self.losses else None
+
+
+def _unpacked(output: Tensors) -> torch.Tensor | Tensors:
+    return output[0] if len(output) == 1 else output

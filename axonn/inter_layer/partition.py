@@ -1,13 +1,17 @@
-"""Cuts a chain of layers into stages of nearly equal cost."""
+"""Cuts a chain of layers into stages, or into the chunks of stages, of nearly equal cost."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, combinations, pairwise, product
 from math import inf
 
 from axonn.errors import GridError
+from axonn.schedules import ChunkLayout
+
+_FAR, _FEW = 4, 12
+"""How many layers a cut moves at once, where there are at most so many virtual stages; with more, one layer."""
 
 
 def partition(costs: Sequence[float], stages: int) -> list[range]:
@@ -51,3 +55,44 @@ def partition(costs: Sequence[float], stages: int) -> list[range]:
         ranges.append(range(first, end))
         first = end
     return ranges
+
+
+def partition_chunks(costs: Sequence[float], layout: ChunkLayout) -> list[range]:
+    """Contiguous ranges of layers, one per virtual stage and none empty, such that the fullest *stage* is least full.
+
+    What a stage computes in all bounds the batch time, so its chunks may differ if their sums do not. Starts from equal
+    chunks and moves cuts, one or two at a time, while that improves (largest stage, spread of the stages, spread of the
+    chunks), to a local optimum; for one chunk per stage the start is the optimum. Raises `GridError` when there are
+    too few layers.
+    """
+    spans = partition(costs, layout.virtual_stages)
+    if layout.chunks == 1 or layout.stages == 1:
+        return spans
+    total = (0.0, *accumulate(costs))
+    stage_of = [layout.place(v)[0] for v in range(layout.virtual_stages)]
+    # Sums of floats differ in their last digits by the order of addition; equal cuts must compare equal.
+    grain = (total[-1] or 1.0) * 1e-9
+
+    def value(cuts: Sequence[int]) -> tuple[int, int, int]:
+        chunks = [total[b] - total[a] for a, b in pairwise(cuts)]
+        stages = [0.0] * layout.stages
+        for stage, cost in zip(stage_of, chunks, strict=True):
+            stages[stage] += cost
+        spread = (sum(s * s for s in stages), sum(c * c for c in chunks))
+        return (round(max(stages) / grain), round(spread[0] / grain**2 * 1e-9), round(spread[1] / grain**2 * 1e-9))
+
+    cuts = [0, *(span.stop for span in spans)]
+    best = value(cuts)
+    reach = _FAR if layout.virtual_stages <= _FEW else 1
+    moves = [(cut, by) for cut, by in product(range(1, len(cuts) - 1), range(-reach, reach + 1)) if by]
+    steps = [(m,) for m in moves] + list(combinations(moves, 2))
+    while True:
+        for step in steps:
+            moved = list(cuts)
+            for cut, by in step:
+                moved[cut] += by
+            if all(a < b for a, b in pairwise(moved)) and (found := value(moved)) < best:
+                best, cuts = found, moved
+                break
+        else:
+            return [range(a, b) for a, b in pairwise(cuts)]

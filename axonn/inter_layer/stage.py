@@ -1,51 +1,108 @@
-"""One pipeline stage: the layers it owns, built and initialised, and where their parameters lie."""
+"""One pipeline stage: its chunks of layers, built, and where their parameters lie."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from axonn.inter_layer.partition import partition
-from axonn.models.base import PipelineModel
+from axonn.errors import ConfigError
+from axonn.inter_layer.partition import partition_chunks
+from axonn.models.base import Layer, PipelineModel
 from axonn.placement import Placement
+from axonn.schedules import ChunkLayout
+
+Tensors = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterSpec:
-    """A parameter, its full name ("layer.parameter") and its placement."""
+    """A parameter, its full name ("layer.parameter") and its placement.
+
+    A tied parameter is called by the first name of its tie wherever it lies. `shared_with`: parameters of other chunks
+    of this stage that are the same one (a head tied to an embedding, where both lie here). They use its memory, but
+    each has a gradient of its own, which is added to the parameter's.
+    """
 
     name: str
     parameter: nn.Parameter
     placement: Placement
+    shared_with: tuple[nn.Parameter, ...] = ()
 
 
-class Stage(nn.Module):
-    """The consecutive layers `span` of a model."""
+class Chunk(nn.Module):
+    """The consecutive layers `span` of a model, their parameters allocated but not initialised.
+
+    `recompute`: keep only the input of every so many blocks for the backward, and recompute what is inside.
+    """
 
     def __init__(
-        self, model: PipelineModel, span: range, *, seed: int, dtype: torch.dtype, device: torch.device
+        self,
+        model: PipelineModel,
+        span: range,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        recompute: int | None = None,
     ) -> None:
         super().__init__()
         self.span = span
         layers = model.layers
         # Built without storage first, so that torch's own random initialisation costs nothing.
         with torch.device("meta"):
-            chain = {layers[i].name: layers[i].build().to(dtype) for i in span}
-        self.chain = nn.ModuleDict(chain).to_empty(device=device)
-        aliases = {second: first for first, second in model.ties}
+            chain = nn.ModuleDict({layers[i].name: layers[i].build().to(dtype) for i in span})
+        buffers = [name for name, _ in chain.named_buffers()]
+        if buffers:
+            raise ConfigError(
+                f"the layers have buffers ({buffers[0]}, ...), which no stage would initialise; compute them in forward"
+            )
+        self.chain = chain.to_empty(device=device)
+        # A tie inside of the chunk is one parameter; autograd adds its gradients.
         names = dict(self.chain.named_parameters())
-        for name, parameter in names.items():
-            model.initialise(aliases.get(name, name), parameter, seed=seed)
         for first, second in model.ties:
             if first in names and second in names:
                 _set_parameter(self.chain, second, names[first])
+        self._segments = segments([layers[i] for i in span], recompute)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.chain.values():
-            x = layer(x)
-        return x
+    def forward(self, *tensors: torch.Tensor) -> Tensors:
+        modules = list(self.chain.values())
+        for first, stop, recomputed in self._segments:
+            part = modules[first:stop]
+            if recomputed and torch.is_grad_enabled():
+                # All randomness is counter-based: there is no generator state to keep.
+                tensors = checkpoint(_run, part, *tensors, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tensors = _run(part, *tensors)
+        return tensors
+
+
+def _run(modules: Sequence[nn.Module], *tensors: torch.Tensor) -> Tensors:
+    for module in modules:
+        out = module(*tensors)
+        tensors = out if isinstance(out, tuple) else (out,)
+    return tensors
+
+
+def segments(layers: Sequence[Layer], recompute: int | None) -> list[tuple[int, int, bool]]:
+    """(first, stop, recomputed) of consecutive layers: every `recompute` blocks together, what is in no block kept."""
+    if recompute is None:
+        return [(0, len(layers), False)]
+    found: list[tuple[int, int, bool]] = []
+    blocks: list[int] = []
+    for i, layer in enumerate(layers):
+        inside = layer.block is not None
+        if layer.block is not None and layer.block not in blocks:
+            blocks.append(layer.block)
+        begins = inside and (len(blocks) > recompute or not (found and found[-1][2]))
+        if not found or begins or inside != found[-1][2]:
+            blocks = [layer.block] if layer.block is not None else []
+            found.append((i, i + 1, inside))
+        else:
+            found[-1] = (found[-1][0], i + 1, inside)
+    return found
 
 
 def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -53,20 +110,39 @@ def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> Non
     setattr(module.get_submodule(owner), leaf, parameter)
 
 
-def stage_spans(model: PipelineModel, stages: int) -> list[range]:
-    """Layers of each stage, balanced by cost."""
-    return partition([layer.cost for layer in model.layers], stages)
+def virtual_spans(model: PipelineModel, layout: ChunkLayout) -> list[range]:
+    """Layers of each virtual stage, such that the stages are balanced by cost."""
+    return partition_chunks([layer.cost for layer in model.layers], layout)
 
 
-def parameter_specs(model: PipelineModel, stage: Stage, spans: list[range]) -> list[ParameterSpec]:
-    """Every parameter of `stage` with its placement, in the order of the layers."""
-    stage_of = {model.layers[i].name: s for s, span in enumerate(spans) for i in span}
-    tied: dict[str, tuple[int, ...]] = {}
-    for pair in model.ties:
-        holders = tuple(sorted({stage_of[name.partition(".")[0]] for name in pair}))
-        if len(holders) > 1:
-            tied.update(dict.fromkeys(pair, holders))
-    return [
-        ParameterSpec(name=name, parameter=parameter, placement=Placement(tied_stages=tied.get(name, ())))
-        for name, parameter in stage.chain.named_parameters()
-    ]
+def initialise(model: PipelineModel, chunk: Chunk, *, seed: int) -> None:
+    """Fill the parameters of a chunk that stands by itself."""
+    aliases = {second: first for first, second in model.ties}
+    for name, parameter in chunk.chain.named_parameters():
+        model.initialise(aliases.get(name, name), parameter, seed=seed)
+
+
+def tied_stages(model: PipelineModel, spans: Sequence[range], layout: ChunkLayout) -> dict[str, tuple[int, ...]]:
+    """The stages that hold each tied parameter, of those that lie on several stages."""
+    stage_of = {model.layers[i].name: layout.place(v)[0] for v, span in enumerate(spans) for i in span}
+    holders: dict[str, set[int]] = {}
+    for first, second in model.ties:
+        holders.setdefault(first, set()).update(stage_of[name.partition(".")[0]] for name in (first, second))
+    return {name: tuple(sorted(stages)) for name, stages in holders.items() if len(stages) > 1}
+
+
+def parameter_specs(
+    model: PipelineModel, chunks: Sequence[Chunk], spans: Sequence[range], layout: ChunkLayout
+) -> list[ParameterSpec]:
+    """Every parameter of a stage's `chunks` with its placement, in the order of the layers."""
+    aliases = {second: first for first, second in model.ties}
+    tied = tied_stages(model, spans, layout)
+    found: dict[str, list[nn.Parameter]] = {}
+    for chunk in sorted(chunks, key=lambda c: c.span.start):
+        for own, parameter in chunk.chain.named_parameters():
+            found.setdefault(aliases.get(own, own), []).append(parameter)
+    specs = []
+    for name, (parameter, *others) in found.items():
+        placement = Placement(tied_stages=tied.get(name, ()))
+        specs.append(ParameterSpec(name=name, parameter=parameter, placement=placement, shared_with=tuple(others)))
+    return specs

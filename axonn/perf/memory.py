@@ -47,21 +47,27 @@ def model_state_bytes(
 
 
 def stage_parameters(model: GPTConfig, strategy: Strategy) -> list[int]:
-    """Parameters of one rank of each stage. The embedding lies on the first stage, the head on the last.
+    """Parameters of one rank of each stage. The embedding lies where the network begins, the head where it ends.
 
-    A tied head counts on both, since each of the two stages holds a copy.
+    A tied head counts on both stages, since each holds a copy, and once where they are one (one stage, or a V).
     """
     h, tensor = model.hidden, strategy.tensor
     counts = []
-    layers = strategy.layers_of(model)
-    for stage, count in enumerate(layers):
+    sink = sink_of(strategy)
+    for stage, count in enumerate(strategy.layers_of(model)):
         elements = count * (12 * h * h + 13 * h)
         if stage == 0:
             elements += (model.vocab + model.seq_len) * h
-        if stage == len(layers) - 1:
-            elements += 2 * h + (0 if model.tied_head and len(layers) == 1 else model.vocab * h)
+        if stage == sink:
+            elements += 2 * h + (0 if model.tied_head and sink == 0 else model.vocab * h)
         counts.append(-(-elements // tensor))
     return counts
+
+
+def sink_of(strategy: Strategy) -> int:
+    """The stage that computes the loss."""
+    layout = strategy.schedule.spec().layout(strategy.grid.inter)
+    return layout.place(layout.virtual_stages - 1)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +129,7 @@ def stage_memory(model: GPTConfig, machine: MachineFile, strategy: Strategy, *, 
     else:
         checkpoints = held * layers * inside
         working = 0
-    if stage == grid.inter - 1:
+    if stage == sink_of(strategy):
         vocabulary = KernelTimes(machine.gpu, model, strategy.microbatch_size, grid.row, grid.col).vocabulary
         working += 10 * rows * vocabulary  # logits in half, loss and its gradient in single precision
     return Memory(

@@ -143,18 +143,19 @@ def message_time(
 
 @dataclass(frozen=True)
 class Edge:
-    """The messages from one stage to the next (or back): the worst pair of ranks between the two stages."""
+    """The messages between two stages: the worst pair of ranks."""
 
     same_node: bool
     flows: int
 
 
-def edge(grid: ProcessGrid, stage: int) -> Edge:
-    """How the ranks of `stage` reach those of `stage + 1`, every replica sending at once."""
+def edge(grid: ProcessGrid, stage: int, other: int | None = None) -> Edge:
+    """How the ranks of `stage` reach those of `other` (default `stage + 1`), every replica sending at once."""
+    other = stage + 1 if other is None else other
     worst = Edge(same_node=True, flows=1)
     leaving: dict[int, int] = {}
     for rank in grid.group(grid.rank(inter=stage), ("data", "row", "col")):
-        peer = grid.neighbour(rank, 1)
+        peer = grid.neighbour(rank, other - stage)
         assert peer is not None
         if grid.node(peer) != grid.node(rank):
             node = grid.node(rank)

@@ -7,10 +7,12 @@ No number in here belongs to a framework, a model or a point (DESIGN section 6).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from axonn.config import GPTConfig
+from axonn.errors import ConfigError
 from axonn.grid import Axis
 from axonn.perf.kernels import HALF, SINGLE, KernelTimes, stream_time
 from axonn.perf.machine import MachineFile
@@ -19,7 +21,8 @@ from axonn.perf.network import GroupPlacement, MessageTime, all_reduce_time, edg
 from axonn.perf.simulator import Simulation, simulate
 from axonn.perf.strategy import Strategy
 from axonn.records import gpt_flops
-from axonn.schedules import make_schedule
+from axonn.schedules import Kind, Task, make_schedule
+from axonn.trace import Span, SpanKind
 
 _STEP_BYTES = 36
 """Bytes that an Adam step moves per parameter on the device: descale the half-precision gradient (2 in, 4 out), then
@@ -29,13 +32,42 @@ _STREAMED = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageTimes:
-    """Seconds per microbatch of one stage; `reduce_*` is the share of tensor-parallel communication in them."""
+class ChunkTimes:
+    """Seconds per microbatch of one chunk of a stage; `reduce_*` is the share of tensor-parallel communication."""
 
     forward: float
     backward: float
+    weight: float
+    """The part of the backward that a weight half takes; the rest is the input half, recomputation included."""
     reduce_forward: float
     reduce_backward: float
+
+    def of(self, kind: Kind) -> float:
+        """Seconds of a task."""
+        return (self.forward, self.backward, self.backward - self.weight, self.weight)[kind]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTimes:
+    """Seconds per microbatch of one stage, its chunks together."""
+
+    chunks: tuple[ChunkTimes, ...]
+
+    @property
+    def forward(self) -> float:
+        return sum(c.forward for c in self.chunks)
+
+    @property
+    def backward(self) -> float:
+        return sum(c.backward for c in self.chunks)
+
+    @property
+    def reduce_forward(self) -> float:
+        return sum(c.reduce_forward for c in self.chunks)
+
+    @property
+    def reduce_backward(self) -> float:
+        return sum(c.reduce_backward for c in self.chunks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +104,23 @@ class Prediction:
         """Whether every stage fits into the device's memory."""
         return self.memory.fits
 
+    def spans(self) -> list[Span]:
+        """Spans as a traced run of one replica writes them, the rank being the stage (needs `record`).
 
-def predict(model: GPTConfig, machine: MachineFile, strategy: Strategy, *, batch_size: int) -> Prediction:
-    """Predict one batch of `batch_size` sequences.
+        `axonn.trace.breakdown` of them gives the parts; all-reduces of tensor parallelism are inside of the tasks.
+        """
+        found = self.simulation.spans()
+        reduced = self.pipeline_s + self.parts.all_reduce
+        for stage in range(len(self.stages)):
+            found.append(Span(stage, SpanKind.ALL_REDUCE, 0, -1, -1, -1, self.pipeline_s, reduced))
+            found.append(Span(stage, SpanKind.OPTIMIZER, 0, -1, -1, -1, reduced, self.batch_time_s))
+        return found
+
+
+def predict(
+    model: GPTConfig, machine: MachineFile, strategy: Strategy, *, batch_size: int, record: bool = False
+) -> Prediction:
+    """Predict one batch of `batch_size` sequences; `record` keeps what `Prediction.spans` needs.
 
     Raises `ConfigError` when batch, layers or tensor axes do not divide. A strategy that does not fit is predicted all
     the same: see `Prediction.memory` and `Memory.check`.
@@ -82,7 +128,7 @@ def predict(model: GPTConfig, machine: MachineFile, strategy: Strategy, *, batch
     strategy.check(model)
     microbatches = strategy.microbatches(batch_size)
     stages = stage_times(model, machine, strategy)
-    simulation = simulate_pipeline(model, machine, strategy, microbatches=microbatches, stages=stages)
+    simulation = simulate_pipeline(model, machine, strategy, microbatches=microbatches, stages=stages, record=record)
     reduction, optimizer = step_times(model, machine, strategy)
     count = len(stages)
     busy = sum(simulation.busy) / count
@@ -99,7 +145,7 @@ def predict(model: GPTConfig, machine: MachineFile, strategy: Strategy, *, batch
     )
     rate = flops / total / gpus
     memories = [
-        stage_memory(model, machine, strategy, stage=stage, held=held)
+        stage_memory(model, machine, strategy, stage=stage, held=ceil(held / strategy.schedule.chunks))
         for stage, held in enumerate(simulation.most_held)
     ]
     return Prediction(
@@ -133,55 +179,72 @@ def simulate_pipeline(
 ) -> Simulation:
     """The pipeline phase of one replica; all replicas are alike. `record` keeps the messages, for spans."""
     count = len(stages)
-    forward, backward = messages(model, machine, strategy)
+    spec = strategy.schedule.spec()
+    times = [[[chunk.of(kind) for chunk in stage.chunks] for kind in Kind] for stage in stages]
+
+    def seconds(stage: int, task: Task) -> float:
+        return times[stage][task[0]][task[1]]
+
     return simulate(
-        [
-            make_schedule(strategy.schedule.spec(), stage=stage, stages=count, microbatches=microbatches)
-            for stage in range(count)
-        ],
-        forward=[s.forward for s in stages],
-        backward=[s.backward for s in stages],
-        messages_forward=forward,
-        messages_backward=backward,
+        [make_schedule(spec, stage=stage, stages=count, microbatches=microbatches) for stage in range(count)],
+        seconds=seconds,
+        message=messages(model, machine, strategy),
         blocking=strategy.blocking_messages,
         record=record,
     )
 
 
 def stage_times(model: GPTConfig, machine: MachineFile, strategy: Strategy) -> list[StageTimes]:
-    """Seconds per microbatch of each stage, all-reduces of tensor parallelism and gathering of messages included."""
+    """Seconds per microbatch of each stage, all-reduces of tensor parallelism and gathering of messages included.
+
+    The layers of a stage divide evenly over its chunks. Half of a backward without recomputation is its weight half,
+    since the two products of a linear layer are equally large. Raises `ConfigError` when there are more chunks than
+    layers.
+    """
     grid = strategy.process_grid(machine)
     kernels = KernelTimes(machine.gpu, model, strategy.microbatch_size, grid.row, grid.col)
     layers = strategy.layers_of(model)
-    result = []
-    for stage, count in enumerate(layers):
-        reduce = _TensorReduces(machine, strategy, model, stage)
-        first, last = stage == 0, stage == len(layers) - 1
+    layout = strategy.schedule.spec().layout(len(layers))
+    if layout.virtual_stages > model.layers:
+        raise ConfigError(
+            f"{layout.stages} stages with {layout.chunks} chunks each need at least {layout.virtual_stages} layers, "
+            f"{model.name} has {model.layers}"
+        )
+
+    def chunk_times(stage: int, chunk: int, count: float, reduce: _TensorReduces) -> ChunkTimes:
         forward = count * kernels.block_forward
         backward = count * (kernels.block_backward + (kernels.block_forward if strategy.recompute else 0.0))
+        weight = count * kernels.block_backward / 2
         reduce_forward = count * reduce.block_forward
         reduce_backward = count * (reduce.block_backward + (reduce.block_forward if strategy.recompute else 0.0))
-        if first:
+        if layout.is_source(stage, chunk):
             forward += kernels.embedding_forward
             backward += kernels.embedding_backward
+            weight += kernels.embedding_backward
             reduce_forward += reduce.embedding
         else:
             reduce_forward += reduce.gather
-        if last:
+        if layout.is_sink(stage, chunk):
             forward += kernels.head_forward
             backward += kernels.head_backward
+            weight += kernels.head_backward / 2
             reduce_forward += reduce.head_forward
             reduce_backward += reduce.head_backward
         else:
             reduce_backward += reduce.gather
-        result.append(
-            StageTimes(
-                forward=forward + reduce_forward,
-                backward=backward + reduce_backward,
-                reduce_forward=reduce_forward,
-                reduce_backward=reduce_backward,
-            )
+        return ChunkTimes(
+            forward=forward + reduce_forward,
+            backward=backward + reduce_backward,
+            weight=weight,
+            reduce_forward=reduce_forward,
+            reduce_backward=reduce_backward,
         )
+
+    result = []
+    for stage, count in enumerate(layers):
+        reduce = _TensorReduces(machine, strategy, model, stage)
+        chunks = (chunk_times(stage, chunk, count / layout.chunks, reduce) for chunk in range(layout.chunks))
+        result.append(StageTimes(chunks=tuple(chunks)))
     return result
 
 
@@ -241,19 +304,18 @@ class _TensorReduces:
         return self._over("both", self.hidden) / 2 if self.partition else 0.0
 
 
-def messages(model: GPTConfig, machine: MachineFile, strategy: Strategy) -> tuple[list[MessageTime], list[MessageTime]]:
-    """Time of the messages between stages i and i + 1: activations and gradients, which are equally large."""
+def messages(model: GPTConfig, machine: MachineFile, strategy: Strategy) -> Callable[[int, int], MessageTime]:
+    """Time of a message from one stage to another; activations and gradients are equally large."""
     grid = strategy.process_grid(machine)
     nbytes = HALF * strategy.microbatch_size * model.seq_len * model.hidden / grid.row
     if strategy.partition_messages:
         nbytes /= grid.col
-    times = []
-    for stage in range(grid.inter - 1):
-        way = edge(grid, stage)
-        times.append(
-            message_time(machine, nbytes, library=strategy.message_library, same_node=way.same_node, flows=way.flows)
-        )
-    return times, times
+
+    def time(sender: int, receiver: int) -> MessageTime:
+        way = edge(grid, min(sender, receiver), max(sender, receiver))
+        return message_time(machine, nbytes, library=strategy.message_library, same_node=way.same_node, flows=way.flows)
+
+    return time
 
 
 def step_times(model: GPTConfig, machine: MachineFile, strategy: Strategy) -> tuple[float, float]:

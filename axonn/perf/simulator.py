@@ -1,24 +1,25 @@
 """Event-driven simulation of one pipeline: the schedules that the engine runs, with a modelled clock.
 
-Each stage computes one task at a time, whichever its schedule hands out. A finished forward sends a message to the next
-stage, a finished backward to the previous one, in one of two ways:
+Each stage computes one task at a time, whichever its schedule hands out. What a task hands to another chunk of the same
+stage is there at once. To another stage it goes as a message, in one of two ways:
 
-- asynchronous: the stage goes on at once; the messages of an edge and direction follow each other, each keeps the link
+- asynchronous: the stage goes on at once; the messages from one stage to another follow each other, each keeps the link
   busy for its transfer time and arrives a latency later;
 - blocking: the message starts once its sender has finished the task and its receiver computes nothing (a rendezvous);
-  neither begins a task until it has arrived. Messages of a stage with both neighbours run side by side.
+  neither begins a task until it has arrived. Messages of a stage with several neighbours run side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import NamedTuple
 
 from axonn.errors import ConfigError, DeadlockError
 from axonn.perf.network import MessageTime
-from axonn.schedules import Direction, Kind, StageSchedule, Task
+from axonn.schedules import ChunkLayout, Direction, Kind, StageSchedule, Task
 from axonn.schedules.timeline import timeline
 from axonn.trace import Span, SpanKind
 
@@ -26,10 +27,12 @@ _TaskRow = tuple[int, Task, float, float]
 
 
 class TimedMessage(NamedTuple):
-    """A message: its sender, when it was posted and when it had arrived (seconds)."""
+    """A message: its sender, its receiver with the chunk it is for, when it was posted and had arrived (seconds)."""
 
     stage: int
+    receiver: int
     direction: Direction
+    chunk: int
     microbatch: int
     sent: float
     arrived: float
@@ -47,7 +50,7 @@ class Simulation:
     bubble: list[float]
     """Idle otherwise: that message was not sent yet, the stage sends what blocks it, or it is done before others."""
     most_held: list[int]
-    """Most microbatches that were between their forward and the end of their backward."""
+    """Most (chunk, microbatch) pairs that were between their forward and the end of their backward."""
     tasks: list[_TaskRow] = field(repr=False)
     """(stage, task, start, end), in order of their start."""
     messages: list[TimedMessage] = field(repr=False)
@@ -60,58 +63,50 @@ class Simulation:
             orders[stage].append(task)
         return orders
 
-    def spans(self, *, first_layers: Sequence[int] | None = None, step: int = 0) -> list[Span]:
-        """Spans as a traced run writes them (needs `record`); the rank is the stage."""
+    def spans(self, *, first_layers: Callable[[int, int], int] | None = None, step: int = 0) -> list[Span]:
+        """Spans as a traced run writes them (needs `record`); the rank is the stage.
+
+        `first_layers(stage, chunk)` is the number of the chunk's first layer.
+        """
         spans: list[Span] = []
         free = [0.0] * len(self.busy)
         for stage, task, start, end in self.tasks:
-            layer, way = (-1 if first_layers is None else first_layers[stage]), int(task.kind)
+            kind, chunk, m = task
+            layer = -1 if first_layers is None else first_layers(stage, chunk)
+            direction = -1 if kind.sends is None else int(kind.sends)
             if start > free[stage]:
                 wait = SpanKind.RECEIVE_WAIT
-                spans.append(Span(stage, wait, step, task.microbatch, layer, way, free[stage], start))
-            kind = SpanKind.FORWARD if task.kind == Kind.FORWARD else SpanKind.BACKWARD
-            spans.append(Span(stage, kind, step, task.microbatch, layer, way, start, end))
+                spans.append(Span(stage, wait, step, m, layer, direction, free[stage], start, chunk))
+            spans.append(Span(stage, SpanKind(kind.label), step, m, layer, direction, start, end, chunk))
             free[stage] = end
-        for m in self.messages:
-            spans.append(Span(m.stage, SpanKind.SEND, step, m.microbatch, -1, int(m.direction), m.sent, m.arrived))
+        for stage, receiver, way, chunk, m, sent, arrived in self.messages:
+            spans.append(Span(stage, SpanKind.SEND, step, m, -1, int(way), sent, arrived, chunk, receiver))
         for stage, end in enumerate(free):
             if end < self.makespan:
                 spans.append(Span(stage, SpanKind.IDLE, step, -1, -1, -1, end, self.makespan))
         return spans
 
-    def peers(self) -> dict[tuple[int, int], int]:
-        """`peer_of` for `axonn.trace.breakdown`: who sends to (stage, direction)."""
-        stages = range(len(self.busy))
-        forward = {(s, int(Direction.FORWARD)): s - 1 for s in stages[1:]}
-        return forward | {(s, int(Direction.BACKWARD)): s + 1 for s in stages[:-1]}
-
 
 def simulate(
     schedules: Sequence[StageSchedule],
     *,
-    forward: Sequence[float],
-    backward: Sequence[float],
-    messages_forward: Sequence[MessageTime] | None = None,
-    messages_backward: Sequence[MessageTime] | None = None,
+    seconds: Callable[[int, Task], float],
+    message: Callable[[int, int], MessageTime] | None = None,
     blocking: bool = False,
     record: bool = False,
 ) -> Simulation:
     """Run one fresh schedule object per stage to the end.
 
-    `forward` and `backward` are seconds per task of each stage. `messages_forward[i]` is the message from stage i to
-    i + 1, `messages_backward[i]` the one from i + 1 to i; without them messages take no time. Raises `ConfigError` for
-    lists of wrong lengths and `DeadlockError`, with the timeline, when stages wait for each other.
+    `seconds(stage, task)` is how long a task takes, asked once per task as it starts; `message(sender, receiver)` the
+    time of a message from one stage to another, asked once per pair (None: no time). `record` keeps the messages.
+    Raises `ConfigError` unless there is one schedule per stage in order, and `DeadlockError`, with the timeline, when
+    stages wait for each other.
     """
-    n = len(schedules)
-    instant = [MessageTime(0.0, 0.0)] * (n - 1)
-    down = instant if messages_forward is None else list(messages_forward)
-    up = instant if messages_backward is None else list(messages_backward)
-    if n == 0 or len(forward) != n or len(backward) != n or len(down) != n - 1 or len(up) != n - 1:
-        raise ConfigError(
-            f"{n} stages need {n} forward and backward times and {n - 1} message times per direction, not "
-            f"{len(forward)}, {len(backward)}, {len(down)}, {len(up)}"
-        )
-    run = _Run(schedules, (list(forward), list(backward)), ([*down, None], [None, *up]), record)
+    if not schedules or [(s.stage, s.layout) for s in schedules] != [
+        (stage, schedules[0].layout) for stage in range(schedules[0].stages)
+    ]:
+        raise ConfigError("a simulation needs the schedules of all stages of one pipeline, in order")
+    run = _Run(schedules, seconds, message, record)
     makespan = run.blocking() if blocking else run.asynchronous()
     waiting = [s for s in schedules if not s.done]
     if waiting:
@@ -122,7 +117,7 @@ def simulate(
 
 def _deadlock(waiting: Sequence[StageSchedule], tasks: Sequence[_TaskRow], now: float) -> str:
     lines = [
-        f"stage {s.stage} has finished {s.backwards_finished} of {s.microbatches} microbatches and waits for "
+        f"stage {s.stage} has finished {s.backwards_finished} of {s.backwards} backwards and waits for "
         f"{s.waiting_for()}"
         for s in waiting
     ]
@@ -132,32 +127,57 @@ def _deadlock(waiting: Sequence[StageSchedule], tasks: Sequence[_TaskRow], now: 
     return "the pipeline is deadlocked:\n" + "\n".join(lines) + f"\nlast tasks (slots of {slot:g} s):\n{drawn}"
 
 
-class _Run:
-    """State of one simulation; lists are by stage, pairs by direction (which is also the kind of the task).
+class _Link:
+    """From one stage to another."""
 
-    Events are (time, number, stage, task, ended): the end of a task, or the arrival at a stage of the message that a
-    neighbour's task sent. All events of one instant are handled before stages are asked for their next task.
+    def __init__(self, time: MessageTime) -> None:
+        self.latency = time.latency
+        self.transfer = time.transfer
+        self.free = 0.0
+        """When the last message put on it has left."""
+
+
+@dataclass(slots=True, eq=False)
+class _Way:
+    """From a chunk to the next or the one before."""
+
+    sender: int
+    receiver: int
+    direction: Direction
+    chunk: int
+    """The receiver's."""
+    link: _Link
+    sent: dict[int, float]
+    """When the message of a microbatch was sent."""
+
+
+_WayTable = list[list[list[_Way | None]]]
+"""By stage, kind of the task, and chunk."""
+
+
+class _Run:
+    """State of one simulation; lists are by stage.
+
+    Events are (time, number, stage, way, task): the end of a task (way None), or the arrival at a stage of the message
+    that a task sent. All events of one instant are handled before stages are asked for their next task.
     """
 
     def __init__(
         self,
         schedules: Sequence[StageSchedule],
-        seconds: tuple[list[float], list[float]],
-        messages: tuple[list[MessageTime | None], list[MessageTime | None]],
+        seconds: Callable[[int, Task], float],
+        message: Callable[[int, int], MessageTime] | None,
         record: bool,
     ) -> None:
         n = len(schedules)
         self.schedules = schedules
         self.seconds = seconds
-        # By direction and sender; 0 for the outward ends of the pipeline, which send nothing.
-        self.latency = [[m.latency if m else 0.0 for m in way] for way in messages]
-        self.transfer = [[m.transfer if m else 0.0 for m in way] for way in messages]
+        self.out, self.into = _ways(schedules[0].layout, message)
         self.record = record
-        self.heap: list[tuple[float, int, int, Task, bool]] = []
+        self.heap: list[tuple[float, int, int, _Way | None, Task]] = []
         self.number = 0
         self.computing = [False] * n
         self.idle_since = [0.0] * n
-        self.sent: list[list[dict[int, float]]] = [[{} for _ in range(n)] for _ in range(2)]
         self.busy = [0.0] * n
         self.waited = [0.0] * n
         self.most_held = [0] * n
@@ -170,35 +190,49 @@ class _Run:
         task = schedule.next_task()
         if task is None:
             return
-        kind = task[0]
         begun = self.idle_since[stage]
         if now > begun:
-            since = self.sent[kind][stage].get(task[2], now)
+            kind, chunk, microbatch = task
+            way = self.into[stage][kind][chunk]
+            since = now if way is None else way.sent.get(microbatch, now)
             self.waited[stage] += now - (since if since > begun else begun)
-        end = now + self.seconds[kind][stage]
+        end = now + self.seconds(stage, task)
         self.computing[stage] = True
         self.busy[stage] += end - now
         self.most_held[stage] = max(self.most_held[stage], schedule.held)
         self.number += 1
-        heappush(self.heap, (end, self.number, stage, task, True))
+        heappush(self.heap, (end, self.number, stage, None, task))
         self.tasks.append((stage, task, now, end))
 
-    def finish_task(self, stage: int, task: Task, now: float) -> int | None:
-        """The stage's task has ended. Returns the stage to send a message to, or None."""
+    def finish_task(self, stage: int, task: Task, now: float) -> _Way | None:
+        """The stage's task has ended. Returns the way that its message takes, or None without one."""
         self.computing[stage] = False
         self.idle_since[stage] = now
-        self.schedules[stage].finished(task)
-        kind = task[0]
-        peer = stage - 1 if kind else stage + 1
-        if not 0 <= peer < len(self.schedules):
+        schedule = self.schedules[stage]
+        schedule.finished(task)
+        kind, chunk, microbatch = task
+        way = self.out[stage][kind][chunk]
+        if way is None:
             return None
-        self.sent[kind][peer][task[2]] = now
-        return peer
+        if way.receiver == stage:
+            schedule.arrived(way.direction, way.chunk, microbatch)
+            return None
+        way.sent[microbatch] = now
+        return way
+
+    def put_under_way(self, way: _Way, task: Task, posted: float, arrival: float) -> None:
+        """Let a message arrive."""
+        self.number += 1
+        heappush(self.heap, (arrival, self.number, way.receiver, way, task))
+        if self.record:
+            microbatch = task[2]
+            self.messages.append(
+                TimedMessage(way.sender, way.receiver, way.direction, way.chunk, microbatch, posted, arrival)
+            )
 
     def asynchronous(self) -> float:
         """Messages beside computation. Returns the time of the last event."""
         heap, computing, schedules = self.heap, self.computing, self.schedules
-        link_free = [[0.0] * len(schedules) for _ in range(2)]
         now = 0.0
         touched = set(range(len(schedules)))
         while True:
@@ -210,48 +244,37 @@ class _Run:
             touched.clear()
             now = heap[0][0]
             while heap and heap[0][0] == now:
-                _, _, stage, task, ended = heappop(heap)
+                _, _, stage, way, task = heappop(heap)
                 touched.add(stage)
-                kind, chunk, microbatch = task
-                if not ended:
-                    schedules[stage].arrived(Direction(kind), chunk, microbatch)
+                if way is not None:
+                    schedules[stage].arrived(way.direction, way.chunk, task[2])
                     continue
-                peer = self.finish_task(stage, task, now)
-                if peer is None:
-                    continue
-                start = link_free[kind][stage]
-                free = (start if start > now else now) + self.transfer[kind][stage]
-                link_free[kind][stage] = free
-                self.number += 1
-                arrival = free + self.latency[kind][stage]
-                heappush(heap, (arrival, self.number, peer, task, False))
-                if self.record:
-                    self.messages.append(TimedMessage(stage, Direction(kind), microbatch, now, arrival))
+                way = self.finish_task(stage, task, now)
+                if way is not None:
+                    link = way.link
+                    link.free = (now if now > link.free else link.free) + link.transfer
+                    self.put_under_way(way, task, now, link.free + link.latency)
 
     def blocking(self) -> float:
         """Messages that occupy both ends. Returns the time of the last event."""
         heap, computing, schedules = self.heap, self.computing, self.schedules
         n = len(schedules)
         engaged = [0] * n
-        posted: list[tuple[int, Task, float] | None] = [None] * n
+        posted: list[tuple[_Way, Task, float] | None] = [None] * n
+        senders = [{way.sender for ways in kinds for way in ways if way is not None} for kinds in self.into]
         now = 0.0
         touched = set(range(n))
         while True:
             # A stage that stopped computing can now receive what its neighbours have posted, and send its own.
-            for sender in {s + d for s in touched for d in (-1, 0, 1) if 0 <= s + d < n}:
+            for sender in touched.union(*(senders[stage] for stage in touched)):
                 message = posted[sender]
-                if message is None or computing[message[0]]:
+                if message is None or computing[message[0].receiver]:
                     continue
-                peer, task, since = message
+                way, task, since = message
                 posted[sender] = None
                 engaged[sender] += 1
-                engaged[peer] += 1
-                kind = task[0]
-                self.number += 1
-                arrival = now + self.latency[kind][sender] + self.transfer[kind][sender]
-                heappush(heap, (arrival, self.number, peer, task, False))
-                if self.record:
-                    self.messages.append(TimedMessage(sender, Direction(kind), task[2], since, arrival))
+                engaged[way.receiver] += 1
+                self.put_under_way(way, task, since, now + way.link.latency + way.link.transfer)
             for stage in touched:
                 if not computing[stage] and not engaged[stage] and posted[stage] is None:
                     self.start_task(stage, now)
@@ -260,14 +283,40 @@ class _Run:
             touched.clear()
             now = heap[0][0]
             while heap and heap[0][0] == now:
-                _, _, stage, task, ended = heappop(heap)
+                _, _, stage, arrived, task = heappop(heap)
                 touched.add(stage)
-                if ended:
-                    to = self.finish_task(stage, task, now)
-                    posted[stage] = None if to is None else (to, task, now)
+                if arrived is None:
+                    way_out = self.finish_task(stage, task, now)
+                    posted[stage] = None if way_out is None else (way_out, task, now)
                 else:
-                    sender = stage + (1 if task[0] else -1)
-                    touched.add(sender)
+                    touched.add(arrived.sender)
                     engaged[stage] -= 1
-                    engaged[sender] -= 1
-                    schedules[stage].arrived(Direction(task[0]), task[1], task[2])
+                    engaged[arrived.sender] -= 1
+                    schedules[stage].arrived(arrived.direction, arrived.chunk, task[2])
+
+
+def _ways(layout: ChunkLayout, message: Callable[[int, int], MessageTime] | None) -> tuple[_WayTable, _WayTable]:
+    """The ways that results of tasks take, and the ways on which their inputs come; none past the network's ends."""
+    links: dict[tuple[int, int], _Link] = {}
+
+    def link(sender: int, receiver: int) -> _Link:
+        if (sender, receiver) not in links:
+            none = message is None or sender == receiver
+            links[sender, receiver] = _Link(
+                MessageTime(0.0, 0.0) if none or message is None else message(sender, receiver)
+            )
+        return links[sender, receiver]
+
+    stages, chunks = range(layout.stages), range(layout.chunks)
+    out: _WayTable = [[[None for _ in chunks] for _ in Kind] for _ in stages]
+    into: _WayTable = [[[None for _ in chunks] for _ in Kind] for _ in stages]
+    for stage, chunk, direction in itertools.product(stages, chunks, Direction):
+        target = layout.target(stage, chunk, direction)
+        if target is None:
+            continue
+        way = _Way(stage, target[0], direction, target[1], link(stage, target[0]), {})
+        for kind in Kind:
+            if kind.sends == direction:
+                out[stage][kind][chunk] = way
+                into[target[0]][kind][target[1]] = way
+    return out, into

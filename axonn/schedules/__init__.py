@@ -7,15 +7,25 @@ from dataclasses import dataclass
 
 from axonn.errors import ConfigError
 from axonn.schedules.base import Direction, Kind, StageSchedule, Task
-from axonn.schedules.message_driven import MessageDriven, PickRule
-from axonn.schedules.static import StaticSchedule, gpipe_order, one_f_one_b_order
+from axonn.schedules.layout import ChunkLayout, ChunkPlacement
+from axonn.schedules.message_driven import PICKS, MessageDriven
+from axonn.schedules.orders import (
+    gpipe_order,
+    interleaved_order,
+    one_f_one_b_order,
+    zero_bubble_order,
+    zero_bubble_v_order,
+)
+from axonn.schedules.static import StaticSchedule
 
 __all__ = [
+    "PICKS",
     "SCHEDULES",
+    "ChunkLayout",
+    "ChunkPlacement",
     "Direction",
     "Kind",
     "MessageDriven",
-    "PickRule",
     "ScheduleSpec",
     "StageSchedule",
     "StaticSchedule",
@@ -28,33 +38,103 @@ __all__ = [
 class ScheduleSpec:
     """A schedule by name, with its options.
 
-    `in_flight_limit` (message-driven only) defaults to twice the number of stages: at the published limit, one per
-    stage, a stage waits whenever a message takes time (DESIGN section 5).
+    `in_flight_limit` and `pick` are those of the message-driven schedules. The limit defaults to twice the number of
+    stages: at the published limit, one per stage, a stage waits whenever a message takes time (DESIGN section 5). With
+    split backwards it limits the activations that a stage holds, in whole microbatches (`MessageDriven`). `pick` says
+    which of several ready tasks runs; with the name of a static schedule it is the one that comes first in its order.
     """
 
     name: str = "message-driven"
     in_flight_limit: int | None = None
-    pick: PickRule = "backward-first"
+    pick: str = "backward-first"
+    chunks: int = 1
+    placement: ChunkPlacement = "loop"
+
+    def layout(self, stages: int) -> ChunkLayout:
+        """Where this schedule's chunks lie on so many stages."""
+        return ChunkLayout(stages=stages, chunks=self.chunks, placement=self.placement)
 
 
 def _message_driven(spec: ScheduleSpec, stage: int, stages: int, microbatches: int) -> StageSchedule:
-    limit = 2 * stages if spec.in_flight_limit is None else spec.in_flight_limit
-    return MessageDriven(stage=stage, stages=stages, microbatches=microbatches, in_flight_limit=limit, pick=spec.pick)
+    return _driven(spec, stage, stages, microbatches, splits=False)
 
 
-def _gpipe(spec: ScheduleSpec, stage: int, stages: int, microbatches: int) -> StageSchedule:
-    return StaticSchedule(stage=stage, stages=stages, microbatches=microbatches, order=gpipe_order(microbatches))
+def _message_driven_zero_bubble(spec: ScheduleSpec, stage: int, stages: int, microbatches: int) -> StageSchedule:
+    return _driven(spec, stage, stages, microbatches, splits=True)
 
 
-def _one_f_one_b(spec: ScheduleSpec, stage: int, stages: int, microbatches: int) -> StageSchedule:
-    order = one_f_one_b_order(stage, stages, microbatches)
-    return StaticSchedule(stage=stage, stages=stages, microbatches=microbatches, order=order)
+def _driven(spec: ScheduleSpec, stage: int, stages: int, microbatches: int, *, splits: bool) -> MessageDriven:
+    pick: str | list[Task] = spec.pick
+    if spec.pick in _ORDERS:
+        static = ScheduleSpec(name=spec.pick, chunks=spec.chunks, placement=spec.placement)
+        _check_static(static, f"pick rule '{spec.pick}'")
+        pick = _ORDERS[spec.pick](static, stage, stages, microbatches)
+        if splits != any(task.kind == Kind.INPUT for task in pick):
+            other = "message-driven" if splits else "message-driven-zero-bubble"
+            raise ConfigError(
+                f"the backwards of schedule '{spec.name}' are {'split' if splits else 'whole'}, those of pick rule "
+                f"'{spec.pick}' are not; take schedule '{other}' or another pick rule"
+            )
+    elif spec.pick not in PICKS:
+        raise ConfigError(f"unknown pick rule '{spec.pick}'; known are {', '.join((*PICKS, *_ORDERS))}")
+    if spec.in_flight_limit is not None and spec.in_flight_limit < 1:
+        raise ConfigError(f"in_flight_limit is {spec.in_flight_limit}; it must be at least 1")
+    return MessageDriven(
+        stage=stage,
+        stages=stages,
+        microbatches=microbatches,
+        layout=spec.layout(stages),
+        in_flight_limit=2 * stages if spec.in_flight_limit is None else spec.in_flight_limit,
+        pick=pick,
+        splits_backward=splits,
+    )
 
+
+def _static(spec: ScheduleSpec, stage: int, stages: int, microbatches: int) -> StageSchedule:
+    if spec.in_flight_limit is not None or spec.pick != "backward-first":
+        raise ConfigError(f"schedule '{spec.name}' has no in_flight_limit and no pick rule; remove them")
+    _check_static(spec, f"schedule '{spec.name}'")
+    return StaticSchedule(
+        stage=stage,
+        stages=stages,
+        microbatches=microbatches,
+        layout=spec.layout(stages),
+        order=_ORDERS[spec.name](spec, stage, stages, microbatches),
+    )
+
+
+def _check_static(spec: ScheduleSpec, what: str) -> None:
+    """Whether the static schedule `spec.name` is defined for the chunks and their placement."""
+    chunks, placement = spec.chunks, spec.placement
+    if spec.name == "interleaved-1f1b":
+        fits, needs = chunks > 1 and placement == "loop", "two or more chunks in loops; set chunks: 2, placement: loop"
+    elif spec.name == "zero-bubble":
+        fits = (chunks, placement) in ((1, "loop"), (2, "v"))
+        needs = "one chunk (ZB-H1) or two in a V (ZB-V); set chunks: 2, placement: v, or remove both"
+    else:
+        fits, needs = (chunks, placement) == (1, "loop"), "one chunk per stage; remove chunks and placement"
+    if not fits:
+        raise ConfigError(f"{what} needs {needs} (found chunks: {chunks}, placement: {placement})")
+
+
+def _zero_bubble(spec: ScheduleSpec, stage: int, stages: int, microbatches: int) -> list[Task]:
+    order = zero_bubble_order if spec.chunks == 1 else zero_bubble_v_order
+    return order(stage, stages, microbatches)
+
+
+_ORDERS: dict[str, Callable[[ScheduleSpec, int, int, int], list[Task]]] = {
+    "gpipe": lambda spec, stage, stages, microbatches: gpipe_order(microbatches),
+    "1f1b": lambda spec, stage, stages, microbatches: one_f_one_b_order(stage, stages, microbatches),
+    "interleaved-1f1b": lambda spec, stage, stages, microbatches: interleaved_order(
+        stage, stages, microbatches, spec.chunks
+    ),
+    "zero-bubble": _zero_bubble,
+}
 
 SCHEDULES: dict[str, Callable[[ScheduleSpec, int, int, int], StageSchedule]] = {
     "message-driven": _message_driven,
-    "gpipe": _gpipe,
-    "1f1b": _one_f_one_b,
+    "message-driven-zero-bubble": _message_driven_zero_bubble,
+    **dict.fromkeys(_ORDERS, _static),
 }
 """Schedules by name. A new one is one file and one line here."""
 
@@ -63,8 +143,8 @@ def make_schedule(spec: ScheduleSpec, *, stage: int, stages: int, microbatches: 
     """The schedule of one stage. Raises `ConfigError` for an unknown name or an option the schedule does not have."""
     if spec.name not in SCHEDULES:
         raise ConfigError(f"unknown schedule '{spec.name}'; known are {', '.join(SCHEDULES)}")
-    if spec.name != "message-driven" and (spec.in_flight_limit is not None or spec.pick != "backward-first"):
-        raise ConfigError(f"schedule '{spec.name}' has no in_flight_limit and no pick rule; remove them")
-    if spec.in_flight_limit is not None and spec.in_flight_limit < 1:
-        raise ConfigError(f"in_flight_limit is {spec.in_flight_limit}; it must be at least 1")
+    if spec.chunks < 1:
+        raise ConfigError(f"chunks is {spec.chunks}; it must be at least 1")
+    if spec.placement == "v" and spec.chunks == 1:
+        raise ConfigError("placement 'v' needs two or more chunks per stage; set chunks: 2 or remove placement")
     return SCHEDULES[spec.name](spec, stage, stages, microbatches)

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from enum import IntEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from axonn.schedules.layout import ChunkLayout
 
 
 class Direction(IntEnum):
     """Way a message travels through the pipeline."""
 
     FORWARD = 0
-    """An activation, from the previous stage."""
+    """An activation, from the previous virtual stage."""
     BACKWARD = 1
-    """A gradient, from the next stage."""
+    """A gradient, from the next virtual stage."""
 
 
 class Kind(IntEnum):
@@ -25,14 +28,29 @@ class Kind(IntEnum):
 
     FORWARD = 0
     BACKWARD = 1
+    """The whole backward: gradients of the input and of the weights."""
+    INPUT = 2
+    """The first half of a split backward: the gradient of the input, which the previous virtual stage waits for."""
+    WEIGHT = 3
+    """The second half: the gradients of the weights, which nothing waits for until the end of the batch."""
 
     @property
     def letter(self) -> str:
-        return "FB"[self]
+        return "FBIW"[self]
+
+    @property
+    def label(self) -> str:
+        """What its spans are called (`axonn.trace.SpanKind`)."""
+        return ("forward", "backward", "backward-input", "backward-weight")[self]
+
+    @property
+    def sends(self) -> Direction | None:
+        """Which way the task's result travels, and its input comes; None when both stay."""
+        return (Direction.FORWARD, Direction.BACKWARD, Direction.BACKWARD, None)[self]
 
 
 class Task(NamedTuple):
-    """One piece of work of a stage. Prints as `2F0`: microbatch 2 is written after the kind, the chunk before it."""
+    """A piece of work of a stage. Prints as `2F0`: chunk 2, forward, microbatch 0 (B backward, I and W its halves)."""
 
     kind: Kind
     chunk: int
@@ -57,25 +75,38 @@ class StageSchedule(ABC):
     The driver calls `arrived` for each message, asks `next_task` whenever the stage is free, and calls `finished` when
     the task has finished on the device. `next_task` may be asked again before an earlier task has finished (a host that
     runs ahead of its device); tasks are executed in the order they were handed out.
+
+    What one chunk of a stage hands to another chunk of the same stage needs no message: the driver calls `arrived`
+    right after `finished`. The chunk with the inputs is told of no activations and the one with the loss of no
+    gradients; the schedule knows when their tasks are ready. Forwards, backwards and weight halves of one chunk each
+    run in microbatch order, so that gradients accumulate in that order too.
     """
 
-    def __init__(self, *, stage: int, stages: int, microbatches: int) -> None:
+    def __init__(
+        self, *, stage: int, stages: int, microbatches: int, layout: ChunkLayout, splits_backward: bool = False
+    ) -> None:
         if not 0 <= stage < stages:
             raise ValueError(f"stage {stage} is not one of {stages} stages")
+        if layout.stages != stages:
+            raise ValueError(f"a layout over {layout.stages} stages does not fit {stages} stages")
         if microbatches < 1:
             raise ValueError(f"a batch has at least 1 microbatch, not {microbatches}")
         self.stage = stage
         self.stages = stages
         self.microbatches = microbatches
-        self.first = stage == 0
-        self.last = stage == stages - 1
+        self.layout = layout
+        self.chunks = layout.chunks
+        self.splits_backward = splits_backward
+        """Whether backwards run as two tasks, INPUT and WEIGHT, or as one, BACKWARD."""
         self.held = 0
-        """Microbatches whose forward was handed out and whose backward has not finished."""
+        """(chunk, microbatch) pairs whose forward was handed out and whose backward (its WEIGHT) has not finished."""
         self.backwards_finished = 0
+        """Such pairs whose backward has finished wholly."""
+        self._last_kind = Kind.WEIGHT if splits_backward else Kind.BACKWARD
 
     @abstractmethod
     def arrived(self, direction: Direction, chunk: int, microbatch: int) -> None:
-        """A message from a neighbouring stage has arrived."""
+        """The activation or gradient that `chunk` of this stage needs for `microbatch` is here."""
 
     @abstractmethod
     def next_task(self) -> Task | None:
@@ -83,23 +114,32 @@ class StageSchedule(ABC):
 
     def finished(self, task: Task) -> None:
         """`task` has finished on the device."""
-        if task[0] == Kind.BACKWARD:
+        if task[0] == self._last_kind:
             self.held -= 1
             self.backwards_finished += 1
 
     def waiting_for(self) -> str:
         """What must happen before this stage has a next task, in words for an error message."""
-        sides = ([] if self.first else [f"an activation from stage {self.stage - 1}"]) + (
-            [] if self.last else [f"a gradient from stage {self.stage + 1}"]
-        )
-        return " or ".join(sides) or "nothing"
+        if self.done:
+            return "nothing"
+        needs = []
+        for direction, what in ((Direction.FORWARD, "an activation"), (Direction.BACKWARD, "a gradient")):
+            origins = [self.layout.origin(self.stage, chunk, direction) for chunk in range(self.chunks)]
+            stages = sorted({origin[0] for origin in origins if origin is not None} - {self.stage})
+            needs += [f"{what} from stage {stage}" for stage in stages]
+        return " or ".join(needs) or "the end of a task"
+
+    @property
+    def backwards(self) -> int:
+        """(chunk, microbatch) pairs of a batch."""
+        return self.microbatches * self.chunks
 
     @property
     def done(self) -> bool:
-        """True once every microbatch has run forward and backward here."""
-        return self.backwards_finished == self.microbatches
+        """True once every chunk has run every microbatch forward and backward here."""
+        return self.backwards_finished == self.backwards
 
     @property
     @abstractmethod
     def limit(self) -> int:
-        """Most microbatches that this stage ever holds at once."""
+        """Most (chunk, microbatch) pairs that this stage ever holds at once."""

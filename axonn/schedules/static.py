@@ -1,26 +1,35 @@
-"""Schedules whose order is fixed in advance: GPipe and 1F1B. A stage waits for the input of its next task."""
+"""Schedules whose order is fixed in advance. A stage waits for the input of its next task."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from axonn.schedules.base import Direction, Kind, StageSchedule, Task
+from axonn.schedules.layout import ChunkLayout
 
 
 class StaticSchedule(StageSchedule):
-    """Runs `order`, task after task."""
+    """Runs `order`, task after task (`axonn.schedules.orders` makes them)."""
 
-    def __init__(self, *, stage: int, stages: int, microbatches: int, order: Sequence[Task]) -> None:
-        super().__init__(stage=stage, stages=stages, microbatches=microbatches)
+    def __init__(
+        self, *, stage: int, stages: int, microbatches: int, layout: ChunkLayout, order: Sequence[Task]
+    ) -> None:
+        splits = any(task.kind == Kind.INPUT for task in order)
+        super().__init__(stage=stage, stages=stages, microbatches=microbatches, layout=layout, splits_backward=splits)
         self.order = tuple(order)
         self._position = 0
-        self._there: tuple[set[int], set[int]] = (set(), set())
+        self._there: set[tuple[Direction, int, int]] = set()
+        # Tasks of these chunks need no message of that direction; weight halves need none at all.
+        chunks = range(self.chunks)
+        self._unfed = {(Direction.FORWARD, c) for c in chunks if layout.is_source(stage, c)} | {
+            (Direction.BACKWARD, c) for c in chunks if layout.is_sink(stage, c)
+        }
 
     @property
     def limit(self) -> int:
         most = held = 0
         for task in self.order:
-            held += 1 if task.kind == Kind.FORWARD else -1
+            held += (task.kind == Kind.FORWARD) - (task.kind == self._last_kind)
             most = max(most, held)
         return most
 
@@ -28,39 +37,30 @@ class StaticSchedule(StageSchedule):
         if self._position == len(self.order):
             return "nothing"
         task = self.order[self._position]
-        what, stage = ("activation", self.stage - 1) if task.kind == Kind.FORWARD else ("gradient", self.stage + 1)
-        return f"the {what} of microbatch {task.microbatch} from stage {stage}, to run {task}"
+        direction = task.kind.sends
+        origin = None if direction is None else self.layout.origin(self.stage, task.chunk, direction)
+        if origin is None:
+            return f"its turn to run {task}"
+        what = "activation" if direction == Direction.FORWARD else "gradient"
+        where = f"stage {origin[0]}" if origin[0] != self.stage else f"its own chunk {origin[1]}"
+        return f"the {what} of microbatch {task.microbatch} from {where}, to run {task}"
 
     def arrived(self, direction: Direction, chunk: int, microbatch: int) -> None:
-        self._there[direction].add(microbatch)
+        self._there.add((direction, chunk, microbatch))
 
     def next_task(self) -> Task | None:
         if self._position == len(self.order):
             return None
         task = self.order[self._position]
-        kind, _, microbatch = task
-        forward = kind == Kind.FORWARD
-        if not (self.first if forward else self.last):
-            there = self._there[kind]
-            if microbatch not in there:
-                return None
-            there.remove(microbatch)
-        if forward:
+        kind, chunk, microbatch = task
+        if kind != Kind.WEIGHT:
+            direction = Direction.FORWARD if kind == Kind.FORWARD else Direction.BACKWARD
+            if (direction, chunk) not in self._unfed:
+                needed = (direction, chunk, microbatch)
+                if needed not in self._there:
+                    return None
+                self._there.remove(needed)
+        if kind == Kind.FORWARD:
             self.held += 1
         self._position += 1
         return task
-
-
-def gpipe_order(microbatches: int) -> list[Task]:
-    """All forwards, then all backwards (Huang et al., GPipe, NeurIPS 2019)."""
-    return [Task(kind, 0, m) for kind in Kind for m in range(microbatches)]
-
-
-def one_f_one_b_order(stage: int, stages: int, microbatches: int) -> list[Task]:
-    """Warm-up forwards, then one forward and one backward in turn (PipeDream-Flush: Narayanan et al., SC 2021)."""
-    warmup = min(microbatches, stages - 1 - stage)
-    order = [Task(Kind.FORWARD, 0, m) for m in range(warmup)]
-    for m in range(microbatches - warmup):
-        order += [Task(Kind.FORWARD, 0, warmup + m), Task(Kind.BACKWARD, 0, m)]
-    order += [Task(Kind.BACKWARD, 0, m) for m in range(microbatches - warmup, microbatches)]
-    return order

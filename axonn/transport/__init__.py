@@ -1,4 +1,7 @@
-"""Messages between stages: MPI between processes, or in one process for tests. `axonn.transport.mpi` needs mpi4py."""
+"""Messages between stages: over MPI (`mpi`), `torch.distributed` (`torch_distributed`), or within one process.
+
+`axonn.runtime.connect` picks between the first two, which need mpi4py to find each other; the last is for tests.
+"""
 
 from axonn.transport.base import Address, Edge, Message, Transport
 from axonn.transport.in_process import InProcessCollectives, InProcessTransport, InProcessWorld

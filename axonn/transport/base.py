@@ -3,40 +3,58 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from axonn.errors import TransportError
 from axonn.schedules import Direction
+from axonn.tensors import TensorSpec
 from axonn.trace import SpanKind, SpanRecorder
 
 
 class Address(NamedTuple):
-    """What a message is: with two stages previous and next are the same peer, so the peer alone does not say it."""
+    """What a message is: with two stages previous and next are the same peer, so the peer alone does not say it.
+
+    `chunk` is the receiver's.
+    """
 
     direction: Direction
     chunk: int
     microbatch: int
-    tensor: int = 0
 
 
 class Message(NamedTuple):
-    """An arrived message; the receiver owns `tensor`."""
+    """An arrived message; the receiver owns `tensors`."""
 
     address: Address
-    tensor: torch.Tensor
+    tensors: tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edge:
-    """Where messages of one direction come from, and what each of them looks like."""
+    """Where messages of one direction come from, and which tensors each of them carries."""
 
     peer: int
     direction: Direction
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    tensors: tuple[TensorSpec, ...]
     device: torch.device
+
+
+def describe(specs: Iterable[TensorSpec]) -> str:
+    """`specs` in words: float32[4,10,24] int64[4]."""
+    return " ".join(map(str, specs)) or "no tensors"
+
+
+def mismatch(address: Address, way: str, found: str, expected: str) -> TransportError:
+    """The error for a message whose tensors are not those of its edge."""
+    direction, chunk, microbatch = address
+    return TransportError(
+        f"the {direction.name.lower()} message of chunk {chunk}, microbatch {microbatch} {way} carries {found}, "
+        f"but {expected} is expected; every microbatch must have the shapes and types that its edge was given"
+    )
 
 
 class Transport(ABC):
@@ -45,18 +63,46 @@ class Transport(ABC):
     A transport owns its progress: a message sent before a long computation has arrived when that ends.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, *, device: torch.device | None = None) -> None:
         self.rank = rank
+        self.device = device
+        """Where tensors lie; None if anywhere."""
         self.spans: SpanRecorder | None = None
         """Where send spans go, from the posting of a message until its buffer is free again."""
+        self._announced: dict[tuple[int, Direction], tuple[TensorSpec, ...]] = {}
+
+    def announce(self, edge: Edge) -> None:
+        """From now on `send` refuses what is not `edge.tensors` in `edge.direction` to `edge.peer`.
+
+        Without it such a message is refused where it arrives.
+        """
+        self._announced[edge.peer, edge.direction] = edge.tensors
+
+    def send(self, peer: int, address: Address, tensors: tuple[torch.Tensor, ...]) -> None:
+        """Start sending contiguous `tensors` as one message; they must not be written until it has left.
+
+        Raises `TransportError` for tensors that were not announced so.
+        """
+        way = f"from rank {self.rank} to rank {peer}"
+        expected = self._announced.get((peer, address.direction))
+        found = tuple(TensorSpec(tuple(t.shape), t.dtype) for t in tensors)
+        if expected is not None and found != expected:
+            raise mismatch(address, way, describe(found), describe(expected))
+        if not all(t.is_contiguous() for t in tensors):
+            raise mismatch(address, way, "tensors that are not contiguous", "contiguous memory")
+        for tensor in tensors:
+            self._check_device(tensor.device)
+        self._send(peer, address, tensors)
 
     @abstractmethod
     def expect(self, edge: Edge, count: int) -> None:
-        """Receive `count` messages over `edge`; a receive stays posted until all have arrived."""
+        """Receive `count` messages over `edge`; a receive stays posted until all have arrived.
+
+        A message of other tensors than the edge's makes `poll` and `wait` raise `TransportError`.
+        """
 
     @abstractmethod
-    def send(self, peer: int, address: Address, tensor: torch.Tensor) -> None:
-        """Start sending a contiguous `tensor`, which must not be written until it has left."""
+    def _send(self, peer: int, address: Address, tensors: tuple[torch.Tensor, ...]) -> None: ...
 
     @abstractmethod
     def poll(self) -> list[Message]:
@@ -74,7 +120,14 @@ class Transport(ABC):
         """Release threads and communicators. A closed transport is not used again."""
         return None
 
-    def _sent(self, address: Address, start: float) -> None:
+    def _check_device(self, device: torch.device) -> None:
+        if self.device is not None and device.type != self.device.type:
+            raise TransportError(
+                f"rank {self.rank}: a message with tensors on '{device}', but this transport was made for "
+                f"'{self.device}'; connect with the device that the engine computes on"
+            )
+
+    def _sent(self, peer: int, address: Address, start: float) -> None:
         if self.spans is not None:
             self.spans.add(
                 SpanKind.SEND,
@@ -82,4 +135,6 @@ class Transport(ABC):
                 self.spans.now(),
                 microbatch=address.microbatch,
                 direction=address.direction,
+                chunk=address.chunk,
+                peer=peer,
             )

@@ -19,7 +19,8 @@ from axonn.collectives import Collectives, Group, Operation, Work
 from axonn.errors import DeadlockError, TransportError
 from axonn.grid import Axis, ProcessGrid
 from axonn.schedules import Direction
-from axonn.transport.base import Address, Edge, Message, Transport
+from axonn.tensors import TensorSpec
+from axonn.transport.base import Address, Edge, Message, Transport, describe, mismatch
 
 T = TypeVar("T")
 
@@ -116,29 +117,38 @@ class InProcessTransport(Transport):
         super().__init__(rank)
         self._world = world
         self._expected: dict[tuple[int, Direction], int] = {}
+        self._edges: dict[tuple[int, Direction], Edge] = {}
 
     def expect(self, edge: Edge, count: int) -> None:
         key = (edge.peer, edge.direction)
         if self._expected.get(key):
             raise TransportError(f"rank {self.rank} still expects messages from rank {edge.peer}")
         self._expected[key] = count
+        self._edges[key] = edge
         self._world.mailboxes[self.rank].setdefault(key, deque())
 
-    def send(self, peer: int, address: Address, tensor: torch.Tensor) -> None:
+    def _send(self, peer: int, address: Address, tensors: tuple[torch.Tensor, ...]) -> None:
         start = 0.0 if self.spans is None else self.spans.now()
         box = self._world.mailboxes[peer].setdefault((self.rank, address.direction), deque())
-        box.append(Message(address, tensor.clone()))
-        self._sent(address, start)
+        box.append(Message(address, tuple(t.clone() for t in tensors)))
+        self._sent(peer, address, start)
 
     def poll(self) -> list[Message]:
         arrived = []
         for key, left in self._expected.items():
             box = self._world.mailboxes[self.rank][key]
             while box and left and not self._world.holds_back():
-                arrived.append(box.popleft())
+                arrived.append(self._checked(box.popleft(), self._edges[key]))
                 left -= 1  # noqa: PLW2901
             self._expected[key] = left
         return arrived
+
+    def _checked(self, message: Message, edge: Edge) -> Message:
+        found = tuple(TensorSpec(tuple(t.shape), t.dtype) for t in message.tensors)
+        if found != edge.tensors:
+            way = f"from rank {edge.peer} to rank {self.rank}"
+            raise mismatch(message.address, way, describe(found), describe(edge.tensors))
+        return message
 
     def wait(self) -> list[Message]:
         what = ", ".join(f"{left} {key[1].name.lower()} from {key[0]}" for key, left in self._expected.items() if left)

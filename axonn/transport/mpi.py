@@ -1,8 +1,10 @@
 """Messages over MPI.
 
-Each direction has a communicator of its own and the tag says which microbatch a message is, so receives with any tag
-are matched in send order (MPI's non-overtaking rule). MPI libraries advance large messages only inside MPI calls, so
-a thread of ours tests the outstanding requests while the rank computes; while the rank waits, it tests them itself.
+Each direction has a communicator of its own, and receives are posted and matched in send order (MPI's non-overtaking
+rule). A message is a short header that says which microbatch it is and what it carries, then its tensors, which are
+received once the header is known to fit: Open MPI 5.0 fills memory beyond a receive that is too short, before it
+reports it. MPI libraries advance large messages only inside MPI calls, so a thread of ours tests the outstanding
+requests while the rank computes; while the rank waits, it tests them itself.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import os
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,18 +23,33 @@ from mpi4py import MPI
 from axonn.errors import TransportError
 from axonn.schedules import Direction
 from axonn.transport.base import Address, Edge, Message, Transport
+from axonn.transport.header import HEADER_BYTES, open_header, pack_header
+from axonn.transport.staging import HostPath, Landed, Path
 
 _PROGRESS_INTERVAL_S = 1e-3
 _SPINS = 200
 """Tests without a sleep before a waiting rank begins to back off."""
 _LONGEST_SLEEP_S = 1e-3
-_CHUNKS = 64
-_TENSORS = 4
+_HEADER_TAG = 0
+_TENSOR_TAG = 1
 
 
 def _as_bytes(tensor: torch.Tensor) -> Any:
-    """The memory of a contiguous CPU tensor, of any type: MPI has no bfloat16, and moving bytes needs none."""
-    return [tensor.view(-1).view(torch.uint8).numpy(), MPI.BYTE]
+    """The memory of a contiguous tensor, of any type: MPI has no bfloat16, and moving bytes needs none."""
+    return [MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes), MPI.BYTE]
+
+
+@dataclass
+class _Receive:
+    """One message that is being received."""
+
+    header: bytearray
+    request: MPI.Request
+    """The header's."""
+    address: Address | None = None
+    """None until the header has arrived; from then on the tensors are received."""
+    buffers: tuple[torch.Tensor, ...] = ()
+    requests: list[MPI.Request] = field(default_factory=list)
 
 
 @dataclass
@@ -40,33 +58,44 @@ class _Incoming:
 
     edge: Edge
     to_post: int = 0
-    request: MPI.Request | None = None
-    buffer: torch.Tensor | None = None
+    receive: _Receive | None = None
 
 
 @dataclass
 class _Outgoing:
-    request: MPI.Request
-    tensor: torch.Tensor
+    """One message that has not left yet, with the memory that must stay until then."""
+
+    peer: int
     address: Address
+    header: bytearray
+    tensors: tuple[torch.Tensor, ...]
+    memory: tuple[torch.Tensor, ...]
+    ready: Callable[[], bool]
+    """Whether `memory` may be read yet."""
     start: float
+    requests: list[MPI.Request] | None = None
+    """None until it has been posted."""
 
 
 class MPITransport(Transport):
-    """Point-to-point over `comm` (collective over it). Raises `TransportError` without thread support in MPI."""
+    """Point-to-point over `comm` (collective over it), with tensors on the device of `path` (default: the host's).
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
-        super().__init__(comm.Get_rank())
+    Raises `TransportError` without thread support in MPI.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, *, path: Path | None = None) -> None:
+        self._path = path or HostPath()
+        super().__init__(comm.Get_rank(), device=self._path.device)
         if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
             raise TransportError("MPI was initialised without MPI_THREAD_SERIALIZED; use an MPI built with threads")
         self._comms = {direction: comm.Dup() for direction in Direction}
         self._incoming: dict[tuple[int, Direction], _Incoming] = {}
         self._outgoing: list[_Outgoing] = []
-        self._arrived: deque[Message] = deque()
+        self._arrived: deque[tuple[Address, Landed]] = deque()
         self._lock = threading.Lock()
         self._busy = threading.Event()
         """Set while requests are outstanding: the thread sleeps without it."""
-        self._failure: BaseException | None = None
+        self._failure: MPI.Exception | TransportError | None = None
         self._closing = False
         node = comm.Split_type(MPI.COMM_TYPE_SHARED)
         self._oversubscribed = node.Get_size() > len(os.sched_getaffinity(0))
@@ -75,21 +104,24 @@ class MPITransport(Transport):
         self._thread.start()
 
     def expect(self, edge: Edge, count: int) -> None:
+        self._check_device(edge.device)
         with self._lock:
             incoming = self._incoming.setdefault((edge.peer, edge.direction), _Incoming(edge))
-            if incoming.request is not None or incoming.to_post:
+            if incoming.receive is not None or incoming.to_post:
                 raise TransportError(f"rank {self.rank} still expects messages from rank {edge.peer}")
             incoming.edge = edge
             incoming.to_post = count
-            self._post(incoming)
+            if count:
+                self._post(incoming)
         self._busy.set()
 
-    def send(self, peer: int, address: Address, tensor: torch.Tensor) -> None:
+    def _send(self, peer: int, address: Address, tensors: tuple[torch.Tensor, ...]) -> None:
         start = time.perf_counter()
-        tag = (address.microbatch * _CHUNKS + address.chunk) * _TENSORS + address.tensor
+        self._raise_failure()
         with self._lock:
-            request = self._comms[address.direction].Isend(_as_bytes(tensor), dest=peer, tag=tag)
-            self._outgoing.append(_Outgoing(request, tensor, address, start))
+            memory, ready = self._path.outgoing(tensors)
+            header = pack_header(address, tensors)
+            self._outgoing.append(_Outgoing(peer, address, header, tensors, memory, ready, start))
             self._progress()
         self._busy.set()
 
@@ -99,7 +131,8 @@ class MPITransport(Transport):
             self._progress()
             arrived = list(self._arrived)
             self._arrived.clear()
-        return arrived
+        self._raise_failure()
+        return [Message(address, self._path.hand_over(landed)) for address, landed in arrived]
 
     def wait(self) -> list[Message]:
         spins = 0
@@ -109,7 +142,7 @@ class MPITransport(Transport):
                 return arrived
             with self._lock:
                 # The thread may have taken the last message since.
-                nothing = not self._arrived and all(i.request is None for i in self._incoming.values())
+                nothing = not self._arrived and all(i.receive is None for i in self._incoming.values())
             if nothing:
                 raise TransportError(f"rank {self.rank} waits for a message, but none is expected")
             self._back_off(spins)
@@ -128,8 +161,24 @@ class MPITransport(Transport):
         self._closing = True
         self._busy.set()
         self._thread.join()
+        self._give_up_what_is_under_way()
         for comm in self._comms.values():
             comm.Free()
+
+    def _give_up_what_is_under_way(self) -> None:
+        """After an aborted batch: nothing may match our receives any more, nor MPI touch memory that is used again."""
+        under_way: list[object] = [out for out in self._outgoing if out.requests]
+        for incoming in self._incoming.values():
+            receive = incoming.receive
+            if receive is None:
+                continue
+            if receive.request != MPI.REQUEST_NULL:
+                receive.request.Cancel()
+            if not receive.request.Test() or receive.requests:
+                under_way.append(receive)
+        if under_way:
+            # A message that has begun cannot be called back. MPI keeps these references until it is finalised.
+            MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(), under_way)
 
     def _back_off(self, spins: int) -> None:
         if self._oversubscribed:
@@ -141,30 +190,58 @@ class MPITransport(Transport):
     def _post(self, incoming: _Incoming) -> None:
         edge = incoming.edge
         incoming.to_post -= 1
-        incoming.buffer = torch.empty(edge.shape, dtype=edge.dtype)
-        incoming.request = self._comms[edge.direction].Irecv(_as_bytes(incoming.buffer), source=edge.peer)
+        header = bytearray(HEADER_BYTES)
+        request = self._comms[edge.direction].Irecv([header, MPI.BYTE], source=edge.peer, tag=_HEADER_TAG)
+        incoming.receive = _Receive(header, request)
+
+    def _post_tensors(self, edge: Edge, receive: _Receive) -> None:
+        receive.address = open_header(receive.header, edge, rank=self.rank)
+        receive.buffers = self._path.buffers(edge.tensors)
+        comm = self._comms[edge.direction]
+        receive.requests = [comm.Irecv(_as_bytes(b), source=edge.peer, tag=_TENSOR_TAG) for b in receive.buffers]
 
     def _progress(self) -> None:
         """Test every outstanding request once; the caller holds the lock."""
-        status = MPI.Status()
-        for incoming in self._incoming.values():
-            while incoming.request is not None and incoming.request.Test(status):
-                rest, tensor = divmod(status.Get_tag(), _TENSORS)
-                microbatch, chunk = divmod(rest, _CHUNKS)
-                assert incoming.buffer is not None
-                address = Address(incoming.edge.direction, chunk, microbatch, tensor)
-                self._arrived.append(Message(address, incoming.buffer))
-                incoming.request = incoming.buffer = None
-                if incoming.to_post:
-                    self._post(incoming)
-        if self._outgoing:
-            pending = []
-            for out in self._outgoing:
-                if out.request.Test():
-                    self._sent(out.address, out.start)
-                else:
-                    pending.append(out)
-            self._outgoing = pending
+        try:
+            for incoming in self._incoming.values():
+                self._progress_of(incoming)
+            self._post_what_is_ready()
+            self._outgoing = [out for out in self._outgoing if not self._has_left(out)]
+        except (MPI.Exception, TransportError) as error:
+            # What was posted is in disorder from here on.
+            self._failure = error
+
+    def _progress_of(self, incoming: _Incoming) -> None:
+        while (receive := incoming.receive) is not None:
+            if receive.address is None:
+                if not receive.request.Test():
+                    return
+                self._post_tensors(incoming.edge, receive)
+            if receive.address is None or not MPI.Request.Testall(receive.requests):
+                return
+            self._arrived.append((receive.address, self._path.incoming(receive.buffers)))
+            incoming.receive = None
+            if incoming.to_post:
+                self._post(incoming)
+
+    def _post_what_is_ready(self) -> None:
+        held: set[tuple[int, Direction]] = set()
+        for out in self._outgoing:
+            way = (out.peer, out.address.direction)
+            if out.requests is not None or way in held:
+                continue
+            if not out.ready():
+                held.add(way)  # Later messages do not overtake it.
+                continue
+            comm = self._comms[out.address.direction]
+            out.requests = [comm.Isend([out.header, MPI.BYTE], dest=out.peer, tag=_HEADER_TAG)]
+            out.requests += [comm.Isend(_as_bytes(t), dest=out.peer, tag=_TENSOR_TAG) for t in out.memory]
+
+    def _has_left(self, out: _Outgoing) -> bool:
+        if out.requests is None or not MPI.Request.Testall(out.requests):
+            return False
+        self._sent(out.peer, out.address, out.start)
+        return True
 
     def _keep_going(self) -> None:
         while True:
@@ -177,16 +254,17 @@ class MPITransport(Transport):
                 continue
             try:
                 self._progress()
-                if not self._outgoing and all(i.request is None for i in self._incoming.values()):
+                if self._failure is not None:
+                    return
+                if not self._outgoing and all(i.receive is None for i in self._incoming.values()):
                     self._busy.clear()
                     if self._closing:
                         return
-            except MPI.Exception as error:
-                self._failure = error
-                return
             finally:
                 self._lock.release()
 
     def _raise_failure(self) -> None:
+        if isinstance(self._failure, TransportError):
+            raise self._failure
         if self._failure is not None:
             raise TransportError(f"rank {self.rank}: MPI failed: {self._failure}") from self._failure

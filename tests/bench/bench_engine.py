@@ -1,31 +1,11 @@
-"""make bench: our engine beside PyTorch's own, and the simulator. Ratios are medians of paired, alternating runs."""
+"""Part of make bench: how long the simulator takes."""
 
 from __future__ import annotations
 
-import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from axonn.perf.predict import simulate_pipeline, stage_times
 from experiments.definition import ROOT, find_machine, load_experiment, load_model, strategy_of
-from tests.bench.workloads import run_paired
-
-ROUNDS = {"small": 20, "wide": 8}
-
-
-@pytest.mark.parametrize("workload", ["small", "wide"])
-@pytest.mark.parametrize(("baseline", "ranks", "target"), [("pytorch-loop", 1, 1.03), ("torch-pipelining", 2, 1.00)])
-def bench_engine(benchmark: BenchmarkFixture, workload: str, baseline: str, ranks: int, target: float) -> None:
-    paired = benchmark.pedantic(
-        run_paired,
-        args=(workload, [("axonn", {}), (baseline, {})]),
-        kwargs={"ranks": ranks, "rounds": ROUNDS[workload]},
-        rounds=1,
-    )
-    # Losses before times: only equal work may be compared.
-    assert paired.loss_difference < 1e-4
-    benchmark.extra_info.update(
-        what=f"batch, {workload}, {ranks} rank(s), over {baseline}", ratio=paired.ratio(over=1), target=target
-    )
 
 
 def bench_simulation_of_100b(benchmark: BenchmarkFixture) -> None:

@@ -1,4 +1,4 @@
-"""The two fixed workloads of all benchmarks, and running contenders on them in turn."""
+"""The fixed workloads of all benchmarks, and running contenders on them in turn."""
 
 from __future__ import annotations
 
@@ -7,73 +7,219 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from math import isnan, nan
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
+from axonn.config import TrainConfig, validate
+from axonn.inter_layer.stage import virtual_spans
 from axonn.launch import mpiexec_command, rank_environment
+from axonn.models.gpt import GPT
+from axonn.schedules import ChunkLayout
+from axonn.trace import SpanKind, read_spans
+from experiments.definition import available_cores
+from experiments.supervisor import supervise
 
 ROOT = Path(__file__).parents[2]
-HIDDEN = {"small": 256, "wide": 768}
-Contender = tuple[str, dict[str, Any]]
-"""Name of a framework, and what its configuration has beyond the workload."""
+SHAPES: dict[str, dict[str, int]] = {
+    "small": {"layers": 6, "hidden": 256, "heads": 4, "seq_len": 128, "vocab": 8192},
+    "wide": {"layers": 6, "hidden": 768, "heads": 12, "seq_len": 128, "vocab": 8192},
+    # For trying the benchmarks themselves; its times mean nothing.
+    "tiny": {"layers": 4, "hidden": 64, "heads": 1, "seq_len": 16, "vocab": 512},
+}
+MICROBATCHES, MICROBATCH_SIZE = 8, 4
+SAME_WORK = 1e-4
+"""Largest relative difference of losses at which contenders have done the same work."""
 
 
-def config_of(workload: str, ranks: int) -> dict[str, Any]:
-    """6 layers, sequence 128, vocabulary 8k, 8 microbatches of 4; hidden 256 (small) or 768 (wide)."""
-    hidden = HIDDEN[workload]
+@dataclass(frozen=True)
+class Contender:
+    """A framework with what its configuration has beyond the workload."""
+
+    label: str
+    framework: str = "axonn"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ours(self) -> bool:
+        return self.framework == "axonn"
+
+
+def _schedule(label: str, **options: Any) -> Contender:
+    return Contender(f"AxoNN {label}", options={"schedule": options})
+
+
+DRIVEN = Contender("AxoNN message-driven")
+OURS = (
+    DRIVEN,
+    _schedule("message-driven, 1F1B's memory", in_flight_limit=2),
+    _schedule("zero-bubble", name="zero-bubble"),
+    _schedule("zero-bubble V", name="zero-bubble", chunks=2, placement="v"),
+    _schedule("message-driven zero-bubble", name="message-driven-zero-bubble"),
+    _schedule("message-driven zero-bubble V", name="message-driven-zero-bubble", chunks=2, placement="v"),
+    _schedule(
+        "message-driven zero-bubble V, 6 in flight",
+        name="message-driven-zero-bubble",
+        chunks=2,
+        placement="v",
+        in_flight_limit=6,
+    ),
+)
+OVER_A_LINK = (OURS[0], OURS[1], OURS[-2], OURS[-1])
+"""Those that are compared over slow links too."""
+ONE_F_ONE_B = Contender("PyTorch 1F1B", "torch-pipelining")
+ZBV = Contender("PyTorch ZBV", "torch-pipelining-zbv")
+
+
+def others() -> tuple[Contender, ...]:
+    """Contenders that are not ours: DeepSpeed only where it is installed."""
+    deepspeed = (Contender("DeepSpeed pipeline", "deepspeed-pipeline"),) if find_spec("deepspeed") else ()
+    return (ONE_F_ONE_B, ZBV, *deepspeed)
+
+
+def config_of(workload: str, grid: Mapping[str, int]) -> dict[str, Any]:
+    """8 microbatches of 4 sequences on each pipeline."""
     return {
-        "model": {
-            "name": workload,
-            "layers": 6,
-            "hidden": hidden,
-            "heads": hidden // 64,
-            "seq_len": 128,
-            "vocab": 8192,
-        },
-        "grid": {"inter": ranks},
-        "batch_size": 32,
-        "microbatch_size": 4,
+        "model": {"name": workload, **SHAPES[workload]},
+        "grid": dict(grid),
+        "batch_size": MICROBATCHES * MICROBATCH_SIZE * grid.get("data", 1),
+        "microbatch_size": MICROBATCH_SIZE,
     }
+
+
+def message_bytes(workload: str) -> int:
+    """Bytes of one activation."""
+    shape = SHAPES[workload]
+    return MICROBATCH_SIZE * shape["seq_len"] * shape["hidden"] * 4
+
+
+def stage_seconds(workload: str) -> tuple[float, float]:
+    """Mean forward and backward of one microbatch on one of 2 stages, from the spans of a short run."""
+    config = validate(config_of(workload, {"inter": 2}) | {"steps": 4}, TrainConfig, where=workload)
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = supervise("axonn", config, Path(folder))
+        if outcome.failure is not None:
+            sys.exit(f"the short run failed: {outcome.failure.detail}")
+        spans = [s for rank in range(2) for s in read_spans(Path(folder) / f"spans-{rank}.parquet")]
+
+    def seconds(kind: SpanKind) -> float:
+        return mean(s.end - s.start for s in spans if s.kind == kind and s.step > 0)
+
+    return seconds(SpanKind.FORWARD), seconds(SpanKind.BACKWARD)
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """Sleeps after layers: up to twice `fraction` of what is computed up to there, drawn anew for each microbatch.
+
+    `after`: seconds of forward and backward, by the layer that the sleep comes after.
+    """
+
+    fraction: float
+    after: dict[str, tuple[float, float]]
+    seed: int = 1
+
+    @classmethod
+    def of(cls, workload: str, forward: float, backward: float, fraction: float = 0.1) -> Jitter:
+        """At the ends of the quarters of the network, so that all contenders sleep as long whatever their cuts.
+
+        `forward` and `backward` are those of half of the network.
+        """
+        model = GPT(validate(config_of(workload, {}), TrainConfig, where=workload).model)
+        costs = [layer.cost for layer in model.layers]
+        quarters = virtual_spans(model, ChunkLayout(stages=2, chunks=2, placement="v"))
+        shares = [sum(costs[i] for i in span) / sum(costs) for span in quarters]
+        after = {
+            model.layers[span.stop - 1].name: (2 * share * forward, 2 * share * backward)
+            for span, share in zip(quarters, shares, strict=True)
+        }
+        return cls(fraction, after)
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Seconds of each round by contender, in the contenders' order."""
+    """Seconds and loss of each round by contender, in the contenders' order."""
 
     times: list[list[float]]
     losses: list[list[float]]
+    memory: list[dict[str, int] | None]
+    """What our contenders say of rank 0's memory."""
+    tails: list[list[float]]
+    """Seconds of each round from the last task of the pipeline to the end of the batch, on rank 0; only on request."""
 
     def ratio(self, over: int, under: int = 0) -> float:
         """Median over the rounds of contender `under`'s time divided by contender `over`'s."""
         return median(a / b for a, b in zip(self.times[under], self.times[over], strict=True))
 
+    def tail_ratio(self, over: int, under: int = 0) -> float:
+        """As `ratio`, of what comes after the pipeline."""
+        return median(a / b for a, b in zip(self.tails[under], self.tails[over], strict=True))
+
+    def seconds(self, contender: int) -> float:
+        return median(self.times[contender])
+
     @property
     def loss_difference(self) -> float:
-        """Largest relative difference of any loss from the first contender's."""
+        """Largest relative difference of any loss from the first contender's; NaN where a loss is."""
         first = self.losses[0]
-        return max(abs(a - b) / abs(a) for other in self.losses for a, b in zip(first, other, strict=True))
+        found = [abs(a - b) / abs(a) for other in self.losses for a, b in zip(first, other, strict=True)]
+        return nan if any(map(isnan, found)) else max(found)
+
+    def check_losses(self, tolerance: float = SAME_WORK) -> None:
+        """Losses before times: only equal work may be compared. Exits when they differ."""
+        if not self.loss_difference <= tolerance:
+            sys.exit(f"losses differ by {self.loss_difference:.1e}: the times may not be compared")
 
 
 def run_paired(
-    workload: str, contenders: Sequence[Contender], *, ranks: int, rounds: int, link_rate: str | None = None
+    workload: str,
+    contenders: Sequence[Contender],
+    *,
+    grid: Mapping[str, int],
+    rounds: int,
+    link_rate: str | None = None,
+    jitter: Jitter | None = None,
+    copies: int = 1,
+    tails: bool = False,
 ) -> Paired:
-    """Let contenders train in turn in the same ranks; `link_rate` (as tc writes it) puts a slow link between them."""
-    with tempfile.TemporaryDirectory() as folder:
-        spec, out = Path(folder) / "spec.json", Path(folder) / "out.json"
-        spec.write_text(
-            json.dumps(
-                {"contenders": [[n, config_of(workload, ranks) | extra] for n, extra in contenders], "rounds": rounds}
-            )
-        )
-        command = [sys.executable, "-m", "tests.bench.paired", str(spec), str(out)]
-        env = rank_environment(os.environ)
-        if ranks > 1:
-            command = mpiexec_command(ranks, command, link_only=link_rate is not None)
-        if link_rate is not None:
-            command = ["unshare", "-n", "bash", str(ROOT / "tools" / "slownet.sh"), *command]
-            env["RATE"] = link_rate
-        subprocess.run(command, env=env, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
-        return Paired(**json.loads(out.read_text()))
+    """Let contenders train in turn in the same ranks.
+
+    `link_rate` (as tc writes it) puts a slow link between them. With `copies` of the whole run at once, the times of
+    all are put together. `tails` (only of ours) need spans, which cost a little time.
+    """
+    ranks = grid.get("data", 1) * grid.get("inter", 1)
+    spec = {
+        "contenders": [[c.framework, config_of(workload, grid) | dict(c.options)] for c in contenders],
+        "rounds": rounds,
+        "jitter": None if jitter is None else vars(jitter),
+        "tails": tails,
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "spec.json").write_text(json.dumps(spec))
+        runs = [_start(folder, copy, ranks, link_rate) for copy in range(copies)]
+        failed = [copy for copy, run in enumerate(runs) if run.wait()]
+        if failed:
+            sys.exit(f"the ranks failed:\n{(folder / f'log-{failed[0]}.txt').read_text()[-3000:]}")
+        found = [json.loads((folder / f"out-{copy}.json").read_text()) for copy in range(copies)]
+    times, tails_of = (
+        [[t for one in found for t in one[name][i]] for i in range(len(contenders))] for name in ("times", "tails")
+    )
+    return Paired(times, found[0]["losses"], found[0]["memory"], tails_of)
+
+
+def _start(folder: Path, copy: int, ranks: int, link_rate: str | None) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "tests.bench.paired", str(folder / "spec.json"), str(folder / f"out-{copy}.json")]
+    env = rank_environment(os.environ)
+    if ranks > 1:
+        own_cores = ranks <= available_cores()
+        command = mpiexec_command(ranks, command, link_only=link_rate is not None, own_cores=own_cores)
+    if link_rate is not None:
+        command = ["unshare", "-n", "bash", str(ROOT / "tools" / "slownet.sh"), *command]
+        env["RATE"] = link_rate
+    with (folder / f"log-{copy}.txt").open("w") as log:
+        return subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log)

@@ -1,0 +1,386 @@
+"""Checkpoints: folders `step-00000120` that any grid can go on from, whichever grid wrote them.
+
+Tensors go through `torch.distributed.checkpoint` under names that are global over the job: what replicas share is
+written once, and each rank reads only what it asks for. `state.json` beside them holds the rest, and checksums.
+
+A checkpoint is written under a hidden name and renamed when all of it is on disk, so a crash at any moment keeps the
+one before. The metadata of `torch.distributed.checkpoint` is a pickle: load only checkpoints that you trust.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field, ValidationError
+
+from axonn.config import StrictModel
+from axonn.errors import CheckpointError, ConfigError
+from axonn.files import sync_folder, write_durably
+
+SCHEMA = "axonn-checkpoint/1"
+_STATE = "state.json"
+_READERS = 8
+_SHOWN = 5
+
+
+Shape = tuple[int, ...]
+
+
+class StoredFile(StrictModel):
+    """What a file of a checkpoint must be like."""
+
+    bytes: int
+    crc32: int
+
+
+class CheckpointState(StrictModel):
+    """Everything of a training run but its tensors.
+
+    All randomness is counter-based, so `seed` and `batches` are the state of every random generator, and `batches` the
+    position in the data.
+    """
+
+    schema_: Literal["axonn-checkpoint/1"] = Field(default="axonn-checkpoint/1", alias="schema")
+    batches: int = Field(ge=0)
+    """Batches done."""
+    samples: int = Field(ge=0)
+    """Samples seen."""
+    seed: int
+    progress: dict[str, Any]
+    """The engine's own: optimizer updates, loss scale and the like."""
+    config: dict[str, Any]
+    grid: dict[str, int]
+    """Extents of the grid that wrote it."""
+    data_digest: str | None = None
+    versions: dict[str, str] = {}
+    created: str | None = None
+    files: dict[str, StoredFile] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    folder: Path
+    state: CheckpointState
+
+
+class Ranks:
+    """The ranks that save or load together: a process group, by default all ranks, or one alone without any."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.alone = not dist.is_initialized()
+        self.rank = 0 if self.alone else dist.get_rank(group)
+        self.size = 1 if self.alone else dist.get_world_size(group)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, on every rank; no rank goes on before all are here."""
+        if self.alone:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def agree(self, act: Callable[[], None], what: str) -> None:
+        """Do something on rank 0; an error there is one on every rank. Raises `CheckpointError`."""
+        problem = None
+        if self.rank == 0:
+            try:
+                act()
+            except OSError as error:
+                problem = str(error)
+        problem = self.gather(problem)[0]
+        if problem is not None:
+            raise CheckpointError(f"{what}: {problem}")
+
+    def shapes(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Shape]:
+        """Names and shapes of the tensors of all ranks."""
+        mine = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        return {name: shape for one in self.gather(mine) for name, shape in one.items()}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How to call `torch.distributed.checkpoint`."""
+        return {"no_dist": True} if self.alone else {"process_group": self.group}
+
+
+def checkpoint_name(batches: int) -> str:
+    """Name of the folder of a checkpoint after so many batches."""
+    return f"step-{batches:08d}"
+
+
+def save(
+    folder: Path | str,
+    *,
+    tensors: Mapping[str, torch.Tensor],
+    state: CheckpointState,
+    keep: int | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write a checkpoint of all ranks of `group` into `folder`, and remove all but the `keep` newest.
+
+    `tensors`: what this rank holds, by global name; ranks that give the same name hold equal values, unless the value
+    is a `DTensor`. Collective. Returns the checkpoint's own folder. Raises `CheckpointError` when it cannot be written.
+    """
+    folder = Path(folder)
+    ranks = Ranks(group)
+    final = folder / checkpoint_name(state.batches)
+    temporary = folder / f".{final.name}.writing"
+    ranks.agree(lambda: _make_empty(temporary), f"{folder}: cannot be written")
+    _write(temporary, tensors, ranks)
+    files = {name: file for found in ranks.gather(_files_of(temporary, ranks.rank)) for name, file in found.items()}
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    complete = state.model_copy(update={"files": files, "created": created, "versions": _versions() | state.versions})
+
+    def finish() -> None:
+        write_durably(temporary / _STATE, complete.model_dump_json(by_alias=True, indent=1) + "\n")
+        sync_folder(temporary)
+        if final.exists():
+            _remove(final)  # A damaged one, from which nothing could be loaded.
+        temporary.rename(final)
+        sync_folder(folder)
+        if keep is not None:
+            _prune(folder, state.batches, keep)
+
+    ranks.agree(finish, f"{folder}: the checkpoint cannot be written")
+    return final
+
+
+def load(
+    checkpoint: Path | str, tensors: Mapping[str, torch.Tensor], *, group: dist.ProcessGroup | None = None
+) -> CheckpointState:
+    """Fill this rank's `tensors` from a checkpoint, converting to their types. Collective over `group`.
+
+    Raises `ConfigError` naming the tensors when the ranks' names or shapes are not those of the checkpoint, and
+    `CheckpointError` when it cannot be read. Check it with `verify` first: a damaged one may be found half way.
+    """
+    checkpoint = Path(checkpoint)
+    ranks = Ranks(group)
+    state = read_state(checkpoint)
+    stored = {name: tuple(tensor.shape) for name, tensor in stored_tensors(checkpoint).items()}
+    differences = compare_shapes(stored, ranks.shapes(tensors), have="the checkpoint", want="the model")
+    if differences:
+        raise ConfigError(f"{checkpoint}: is of another model: {differences}")
+    _read(checkpoint, tensors, ranks)
+    return state
+
+
+def load_whole(checkpoint: Path | str, prefix: str) -> dict[str, torch.Tensor]:
+    """The whole tensors whose names begin with `prefix`, in host memory, for one process alone.
+
+    Raises `CheckpointError` when the checkpoint cannot be read.
+    """
+    targets = {
+        n: torch.empty_like(t, device="cpu") for n, t in stored_tensors(checkpoint).items() if n.startswith(prefix)
+    }
+    _read(checkpoint, targets, None)
+    return targets
+
+
+def latest(
+    folder: Path | str, *, warn: Callable[[str], None] = lambda message: None, read_all: bool = True
+) -> Checkpoint | None:
+    """The newest good checkpoint in `folder`, or None. Of each damaged one that is skipped `warn` is told.
+
+    Without `read_all` only `state.json` is looked at, and damage elsewhere goes unnoticed. Raises `ConfigError` for one
+    that a newer version of the suite wrote.
+    """
+    for path in sorted(_checkpoints(folder), reverse=True):
+        try:
+            return Checkpoint(folder=path, state=verify(path) if read_all else read_state(path))
+        except CheckpointError as error:
+            warn(f"{error}; it is skipped")
+    return None
+
+
+def verify(checkpoint: Path | str) -> CheckpointState:
+    """Compare every file with its checksum. Raises `CheckpointError` naming what is damaged."""
+    checkpoint = Path(checkpoint)
+    state = read_state(checkpoint)
+
+    def problem(name: str) -> str | None:
+        try:
+            found = _describe(checkpoint / name)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        wanted = state.files[name]
+        if found.bytes != wanted.bytes:
+            return f"{name} has {found.bytes} bytes instead of {wanted.bytes}"
+        return None if found == wanted else f"{name} has another checksum than when it was written"
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        problems = [p for p in readers.map(problem, state.files) if p is not None]
+    if problems:
+        raise CheckpointError(f"{checkpoint}: is damaged: {'; '.join(problems)}")
+    return state
+
+
+def read_state(checkpoint: Path | str) -> CheckpointState:
+    """`state.json` of a checkpoint. Raises `CheckpointError`, or `ConfigError` when a newer version wrote it."""
+    path = Path(checkpoint) / _STATE
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint}: is not a complete checkpoint: {error}") from error
+    schema = str(content.get("schema") if isinstance(content, dict) else None)
+    family, _, version = schema.partition("/")
+    if f"{family}/" == SCHEMA[:-1] and version.isdecimal() and schema != SCHEMA:
+        raise ConfigError(
+            f"{checkpoint}: has schema '{schema}', but this version reads '{SCHEMA}'; use a newer version"
+        )
+    try:
+        return CheckpointState.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(p) for p in first["loc"])
+        raise CheckpointError(f"{checkpoint}: is damaged: {_STATE}: '{place}': {first['msg']}") from error
+
+
+def stored_tensors(checkpoint: Path | str) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint by name, without their values (device "meta"). Raises `CheckpointError`."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    try:
+        entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    except Exception as error:  # A damaged pickle raises anything.
+        raise CheckpointError(f"{checkpoint}: cannot be read: {error}") from error
+    return {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def clean(folder: Path | str) -> None:
+    """Remove what a crash left of checkpoints that were being written or removed. Nobody may be writing now."""
+    for path in Path(folder).glob(".step-*"):
+        shutil.rmtree(path)
+
+
+def remove_all(folder: Path | str) -> None:
+    """Remove every checkpoint in `folder`, and nothing else."""
+    clean(folder)
+    for path in _checkpoints(folder):
+        _remove(path)
+
+
+def _checkpoints(folder: Path | str) -> list[Path]:
+    return [p for p in Path(folder).glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdecimal()]
+
+
+def _prune(folder: Path, newest: int, keep: int) -> None:
+    # Those behind `newest` were skipped as damaged and do not count.
+    mine = sorted(p for p in _checkpoints(folder) if p.name <= checkpoint_name(newest))
+    for path in mine[:-keep]:
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint so that a crash leaves either all of it or nothing that looks like one."""
+    hidden = path.with_name(f".{path.name}.removed")
+    if hidden.exists():
+        shutil.rmtree(hidden)
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _files_of(folder: Path, rank: int) -> dict[str, StoredFile]:
+    """The files that `rank` wrote: its data, and from rank 0 the metadata."""
+    own = [*folder.glob(f"__{rank}_*"), *(folder.glob(".metadata") if rank == 0 else ())]
+    return {path.name: _describe(path) for path in own}
+
+
+def _describe(path: Path) -> StoredFile:
+    size = checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            size += len(block)
+            checksum = zlib.crc32(block, checksum)
+    return StoredFile(bytes=size, crc32=checksum)
+
+
+def compare_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], *, have: str, want: str) -> str:
+    """What differs between two sets of named shapes, in words; empty when nothing does."""
+    differences = {
+        f"not in {have}": [n for n in wanted if n not in found],
+        f"not in {want}": [n for n in found if n not in wanted],
+        "of another shape": [
+            f"{n} ({list(found[n])} in {have}, {list(wanted[n])} in {want})"
+            for n in wanted
+            if n in found and tuple(found[n]) != tuple(wanted[n])
+        ],
+    }
+    return "; ".join(f"{what}: {_some(sorted(names))}" for what, names in differences.items() if names)
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+# torch.distributed.checkpoint loads all of DTensor, so it is imported where it is used: a run without checkpoints, or
+# the command that looks for one, need not wait for it.
+
+
+def _write(folder: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+
+    try:
+        with _quiet():
+            save_tensors(dict(tensors), storage_writer=FileSystemWriter(folder), **ranks.options)
+    except CheckpointException as error:
+        raise CheckpointError(f"{folder}: cannot be written: {_reason(error)}") from error
+
+
+def _read(checkpoint: Path | str, tensors: Mapping[str, torch.Tensor], ranks: Ranks | None) -> None:
+    """Fill `tensors`, with all of `ranks` or for this process alone."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+
+    options = {"no_dist": True} if ranks is None else ranks.options
+    try:
+        with _quiet():
+            load_tensors(dict(tensors), storage_reader=FileSystemReader(checkpoint), **options)
+    except CheckpointException as error:
+        raise CheckpointError(f"{checkpoint}: cannot be read: {_reason(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that there is no process group, which is meant so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _reason(error: Any) -> str:
+    """The ranks' own errors, one line each."""
+    return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in sorted(error.failures.items()))
+
+
+def _versions() -> dict[str, str]:
+    return {"torch": torch.__version__}

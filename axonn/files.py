@@ -1,0 +1,31 @@
+"""Files that survive a crash: either as they were or as they were meant to be."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a new file and wait until it is on disk. A crash may leave a part of it."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_durably(path: Path, text: str) -> None:
+    """Write or replace a file as a whole: a crash leaves the old content or the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write_durably(temporary, text)
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

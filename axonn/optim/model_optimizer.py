@@ -1,0 +1,229 @@
+"""The optimizer of one rank's parameters: mixed precision, loss scaling, chunked reduction, clipping and AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.optim.adamw import adamw
+
+from axonn.collectives import Collectives
+from axonn.config import OptimizerConfig, PrecisionConfig
+from axonn.errors import ConfigError
+from axonn.grid import ProcessGrid
+from axonn.inter_layer.stage import ParameterSpec
+from axonn.optim.flat import FlatParameters, cut, pieces, replicas
+from axonn.optim.learning_rate import learning_rate
+from axonn.optim.loss_scale import LossScale
+from axonn.optim.reduction import GradientReduction, Reduction
+from axonn.optim.state import Bucket, OffloadedState, OptimizerState, ResidentState
+from axonn.optim.timeline import Timeline
+from axonn.trace import SpanKind, SpanRecorder
+
+
+class StepResult(NamedTuple):
+    """One step. `applied` is False where gradients overflowed on some rank, so that no rank changed anything.
+
+    `gradient_norm`: of the whole model, before clipping; None without clipping. `loss_scale`: the one of this step.
+    """
+
+    applied: bool
+    gradient_norm: float | None
+    learning_rate: float
+    loss_scale: float
+
+
+class ModelMemory(NamedTuple):
+    """Bytes of the model state of one rank, as allocated. All but `host` lie on the device."""
+
+    parameters: int
+    gradients: int
+    """With the copy of them in the master type, where the whole of it is kept."""
+    optimizer_state: int
+    buckets: int
+    host: int
+
+    @property
+    def device(self) -> int:
+        return self.parameters + self.gradients + self.optimizer_state + self.buckets
+
+
+class ModelOptimizer:
+    """AdamW on the parameters of `specs`, in step with the optimizers of the other ranks of `grid`.
+
+    The parameters, whose storage may be on the meta device or of any content, become views of one buffer on `device`,
+    and their gradients of another. `initialise(name, tensor)` fills master weights, which parameters are rounded from;
+    where the master type is the compute type, the parameters are the masters. The caller multiplies the loss with
+    `loss_scale` and divides it by the number of microbatches in the whole batch, so that gradients of the replicas
+    add up to that of the mean. `steps`: batches of the run, where a decay of the learning rate ends by default.
+    `ties`: the stages of each parameter of the model that several stages hold, the same list on every rank.
+    Raises `ConfigError` for a parameter of another type or a decay without an end.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[ParameterSpec],
+        *,
+        grid: ProcessGrid,
+        rank: int,
+        collectives: Collectives,
+        config: OptimizerConfig,
+        precision: PrecisionConfig,
+        initialise: Callable[[str, torch.Tensor], None],
+        device: torch.device,
+        spans: SpanRecorder | None = None,
+        steps: int | None = None,
+        ties: Sequence[tuple[int, ...]] = (),
+    ) -> None:
+        learning_rate(config, config.schedule.warmup, steps)  # A decay without an end is an error now.
+        self._config = config
+        self._steps = steps
+        self._timeline = Timeline(device, spans)
+        self._flat = FlatParameters(specs, grid=grid, precision=precision, device=device)
+        self._state: OptimizerState
+        if config.placement == "offloaded":
+            self._state = OffloadedState(self._flat, precision, config, self._timeline)
+        else:
+            self._state = ResidentState(self._flat, precision)
+        for entry in self._flat.entries:
+            initialise(entry.spec.name, entry.view(self._state.master))
+        self._round_masters()
+        self._chunks = cut(self._flat, bsize=config.bsize, k=config.k)
+        self._reduction = GradientReduction(
+            self._flat, self._chunks, ties=ties, grid=grid, rank=rank, collectives=collectives, timeline=self._timeline
+        )
+        self._replicas = replicas(self._flat, grid)
+        self._scale = LossScale(precision)
+        self._updates = 0
+        self._updates_before = torch.zeros((), dtype=torch.float32, device=device)
+        """Adam's count as `adamw` takes it, which adds one to it."""
+
+    @property
+    def loss_scale(self) -> float:
+        """What the caller multiplies the loss of the next batch with."""
+        return self._scale.value
+
+    def zero(self) -> None:
+        """Forget the gradients of the last batch."""
+        self._flat.zero_gradients()
+
+    def reduce(self) -> None:
+        """Only complete the gradients: each `.grad` then is that of the mean loss of the batch, without loss scale."""
+        self._reduction.complete_locally()
+        for reduction in self._reduction.start():
+            reduction.wait()
+        if self._scale.value != 1.0:
+            self._flat.gradients.mul_(1.0 / self._scale.value)
+        self._timeline.flush()
+
+    def step(self, batch: int) -> StepResult:
+        """Reduce the gradients of batch number `batch` and update the parameters. `.grad` is used up by it."""
+        rate = learning_rate(self._config, batch, self._steps)
+        scale = self._scale.value
+        self._reduction.complete_locally()
+        # One answer for all ranks before anything is reduced or updated, so that none is ahead of the others.
+        largest = torch.finfo(self._flat.gradients.dtype).max
+        overflow = self._scale.watched and self._reduction.overflow(largest=largest, replicas=self._replicas)
+        self._scale.update(overflow=overflow)
+        norm = None
+        if not overflow:
+            norm = self._reduce_and_update(rate, scale)
+        self._timeline.flush()
+        return StepResult(applied=not overflow, gradient_norm=norm, learning_rate=rate, loss_scale=scale)
+
+    def _reduce_and_update(self, rate: float, scale: float) -> float | None:
+        reductions = self._reduction.start()
+        norm = None
+        factor = 1.0 / scale
+        if self._config.clip_norm is not None:
+            for reduction in reductions:
+                reduction.wait()
+            norm = self._reduction.norm(self._config.bsize) / scale
+            # As torch.nn.utils.clip_grad_norm_; in this order NaN stays NaN.
+            factor *= min(self._config.clip_norm / (norm + 1e-6), 1.0)
+        self._updates += 1
+        self._update(reductions, rate, factor)
+        return norm
+
+    def _update(self, reductions: Sequence[Reduction], rate: float, factor: float) -> None:
+        """Each chunk's buckets as soon as the chunk is reduced; copies of state run ahead, across chunks."""
+        buckets = self._state.stream([part for chunk in self._chunks for part in chunk.buckets])
+        for chunk, reduction in zip(self._chunks, reductions, strict=True):
+            reduction.wait()
+            start = self._timeline.now()
+            for part in chunk.buckets:
+                self._update_bucket(part, next(buckets), rate, factor)
+            self._timeline.span(SpanKind.OPTIMIZER, start, self._timeline.now())
+        # Exhausted only now is the last bucket copied out.
+        next(buckets, None)
+
+    def _update_bucket(self, part: slice, bucket: Bucket, rate: float, factor: float) -> None:
+        gradient = self._flat.gradients[part]
+        if bucket.gradient is not None:
+            gradient = bucket.gradient.copy_(gradient)
+        if factor != 1.0:
+            gradient.mul_(factor)
+        adamw(
+            [bucket.master],
+            [gradient],
+            [bucket.exp_avg],
+            [bucket.exp_avg_sq],
+            [],
+            [self._updates_before.fill_(self._updates - 1)],
+            fused=True,
+            amsgrad=False,
+            beta1=self._config.betas[0],
+            beta2=self._config.betas[1],
+            lr=rate,
+            weight_decay=self._config.weight_decay,
+            eps=self._config.eps,
+            maximize=False,
+        )
+        if self._state.has_own_master:
+            self._flat.parameters[part].copy_(bucket.master)
+
+    def _round_masters(self) -> None:
+        if self._state.has_own_master:
+            for part in pieces(slice(0, self._flat.elements), self._config.bsize):
+                self._flat.parameters[part].copy_(self._state.master[part])
+
+    def memory(self) -> ModelMemory:
+        """Bytes of parameters, gradients and optimizer state, from the tensors that hold them."""
+        state = self._state.memory()
+        return ModelMemory(
+            parameters=self._flat.parameters.nbytes,
+            gradients=self._flat.gradients.nbytes + self._flat.shared_gradients.nbytes + state.gradients,
+            optimizer_state=state.state,
+            buckets=state.buckets,
+            host=state.host,
+        )
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """ "master.NAME", "exp_avg.NAME" and "exp_avg_sq.NAME" of each parameter, in its shape, where they lie.
+
+        After writing into them call `state_loaded`.
+        """
+        self._state.settle()
+        kinds = {"master": self._state.master, "exp_avg": self._state.exp_avg, "exp_avg_sq": self._state.exp_avg_sq}
+        return {
+            f"{kind}.{entry.spec.name}": entry.view(flat)
+            for kind, flat in kinds.items()
+            for entry in self._flat.entries
+        }
+
+    def state_loaded(self) -> None:
+        """Go on from what was written into `state_tensors`."""
+        self._round_masters()
+
+    def progress(self) -> dict[str, int | float]:
+        """What else a checkpoint needs: number of updates, loss scale and steps since it last changed."""
+        return {"updates": self._updates, "loss_scale": self._scale.value, "good_steps": self._scale.good_steps}
+
+    def load_progress(self, progress: Mapping[str, int | float]) -> None:
+        """Go on from what `progress` said. Raises `ConfigError` when something is missing."""
+        missing = self.progress().keys() - progress.keys()
+        if missing:
+            raise ConfigError(f"the optimizer's progress lacks {', '.join(sorted(missing))}; use a complete checkpoint")
+        self._updates = int(progress["updates"])
+        self._scale.load(float(progress["loss_scale"]), int(progress["good_steps"]))

@@ -1,0 +1,43 @@
+"""Whether MPI can be given the memory of a GPU. Run as a program, it says in JSON which MPI there is, and whether."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+def gpu_aware_mpi() -> bool | str:
+    """True, or the reason why messages of GPU tensors go through host memory. Needs mpi4py, but no GPU."""
+    from mpi4py import MPI
+
+    library = ctypes.CDLL(MPI.__file__)  # Symbols are looked for in the MPI library that it was linked with, too.
+    symbol = "MPIX_Query_rocm_support" if torch.version.hip else "MPIX_Query_cuda_support"
+    return judge(MPI.Get_library_version(), os.environ, symbol, getattr(library, symbol, None))
+
+
+def judge(version: str, environment: Mapping[str, str], symbol: str, query: Callable[[], int] | None) -> bool | str:
+    """The answer for an MPI that calls itself `version` and offers `query` under the name `symbol` (None: does not)."""
+    if "CRAY" in version.upper():
+        if environment.get("MPICH_GPU_SUPPORT_ENABLED") == "1":
+            return True
+        return "Cray MPICH takes GPU memory only with MPICH_GPU_SUPPORT_ENABLED=1 in the environment"
+    if environment.get("MPIR_CVAR_ENABLE_GPU") == "0":
+        return "MPIR_CVAR_ENABLE_GPU=0 in the environment switches it off"
+    if query is None:
+        return f"this MPI has no {symbol} to ask"
+    return True if query() else "this MPI was built without GPU support, or finds no GPU library"
+
+
+def main() -> None:
+    from mpi4py import MPI
+
+    version = MPI.Get_library_version().split(",")[0].strip("\0 \n").splitlines()[0]
+    print(json.dumps({"library": version, "gpu_aware": gpu_aware_mpi()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""What all baselines share, so that they differ from our engine only in the framework: weights, data, optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from axonn.config import LearningRateConfig, TrainConfig
+from axonn.data.text import TextData
+from axonn.inter_layer.stage import Chunk, initialise
+from axonn.models.gpt import GPT
+
+DEVICE = torch.device("cpu")
+
+
+def beyond(config: TrainConfig) -> str | None:
+    """What `config` asks for that no baseline does, and what to change; None when there is nothing."""
+    optimizer, precision = config.optimizer, config.precision
+    asked = {
+        "optimizer.clip_norm": optimizer.clip_norm is not None,
+        "optimizer.schedule": optimizer.schedule != LearningRateConfig(),
+        "activation_checkpointing": config.activation_checkpointing is not None,
+        "initial_weights": config.initial_weights is not None,
+        f"precision {precision.compute}": precision.compute not in ("float32", "float64"),
+        f"gradients in {precision.gradient_type}": precision.gradient_type != precision.compute,
+    }
+    found = [name for name, is_asked in asked.items() if is_asked]
+    return f"the baselines do without {', '.join(found)}; remove that, or compare without it" if found else None
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """The configured AdamW, fused, as our engine uses it."""
+    o = config.optimizer
+    return torch.optim.AdamW(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
+
+
+class Layers(Chunk):
+    """A chunk of our engine's layers with its initial weights: one tensor in, one tensor out."""
+
+    def __init__(self, model: GPT, span: range, config: TrainConfig) -> None:
+        super().__init__(model, span, dtype=getattr(torch, config.precision.compute), device=DEVICE)
+        initialise(model, self, seed=config.seed)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        (y,) = super().forward(x)
+        return y
+
+
+def layers_of(chunks: Iterable[Chunk]) -> dict[str, nn.Module]:
+    """The modules of all layers of these chunks, by name."""
+    return {name: layer for chunk in chunks for name, layer in chunk.chain.items()}
+
+
+class Batches:
+    """The batches that our engine trains on."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._size = config.batch_size
+        self._data = TextData(
+            config.data.path, seq_len=config.model.seq_len, vocab=config.model.vocab, seed=config.seed
+        )
+
+    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets [batch_size, seq_len] of batch number `step`."""
+        first = step * self._size
+        inputs, targets = self._data.batch(range(first, first + self._size))
+        return inputs, targets

@@ -1,0 +1,172 @@
+"""The training loop of one rank: batches, evaluations, checkpoints, and what is written of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO
+
+from axonn.checkpoint import CheckpointState, load, save
+from axonn.config import EvaluationConfig, TrainConfig
+from axonn.errors import ConfigError
+from axonn.records import Asked
+from axonn.runtime import Runtime
+from axonn.trace import SpanRecorder
+from axonn.weights import import_weights
+from experiments.framework import ResumableTrainer, Trainer
+from experiments.metrics import BATCHES, EVALUATIONS, Row
+
+CHECKPOINTS = "checkpoints"
+_SPANS_IN_MEMORY = 50_000
+
+
+class TrainingLoop:
+    """Runs a trainer from one batch to another. Rank 0 writes the metrics.
+
+    A batch takes the seconds from the last finished batch to it, evaluations, checkpoints and metrics left out. Raises
+    `ConfigError` when the configuration asks for what the trainer cannot do.
+    """
+
+    def __init__(
+        self, config: TrainConfig, trainer: Trainer, *, runtime: Runtime, spans: SpanRecorder, folder: Path
+    ) -> None:
+        self._config = config
+        self._trainer = trainer
+        self._runtime = runtime
+        self._spans = spans
+        self._folder = folder
+        self._full = trainer if isinstance(trainer, ResumableTrainer) else None
+        asks = {
+            "checkpoints": config.checkpoints,
+            "evaluation": config.evaluation,
+            "initial_weights": config.initial_weights,
+        }
+        asked = [name for name, value in asks.items() if value is not None]
+        if asked and self._full is None:
+            raise ConfigError(f"this framework does not support {', '.join(asked)}; remove it from the configuration")
+        self._digest: str | None = None
+        grid = config.grid
+        ranks = grid.data * grid.inter * grid.row * grid.col
+        work = Asked.of(config.model, gpus=ranks, batch_size=config.batch_size, precision=config.precision.compute)
+        self._recompute = config.activation_checkpointing is not None
+        self._tflop = {recompute: work.flops(recompute=recompute) / ranks / 1e12 for recompute in (False, True)}
+
+    def start(self, checkpoint: Path | None) -> int:
+        """Go on from `checkpoint`, or start from the configured weights; returns the number of the next batch."""
+        if self._full is None or (checkpoint is None and self._config.initial_weights is None):
+            return 0
+        tensors = self._full.state_tensors()
+        if checkpoint is None:
+            assert self._config.initial_weights is not None
+            import_weights(self._config.initial_weights, tensors)
+            self._full.state_loaded()
+            return 0
+        state = load(checkpoint, tensors)
+        self._full.state_loaded()
+        self._full.load_progress(state.progress)
+        return state.batches
+
+    def run(self, first: int) -> None:
+        """Train the batches from `first` to the end of the configuration."""
+        self._spans.step = first
+        with ExitStack() as files:
+            self._batches = self._open(files, BATCHES)
+            self._evaluations = self._open(files, EVALUATIONS) if self._config.evaluation is not None else None
+            self._runtime.barrier()
+            before = time.perf_counter()
+            for step in range(first, self._config.steps):
+                loss = self._trainer.train_batch(step)
+                now = time.perf_counter()
+                self._write(self._batches, self._row(step, loss, now - before))
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f"the loss of batch {step} is {loss}; lower optimizer.lr")
+                self._runtime.collectives.calls.clear()
+                before = time.perf_counter() if self._between(step + 1) else now
+            self._spans.flush()
+
+    def _between(self, done: int) -> bool:
+        """What is to do after `done` batches; whether there was anything."""
+        evaluation, checkpoints = self._config.evaluation, self._config.checkpoints
+        evaluates = evaluation is not None and done % evaluation.every == 0
+        saves = checkpoints is not None and (done % checkpoints.every == 0 or done == self._config.steps)
+        if evaluates:
+            assert evaluation is not None
+            self._evaluate(done, evaluation)
+        # A file of spans ends at every checkpoint, so that going on from there cuts no file.
+        flushed = self._spans.flush(at_least=1 if evaluates or saves else _SPANS_IN_MEMORY)
+        if saves:
+            self._save(done)
+        return evaluates or saves or flushed
+
+    def _evaluate(self, done: int, evaluation: EvaluationConfig) -> None:
+        assert self._full is not None
+        start = time.perf_counter()
+        self._spans.recording = False
+        losses = [self._full.evaluate(number) for number in range(evaluation.batches)]
+        self._spans.recording = True
+        row = {"batches": done, "loss": sum(losses) / len(losses), "seconds": time.perf_counter() - start}
+        self._write(self._evaluations, row)
+
+    def _save(self, done: int) -> None:
+        assert self._full is not None
+        assert self._config.checkpoints is not None
+        # Metrics are never behind the checkpoint that they belong to.
+        for file in (self._batches, self._evaluations):
+            if file is not None:
+                os.fsync(file.fileno())
+        save(
+            self._folder / CHECKPOINTS,
+            tensors=self._full.state_tensors(),
+            state=CheckpointState(
+                batches=done,
+                samples=done * self._config.batch_size,
+                seed=self._config.seed,
+                progress=dict(self._full.progress()),
+                config=self._config.model_dump(mode="json"),
+                grid=self._config.grid.model_dump(),
+                data_digest=self._data_digest(),
+            ),
+            keep=self._config.checkpoints.keep,
+        )
+
+    def _data_digest(self) -> str | None:
+        # Only rank 0's description of a checkpoint is written.
+        if self._digest is None and self._full is not None and self._runtime.rank == 0:
+            self._digest = self._full.data_digest()
+        return self._digest
+
+    def _row(self, step: int, loss: float, seconds: float) -> Row:
+        tokens = self._config.batch_size * self._config.model.seq_len
+        row: Row = {
+            "step": step,
+            "loss": loss,
+            "seconds": seconds,
+            "tokens_per_s": tokens / seconds,
+            # With the operations that are computed again, where that is configured: not comparable with the next.
+            "tflops_per_gpu": self._tflop[self._recompute] / seconds,
+            "tflops_per_gpu_without_recompute": self._tflop[False] / seconds,
+            "recompute": self._recompute,
+        }
+        if self._full is not None:
+            result = self._full.result
+            row |= {
+                "learning_rate": result.learning_rate,
+                "gradient_norm": result.gradient_norm,
+                "loss_scale": result.loss_scale,
+                "applied": result.applied,
+            }
+        return row
+
+    def _open(self, files: ExitStack, name: str) -> IO[str] | None:
+        if self._runtime.rank != 0:
+            return None
+        return files.enter_context(open(self._folder / name, "a", buffering=1, encoding="utf-8"))
+
+    @staticmethod
+    def _write(file: IO[str] | None, row: Row) -> None:
+        if file is not None:
+            file.write(json.dumps(row) + "\n")

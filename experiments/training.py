@@ -1,0 +1,278 @@
+"""Trains a model as a configuration says: from the beginning, or on from the newest checkpoint of the run folder.
+
+The run folder describes itself: `config.yaml` (every value), `run.json` (each session: command, machine, versions,
+grid), `batches.jsonl` and `evaluations.jsonl`, `checkpoints/`, `spans-K.parquet/`, `log.txt`, at the end `record.json`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from axonn.checkpoint import Checkpoint, clean, latest, remove_all
+from axonn.config import TrainConfig, validate
+from axonn.data.text import TextData, held_out_of
+from axonn.errors import ConfigError, LaunchError
+from axonn.files import replace_durably
+from axonn.grid import ProcessGrid
+from axonn.launch import find_mpiexec
+from axonn.models.gpt import GPT
+from axonn.records import Asked, Failure, Ran, Record, write_records
+from axonn.weights import check_weights
+from experiments.framework import Framework, load_framework
+from experiments.loop import CHECKPOINTS
+from experiments.metrics import BATCHES, read_rows
+from experiments.provenance import this_machine
+from experiments.runner import parts_of
+from experiments.supervisor import Outcome, supervise
+
+FRAMEWORK = "axonn"
+_MAY_CHANGE = {
+    "activation_checkpointing",
+    "checkpoints",
+    "evaluation",
+    "grid",
+    "microbatch_size",
+    "optimizer.bsize",
+    "optimizer.buckets_resident",
+    "optimizer.k",
+    "optimizer.placement",
+    "schedule",
+    "steps",
+    "transport",
+}
+"""What changes how a run is computed, or how long it is, but not what it computes."""
+_PARTS_FROM = 200
+"""Batches at the end of a session from which the parts of its time are taken, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """One start of a training run, checked and ready."""
+
+    config: TrainConfig
+    folder: Path
+    command: str
+    resume: Checkpoint | None
+
+    @property
+    def first(self) -> int:
+        """Number of the first batch to train."""
+        return 0 if self.resume is None else self.resume.state.batches
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """The configuration with what follows from other keys filled in."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"held_out": held_out_of(config)})})
+
+
+def prepare(
+    config: TrainConfig, folder: Path, *, data: TextData, command: str, fresh: bool, warn: Callable[[str], None]
+) -> Session:
+    """Find out where to start; changes nothing on disk. `config` is `resolved`, `data` is its data.
+
+    Raises `ConfigError` when the checkpoints of the folder belong to a run of another kind, or when the weights to
+    start from are not those of the model, and `LaunchError` when there is no MPI to start several ranks with.
+    """
+    if ProcessGrid(**config.grid.model_dump()).size > 1:
+        find_mpiexec()
+    resume = None if fresh else latest(folder / CHECKPOINTS, warn=warn)
+    if resume is not None:
+        differences = config_differences(resume, config, data)
+        if differences:
+            raise ConfigError(
+                f"{folder} holds a run with another configuration: {'; '.join(differences)}; "
+                "change it back, choose another --out, or start anew with --fresh, which removes its checkpoints"
+            )
+    elif config.initial_weights is not None:
+        check_weights(config.initial_weights, GPT(config.model))
+    return Session(config=config, folder=folder, command=command, resume=resume)
+
+
+def config_differences(checkpoint: Checkpoint, config: TrainConfig, data: TextData) -> list[str]:
+    """What keeps `config` from going on with a checkpoint, in words."""
+    where = str(checkpoint.folder)
+    saved = _flat(validate(checkpoint.state.config, TrainConfig, where=where))
+    now = _flat(config)
+    differences = [
+        f"{key} was {_shown(saved.get(key))}, is {_shown(now.get(key))}"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key)
+        and key != "data.path"
+        and not any(key == free or key.startswith(f"{free}.") for free in _MAY_CHANGE)
+    ]
+    if checkpoint.state.data_digest != data.digest:
+        paths = [_shown(values.get("data.path")) for values in (saved, now)]
+        differences.append(f"the content of data.path differs (was {paths[0]}, is {paths[1]})")
+    return differences
+
+
+def train(session: Session, *, fresh: bool, on_batch: Callable[[int], None] = lambda done: None) -> Record:
+    """Train to the end of the configuration and write the record, be it a failure, an interruption included.
+
+    With `fresh`, checkpoints of an earlier run are removed. Raises `LaunchError` when another training uses the folder.
+    """
+    session.folder.mkdir(parents=True, exist_ok=True)
+    framework = load_framework(FRAMEWORK)
+    with _locked(session.folder):
+        checkpoints = session.folder / CHECKPOINTS
+        if fresh:
+            remove_all(checkpoints)
+        clean(checkpoints)
+        _describe(session, framework)
+        try:
+            outcome = supervise(
+                FRAMEWORK,
+                session.config,
+                session.folder,
+                timeout_s=float("inf"),
+                on_batch=on_batch,
+                resume=session.resume,
+            )
+        except KeyboardInterrupt:
+            rows = read_rows(session.folder / BATCHES)
+            outcome = Outcome(
+                batch_times_s=[row["seconds"] for row in rows],
+                losses=[row["loss"] for row in rows],
+                failure=Failure(cause="interrupted", detail="interrupted from the keyboard"),
+            )
+            _write_record(session, framework, outcome)
+            raise
+        return _write_record(session, framework, outcome)
+
+
+def _write_record(session: Session, framework: Framework, outcome: Outcome) -> Record:
+    config = session.config
+    grid = ProcessGrid(**config.grid.model_dump())
+    times, losses = outcome.batch_times_s[session.first :], outcome.losses[session.first :]
+    warmup = 1 if len(times) > 1 else 0
+    mean = sum(times[warmup:]) / len(times[warmup:]) if times and outcome.failure is None else None
+    asked = Asked.of(config.model, gpus=grid.size, batch_size=config.batch_size, precision=config.precision.compute)
+    recompute = config.activation_checkpointing is not None
+
+    def tflops(*, recompute: bool) -> float | None:
+        return None if mean is None else asked.flops(recompute=recompute) / mean / grid.size / 1e12
+
+    record = Record(
+        kind="measured",
+        experiment="train",
+        point=session.folder.name,
+        asked=asked,
+        ran=Ran(
+            framework=framework.label,
+            version=framework.version(),
+            grid=config.grid,
+            microbatch_size=config.microbatch_size,
+            schedule=framework.schedule(config),
+            microbatches=config.batch_size // (config.microbatch_size * config.grid.data),
+        ),
+        machine=this_machine(),
+        source=session.command,
+        batch_time_s=mean,
+        batch_times_s=times,
+        warmup_batches=warmup,
+        losses=losses,
+        parts_s={} if mean is None else _parts(session),
+        memory_bytes=outcome.memory_bytes,
+        tflops_formula=tflops_formula(recompute=recompute),
+        tflops_per_gpu=tflops(recompute=True) if recompute else None,
+        tflops_per_gpu_without_recompute=tflops(recompute=False),
+        created=_now(),
+        run_folder=str(session.folder),
+        failure=outcome.failure,
+        note=f"batches {session.first} to {session.first + len(times) - 1}" if session.first and times else None,
+    )
+    write_records(session.folder / "record.json", [record])
+    return record
+
+
+def tflops_formula(*, recompute: bool) -> str:
+    """The formula of `axonn.records.gpt_flops` in words."""
+    passes, name = (96, "activation recompute") if recompute else (72, "no recompute")
+    return f"{passes}bslh^2(1+s/6h)+6bshV ({name})"
+
+
+def _parts(session: Session) -> dict[str, float]:
+    """Seconds of a batch by part, from the last batches that no evaluation or checkpoint interrupts."""
+    config = session.config
+    first = max(session.first, config.steps - _PARTS_FROM)
+    for every in (config.evaluation and config.evaluation.every, config.checkpoints and config.checkpoints.every):
+        if every:
+            first = max(first, (config.steps - 1) // every * every)
+    # The first batch of a session is slow.
+    if first == session.first and first + 1 < config.steps:
+        first += 1
+    return parts_of(session.folder, config, first=first, last=config.steps)
+
+
+def _describe(session: Session, framework: Framework) -> None:
+    """Write `config.yaml` and add this session to `run.json`."""
+    text = yaml.safe_dump(session.config.model_dump(mode="json"), sort_keys=False)
+    replace_durably(session.folder / "config.yaml", text)
+    path = session.folder / "run.json"
+    earlier = json.loads(path.read_text())["sessions"] if session.resume is not None and path.exists() else []
+    this = {
+        "started": _now(),
+        "command": session.command,
+        "first_batch": session.first,
+        "checkpoint": None if session.resume is None else str(session.resume.folder),
+        "framework": framework.label,
+        "version": framework.version(),
+        "grid": session.config.grid.model_dump(),
+        "machine": this_machine().model_dump(exclude_none=True),
+        "tflops_formula": tflops_formula(recompute=session.config.activation_checkpointing is not None),
+    }
+    replace_durably(path, json.dumps({"schema": "axonn-run/1", "sessions": [*earlier, this]}, indent=1) + "\n")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Nobody else trains in `folder` meanwhile."""
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise LaunchError(f"another training uses {folder}; wait for its end, or choose another --out") from error
+        yield
+
+
+def _flat(config: TrainConfig) -> dict[str, Any]:
+    """Keys with dots and their values, where there are several ways to say one thing by what it comes to."""
+    values = resolved(config).model_dump(mode="json")
+    rate = values["optimizer"]["schedule"]
+    if rate["name"] == "constant":
+        rate.pop("decay_until")
+    elif rate["decay_until"] is None:
+        rate["decay_until"] = config.steps
+    precision = config.precision
+    values["precision"] |= {
+        "compute": precision.compute,
+        "master": precision.master_type,
+        "gradients": precision.gradient_type,
+        "loss_scale": precision.scaling,
+    }
+    return dict(_leaves(values))
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,211 @@
+"""A small model's optimizers, rank by rank, with gradients made up per step and replica; and torch's own, serially."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from axonn.collectives import Call, Collectives, SerialCollectives
+from axonn.config import OptimizerConfig, PrecisionConfig
+from axonn.grid import ProcessGrid
+from axonn.inter_layer.stage import ParameterSpec
+from axonn.optim.model_optimizer import ModelMemory, ModelOptimizer, StepResult
+from axonn.placement import Placement
+from axonn.runtime import connect
+from axonn.trace import Span, SpanRecorder
+from axonn.transport import InProcessCollectives, InProcessWorld
+
+CPU = torch.device("cpu")
+# None is a default, so an option that gets lost shows.
+OPTIONS: dict[str, Any] = {"lr": 2e-3, "betas": (0.85, 0.98), "eps": 1e-7, "weight_decay": 0.05}
+SHAPES = {"matrix": (7, 5), "bias": (3,), "scalar": (), "long": (41,)}
+TIED_SHAPE = (4, 6)
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "float64": {"compute": "float64"},
+    "float32": {"compute": "float32"},
+    "float32, scaled": {"compute": "float32", "loss_scale": 1024.0},
+    "float32 over float64": {"compute": "float32", "master": "float64"},
+    "bfloat16": {"compute": "bfloat16"},
+    "bfloat16 over float32": {"compute": "bfloat16", "gradients": "float32"},
+    "float16": {"compute": "float16"},
+    "float16, constant scale": {"compute": "float16", "loss_scale": 64.0},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A grid whose stages hold one of each of SHAPES, and with `tied` one parameter on the first and the last stage."""
+
+    data: int = 1
+    inter: int = 1
+    tied: bool = False
+    steps: int = 4
+    precision: str = "float64"
+    options: dict[str, Any] = field(default_factory=dict)
+    spike: tuple[int, int, float] | None = None
+    """(step, rank, value): what one element of one gradient of one rank then is, loss scale included."""
+
+    @property
+    def grid(self) -> ProcessGrid:
+        return ProcessGrid(data=self.data, inter=self.inter)
+
+    @property
+    def config(self) -> OptimizerConfig:
+        return OptimizerConfig(**(OPTIONS | {"bsize": 16, "k": 2} | self.options))
+
+
+@dataclass
+class Outcome:
+    """What one rank has after each step, and at the end."""
+
+    results: list[StepResult] = field(default_factory=list)
+    states: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    parameters: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    progress: list[dict[str, int | float]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    """Of the last step."""
+    spans: list[Span] = field(default_factory=list)
+    memory: ModelMemory | None = None
+
+
+def shapes_of(case: Case, stage: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {f"stage{stage}.{name}": shape for name, shape in SHAPES.items()}
+    if case.tied and stage in (0, case.inter - 1):
+        shapes["tied"] = TIED_SHAPE
+    return shapes
+
+
+@cache
+def random_value(shape: tuple[int, ...], *key: object) -> torch.Tensor:
+    """float64 values that are a function of the key; not to be changed."""
+    seed = sum(ord(c) * 31**i for i, c in enumerate(repr(key))) % 2**62
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def initialise(name: str, tensor: torch.Tensor) -> None:
+    tensor.copy_(random_value(tuple(tensor.shape), "weight", name))
+
+
+def gradient(name: str, shape: tuple[int, ...], step: int, data: int, stage: int) -> torch.Tensor:
+    """Of one replica's mean loss: a tied parameter has another on each of its stages.
+
+    Small enough for the first loss scale of float16.
+    """
+    return random_value(shape, "gradient", name, step, data, stage) * 2.0**-6
+
+
+def specs_of(case: Case, rank: int) -> list[ParameterSpec]:
+    stage = case.grid.coordinates(rank).inter
+    dtype = getattr(torch, PrecisionConfig(**PRECISIONS[case.precision]).compute)
+    tied_stages = (0, case.inter - 1) if case.tied and case.inter > 1 else ()
+    return [
+        ParameterSpec(
+            name=name,
+            parameter=nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")),
+            placement=Placement(tied_stages=tied_stages if name == "tied" else ()),
+        )
+        for name, shape in shapes_of(case, stage).items()
+    ]
+
+
+def make_optimizer(
+    case: Case,
+    *,
+    rank: int = 0,
+    collectives: Collectives | None = None,
+    specs: list[ParameterSpec] | None = None,
+    spans: SpanRecorder | None = None,
+) -> tuple[ModelOptimizer, list[ParameterSpec]]:
+    specs = specs_of(case, rank) if specs is None else specs
+    optimizer = ModelOptimizer(
+        specs,
+        grid=case.grid,
+        rank=rank,
+        collectives=collectives or SerialCollectives(case.grid, rank),
+        config=case.config,
+        precision=PrecisionConfig(**PRECISIONS[case.precision]),
+        initialise=initialise,
+        device=CPU,
+        spans=spans,
+        ties=[(0, case.inter - 1)] if case.tied and case.inter > 1 else [],
+    )
+    return optimizer, specs
+
+
+def give_gradients(optimizer: ModelOptimizer, specs: list[ParameterSpec], case: Case, rank: int, step: int) -> None:
+    """What a backward leaves behind: this rank's gradients of the mean loss over all replicas, scaled."""
+    here = case.grid.coordinates(rank)
+    optimizer.zero()
+    for spec in specs:
+        grad = spec.parameter.grad
+        assert grad is not None
+        value = gradient(spec.name, tuple(grad.shape), step, here.data, here.inter)
+        grad.add_((value * optimizer.loss_scale / case.data).to(grad.dtype))
+    if case.spike is not None and case.spike[:2] == (step, rank):
+        assert specs[-1].parameter.grad is not None
+        specs[-1].parameter.grad.view(-1)[2] = case.spike[2]
+
+
+def optimize(case: Case, rank: int = 0, collectives: Collectives | None = None) -> Outcome:
+    spans = SpanRecorder(rank)
+    optimizer, specs = make_optimizer(case, rank=rank, collectives=collectives, spans=spans)
+    outcome = Outcome()
+    for step in range(case.steps):
+        give_gradients(optimizer, specs, case, rank, step)
+        before = 0 if collectives is None else len(collectives.calls)
+        outcome.results.append(optimizer.step(step))
+        outcome.calls = [] if collectives is None else collectives.calls[before:]
+        outcome.states.append({name: tensor.clone() for name, tensor in optimizer.state_tensors().items()})
+        outcome.parameters.append({spec.name: spec.parameter.detach().clone() for spec in specs})
+        outcome.progress.append(optimizer.progress())
+        spans.step += 1
+    outcome.spans = spans.spans
+    outcome.memory = optimizer.memory()
+    return outcome
+
+
+def optimize_in_process(case: Case) -> list[Outcome]:
+    world = InProcessWorld(case.grid.size)
+    return world.run(lambda rank: optimize(case, rank, InProcessCollectives(world, case.grid, rank)))
+
+
+def optimize_over_gloo(comm: Any, case: Case) -> Outcome:
+    """A job of the rank pool."""
+    with connect(case.grid, comm=comm) as runtime:
+        return optimize(case, runtime.rank, runtime.collectives)
+
+
+@dataclass
+class Reference:
+    """torch's AdamW on the whole model in float64, with each gradient summed over replicas and tied stages."""
+
+    weights: dict[str, torch.Tensor]
+    norms: list[float]
+
+
+def reference(case: Case) -> Reference:
+    parameters: dict[str, nn.Parameter] = {}
+    for stage in range(case.inter):
+        for name, shape in shapes_of(case, stage).items():
+            parameters.setdefault(name, nn.Parameter(random_value(shape, "weight", name).clone()))
+    optimizer = torch.optim.AdamW(parameters.values(), **OPTIONS)
+    clip = case.config.clip_norm
+    norms = []
+    for step in range(case.steps):
+        for name, parameter in parameters.items():
+            stages = [s for s in range(case.inter) if name in shapes_of(case, s)]
+            parts = [gradient(name, tuple(parameter.shape), step, d, s) for d in range(case.data) for s in stages]
+            parameter.grad = torch.stack(parts).sum(0) / case.data
+        norms.append(float(nn.utils.clip_grad_norm_(parameters.values(), float("inf") if clip is None else clip)))
+        optimizer.step()
+    return Reference({name: parameter.detach() for name, parameter in parameters.items()}, norms)
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        torch.equal(a[name].view(-1).view(torch.uint8), b[name].view(-1).view(torch.uint8)) for name in a
+    )

@@ -1,0 +1,588 @@
+"""Training as people start it: it goes on where it was, on any grid, and refuses what would not be the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from functools import cache
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from safetensors.torch import load_file
+
+from axonn.checkpoint import Checkpoint, CheckpointState, latest, load, save
+from axonn.collectives import Call, SerialCollectives
+from axonn.config import GPTConfig, PrecisionConfig, TrainConfig, validate
+from axonn.data.text import TextData
+from axonn.engine import BatchResult
+from axonn.errors import ConfigError, LaunchError
+from axonn.grid import ProcessGrid
+from axonn.models.gpt import GPT
+from axonn.records import read_records
+from axonn.runtime import Runtime, connect
+from axonn.trace import SpanKind, SpanRecorder, read_spans, span_files
+from axonn.weights import check_weights, export_weights, import_weights
+from experiments import training
+from experiments.framework import ResumableTrainer
+from experiments.loop import CHECKPOINTS, TrainingLoop
+from experiments.metrics import BATCHES, EVALUATIONS, Tail, cut_rows, read_rows
+from experiments.progress import TrainingProgress
+from experiments.runner import parts_of
+from tests.command_line import TEXT, CommandLine
+from tests.rank_pool import RankPool
+from tests.training import Case, batch_of, make_engine
+
+# --- the engine
+
+
+def train_engine(comm: Any, case: Case, folder: Path, resume: str | None, save_after: int | None) -> Any:
+    """A job of the rank pool: (losses, scales, applied, master weights and moments) from wherever it starts."""
+    with connect(case.grid, comm=comm, transport=case.transport) as runtime:
+        engine = make_engine(case, runtime.rank, runtime.transport, runtime.collectives)
+        if resume is not None:
+            state = load(folder / resume, engine.state_tensors())
+            engine.state_loaded()
+            engine.load_progress(state.progress)
+        results = []
+        rows = engine.shard(0)
+        for step in range(engine.batches, case.steps):
+            results.append(engine.train_batch(*(t[rows.start : rows.stop] for t in batch_of(case, step))))
+            if step + 1 == save_after:
+                # As JSON, since that is how it comes back.
+                progress = json.loads(json.dumps(dict(engine.progress())))
+                state = CheckpointState(batches=step + 1, samples=0, seed=7, progress=progress, config={}, grid={})
+                save(folder, tensors=engine.state_tensors(), state=state)
+        tensors = {name: tensor.clone() for name, tensor in engine.state_tensors().items()}
+        return [r.loss for r in results], [r.loss_scale for r in results], [r.applied for r in results], tensors
+
+
+def whole(by_rank: list[Any]) -> tuple[list[float], list[float], list[bool], dict[str, torch.Tensor]]:
+    """What all ranks agree on: losses, and each tensor of the state, of which all replicas are equal."""
+    losses, scales, applied, _ = by_rank[0]
+    tensors: dict[str, torch.Tensor] = {}
+    for one in by_rank:
+        assert one[:3] == (losses, scales, applied)
+        for name, tensor in one[3].items():
+            assert torch.equal(tensors.setdefault(name, tensor), tensor), f"{name} differs between replicas"
+    return losses, scales, applied, tensors
+
+
+GRIDS = {"2x2": (2, 2), "1x4": (1, 4), "4x1": (4, 1), "1x1": (1, 1)}
+
+
+def case_of(data: int, inter: int, **changes: Any) -> Case:
+    return Case(data=data, inter=inter, microbatches=4, tied=True, steps=6, clip=0.5, **changes)
+
+
+State = tuple[list[float], list[float], list[bool], dict[str, torch.Tensor]]
+
+
+def start(pool: RankPool, folder: Path, case: Case) -> State:
+    """All batches, with a checkpoint after 3."""
+    return whole(pool.run(train_engine, case, folder, None, 3, ranks=case.grid.size))
+
+
+def check_resumed(pool: RankPool, folder: Path, case: Case, expected: State, rounding: float) -> None:
+    """`case` goes on from the checkpoint and must come to what the run that wrote it came to."""
+    losses, scales, applied, tensors = whole(
+        pool.run(train_engine, case, folder, "step-00000003", None, ranks=case.grid.size)
+    )
+    assert len(losses) == case.steps - 3
+    assert (scales, applied) == (expected[1][3:], expected[2][3:])
+    assert tensors.keys() == expected[3].keys()
+    assert losses == (pytest.approx(expected[0][3:], rel=rounding) if rounding else expected[0][3:])
+    for name, tensor in tensors.items():
+        assert (tensor - expected[3][name]).abs().max() <= rounding * expected[3][name].abs().max(), name
+
+
+@pytest.mark.parametrize("first", GRIDS)
+def test_every_grid_goes_on_from_every_other(pool: RankPool, tmp_path: Path, first: str) -> None:
+    """From its own checkpoint bit for bit."""
+    expected = start(pool, tmp_path, case_of(*GRIDS[first]))
+    for second, grid in GRIDS.items():
+        check_resumed(pool, tmp_path, case_of(*grid), expected, 0 if first == second else 1e-12)
+
+
+def test_how_it_is_computed_may_change(pool: RankPool, tmp_path: Path) -> None:
+    expected = start(pool, tmp_path, case_of(1, 2))
+    changes: list[dict[str, Any]] = [
+        {"schedule": "1f1b"},
+        {"chunks": 2, "placement": "v"},
+        {"offloaded": True, "k": 1},
+        {"recompute": 1},
+        {"transport": "torch"},
+    ]
+    for change in changes:
+        check_resumed(pool, tmp_path, case_of(1, 2, **change), expected, 1e-12)
+
+
+def test_half_precision_goes_on_with_its_masters_and_loss_scale(pool: RankPool, tmp_path: Path) -> None:
+    """The scale grows with every batch until one overflows and is skipped."""
+    precision = PrecisionConfig(compute="float16", growth_interval=1)
+    case = Case(data=1, inter=2, microbatches=2, steps=12, precision=precision)
+    expected = start(pool, tmp_path, case)
+    _, scales, applied, _ = expected
+    assert scales[3] == 8 * scales[0], "the checkpoint's scale is not the first"
+    assert False in applied[3:]
+    check_resumed(pool, tmp_path, case, expected, 0)
+
+
+# --- the loop, with a trainer of one number
+
+
+class OneNumber(ResumableTrainer):
+    """Its state is one number, which each batch moves by the batch's own number."""
+
+    def __init__(self) -> None:
+        self.weight = torch.zeros(1, dtype=torch.float64)
+        self.updates = 0
+        self.evaluated: list[int] = []
+
+    def train_batch(self, step: int) -> float:
+        assert step == self.updates, "a batch was repeated or left out"
+        self.weight += 1.0 / (step + 1)
+        self.updates += 1
+        self.result = BatchResult(
+            loss=float(self.weight), applied=step != 1, learning_rate=0.1, loss_scale=2.0, gradient_norm=None
+        )
+        return self.result.loss
+
+    def evaluate(self, number: int) -> float:
+        self.evaluated.append(number)
+        return float(number)
+
+    def data_digest(self) -> str:
+        return "digest"
+
+    def state_tensors(self) -> Mapping[str, torch.Tensor]:
+        return {"master.weight": self.weight}
+
+    def state_loaded(self) -> None:
+        return None
+
+    def progress(self) -> Mapping[str, Any]:
+        return {"updates": self.updates}
+
+    def load_progress(self, progress: Mapping[str, Any]) -> None:
+        self.updates = progress["updates"]
+
+    def memory(self) -> Mapping[str, int]:
+        return {}
+
+
+def small(**changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "model": {"name": "small", "layers": 2, "hidden": 16, "heads": 2, "seq_len": 16, "vocab": 256},
+        "batch_size": 8,
+        "microbatch_size": 2,
+        "steps": 7,
+    }
+    return validate(values | changes, TrainConfig, where="test")
+
+
+def loop_of(config: TrainConfig, trainer: Any, folder: Path) -> TrainingLoop:
+    collectives = SerialCollectives(ProcessGrid(), 0)
+    runtime = Runtime(rank=0, transport=None, collectives=collectives, clock_offset=0.0)
+    spans = SpanRecorder(0, folder=folder / "spans-0.parquet")
+    return TrainingLoop(config, trainer, runtime=runtime, spans=spans, folder=folder)
+
+
+def test_the_loop_saves_evaluates_and_writes_every_batch(tmp_path: Path) -> None:
+    config = small(checkpoints={"every": 3, "keep": 5}, evaluation={"every": 2, "batches": 3})
+    trainer = OneNumber()
+    loop = loop_of(config, trainer, tmp_path)
+    loop.run(loop.start(None))
+    rows = read_rows(tmp_path / BATCHES)
+    assert [row["step"] for row in rows] == list(range(7))
+    assert [row["applied"] for row in rows] == [True, False, True, True, True, True, True]
+    assert all(row["loss_scale"] == 2.0 and row["learning_rate"] == 0.1 for row in rows)
+    assert trainer.evaluated == [0, 1, 2] * 3
+    assert [(row["batches"], row["loss"]) for row in read_rows(tmp_path / EVALUATIONS)] == [
+        (2, 1.0),
+        (4, 1.0),
+        (6, 1.0),
+    ]
+    saved = sorted(p.name for p in (tmp_path / CHECKPOINTS).iterdir())
+    assert saved == ["step-00000003", "step-00000006", "step-00000007"]
+    newest = latest(tmp_path / CHECKPOINTS)
+    assert newest is not None
+    assert (newest.state.batches, newest.state.samples, newest.state.data_digest) == (7, 56, "digest")
+
+
+@pytest.mark.parametrize(("name", "recompute"), [(None, False), (2, True), ("auto", True)])
+def test_flops_are_counted_by_the_named_formula(tmp_path: Path, name: Any, recompute: bool) -> None:
+    loop = loop_of(small(steps=1, activation_checkpointing=name), OneNumber(), tmp_path)
+    loop.run(0)
+    (row,) = read_rows(tmp_path / BATCHES)
+    layers = 8 * 16 * 2 * 16**2 * (1 + 16 / (6 * 16))
+    head = 6 * 8 * 16 * 16 * 256
+    assert row["recompute"] is recompute
+    assert row["tflops_per_gpu_without_recompute"] * row["seconds"] * 1e12 == pytest.approx(72 * layers + head)
+    assert row["tflops_per_gpu"] * row["seconds"] * 1e12 == pytest.approx((96 if recompute else 72) * layers + head)
+    assert row["tokens_per_s"] * row["seconds"] == pytest.approx(8 * 16)
+
+
+@given(st.integers(1, 7), st.integers(1, 7))
+def test_a_loop_that_is_interrupted_goes_on(tmp_path_factory: pytest.TempPathFactory, every: int, stop: int) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    config = small(checkpoints={"every": every})
+    first = loop_of(config.model_copy(update={"steps": stop}), OneNumber(), folder)
+    first.run(first.start(None))
+    newest = latest(folder / CHECKPOINTS)
+    assert newest is not None
+    trainer = OneNumber()
+    second = loop_of(config, trainer, folder)
+    start = second.start(newest.folder)
+    assert start == stop
+    second.run(start)
+    whole_run = OneNumber()
+    for step in range(7):
+        whole_run.train_batch(step)
+    assert trainer.weight == whole_run.weight
+    assert [row["step"] for row in read_rows(folder / BATCHES)] == list(range(7))
+
+
+def test_a_loss_that_is_not_a_number_is_not_saved(tmp_path: Path) -> None:
+    class Diverges(OneNumber):
+        def train_batch(self, step: int) -> float:
+            super().train_batch(step)
+            return float("nan") if step == 3 else 1.0
+
+    with pytest.raises(FloatingPointError, match="batch 3"):
+        loop_of(small(checkpoints={"every": 1}), Diverges(), tmp_path).run(0)
+    newest = latest(tmp_path / CHECKPOINTS)
+    assert newest is not None
+    assert newest.state.batches == 3
+
+
+@pytest.mark.parametrize(
+    "asks", [{"checkpoints": {"every": 1}}, {"evaluation": {"every": 1}}, {"initial_weights": "model.safetensors"}]
+)
+def test_what_a_framework_cannot_do_is_refused(tmp_path: Path, asks: dict[str, Any]) -> None:
+    class Plain:
+        def train_batch(self, step: int) -> float:
+            return 1.0
+
+    with pytest.raises(ConfigError, match=f"does not support {next(iter(asks))}"):
+        loop_of(small(**asks), Plain(), tmp_path)
+    loop_of(small(), Plain(), tmp_path).run(0)
+    assert [row["loss"] for row in read_rows(tmp_path / BATCHES)] == [1.0] * 7
+
+
+def test_a_long_run_keeps_neither_spans_nor_calls_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.loop._SPANS_IN_MEMORY", 10)
+    most = {"spans": 0, "calls": 0}
+    trainer = OneNumber()
+    loop = loop_of(small(steps=50), trainer, tmp_path)
+    spans, collectives = loop._spans, loop._runtime.collectives
+
+    def train_batch(step: int) -> float:
+        for _ in range(3):
+            spans.add(SpanKind.FORWARD, float(step), step + 0.5)
+            collectives.calls.append(Call("all-reduce", (0,), 1, 4))
+        spans.step += 1
+        most["spans"] = max(most["spans"], len(spans.spans))
+        most["calls"] = max(most["calls"], len(collectives.calls))
+        return OneNumber.train_batch(trainer, step)
+
+    monkeypatch.setattr(trainer, "train_batch", train_batch)
+    loop.run(0)
+    assert most == {"spans": 12, "calls": 3}
+    assert [s.step for s in read_spans(tmp_path / "spans-0.parquet")] == [step for step in range(50) for _ in range(3)]
+    assert parts_of(tmp_path, small(), first=10, last=50)["compute"] == pytest.approx(0.5)
+
+
+# --- spans and metrics
+
+
+def test_spans_are_moved_to_files_that_a_crash_leaves_whole(tmp_path: Path) -> None:
+    recorder = SpanRecorder(1, folder=tmp_path / "spans-1.parquet")
+    assert not recorder.flush()
+    for step in range(6):
+        recorder.step = step
+        recorder.add(SpanKind.FORWARD, step, step + 1.0, microbatch=step)
+        recorder.recording = False
+        recorder.add(SpanKind.BACKWARD, step, step + 1.0)
+        recorder.recording = True
+        assert recorder.flush(at_least=2) == (step % 2 == 1)
+    assert recorder.spans == []
+    (tmp_path / "spans-1.parquet" / ".00000006.parquet.77").write_text("half a file")
+    spans = read_spans(tmp_path / "spans-1.parquet")
+    assert [(s.step, s.kind, s.microbatch) for s in spans] == [(i, SpanKind.FORWARD, i) for i in range(6)]
+    names = {first: [p.stem for p in span_files(tmp_path / "spans-1.parquet", first_step=first)] for first in (0, 3, 9)}
+    assert names[0] == ["00000000", "00000002", "00000004"]
+    assert names[3] == ["00000002", "00000004"]
+    assert names[9] == ["00000004"]
+    assert span_files(tmp_path / "none") == []
+
+
+@given(st.lists(st.binary(min_size=0, max_size=9).map(lambda b: b.hex()), max_size=9), st.data())
+def test_a_growing_file_is_read_line_by_line(
+    tmp_path_factory: pytest.TempPathFactory, values: list[str], data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("tail") / "rows.jsonl"
+    tail = Tail(path)
+    assert tail.new() == []
+    text = "".join(json.dumps({"v": value}) + "\n" for value in values)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
+    read = []
+    with open(path, "a") as file:
+        for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True):
+            file.write(text[start:stop])
+            file.flush()
+            read += tail.new()
+    assert [row["v"] for row in read] == values
+
+
+def test_rows_are_cut_and_half_a_line_with_them(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"ste')
+    cut_rows(path, lambda row: row["step"] < 2)
+    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
+    assert os.listdir(tmp_path) == ["rows.jsonl"]
+    cut_rows(tmp_path / "none", lambda row: True)
+    assert os.listdir(tmp_path) == ["rows.jsonl"]
+
+
+def test_progress_off_a_terminal_is_plain_lines(tmp_path: Path) -> None:
+    out = StringIO()
+    row = {"step": 0, "loss": 2.5, "seconds": 0.5, "tokens_per_s": 2000.0, "tflops_per_gpu": 0.5}
+    with TrainingProgress(Console(file=out, width=40), tmp_path, first=0, steps=100) as progress:
+        progress(0)
+        with open(tmp_path / BATCHES, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        progress(1)
+        with open(tmp_path / BATCHES, "a") as file:
+            file.write((json.dumps(row) + "\n") * 99)
+        (tmp_path / EVALUATIONS).write_text(json.dumps({"batches": 40, "loss": 2.25, "seconds": 1.0}) + "\n")
+        progress(100)
+    first, last = out.getvalue().splitlines()
+    assert first == "batch 1/100: loss 2.5000, 2,000 tokens/s, 0.5 TFLOP/s per device, 0:00:50 left"
+    assert last.endswith("0:00:00 left, held out 2.2500 after 40")
+
+
+def test_progress_on_a_terminal_is_a_bar(tmp_path: Path) -> None:
+    out = StringIO()
+    row = {"step": 0, "loss": 2.5, "seconds": 0.5, "tokens_per_s": 2000.0, "tflops_per_gpu": 0.5}
+    (tmp_path / BATCHES).write_text((json.dumps(row) + "\n") * 3)
+    console = Console(file=out, width=200, force_terminal=True)
+    with TrainingProgress(console, tmp_path, first=0, steps=3) as progress:
+        progress(3)
+    assert "loss 2.5000, 2,000 tokens/s" in out.getvalue()
+    assert "3/3" in out.getvalue()
+
+
+# --- what may change
+
+
+@cache
+def text_data() -> TextData:
+    return TextData.of(small())
+
+
+def saved(config: TrainConfig) -> Checkpoint:
+    state = CheckpointState(
+        batches=3,
+        samples=24,
+        seed=0,
+        progress={},
+        config=json.loads(json.dumps(config.model_dump(mode="json"))),
+        grid={},
+        data_digest=text_data().digest,
+    )
+    return Checkpoint(folder=Path("step-00000003"), state=state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({}, None),
+        ({"grid": {"data": 2, "inter": 2}}, None),
+        ({"schedule": {"name": "1f1b"}}, None),
+        ({"steps": 70}, None),
+        ({"microbatch_size": 1}, None),
+        ({"transport": "torch"}, None),
+        ({"activation_checkpointing": 1}, None),
+        ({"checkpoints": {"every": 5}}, None),
+        ({"optimizer": {"placement": "offloaded", "bsize": 100, "k": None, "buckets_resident": 1}}, None),
+        ({"precision": {"compute": "float32", "master": "float32", "loss_scale": 1.0}}, None),
+        ({"data": {"path": "the/same/elsewhere.txt"}}, None),
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"batch_size": 16}, "batch_size was 8, is 16"),
+        ({"precision": "bfloat16"}, "precision.compute was float32, is bfloat16"),
+        ({"precision": {"compute": "float32", "gradients": "float64"}}, "precision.gradients was float32, is float64"),
+        ({"optimizer": {"lr": 0.5}}, "optimizer.lr was 0.001, is 0.5"),
+        ({"optimizer": {"clip_norm": 1.0}}, "optimizer.clip_norm was not set, is 1.0"),
+        ({"optimizer": {"schedule": {"name": "linear"}}}, "optimizer.schedule.name was constant, is linear"),
+        ({"data": {"held_out": 0.1}}, "data.held_out was 0.0, is 0.1"),
+        ({"evaluation": {"every": 5}}, "data.held_out was 0.0, is 0.05"),
+        ({"initial_weights": "w.safetensors"}, "initial_weights was not set, is w.safetensors"),
+    ],
+    ids=str,
+)
+def test_what_may_change_between_sessions(changes: dict[str, Any], difference: str | None) -> None:
+    differences = training.config_differences(saved(small()), small(**changes), text_data())
+    assert any(difference in found for found in differences) if difference else differences == []
+
+
+def test_a_longer_run_must_not_change_the_learning_rate_of_the_shorter() -> None:
+    decays = {"optimizer": {"schedule": {"name": "cosine"}}}
+    fixed = {"optimizer": {"schedule": {"name": "cosine", "decay_until": 7}}}
+    (difference,) = training.config_differences(saved(small(**decays)), small(steps=70, **decays), text_data())
+    assert difference == "optimizer.schedule.decay_until was 7, is 70"
+    assert training.config_differences(saved(small(**decays)), small(steps=70, **fixed), text_data()) == []
+
+
+def test_other_text_under_the_same_name_is_another_run(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(b"something else" * 99)
+    config = small(data={"path": str(tmp_path / "text")})
+    (difference,) = training.config_differences(saved(small()), config, TextData.of(config))
+    assert difference == f"the content of data.path differs (was not set, is {tmp_path}/text)"
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
+    session = training.Session(config=small(), folder=tmp_path, command="", resume=None)
+    with training._locked(tmp_path), pytest.raises(LaunchError, match="another training uses"):
+        training.train(session, fresh=False)
+
+
+# --- weights of a model
+
+
+def test_the_engine_starts_from_a_file_of_weights(tmp_path: Path) -> None:
+    case = Case(tied=True, dtype="float64")
+    engine = make_engine(case, 0, None, None)
+    engine.train_batch(*batch_of(case, 0))
+    state = CheckpointState(batches=1, samples=0, seed=0, progress={}, config={}, grid={})
+    count = export_weights(save(tmp_path, tensors=engine.state_tensors(), state=state), tmp_path / "w.safetensors")
+    assert count == case.model.parameters
+    weights = load_file(tmp_path / "w.safetensors")
+    assert "head.output.weight" not in weights
+    check_weights(tmp_path / "w.safetensors", GPT(case.model))
+    other = make_engine(case, 0, None, None)
+    import_weights(tmp_path / "w.safetensors", other.state_tensors())
+    other.state_loaded()
+    batch = batch_of(case, 1)
+    assert other.evaluate_batch(*batch) == engine.evaluate_batch(*batch)
+    untied = GPTConfig(**(case.model.model_dump() | {"tied_head": False}))
+    with pytest.raises(ConfigError, match=r"not in the file: head\.output\.weight"):
+        check_weights(tmp_path / "w.safetensors", GPT(untied))
+
+
+# --- the command
+
+
+class Training:
+    """`axonn train` on one rank, in a folder of its own."""
+
+    def __init__(self, command: CommandLine) -> None:
+        self.command = command
+        self.folder = command.root / "runs" / "config"
+
+    def __call__(self, *options: str, **changes: Any) -> tuple[int, str, str]:
+        code, output, error = self.command("train", self.config(**changes), *options)
+        return code, output.replace("\n", " "), error.replace("\n", " ")
+
+    def config(self, **changes: Any) -> Path:
+        return self.command.config(**({"data": {"path": str(TEXT)}} | changes))
+
+    @property
+    def losses(self) -> list[float]:
+        rows = read_rows(self.folder / BATCHES)
+        assert [row["step"] for row in rows] == list(range(len(rows)))
+        return [row["loss"] for row in rows]
+
+    @property
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / CHECKPOINTS).iterdir())
+
+
+@pytest.fixture
+def trains(axonn: CommandLine) -> Training:
+    return Training(axonn)
+
+
+SAVES = {"checkpoints": {"every": 2, "keep": 3}, "evaluation": {"every": 2}}
+
+
+def test_train_goes_on_exports_and_starts_anew(trains: Training) -> None:
+    """One story, since every start takes seconds."""
+    code, output, error = trains(**SAVES, steps=3)
+    assert code == 0, output + error
+    assert trains.checkpoints == ["step-00000002", "step-00000003"]
+    assert "in 3 batches" in output
+    assert "s per batch: compute" in output
+    before = trains.losses
+    # It goes on, after a crash that damaged a checkpoint and left metrics of a batch that no checkpoint has.
+    (data,) = (trains.folder / CHECKPOINTS / "step-00000003").glob("*.distcp")
+    data.write_bytes(data.read_bytes()[:100])
+    with open(trains.folder / BATCHES, "a") as file:
+        file.write('{"step": 3, "loss": 77.0, "seconds": 1.0}\n{"step": 4, "lo')
+    code, output, error = trains(**SAVES, steps=4)
+    assert code == 0, output + error
+    assert "step-00000003: is damaged" in output
+    assert "going on after batch 2 from" in output
+    assert trains.losses[:3] == before, "the batch that was computed again came out differently"
+    assert len(trains.losses) == 4
+    assert 77.0 not in trains.losses
+    assert [row["batches"] for row in read_rows(trains.folder / EVALUATIONS)] == [2, 4]
+    first, second = json.loads((trains.folder / "run.json").read_text())["sessions"]
+    assert (first["first_batch"], second["first_batch"]) == (0, 2)
+    assert second["command"].startswith("axonn train")
+    assert second["machine"]["torch"] in torch.__version__
+    assert (trains.folder / "log-1.txt").exists()
+    described = yaml.safe_load((trains.folder / "config.yaml").read_text())
+    assert validate(described, TrainConfig, where="").data.held_out == 0.05
+    (record,) = read_records(trains.folder / "record.json")
+    assert len(record.losses) == len(record.batch_times_s) == 2
+    assert record.note == "batches 2 to 3"
+    assert record.parts_s["compute"] > 0
+    # Nothing is left to do.
+    code, output, _ = trains(**SAVES, steps=4)
+    assert (code, "nothing to do: 4 batches are done" in output) == (0, True)
+    # Another configuration is refused, and changes nothing.
+    trains.command.refuses("seed was 0, is 5", "train", trains.config(**SAVES, steps=9, seed=5))
+    # The weights go out, and another run starts from them.
+    out = trains.command.root / "model.safetensors"
+    code, output, error = trains.command("export", trains.folder, "--out", out)
+    assert code == 0, error
+    code, output, error = trains("--fresh", steps=1, initial_weights=str(out))
+    assert code == 0, output + error
+    assert trains.checkpoints == []
+    assert trains.losses[0] < before[-1]
+    assert not (trains.folder / EVALUATIONS).exists()
+
+
+def test_an_interruption_keeps_what_is_there_and_says_how_to_go_on(
+    trains: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: TrainingProgress, done: int) -> None:
+        if any((trains.folder / CHECKPOINTS).glob("step-*")):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingProgress, "__call__", interrupt)
+        code, output, _ = trains(**SAVES, steps=100_000)
+    assert code == 130
+    assert "the same command goes on from there" in output
+    (record,) = read_records(trains.folder / "record.json")
+    assert record.failure is not None
+    assert record.failure.cause == "interrupted"
+    newest = latest(trains.folder / CHECKPOINTS)
+    assert newest is not None
+    assert f"of batch {newest.state.batches};" in output
+
+
+def test_weights_of_another_model_are_refused_before_anything_starts(trains: Training) -> None:
+    path = trains.command.root / "none.safetensors"
+    config = trains.config(initial_weights=str(path))
+    trains.command.refuses("none.safetensors: cannot be read as safetensors", "train", config)
+    trains.command.refuses("is neither a checkpoint nor a run folder", "export", trains.command.root, "--out", path)
