@@ -185,7 +185,7 @@ class TrainConfig(StrictModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
     precision: PrecisionConfig = PrecisionConfig()
-    activation_checkpointing: int | Literal["auto"] | None = None
+    activation_checkpointing: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     transport: Literal["mpi", "torch"] = "mpi"
     evaluation: EvaluationConfig | None = None
     checkpoints: CheckpointConfig | None = None

@@ -150,6 +150,24 @@ def parts_of(folder: Path, config: TrainConfig, *, first: int, last: int) -> dic
     return {name: seconds / (last - first) for name, seconds in breakdown(spans)._asdict().items()}
 
 
+def ran_by(framework: Framework, config: TrainConfig) -> Ran:
+    """What `framework` makes of `config`, for a record."""
+    return Ran(
+        framework=framework.label,
+        version=framework.version(),
+        grid=config.grid,
+        microbatch_size=config.microbatch_size,
+        schedule=framework.schedule(config),
+        microbatches=config.batch_size // (config.microbatch_size * config.grid.data),
+    )
+
+
+def tflops_formula(*, recompute: bool) -> str:
+    """The formula of `axonn.records.gpt_flops` in words."""
+    passes, name = (96, "activation recompute") if recompute else (72, "no recompute")
+    return f"{passes}bslh^2(1+s/6h)+6bshV ({name})"
+
+
 def _record(point: Point, framework: Framework, outcome: Outcome, command: str) -> Record:
     config = point.config
     times = outcome.batch_times_s[point.warmup :]
@@ -160,14 +178,7 @@ def _record(point: Point, framework: Framework, outcome: Outcome, command: str) 
         experiment=point.experiment,
         point=point.work,
         asked=asked,
-        ran=Ran(
-            framework=framework.label,
-            version=framework.version(),
-            grid=config.grid,
-            microbatch_size=config.microbatch_size,
-            schedule=framework.schedule(config),
-            microbatches=config.batch_size // (config.microbatch_size * config.grid.data),
-        ),
+        ran=ran_by(framework, config),
         machine=this_machine(),
         source=command,
         batch_time_s=mean,
@@ -176,7 +187,7 @@ def _record(point: Point, framework: Framework, outcome: Outcome, command: str) 
         losses=outcome.losses,
         parts_s={} if mean is None else parts_of(point.folder, config, first=point.warmup, last=config.steps),
         memory_bytes=outcome.memory_bytes,
-        tflops_formula=None if mean is None else "72bslh^2(1+s/6h)+6bshV (no recompute)",
+        tflops_formula=None if mean is None else tflops_formula(recompute=False),
         tflops_per_gpu_without_recompute=None
         if mean is None
         else asked.flops(recompute=False) / mean / point.ranks / 1e12,

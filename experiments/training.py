@@ -25,13 +25,13 @@ from axonn.files import replace_durably
 from axonn.grid import ProcessGrid
 from axonn.launch import find_mpiexec
 from axonn.models.gpt import GPT
-from axonn.records import Asked, Failure, Ran, Record, write_records
+from axonn.records import Asked, Failure, Record, write_records
 from axonn.weights import check_weights
 from experiments.framework import Framework, load_framework
 from experiments.loop import CHECKPOINTS
 from experiments.metrics import BATCHES, read_rows
 from experiments.provenance import this_machine
-from experiments.runner import parts_of
+from experiments.runner import parts_of, ran_by, tflops_formula
 from experiments.supervisor import Outcome, supervise
 
 FRAMEWORK = "axonn"
@@ -166,14 +166,7 @@ def _write_record(session: Session, framework: Framework, outcome: Outcome) -> R
         experiment="train",
         point=session.folder.name,
         asked=asked,
-        ran=Ran(
-            framework=framework.label,
-            version=framework.version(),
-            grid=config.grid,
-            microbatch_size=config.microbatch_size,
-            schedule=framework.schedule(config),
-            microbatches=config.batch_size // (config.microbatch_size * config.grid.data),
-        ),
+        ran=ran_by(framework, config),
         machine=this_machine(),
         source=session.command,
         batch_time_s=mean,
@@ -192,12 +185,6 @@ def _write_record(session: Session, framework: Framework, outcome: Outcome) -> R
     )
     write_records(session.folder / "record.json", [record])
     return record
-
-
-def tflops_formula(*, recompute: bool) -> str:
-    """The formula of `axonn.records.gpt_flops` in words."""
-    passes, name = (96, "activation recompute") if recompute else (72, "no recompute")
-    return f"{passes}bslh^2(1+s/6h)+6bshV ({name})"
 
 
 def _parts(session: Session) -> dict[str, float]:

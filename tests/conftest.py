@@ -8,6 +8,7 @@ import torch
 from hypothesis import settings
 
 from tests.command_line import CommandLine
+from tests.every_rank import run_ranks  # noqa: F401  A fixture of several files.
 from tests.rank_pool import RankPool
 
 torch.set_num_threads(1)

@@ -3,44 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from mpi4py import MPI
 
 from axonn.collectives import Call, Collectives, SerialCollectives
 from axonn.grid import AXES, Axis, ProcessGrid
-from axonn.runtime import connect
-from axonn.transport import InProcessCollectives, InProcessWorld
+from tests.every_rank import GRID, RunsRanks
 from tests.rank_pool import RankPool
 from tests.training import CHUNK, Case, Outcome, train_in_process, train_over_mpi
-
-GRID = ProcessGrid(data=2, inter=4)
-Body = Callable[[Collectives], Any]
-RunsRanks = Callable[[Body], list[Any]]
-
-
-def body_over_mpi(comm: MPI.Intracomm, body: Body) -> Any:
-    """A job of the rank pool."""
-    with connect(GRID, comm=comm) as runtime:
-        return body(runtime.collectives)
-
-
-@pytest.fixture(params=["gloo", "in-process", "in-process, random order"])
-def run_ranks(request: pytest.FixtureRequest) -> RunsRanks:
-    """Calls `body(collectives)` on every rank of the grid."""
-    if request.param == "gloo":
-        pool: RankPool = request.getfixturevalue("pool")
-        return lambda body: pool.run(body_over_mpi, body, ranks=GRID.size)
-
-    def run(body: Body) -> list[Any]:
-        world = InProcessWorld(GRID.size, order_seed=3 if "random" in request.param else None)
-        return world.run(lambda rank: body(InProcessCollectives(world, GRID, rank)))
-
-    return run
-
 
 TIES = [(0, 3), (0, 1), (1, 2), (2, 3), (0, 1, 3)]
 AXIS_SETS: list[tuple[Axis, ...]] = [("data",), ("inter",), ("row",), ("data", "inter"), AXES]

@@ -83,6 +83,7 @@ def test_the_same_key_in_two_places_is_fine(path: Path) -> None:
         ("optimizer: {lr: fast}", "optimizer.lr", "'fast'"),
         ("optimizer: {lr: -1.0}", "optimizer.lr", "-1.0"),
         ("optimizer: {betas: [0.9, x]}", "optimizer.betas.1", "'x'"),
+        ("activation_checkpointing: 0", "activation_checkpointing", "0"),
         ("schedule: {placement: w}", "schedule.placement", "'w'"),
         ("precision: {master: float16}", "precision.master", "'float16'"),
         ("grid: 4", "grid", "4"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -21,9 +20,8 @@ from axonn.grid import AXES, ProcessGrid
 from axonn.inter_layer.stage import ParameterSpec
 from axonn.optim.model_optimizer import ModelOptimizer
 from axonn.placement import Placement
-from axonn.runtime import connect
 from axonn.trace import SpanKind
-from axonn.transport import InProcessCollectives, InProcessWorld
+from tests.every_rank import GRID, RunsRanks, body_over_mpi
 from tests.optimizing import (
     CPU,
     TIED_SHAPE,
@@ -176,30 +174,6 @@ def test_all_reduce_spans_follow_each_other_one_for_each_chunk(pool: RankPool) -
 
 
 # --- gradient reduction follows the placements
-
-GRID = ProcessGrid(data=2, inter=4)
-Body = Callable[[Collectives], Any]
-RunsRanks = Callable[[Body], list[Any]]
-
-
-def body_over_mpi(comm: MPI.Intracomm, body: Body) -> Any:
-    """A job of the rank pool."""
-    with connect(GRID, comm=comm) as runtime:
-        return body(runtime.collectives)
-
-
-@pytest.fixture(params=["gloo", "in-process", "in-process, random order"])
-def run_ranks(request: pytest.FixtureRequest) -> RunsRanks:
-    """Calls `body(collectives)` on every rank of the grid."""
-    if request.param == "gloo":
-        pool: RankPool = request.getfixturevalue("pool")
-        return lambda body: pool.run(body_over_mpi, body, ranks=GRID.size)
-
-    def run(body: Body) -> list[Any]:
-        world = InProcessWorld(GRID.size, order_seed=3 if "random" in request.param else None)
-        return world.run(lambda rank: body(InProcessCollectives(world, GRID, rank)))
-
-    return run
 
 
 def ones(name: str, tensor: torch.Tensor) -> None:

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from axonn.config import PrecisionConfig
-from axonn.models.gpt import GPT
 from tests.rank_pool import RankPool
-from tests.training import OPTIMIZER, Case, Outcome, batch_of, train_in_process, train_over_mpi
+from tests.training import OPTIMIZER, Case, Outcome, batch_of, serial_model, train_in_process, train_over_mpi
 
 # Half precision rounds sums over microbatches and rows in another order than over the whole batch. The loss falls from
 # 4.1 to below 4 in the steps of a case.
@@ -23,13 +22,7 @@ SCALE = 2.0**10
 
 def serial_run(case: Case, *, lr: float = OPTIMIZER.lr) -> Outcome:
     """Half-precision weights and gradients, float32 loss, AdamW on float32 masters."""
-    model = GPT(case.model)
-    dtype = getattr(torch, case.dtype)
-    modules = {layer.name: layer.build().to(dtype) for layer in model.layers}
-    named = {f"{n}.{p}": value for n, m in modules.items() for p, value in m.named_parameters()}
-    if case.tied:
-        modules["head"].output.weight = modules["embedding"].tokens.weight
-        del named["head.output.weight"]
+    model, modules, named = serial_model(case)
     master = {name: torch.empty(p.shape) for name, p in named.items()}
     for name, parameter in master.items():
         model.initialise(name, parameter, seed=7)

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 
 from axonn.collectives import Call, Collectives
 from axonn.config import GPTConfig, OptimizerConfig, PrecisionConfig
@@ -204,9 +205,8 @@ def serial_reference(case: Case) -> Outcome:
     return _serial(case.microbatches, case.tied, case.dtype, case.steps, case.clip)
 
 
-@cache
-def _serial(microbatches: int, tied: bool, dtype_name: str, steps: int, clip: float | None) -> Outcome:
-    case = Case(microbatches=microbatches, tied=tied, dtype=dtype_name, steps=steps)
+def serial_model(case: Case) -> tuple[GPT, dict[str, nn.Module], dict[str, nn.Parameter]]:
+    """The model, all its layers in the case's type, and their parameters by name, which are still to be initialised."""
     model = GPT(case.model)
     dtype = getattr(torch, case.dtype)
     modules = {layer.name: layer.build().to(dtype) for layer in model.layers}
@@ -214,6 +214,13 @@ def _serial(microbatches: int, tied: bool, dtype_name: str, steps: int, clip: fl
     if case.tied:
         modules["head"].output.weight = modules["embedding"].tokens.weight
         del named["head.output.weight"]
+    return model, modules, named
+
+
+@cache
+def _serial(microbatches: int, tied: bool, dtype_name: str, steps: int, clip: float | None) -> Outcome:
+    case = Case(microbatches=microbatches, tied=tied, dtype=dtype_name, steps=steps)
+    model, modules, named = serial_model(case)
     for name, parameter in named.items():
         model.initialise(name, parameter, seed=7)
     o = OPTIMIZER
