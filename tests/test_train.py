@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from functools import cache
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,125 +13,24 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
-from safetensors.torch import load_file
 
-from axonn.checkpoint import Checkpoint, CheckpointState, latest, load, save
+from axonn.checkpoint import Checkpoint, CheckpointState, latest
 from axonn.collectives import Call, SerialCollectives
-from axonn.config import GPTConfig, PrecisionConfig, TrainConfig, validate
+from axonn.config import TrainConfig, validate
 from axonn.data.text import TextData
 from axonn.engine import BatchResult
 from axonn.errors import ConfigError, LaunchError
 from axonn.grid import ProcessGrid
-from axonn.models.gpt import GPT
 from axonn.records import read_records
-from axonn.runtime import Runtime, connect
-from axonn.trace import SpanKind, SpanRecorder, read_spans, span_files
-from axonn.weights import check_weights, export_weights, import_weights
+from axonn.runtime import Runtime
+from axonn.trace import SpanKind, SpanRecorder, read_spans
 from experiments import training
 from experiments.framework import ResumableTrainer
 from experiments.loop import CHECKPOINTS, TrainingLoop
-from experiments.metrics import BATCHES, EVALUATIONS, Tail, cut_rows, read_rows
+from experiments.metrics import BATCHES, EVALUATIONS, read_rows
 from experiments.progress import TrainingProgress
 from experiments.runner import parts_of
 from tests.command_line import TEXT, CommandLine
-from tests.rank_pool import RankPool
-from tests.training import Case, batch_of, make_engine
-
-# --- the engine
-
-
-def train_engine(comm: Any, case: Case, folder: Path, resume: str | None, save_after: int | None) -> Any:
-    """A job of the rank pool: (losses, scales, applied, master weights and moments) from wherever it starts."""
-    with connect(case.grid, comm=comm, transport=case.transport) as runtime:
-        engine = make_engine(case, runtime.rank, runtime.transport, runtime.collectives)
-        if resume is not None:
-            state = load(folder / resume, engine.state_tensors())
-            engine.state_loaded()
-            engine.load_progress(state.progress)
-        results = []
-        rows = engine.shard(0)
-        for step in range(engine.batches, case.steps):
-            results.append(engine.train_batch(*(t[rows.start : rows.stop] for t in batch_of(case, step))))
-            if step + 1 == save_after:
-                # As JSON, since that is how it comes back.
-                progress = json.loads(json.dumps(dict(engine.progress())))
-                state = CheckpointState(batches=step + 1, samples=0, seed=7, progress=progress, config={}, grid={})
-                save(folder, tensors=engine.state_tensors(), state=state)
-        tensors = {name: tensor.clone() for name, tensor in engine.state_tensors().items()}
-        return [r.loss for r in results], [r.loss_scale for r in results], [r.applied for r in results], tensors
-
-
-def whole(by_rank: list[Any]) -> tuple[list[float], list[float], list[bool], dict[str, torch.Tensor]]:
-    """What all ranks agree on: losses, and each tensor of the state, of which all replicas are equal."""
-    losses, scales, applied, _ = by_rank[0]
-    tensors: dict[str, torch.Tensor] = {}
-    for one in by_rank:
-        assert one[:3] == (losses, scales, applied)
-        for name, tensor in one[3].items():
-            assert torch.equal(tensors.setdefault(name, tensor), tensor), f"{name} differs between replicas"
-    return losses, scales, applied, tensors
-
-
-GRIDS = {"2x2": (2, 2), "1x4": (1, 4), "4x1": (4, 1), "1x1": (1, 1)}
-
-
-def case_of(data: int, inter: int, **changes: Any) -> Case:
-    return Case(data=data, inter=inter, microbatches=4, tied=True, steps=6, clip=0.5, **changes)
-
-
-State = tuple[list[float], list[float], list[bool], dict[str, torch.Tensor]]
-
-
-def start(pool: RankPool, folder: Path, case: Case) -> State:
-    """All batches, with a checkpoint after 3."""
-    return whole(pool.run(train_engine, case, folder, None, 3, ranks=case.grid.size))
-
-
-def check_resumed(pool: RankPool, folder: Path, case: Case, expected: State, rounding: float) -> None:
-    """`case` goes on from the checkpoint and must come to what the run that wrote it came to."""
-    losses, scales, applied, tensors = whole(
-        pool.run(train_engine, case, folder, "step-00000003", None, ranks=case.grid.size)
-    )
-    assert len(losses) == case.steps - 3
-    assert (scales, applied) == (expected[1][3:], expected[2][3:])
-    assert tensors.keys() == expected[3].keys()
-    assert losses == (pytest.approx(expected[0][3:], rel=rounding) if rounding else expected[0][3:])
-    for name, tensor in tensors.items():
-        assert (tensor - expected[3][name]).abs().max() <= rounding * expected[3][name].abs().max(), name
-
-
-@pytest.mark.parametrize("first", GRIDS)
-def test_every_grid_goes_on_from_every_other(pool: RankPool, tmp_path: Path, first: str) -> None:
-    """From its own checkpoint bit for bit."""
-    expected = start(pool, tmp_path, case_of(*GRIDS[first]))
-    for second, grid in GRIDS.items():
-        check_resumed(pool, tmp_path, case_of(*grid), expected, 0 if first == second else 1e-12)
-
-
-def test_how_it_is_computed_may_change(pool: RankPool, tmp_path: Path) -> None:
-    expected = start(pool, tmp_path, case_of(1, 2))
-    changes: list[dict[str, Any]] = [
-        {"schedule": "1f1b"},
-        {"chunks": 2, "placement": "v"},
-        {"offloaded": True, "k": 1},
-        {"recompute": 1},
-        {"transport": "torch"},
-    ]
-    for change in changes:
-        check_resumed(pool, tmp_path, case_of(1, 2, **change), expected, 1e-12)
-
-
-def test_half_precision_goes_on_with_its_masters_and_loss_scale(pool: RankPool, tmp_path: Path) -> None:
-    """The scale grows with every batch until one overflows and is skipped."""
-    precision = PrecisionConfig(compute="float16", growth_interval=1)
-    case = Case(data=1, inter=2, microbatches=2, steps=12, precision=precision)
-    expected = start(pool, tmp_path, case)
-    _, scales, applied, _ = expected
-    assert scales[3] == 8 * scales[0], "the checkpoint's scale is not the first"
-    assert False in applied[3:]
-    check_resumed(pool, tmp_path, case, expected, 0)
-
 
 # --- the loop, with a trainer of one number
 
@@ -300,86 +197,6 @@ def test_a_long_run_keeps_neither_spans_nor_calls_in_memory(tmp_path: Path, monk
     assert parts_of(tmp_path, small(), first=10, last=50)["compute"] == pytest.approx(0.5)
 
 
-# --- spans and metrics
-
-
-def test_spans_are_moved_to_files_that_a_crash_leaves_whole(tmp_path: Path) -> None:
-    recorder = SpanRecorder(1, folder=tmp_path / "spans-1.parquet")
-    assert not recorder.flush()
-    for step in range(6):
-        recorder.step = step
-        recorder.add(SpanKind.FORWARD, step, step + 1.0, microbatch=step)
-        recorder.recording = False
-        recorder.add(SpanKind.BACKWARD, step, step + 1.0)
-        recorder.recording = True
-        assert recorder.flush(at_least=2) == (step % 2 == 1)
-    assert recorder.spans == []
-    (tmp_path / "spans-1.parquet" / ".00000006.parquet.77").write_text("half a file")
-    spans = read_spans(tmp_path / "spans-1.parquet")
-    assert [(s.step, s.kind, s.microbatch) for s in spans] == [(i, SpanKind.FORWARD, i) for i in range(6)]
-    names = {first: [p.stem for p in span_files(tmp_path / "spans-1.parquet", first_step=first)] for first in (0, 3, 9)}
-    assert names[0] == ["00000000", "00000002", "00000004"]
-    assert names[3] == ["00000002", "00000004"]
-    assert names[9] == ["00000004"]
-    assert span_files(tmp_path / "none") == []
-
-
-@given(st.lists(st.binary(min_size=0, max_size=9).map(lambda b: b.hex()), max_size=9), st.data())
-def test_a_growing_file_is_read_line_by_line(
-    tmp_path_factory: pytest.TempPathFactory, values: list[str], data: st.DataObject
-) -> None:
-    path = tmp_path_factory.mktemp("tail") / "rows.jsonl"
-    tail = Tail(path)
-    assert tail.new() == []
-    text = "".join(json.dumps({"v": value}) + "\n" for value in values)
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
-    read = []
-    with open(path, "a") as file:
-        for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True):
-            file.write(text[start:stop])
-            file.flush()
-            read += tail.new()
-    assert [row["v"] for row in read] == values
-
-
-def test_rows_are_cut_and_half_a_line_with_them(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"ste')
-    cut_rows(path, lambda row: row["step"] < 2)
-    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
-    assert os.listdir(tmp_path) == ["rows.jsonl"]
-    cut_rows(tmp_path / "none", lambda row: True)
-    assert os.listdir(tmp_path) == ["rows.jsonl"]
-
-
-def test_progress_off_a_terminal_is_plain_lines(tmp_path: Path) -> None:
-    out = StringIO()
-    row = {"step": 0, "loss": 2.5, "seconds": 0.5, "tokens_per_s": 2000.0, "tflops_per_gpu": 0.5}
-    with TrainingProgress(Console(file=out, width=40), tmp_path, first=0, steps=100) as progress:
-        progress(0)
-        with open(tmp_path / BATCHES, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        progress(1)
-        with open(tmp_path / BATCHES, "a") as file:
-            file.write((json.dumps(row) + "\n") * 99)
-        (tmp_path / EVALUATIONS).write_text(json.dumps({"batches": 40, "loss": 2.25, "seconds": 1.0}) + "\n")
-        progress(100)
-    first, last = out.getvalue().splitlines()
-    assert first == "batch 1/100: loss 2.5000, 2,000 tokens/s, 0.5 TFLOP/s per device, 0:00:50 left"
-    assert last.endswith("0:00:00 left, held out 2.2500 after 40")
-
-
-def test_progress_on_a_terminal_is_a_bar(tmp_path: Path) -> None:
-    out = StringIO()
-    row = {"step": 0, "loss": 2.5, "seconds": 0.5, "tokens_per_s": 2000.0, "tflops_per_gpu": 0.5}
-    (tmp_path / BATCHES).write_text((json.dumps(row) + "\n") * 3)
-    console = Console(file=out, width=200, force_terminal=True)
-    with TrainingProgress(console, tmp_path, first=0, steps=3) as progress:
-        progress(3)
-    assert "loss 2.5000, 2,000 tokens/s" in out.getvalue()
-    assert "3/3" in out.getvalue()
-
-
 # --- what may change
 
 
@@ -452,29 +269,6 @@ def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
     session = training.Session(config=small(), folder=tmp_path, command="", resume=None)
     with training._locked(tmp_path), pytest.raises(LaunchError, match="another training uses"):
         training.train(session, fresh=False)
-
-
-# --- weights of a model
-
-
-def test_the_engine_starts_from_a_file_of_weights(tmp_path: Path) -> None:
-    case = Case(tied=True, dtype="float64")
-    engine = make_engine(case, 0, None, None)
-    engine.train_batch(*batch_of(case, 0))
-    state = CheckpointState(batches=1, samples=0, seed=0, progress={}, config={}, grid={})
-    count = export_weights(save(tmp_path, tensors=engine.state_tensors(), state=state), tmp_path / "w.safetensors")
-    assert count == case.model.parameters
-    weights = load_file(tmp_path / "w.safetensors")
-    assert "head.output.weight" not in weights
-    check_weights(tmp_path / "w.safetensors", GPT(case.model))
-    other = make_engine(case, 0, None, None)
-    import_weights(tmp_path / "w.safetensors", other.state_tensors())
-    other.state_loaded()
-    batch = batch_of(case, 1)
-    assert other.evaluate_batch(*batch) == engine.evaluate_batch(*batch)
-    untied = GPTConfig(**(case.model.model_dump() | {"tied_head": False}))
-    with pytest.raises(ConfigError, match=r"not in the file: head\.output\.weight"):
-        check_weights(tmp_path / "w.safetensors", GPT(untied))
 
 
 # --- the command

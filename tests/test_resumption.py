@@ -1,0 +1,137 @@
+"""An engine goes on from a checkpoint or a file of weights, on the grid that wrote it and on every other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from axonn.checkpoint import CheckpointState, load, save
+from axonn.config import GPTConfig, PrecisionConfig
+from axonn.errors import ConfigError
+from axonn.models.gpt import GPT
+from axonn.runtime import connect
+from axonn.weights import check_weights, export_weights, import_weights
+from tests.rank_pool import RankPool
+from tests.training import Case, batch_of, make_engine
+
+# --- the engine
+
+
+def train_engine(comm: Any, case: Case, folder: Path, resume: str | None, save_after: int | None) -> Any:
+    """A job of the rank pool: (losses, scales, applied, master weights and moments) from wherever it starts."""
+    with connect(case.grid, comm=comm, transport=case.transport) as runtime:
+        engine = make_engine(case, runtime.rank, runtime.transport, runtime.collectives)
+        if resume is not None:
+            state = load(folder / resume, engine.state_tensors())
+            engine.state_loaded()
+            engine.load_progress(state.progress)
+        results = []
+        rows = engine.shard(0)
+        for step in range(engine.batches, case.steps):
+            results.append(engine.train_batch(*(t[rows.start : rows.stop] for t in batch_of(case, step))))
+            if step + 1 == save_after:
+                # As JSON, since that is how it comes back.
+                progress = json.loads(json.dumps(dict(engine.progress())))
+                state = CheckpointState(batches=step + 1, samples=0, seed=7, progress=progress, config={}, grid={})
+                save(folder, tensors=engine.state_tensors(), state=state)
+        tensors = {name: tensor.clone() for name, tensor in engine.state_tensors().items()}
+        return [r.loss for r in results], [r.loss_scale for r in results], [r.applied for r in results], tensors
+
+
+def whole(by_rank: list[Any]) -> tuple[list[float], list[float], list[bool], dict[str, torch.Tensor]]:
+    """What all ranks agree on: losses, and each tensor of the state, of which all replicas are equal."""
+    losses, scales, applied, _ = by_rank[0]
+    tensors: dict[str, torch.Tensor] = {}
+    for one in by_rank:
+        assert one[:3] == (losses, scales, applied)
+        for name, tensor in one[3].items():
+            assert torch.equal(tensors.setdefault(name, tensor), tensor), f"{name} differs between replicas"
+    return losses, scales, applied, tensors
+
+
+GRIDS = {"2x2": (2, 2), "1x4": (1, 4), "4x1": (4, 1), "1x1": (1, 1)}
+
+
+def case_of(data: int, inter: int, **changes: Any) -> Case:
+    return Case(data=data, inter=inter, microbatches=4, tied=True, steps=6, clip=0.5, **changes)
+
+
+State = tuple[list[float], list[float], list[bool], dict[str, torch.Tensor]]
+
+
+def start(pool: RankPool, folder: Path, case: Case) -> State:
+    """All batches, with a checkpoint after 3."""
+    return whole(pool.run(train_engine, case, folder, None, 3, ranks=case.grid.size))
+
+
+def check_resumed(pool: RankPool, folder: Path, case: Case, expected: State, rounding: float) -> None:
+    """`case` goes on from the checkpoint and must come to what the run that wrote it came to."""
+    losses, scales, applied, tensors = whole(
+        pool.run(train_engine, case, folder, "step-00000003", None, ranks=case.grid.size)
+    )
+    assert len(losses) == case.steps - 3
+    assert (scales, applied) == (expected[1][3:], expected[2][3:])
+    assert tensors.keys() == expected[3].keys()
+    assert losses == (pytest.approx(expected[0][3:], rel=rounding) if rounding else expected[0][3:])
+    for name, tensor in tensors.items():
+        assert (tensor - expected[3][name]).abs().max() <= rounding * expected[3][name].abs().max(), name
+
+
+@pytest.mark.parametrize("first", GRIDS)
+def test_every_grid_goes_on_from_every_other(pool: RankPool, tmp_path: Path, first: str) -> None:
+    """From its own checkpoint bit for bit."""
+    expected = start(pool, tmp_path, case_of(*GRIDS[first]))
+    for second, grid in GRIDS.items():
+        check_resumed(pool, tmp_path, case_of(*grid), expected, 0 if first == second else 1e-12)
+
+
+def test_how_it_is_computed_may_change(pool: RankPool, tmp_path: Path) -> None:
+    expected = start(pool, tmp_path, case_of(1, 2))
+    changes: list[dict[str, Any]] = [
+        {"schedule": "1f1b"},
+        {"chunks": 2, "placement": "v"},
+        {"offloaded": True, "k": 1},
+        {"recompute": 1},
+        {"transport": "torch"},
+    ]
+    for change in changes:
+        check_resumed(pool, tmp_path, case_of(1, 2, **change), expected, 1e-12)
+
+
+def test_half_precision_goes_on_with_its_masters_and_loss_scale(pool: RankPool, tmp_path: Path) -> None:
+    """The scale grows with every batch until one overflows and is skipped."""
+    precision = PrecisionConfig(compute="float16", growth_interval=1)
+    case = Case(data=1, inter=2, microbatches=2, steps=12, precision=precision)
+    expected = start(pool, tmp_path, case)
+    _, scales, applied, _ = expected
+    assert scales[3] == 8 * scales[0], "the checkpoint's scale is not the first"
+    assert False in applied[3:]
+    check_resumed(pool, tmp_path, case, expected, 0)
+
+
+# --- weights of a model
+
+
+def test_the_engine_starts_from_a_file_of_weights(tmp_path: Path) -> None:
+    case = Case(tied=True, dtype="float64")
+    engine = make_engine(case, 0, None, None)
+    engine.train_batch(*batch_of(case, 0))
+    state = CheckpointState(batches=1, samples=0, seed=0, progress={}, config={}, grid={})
+    count = export_weights(save(tmp_path, tensors=engine.state_tensors(), state=state), tmp_path / "w.safetensors")
+    assert count == case.model.parameters
+    weights = load_file(tmp_path / "w.safetensors")
+    assert "head.output.weight" not in weights
+    check_weights(tmp_path / "w.safetensors", GPT(case.model))
+    other = make_engine(case, 0, None, None)
+    import_weights(tmp_path / "w.safetensors", other.state_tensors())
+    other.state_loaded()
+    batch = batch_of(case, 1)
+    assert other.evaluate_batch(*batch) == engine.evaluate_batch(*batch)
+    untied = GPTConfig(**(case.model.model_dump() | {"tied_head": False}))
+    with pytest.raises(ConfigError, match=r"not in the file: head\.output\.weight"):
+        check_weights(tmp_path / "w.safetensors", GPT(untied))
