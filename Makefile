@@ -8,7 +8,7 @@ FRESH_FLAG := $(if $(FRESH),--fresh)
 QUICK_FLAG := $(if $(QUICK),--quick)
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce-fig6 test test-full soak lint bench bench-link bench-schedules bench-optimizer clean
+.PHONY: help install reproduce-fig6 test test-full soak lint bench bench-link bench-tensor bench-schedules bench-optimizer clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -40,12 +40,17 @@ lint: $(READY) ## ruff, and the type checker in strict mode on axonn/
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(READY) ## our schedules beside PyTorch's and DeepSpeed's pipelines, 2 ranks (QUICK=1 tries the benchmark itself)
+bench: $(READY) ## our schedules and our tensor parallelism beside PyTorch's (QUICK=1 tries the benchmark itself)
 	@$(BIN)/python -m tests.bench.frameworks $(QUICK_FLAG)
+	@$(BIN)/python -m tests.bench.tensor $(QUICK_FLAG)
 	@$(BIN)/python -m pytest tests/bench/bench_engine.py --benchmark-enable --timeout 0
 
 bench-link: $(READY) ## the same over an emulated slow link (root only); JITTER=1: with uneven compute
 	@$(BIN)/python -m tests.bench.link $(QUICK_FLAG) $(if $(JITTER),--jitter)
+	@$(if $(JITTER),,$(BIN)/python -m tests.bench.tensor --link $(QUICK_FLAG))
+
+bench-tensor: $(READY) ## the part of make bench that is tensor parallelism; LINK=1: that of make bench-link (root only)
+	@$(BIN)/python -m tests.bench.tensor $(QUICK_FLAG) $(if $(LINK),--link)
 
 bench-schedules: $(READY) ## schedules on 8 ranks whose compute is a sleep, beside what the simulator says
 	@$(BIN)/python -m tests.bench.schedules $(QUICK_FLAG)

@@ -1,7 +1,8 @@
 """Checkpoints: folders `step-00000120` that any grid can go on from, whichever grid wrote them.
 
-Tensors go through `torch.distributed.checkpoint` under names that are global over the job: what replicas share is
-written once, and each rank reads only what it asks for. `state.json` beside them holds the rest, and checksums.
+Tensors go through `torch.distributed.checkpoint` (`axonn.part_files`) whole, under names that are global over the job,
+whoever holds which part: what replicas share is written once, and each rank reads only what it asks for. `state.json`
+beside them holds the rest, and checksums.
 
 A checkpoint is written under a hidden name and renamed when all of it is on disk, so a crash at any moment keeps the
 one before. The metadata of `torch.distributed.checkpoint` is a pickle: load only checkpoints that you trust.
@@ -11,11 +12,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,14 +27,12 @@ from pydantic import Field, ValidationError
 from axonn.config import StrictModel
 from axonn.errors import CheckpointError, ConfigError
 from axonn.files import sync_folder, write_durably
+from axonn.parts import Part, compare_shapes
+from axonn.ranks import Ranks
 
 SCHEMA = "axonn-checkpoint/1"
 _STATE = "state.json"
 _READERS = 8
-_SHOWN = 5
-
-
-Shape = tuple[int, ...]
 
 
 class StoredFile(StrictModel):
@@ -77,46 +74,6 @@ class Checkpoint:
     state: CheckpointState
 
 
-class Ranks:
-    """The ranks that save or load together: a process group, by default all ranks, or one alone without any."""
-
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group = group
-        self.alone = not dist.is_initialized()
-        self.rank = 0 if self.alone else dist.get_rank(group)
-        self.size = 1 if self.alone else dist.get_world_size(group)
-
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, on every rank; no rank goes on before all are here."""
-        if self.alone:
-            return [value]
-        values = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def agree(self, act: Callable[[], None], what: str) -> None:
-        """Do something on rank 0; an error there is one on every rank. Raises `CheckpointError`."""
-        problem = None
-        if self.rank == 0:
-            try:
-                act()
-            except OSError as error:
-                problem = str(error)
-        problem = self.gather(problem)[0]
-        if problem is not None:
-            raise CheckpointError(f"{what}: {problem}")
-
-    def shapes(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Shape]:
-        """Names and shapes of the tensors of all ranks."""
-        mine = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        return {name: shape for one in self.gather(mine) for name, shape in one.items()}
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """How to call `torch.distributed.checkpoint`."""
-        return {"no_dist": True} if self.alone else {"process_group": self.group}
-
-
 def checkpoint_name(batches: int) -> str:
     """Name of the folder of a checkpoint after so many batches."""
     return f"step-{batches:08d}"
@@ -125,22 +82,25 @@ def checkpoint_name(batches: int) -> str:
 def save(
     folder: Path | str,
     *,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, Part],
     state: CheckpointState,
     keep: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Write a checkpoint of all ranks of `group` into `folder`, and remove all but the `keep` newest.
 
-    `tensors`: what this rank holds, by global name; ranks that give the same name hold equal values, unless the value
-    is a `DTensor`. Collective. Returns the checkpoint's own folder. Raises `CheckpointError` when it cannot be written.
+    `tensors`: what this rank holds, by global name; where parts of several ranks overlap, they hold equal values.
+    Collective. Returns the checkpoint's own folder. Raises `CheckpointError` when it cannot be written, naming what the
+    ranks do not have all of.
     """
+    from axonn.part_files import write_parts
+
     folder = Path(folder)
     ranks = Ranks(group)
     final = folder / checkpoint_name(state.batches)
     temporary = folder / f".{final.name}.writing"
     ranks.agree(lambda: _make_empty(temporary), f"{folder}: cannot be written")
-    _write(temporary, tensors, ranks)
+    write_parts(temporary, tensors, ranks)
     files = {name: file for found in ranks.gather(_files_of(temporary, ranks.rank)) for name, file in found.items()}
     created = datetime.now(UTC).isoformat(timespec="seconds")
     complete = state.model_copy(update={"files": files, "created": created, "versions": _versions() | state.versions})
@@ -160,13 +120,15 @@ def save(
 
 
 def load(
-    checkpoint: Path | str, tensors: Mapping[str, torch.Tensor], *, group: dist.ProcessGroup | None = None
+    checkpoint: Path | str, tensors: Mapping[str, Part], *, group: dist.ProcessGroup | None = None
 ) -> CheckpointState:
-    """Fill this rank's `tensors` from a checkpoint, converting to their types. Collective over `group`.
+    """Fill this rank's parts of tensors from a checkpoint, converting to their types. Collective over `group`.
 
-    Raises `ConfigError` naming the tensors when the ranks' names or shapes are not those of the checkpoint, and
+    Raises `ConfigError` naming the tensors when the ranks' names or whole shapes are not those of the checkpoint, and
     `CheckpointError` when it cannot be read. Check it with `verify` first: a damaged one may be found half way.
     """
+    from axonn.part_files import read_parts
+
     checkpoint = Path(checkpoint)
     ranks = Ranks(group)
     state = read_state(checkpoint)
@@ -174,7 +136,7 @@ def load(
     differences = compare_shapes(stored, ranks.shapes(tensors), have="the checkpoint", want="the model")
     if differences:
         raise ConfigError(f"{checkpoint}: is of another model: {differences}")
-    _read(checkpoint, tensors, ranks)
+    read_parts(checkpoint, tensors, ranks)
     return state
 
 
@@ -183,11 +145,20 @@ def load_whole(checkpoint: Path | str, prefix: str) -> dict[str, torch.Tensor]:
 
     Raises `CheckpointError` when the checkpoint cannot be read.
     """
+    from axonn.part_files import read_parts
+
     targets = {
         n: torch.empty_like(t, device="cpu") for n, t in stored_tensors(checkpoint).items() if n.startswith(prefix)
     }
-    _read(checkpoint, targets, None)
+    read_parts(checkpoint, {name: Part.whole(tensor) for name, tensor in targets.items()}, None)
     return targets
+
+
+def stored_tensors(checkpoint: Path | str) -> dict[str, torch.Tensor]:
+    """All whole tensors of a checkpoint by name, without their values (device "meta"). Raises `CheckpointError`."""
+    from axonn.part_files import stored_tensors
+
+    return stored_tensors(checkpoint)
 
 
 def latest(
@@ -250,22 +221,6 @@ def read_state(checkpoint: Path | str) -> CheckpointState:
         raise CheckpointError(f"{checkpoint}: is damaged: {_STATE}: '{place}': {first['msg']}") from error
 
 
-def stored_tensors(checkpoint: Path | str) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint by name, without their values (device "meta"). Raises `CheckpointError`."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    try:
-        entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    except Exception as error:  # A damaged pickle raises anything.
-        raise CheckpointError(f"{checkpoint}: cannot be read: {error}") from error
-    return {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-        for name, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-
-
 def clean(folder: Path | str) -> None:
     """Remove what a crash left of checkpoints that were being written or removed. Nobody may be writing now."""
     for path in Path(folder).glob(".step-*"):
@@ -318,68 +273,6 @@ def _describe(path: Path) -> StoredFile:
             size += len(block)
             checksum = zlib.crc32(block, checksum)
     return StoredFile(bytes=size, crc32=checksum)
-
-
-def compare_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], *, have: str, want: str) -> str:
-    """What differs between two sets of named shapes, in words; empty when nothing does."""
-    differences = {
-        f"not in {have}": [n for n in wanted if n not in found],
-        f"not in {want}": [n for n in found if n not in wanted],
-        "of another shape": [
-            f"{n} ({list(found[n])} in {have}, {list(wanted[n])} in {want})"
-            for n in wanted
-            if n in found and tuple(found[n]) != tuple(wanted[n])
-        ],
-    }
-    return "; ".join(f"{what}: {_some(sorted(names))}" for what, names in differences.items() if names)
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-# torch.distributed.checkpoint loads all of DTensor, so it is imported where it is used: a run without checkpoints, or
-# the command that looks for one, need not wait for it.
-
-
-def _write(folder: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> None:
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.filesystem import FileSystemWriter
-    from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
-
-    try:
-        with _quiet():
-            save_tensors(dict(tensors), storage_writer=FileSystemWriter(folder), **ranks.options)
-    except CheckpointException as error:
-        raise CheckpointError(f"{folder}: cannot be written: {_reason(error)}") from error
-
-
-def _read(checkpoint: Path | str, tensors: Mapping[str, torch.Tensor], ranks: Ranks | None) -> None:
-    """Fill `tensors`, with all of `ranks` or for this process alone."""
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
-
-    options = {"no_dist": True} if ranks is None else ranks.options
-    try:
-        with _quiet():
-            load_tensors(dict(tensors), storage_reader=FileSystemReader(checkpoint), **options)
-    except CheckpointException as error:
-        raise CheckpointError(f"{checkpoint}: cannot be read: {_reason(error)}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warning that there is no process group, which is meant so."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def _reason(error: Any) -> str:
-    """The ranks' own errors, one line each."""
-    return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in sorted(error.failures.items()))
 
 
 def _versions() -> dict[str, str]:

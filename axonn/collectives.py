@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -11,9 +12,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
+from axonn.errors import GridError
 from axonn.grid import AXES, Axis, ProcessGrid
 
 Operation = Literal["sum", "max"]
+CallKind = Literal["all-reduce sum", "all-reduce max", "all-gather"]
+_KINDS: dict[Operation, CallKind] = {"sum": "all-reduce sum", "max": "all-reduce max"}
 
 
 class Work(ABC):
@@ -31,33 +35,49 @@ class Work(ABC):
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that take part in a collective, with the implementation's own handle."""
+    """Ranks that take part in a collective, with the implementation's own handle. `axes`: of the grid, along which they
+    differ; some of them may have one rank only."""
 
     ranks: tuple[int, ...]
+    axes: tuple[Axis, ...]
     handle: Any = field(default=None, compare=False)
 
 
 class Call(NamedTuple):
     """One collective as this rank issued it."""
 
-    operation: str
+    kind: CallKind
+    axes: tuple[Axis, ...]
+    """Of the grid, along which `ranks` differ, in the order of `AXES`."""
     ranks: tuple[int, ...]
     elements: int
+    """Of the tensor that this rank contributes."""
+    dtype: str
     element_size: int
+    """Bytes."""
+
+    @property
+    def bytes(self) -> int:
+        """Handed to the collective by this rank."""
+        return self.elements * self.element_size
 
 
 class Collectives(ABC):
-    """Collectives of one rank. Groups are made once, by all ranks in the same order."""
+    """Collectives of one rank. Groups are made once, by all ranks in the same order.
+
+    `calls`: how often this rank has issued each collective so far. A group of one rank sends nothing, which counts
+    nothing.
+    """
 
     def __init__(self, grid: ProcessGrid, rank: int) -> None:
         self.grid = grid
         self.rank = rank
-        self.calls: list[Call] = []
+        self.calls: Counter[Call] = Counter()
 
     def axis_group(self, axes: Sequence[Axis]) -> Group:
         """The ranks that differ from this one along `axes` only."""
         ranks = self.grid.group(self.rank, axes)
-        return Group(ranks, self._group(ranks, axes))
+        return Group(ranks, tuple(axis for axis in AXES if axis in axes), self._group(ranks, axes))
 
     def stage_group(self, stages: tuple[int, ...]) -> Group | None:
         """The ranks of this rank's pipeline on `stages`; None where this rank is on another stage.
@@ -69,19 +89,37 @@ class Collectives(ABC):
             ranks = tuple(pipeline[stage] for stage in stages)
             handle = self._group(ranks, None)
             if self.rank in ranks:
-                mine = Group(ranks, handle)
+                mine = Group(ranks, ("inter",), handle)
         return mine
 
     def all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation = "sum") -> Work:
         """Start reducing `tensor` in place over `group`. It must not be touched before `wait`."""
-        self.calls.append(Call("all-reduce", group.ranks, tensor.numel(), tensor.element_size()))
+        if len(group.ranks) == 1:
+            return _NothingToDo()
+        self._count(_KINDS[operation], tensor, group)
         return self._all_reduce(tensor, group, operation)
+
+    def all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: Group) -> Work:
+        """Start filling contiguous `output` [ranks, *shape] with the contiguous `tensor` [*shape] of every rank of
+        `group`, in the order of `group.ranks`. Neither must be touched before `wait`."""
+        if len(group.ranks) == 1:
+            output[0] = tensor
+            return _NothingToDo()
+        self._count("all-gather", tensor, group)
+        return self._all_gather(output, tensor, group)
+
+    def _count(self, kind: CallKind, tensor: torch.Tensor, group: Group) -> None:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        self.calls[Call(kind, group.axes, group.ranks, tensor.numel(), dtype, tensor.element_size())] += 1
 
     @abstractmethod
     def _group(self, ranks: tuple[int, ...], axes: Sequence[Axis] | None) -> Any: ...
 
     @abstractmethod
     def _all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation) -> Work: ...
+
+    @abstractmethod
+    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: Group) -> Work: ...
 
 
 class _TorchWork(Work):
@@ -122,6 +160,11 @@ class TorchCollectives(Collectives):
         op = dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX
         return _TorchWork(dist.all_reduce(tensor, op=op, group=group.handle, async_op=True), tensor)
 
+    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: Group) -> Work:
+        # Backends differ in which shapes of output they take; all take flat ones.
+        work = dist.all_gather_into_tensor(output.view(-1), tensor.view(-1), group=group.handle, async_op=True)
+        return _TorchWork(work, tensor)
+
 
 class SerialCollectives(Collectives):
     """The only rank there is: nothing to reduce, nothing to count."""
@@ -129,11 +172,11 @@ class SerialCollectives(Collectives):
     def _group(self, ranks: tuple[int, ...], axes: Sequence[Axis] | None) -> Any:
         return None
 
-    def all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation = "sum") -> Work:
-        return self._all_reduce(tensor, group, operation)
-
     def _all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation) -> Work:
-        return _NothingToDo()
+        raise GridError(f"{len(group.ranks)} ranks need collectives between them")
+
+    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: Group) -> Work:
+        raise GridError(f"{len(group.ranks)} ranks need collectives between them")
 
 
 class _NothingToDo(Work):

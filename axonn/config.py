@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Hashable
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from axonn.errors import ConfigError
 from axonn.schedules import ChunkPlacement, ScheduleSpec
+from axonn.strict import StrictModel, load_yaml, read_yaml, validate
+from axonn.unet_config import UNetConfig
 
-M = TypeVar("M", bound=BaseModel)
-
-
-class StrictModel(BaseModel):
-    """Base of all configuration and records: immutable, no unknown keys, no silent conversion of types."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "FloatType",
+    "GPTConfig",
+    "GridConfig",
+    "LearningRateConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "OptimizerPlacement",
+    "PrecisionConfig",
+    "ScheduleConfig",
+    "StrictModel",
+    "TrainConfig",
+    "UNetConfig",
+    "load_yaml",
+    "read_yaml",
+    "validate",
+]
 
 
 class GPTConfig(StrictModel):
-    """A GPT as the papers train it. `vocab` and `seq_len` in tokens; `hidden` must be a multiple of `heads`."""
+    """A GPT as the papers train it. `vocab` and `seq_len` in tokens; `hidden` must be a multiple of `heads`.
 
+    `dropout`: probability after the embedding and before each addition to the residual stream; `attention_dropout`:
+    that of the attention's probabilities.
+    """
+
+    kind: Literal["gpt"] = "gpt"
     name: str
     layers: int = Field(ge=1)
     hidden: int = Field(ge=1)
@@ -33,6 +47,8 @@ class GPTConfig(StrictModel):
     seq_len: int = Field(ge=1)
     vocab: int = Field(ge=2)
     tied_head: bool = False
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
 
     def model_post_init(self, context: Any) -> None:
         if self.hidden % self.heads:
@@ -46,6 +62,30 @@ class GPTConfig(StrictModel):
         embedding = (self.vocab + self.seq_len) * h
         head = 2 * h + (0 if self.tied_head else self.vocab * h)
         return self.layers * block + embedding + head
+
+    @property
+    def sample_unit(self) -> str:
+        """What throughput counts."""
+        return "tokens"
+
+    @property
+    def units_per_sample(self) -> int:
+        return self.seq_len
+
+
+def _kind_of(model: Any) -> Any:
+    return model.get("kind", "gpt") if isinstance(model, dict) else getattr(model, "kind", None)
+
+
+ModelConfig = Annotated[
+    Annotated[GPTConfig, Tag("gpt")] | Annotated[UNetConfig, Tag("unet")],
+    Discriminator(
+        _kind_of,
+        custom_error_type="kind",
+        custom_error_message="expected the keys of a model, kind being 'gpt' (the default) or 'unet'",
+    ),
+]
+"""A model, by its `kind`."""
 
 
 class GridConfig(StrictModel):
@@ -110,10 +150,11 @@ class OptimizerConfig(StrictModel):
 
 
 class DataConfig(StrictModel):
-    """Text to train on: any text file (as bytes) or a `.bin` file of uint16 tokens; by default Python's own sources.
+    """What to train on; the last `held_out` of it is kept for evaluation, 0.05 where there is evaluation and this is 0.
 
-    The last `held_out` of the text is kept from training, for evaluation; 0.05 of it where there is evaluation and
-    this is 0.
+    `path` for a GPT: any text file (as bytes) or a `.bin` file of uint16 tokens; by default Python's own sources. For a
+    U-Net: a folder of images, an `.npy` or `.npz` file of them, or a CIFAR-10 or CIFAR-100 archive (or its folder); by
+    default scikit-learn's digits.
     """
 
     path: str | None = None
@@ -171,13 +212,16 @@ class CheckpointConfig(StrictModel):
 
 
 class TrainConfig(StrictModel):
-    """One training run. `batch_size` counts sequences over all ranks, `microbatch_size` those of one microbatch.
+    """One training run. `batch_size` counts sequences (or images) over all ranks, `microbatch_size` those of one
+    microbatch.
 
-    `activation_checkpointing`: keep only the input of every that many transformer layers and recompute the rest in the
-    backward; "auto" takes the number that needs the least memory. `initial_weights`: a safetensors file to start from.
+    `activation_checkpointing`: keep only the input of every that many transformer layers (or residual blocks) and
+    recompute the rest in the backward; "auto" takes the number that needs the least memory. `overdecomposition`: into
+    how many sub-shards a microbatch is cut, so that one computes while collectives of another are under way; by default
+    2 where layers are cut and a microbatch has 2 rows. `initial_weights`: a safetensors file to start from.
     """
 
-    model: GPTConfig
+    model: ModelConfig
     grid: GridConfig = GridConfig()
     batch_size: int = Field(ge=1)
     microbatch_size: int = Field(ge=1)
@@ -186,95 +230,10 @@ class TrainConfig(StrictModel):
     data: DataConfig = DataConfig()
     precision: PrecisionConfig = PrecisionConfig()
     activation_checkpointing: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    overdecomposition: int | None = Field(default=None, ge=1)
     transport: Literal["mpi", "torch"] = "mpi"
     evaluation: EvaluationConfig | None = None
     checkpoints: CheckpointConfig | None = None
     initial_weights: str | None = None
     seed: int = 0
     steps: int = Field(default=11, ge=1)
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A YAML loader to which a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                continue  # PyYAML's own error says so.
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key}' is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-# PyYAML reads 1e-3 as a string, since YAML 1.1 asks for a dot; everyone who writes a learning rate means a number.
-_UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def read_yaml(path: Path | str) -> Any:
-    """The plain content of a YAML file. Raises `ConfigError` naming the file and the place."""
-    path = Path(path)
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not valid YAML: {error}") from error
-
-
-def load_yaml(path: Path | str, model: type[M]) -> M:
-    """Read a YAML file into `model`. Raises `ConfigError` naming file, key and the nearest valid key."""
-    return validate(read_yaml(path), model, where=str(path))
-
-
-def validate(data: Any, model: type[M], *, where: str) -> M:
-    """Check plain data against `model`. Raises `ConfigError` naming `where`, the key and the nearest valid key."""
-    if not isinstance(data, dict):
-        raise ConfigError(f"{where}: expected keys and values, found {type(data).__name__}")
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        lines = [_explain(item, model) for item in error.errors()]
-        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from error
-
-
-def _explain(item: Any, model: type[BaseModel]) -> str:
-    location = ".".join(str(part) for part in item["loc"]) or "(top level)"
-    if item["type"] == "extra_forbidden":
-        known = _keys_at(model, item["loc"][:-1])
-        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.4)
-        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key '{location}'; {hint}"
-    if item["type"] == "missing":
-        return f"the key '{location}' is missing"
-    return f"'{location}': {item['msg']} (found {item['input']!r})"
-
-
-def _keys_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """Valid keys of the nested model that `location` points to."""
-    for part in location:
-        if isinstance(part, int) or part not in model.model_fields:
-            continue
-        found = _nested_model(model.model_fields[part].annotation)
-        if found is None:
-            return []
-        model = found
-    return list(model.model_fields)
-
-
-def _nested_model(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in get_args(annotation):
-        found = _nested_model(argument)
-        if found is not None:
-            return found
-    return None

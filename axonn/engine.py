@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,13 +13,18 @@ from axonn.collectives import Collectives, Group, SerialCollectives
 from axonn.config import OptimizerConfig, PrecisionConfig
 from axonn.errors import ConfigError, GridError
 from axonn.grid import AXES, ProcessGrid
+from axonn.initial import fill
 from axonn.inter_layer.activations import default_checkpoint_blocks
+from axonn.inter_layer.batch import Batch, Inputs
 from axonn.inter_layer.executor import PipelineExecutor
 from axonn.inter_layer.stage import Chunk, ParameterSpec, parameter_specs, tied_stages, virtual_spans
 from axonn.models.base import PipelineModel
 from axonn.optim.model_optimizer import ModelOptimizer
+from axonn.parts import Part
 from axonn.schedules import ScheduleSpec, StageSchedule, make_schedule
+from axonn.tensor import TensorContext
 from axonn.trace import SpanKind, SpanRecorder
+from axonn.traffic import Traffic, TrafficMeter
 from axonn.transport import Transport
 
 
@@ -32,10 +38,19 @@ def microbatches_of(*, batch_size: int, microbatch_size: int, grid: ProcessGrid)
     return batch_size // (grid.data * microbatch_size)
 
 
-def check_axes(grid: ProcessGrid) -> None:
-    """Raise `GridError` when the grid has an axis that the engine does not run yet."""
-    if grid.tensor > 1:
-        raise GridError(f"the engine runs data x inter-layer grids; set G_row and G_col of {grid} to 1")
+def sub_shards(overdecomposition: int | None, *, microbatch_size: int, grid: ProcessGrid) -> int:
+    """Into how many parts a microbatch is cut: `overdecomposition`, by default 2 where that is possible and useful.
+
+    Raises `GridError` when a microbatch has fewer rows.
+    """
+    if overdecomposition is None:
+        return 2 if grid.tensor > 1 and microbatch_size > 1 else 1
+    if not 1 <= overdecomposition <= microbatch_size:
+        raise GridError(
+            f"overdecomposition {overdecomposition} cuts a microbatch into more sub-shards than its {microbatch_size} "
+            "rows (microbatch_size); lower the one or raise the other"
+        )
+    return overdecomposition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +71,9 @@ class Engine:
     """Trains `model` on one rank of `grid`, in step with the engines of the other ranks.
 
     Every rank makes one with the same arguments. `transport` is needed when G_inter > 1, `collectives` when there is
-    more than one rank. `activation_checkpointing` counts blocks, see `TrainConfig`. `steps` is the length of the run,
-    if the learning rate goes by it. Raises `GridError` or `ConfigError` when the configuration does not fit.
+    more than one rank. `activation_checkpointing` counts blocks, see `TrainConfig`; `overdecomposition`: see
+    `sub_shards`. `steps` is the length of the run, if the learning rate goes by it. Raises `GridError` or `ConfigError`
+    when the configuration does not fit.
     """
 
     def __init__(
@@ -74,12 +90,13 @@ class Engine:
         optimizer: OptimizerConfig | None = None,
         precision: PrecisionConfig | None = None,
         activation_checkpointing: int | Literal["auto"] | None = None,
+        overdecomposition: int | None = None,
         device: torch.device | None = None,
         seed: int = 0,
         steps: int | None = None,
         spans: SpanRecorder | None = None,
     ) -> None:
-        check_axes(grid)
+        model.check(grid)
         self.device = torch.device("cpu") if device is None else device
         if self.device.type != "cpu":
             raise ConfigError(f"the engine runs on 'cpu'; device '{self.device}' is not supported yet")
@@ -99,9 +116,11 @@ class Engine:
         first = self._new_schedule()  # An unknown schedule is an error now rather than in the first batch.
         self.layout = first.layout
         self._collectives = collectives or SerialCollectives(grid, rank)
+        self._meter = TrafficMeter(self._collectives, transport)
         self._world = self._collectives.axis_group(AXES)
         precision = precision or PrecisionConfig()
         dtype = getattr(torch, precision.compute)
+        self._context = TensorContext(grid, rank, self._collectives, seed=seed, spans=spans)
         self.virtual_spans = virtual_spans(model, self.layout)
         self.chunks: list[Chunk] = []
         """The modules of this rank."""
@@ -112,8 +131,16 @@ class Engine:
                 blocks = len({model.layers[i].block for i in span} - {None})
                 limit = -(-first.limit // self.layout.chunks)
                 recompute = default_checkpoint_blocks(blocks, limit=limit, chunks=self.layout.chunks)
-            self.chunks.append(Chunk(model, span, dtype=dtype, device=self.device, recompute=recompute))
+            self.chunks.append(
+                Chunk(model, span, context=self._context, dtype=dtype, device=self.device, recompute=recompute)
+            )
         self.specs: list[ParameterSpec] = parameter_specs(model, self.chunks, self.virtual_spans, self.layout)
+        placed = {spec.name: spec.placement for spec in self.specs}
+
+        def initialise(name: str, part: torch.Tensor) -> None:
+            initial = model.initial(name)
+            fill(part, initial, name=name, seed=seed, placement=placed[name], grid=grid, here=self.here)
+
         self._optimizer = ModelOptimizer(
             self.specs,
             grid=grid,
@@ -121,7 +148,7 @@ class Engine:
             collectives=self._collectives,
             config=optimizer or OptimizerConfig(),
             precision=precision,
-            initialise=lambda name, tensor: model.initialise(name, tensor, seed=seed),
+            initialise=initialise,
             device=self.device,
             spans=spans,
             steps=steps,
@@ -133,6 +160,8 @@ class Engine:
             model=model,
             chunks=self.chunks,
             layout=self.layout,
+            context=self._context,
+            sub_shards=sub_shards(overdecomposition, microbatch_size=microbatch_size, grid=grid),
             grid=grid,
             rank=rank,
             transport=transport if grid.inter > 1 else None,
@@ -163,15 +192,17 @@ class Engine:
         first = step * self.batch_size + self.here.data * rows
         return range(first, first + rows)
 
-    def train_batch(self, inputs: torch.Tensor | None, targets: torch.Tensor | None) -> BatchResult:
+    def train_batch(self, inputs: Inputs | None, targets: torch.Tensor | None) -> BatchResult:
         """One optimizer step on this rank's shard of a batch.
 
         `inputs` and `targets` are [batch_size / G_data, ...]; inputs may be None except where the network begins
         (`is_first_stage`), targets except where it ends.
         """
+        self._meter.start()
         loss = self._run_pipeline(inputs, targets)
         result = self._optimizer.step(self.batches)
         value = loss.wait()
+        self._meter.stop()
         self.batches += 1
         if self.spans is not None:
             self.spans.step += 1
@@ -183,25 +214,31 @@ class Engine:
             gradient_norm=result.gradient_norm,
         )
 
-    def compute_gradients(self, inputs: torch.Tensor | None, targets: torch.Tensor | None) -> float:
+    def compute_gradients(self, inputs: Inputs | None, targets: torch.Tensor | None) -> float:
         """As `train_batch`, without the optimizer: each parameter's `.grad` is that of the mean loss of the batch."""
         loss = self._run_pipeline(inputs, targets)
         self._optimizer.reduce()
         return loss.wait()
 
-    def evaluate_batch(self, inputs: torch.Tensor | None, targets: torch.Tensor | None) -> float:
+    def evaluate_batch(self, inputs: Inputs | None, targets: torch.Tensor | None) -> float:
         """Mean loss of a batch on every rank, without changing anything."""
         self._check_rows(inputs, targets)
-        local = self._executor.evaluate(self.microbatches, inputs, targets)
-        return self._mean_loss(local).wait()
+        batch = Batch(inputs, targets, step=self.batches, samples=self.shard(self.batches))
+        with nullcontext() if self.spans is None else self.spans.paused():
+            local = self._executor.evaluate(self.microbatches, batch)
+            return self._mean_loss(local).wait()
 
     def memory(self) -> dict[str, int]:
         """Bytes by category: parameters, gradients, optimizer_state, buckets and activations (at their peak so far) on
         the device; host: optimizer state in host memory."""
         return {**self._optimizer.memory()._asdict(), "activations": self._executor.most_active_bytes}
 
-    def state_tensors(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint keeps of this rank, by names that are global over the job.
+    def traffic(self) -> list[Traffic]:
+        """What this rank sent for the last `train_batch`, by axis of the grid and by operation."""
+        return self._meter.read()
+
+    def state_tensors(self) -> dict[str, Part]:
+        """This rank's parts of what a checkpoint keeps, by names that are global over the job.
 
         After writing into them, call `state_loaded`.
         """
@@ -221,17 +258,20 @@ class Engine:
         self.batches = int(rest.pop("batches"))
         self._optimizer.load_progress(rest)
 
-    def _run_pipeline(self, inputs: torch.Tensor | None, targets: torch.Tensor | None) -> _Loss:
+    def _run_pipeline(self, inputs: Inputs | None, targets: torch.Tensor | None) -> _Loss:
         """Forward and backward of the batch; the loss is still on its way to the other ranks."""
         self._check_rows(inputs, targets)
         self._optimizer.zero()
         scale = self._optimizer.loss_scale / (self.microbatches * self.grid.data)
-        local = self._executor.train(self._new_schedule(), inputs, targets, loss_scale=scale)
+        batch = Batch(inputs, targets, step=self.batches, samples=self.shard(self.batches))
+        local = self._executor.train(self._new_schedule(), batch, loss_scale=scale)
         # A stage that is done early reduces and updates while the others still run backwards.
         return self._mean_loss(local)
 
     def _mean_loss(self, local: torch.Tensor | None) -> _Loss:
-        mean = None if local is None else local / (self.microbatches * self.grid.data)
+        # The ranks of a stage have the same loss, which counts once.
+        counts = self.here.row == self.here.col == 0
+        mean = local / (self.microbatches * self.grid.data) if local is not None and counts else None
         return _Loss(mean, self._collectives, self._world, self.spans)
 
     def _new_schedule(self) -> StageSchedule:
@@ -239,13 +279,20 @@ class Engine:
             self._schedule, stage=self.here.inter, stages=self.grid.inter, microbatches=self.microbatches
         )
 
-    def _check_rows(self, inputs: torch.Tensor | None, targets: torch.Tensor | None) -> None:
+    def _check_rows(self, inputs: Inputs | None, targets: torch.Tensor | None) -> None:
         rows = self.batch_size // self.grid.data
-        needed = {"inputs": (self.is_first_stage, inputs), "targets": (self.is_last_stage, targets)}
-        for name, (used, tensor) in needed.items():
-            if used and (tensor is None or tensor.shape[0] != rows):
-                found = "None" if tensor is None else f"{tensor.shape[0]} rows"
-                raise ConfigError(f"rank {self.rank} needs {name} of {rows} rows (batch_size / G_data), got {found}")
+        needed: dict[str, tuple[bool, Inputs | None]] = {
+            "inputs": (self.is_first_stage, inputs),
+            "targets": (self.is_last_stage, targets),
+        }
+        for name, (used, given) in needed.items():
+            tensors = (given,) if given is None or isinstance(given, torch.Tensor) else given
+            for tensor in tensors:
+                if used and (tensor is None or tensor.shape[0] != rows):
+                    found = "None" if tensor is None else f"{tensor.shape[0]} rows"
+                    raise ConfigError(
+                        f"rank {self.rank} needs {name} of {rows} rows (batch_size / G_data), got {found}"
+                    )
 
 
 class _Loss:

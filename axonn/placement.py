@@ -1,20 +1,98 @@
-"""How a parameter lies on the grid, as a typed statement from which reduction, counting and checkpoints follow."""
+"""How a parameter lies on the grid, as a typed statement from which initialisation, reduction, counting and checkpoints
+follow."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
 
-from axonn.grid import Axis
+from axonn.errors import GridError
+from axonn.grid import Axis, Coordinates, ProcessGrid
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Dim number `dim` is cut along `axis`.
+
+    `segments`: lengths of the consecutive segments that the whole dim consists of. Each is cut by itself into equal
+    parts, of which a rank holds one (a fused QKV: three segments, so that each rank has its heads' q, k and v).
+    """
+
+    dim: int
+    axis: Axis
+    segments: tuple[int, ...]
+
+
+class Piece(NamedTuple):
+    """A box of a parameter: where it lies in this rank's part, and where in the whole."""
+
+    local: tuple[slice, ...]
+    whole: tuple[slice, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
     """One parameter's place.
 
-    `partial`: axes along which its gradient still is a partial sum after the backward pass.
-    `tied_stages`: stages that hold a copy of it (an embedding tied to the head), whose gradients add up; empty for a
-    parameter that lives on one stage only.
+    `shape`: of the whole parameter. `cuts`: its dims that are cut, each along another axis; along all other axes it is
+    replicated. `partial`: axes along which its gradient still is a partial sum after the backward pass. `tied_stages`:
+    stages that hold a copy of it (an embedding tied to the head), whose gradients add up; empty for a parameter that
+    lives on one stage only. Raises `ValueError` for cuts that do not fit the shape or each other.
     """
 
+    shape: Shape
+    cuts: tuple[Cut, ...] = ()
     partial: tuple[Axis, ...] = ("data",)
     tied_stages: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len({cut.dim for cut in self.cuts}) < len(self.cuts) or len(set(self.cut_axes)) < len(self.cuts):
+            raise ValueError(f"two cuts of {self.shape} have the same dim or axis: {self.cuts}")
+        for axis in self.partial:
+            if axis in self.cut_axes:
+                raise ValueError(f"{self.shape} is cut along {axis}, where its gradient therefore is no partial sum")
+        for cut in self.cuts:
+            if not 0 <= cut.dim < len(self.shape):
+                raise ValueError(f"{self.shape} has no dim {cut.dim} to cut along {cut.axis}")
+            if sum(cut.segments) != self.shape[cut.dim]:
+                raise ValueError(f"segments {cut.segments} do not add up to dim {cut.dim} of {self.shape}")
+
+    @property
+    def cut_axes(self) -> tuple[Axis, ...]:
+        """Axes along which ranks hold different parts of it."""
+        return tuple(cut.axis for cut in self.cuts)
+
+    def pieces(self, grid: ProcessGrid, here: Coordinates) -> list[Piece]:
+        """The boxes that the rank at `here` holds; together they are its part. Raises as `local_shape`."""
+        self.local_shape(grid)
+        ranges: list[list[tuple[slice, slice]]] = [[(slice(0, n), slice(0, n))] for n in self.shape]
+        for cut in self.cuts:
+            ranges[cut.dim] = _segment_ranges(cut, grid.extent(cut.axis), getattr(here, cut.axis))
+        return [Piece(tuple(a for a, _ in box), tuple(b for _, b in box)) for box in product(*ranges)]
+
+    def local_shape(self, grid: ProcessGrid) -> Shape:
+        """Shape of one rank's part. Raises `GridError` when a segment is no multiple of its axis."""
+        shape = list(self.shape)
+        for cut in self.cuts:
+            extent = grid.extent(cut.axis)
+            uneven = [n for n in cut.segments if n % extent]
+            if uneven:
+                what = f"{uneven[0]} of dim {cut.dim} of {self.shape}"
+                raise GridError(f"{what} cannot be cut along {cut.axis} = {extent}")
+            shape[cut.dim] //= extent
+        return tuple(shape)
+
+
+def _segment_ranges(cut: Cut, extent: int, index: int) -> list[tuple[slice, slice]]:
+    found = []
+    local = whole = 0
+    for segment in cut.segments:
+        length = segment // extent
+        first = whole + index * length
+        found.append((slice(local, local + length), slice(first, first + length)))
+        local += length
+        whole += segment
+    return found

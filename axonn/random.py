@@ -8,8 +8,13 @@ that gives the same bits on every device.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from math import prod
 
 import torch
+
+AT_ONCE = 1 << 20
+"""Values that are drawn at once where there are many: they take several times 8 bytes each."""
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -29,10 +34,18 @@ def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 def random_bits(key: int, index: torch.Tensor) -> torch.Tensor:
     """63 random bits (non-negative int64) for each int64 `index`; same shape as `index`."""
-    x = index * _GOLDEN + key
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return _shift_right(x ^ _shift_right(x, 31), 1)
+    return _shift_right(_words(key, index), 1)
+
+
+def _words(key: int, index: torch.Tensor) -> torch.Tensor:
+    """64 random bits for each int64 `index`."""
+    x = index * _GOLDEN
+    x += key
+    for bits, factor in ((30, _MIX_1), (27, _MIX_2)):
+        x ^= _shift_right(x, bits)
+        x *= factor
+    x ^= _shift_right(x, 31)
+    return x
 
 
 def uniform(key: int, index: torch.Tensor) -> torch.Tensor:
@@ -47,13 +60,45 @@ def normal(key: int, index: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def normal_(tensor: torch.Tensor, *, seed: int, name: str, std: float, first: int = 0) -> torch.Tensor:
-    """Fill `tensor` with normal values of mean 0; element i is value `first + i` of the stream called `name`."""
-    key = stream_key(seed, name)
-    flat = tensor.detach().view(-1)
-    chunk = 1 << 20
-    for start in range(0, flat.numel(), chunk):
-        stop = min(start + chunk, flat.numel())
-        index = torch.arange(first + start, first + stop, dtype=torch.int64)
-        flat[start:stop].copy_(normal(key, index).mul_(std))
-    return tensor
+def keep_mask(
+    keys: Sequence[int], p: float, *, shape: Sequence[int], box: Sequence[slice], device: torch.device | None = None
+) -> torch.Tensor:
+    """Which elements dropout of probability `p` keeps: bool [len(keys), *sizes of `box`].
+
+    `box`: a part of a tensor of `shape`, which there is one of for each key. Each element has 32 bits of its own (its
+    probability is that near to `p`), half a word of the stream, by its place in the whole tensor: any other part of it
+    is kept or dropped in the same way.
+    """
+    shape, box = [1, *shape][-max(2, len(shape)) :], [slice(0, 1), *box][-max(2, len(box)) :]
+    *_, last = box
+    words = slice(last.start // 2, (last.stop + 1) // 2)
+    index = Indices((*shape[:-1], (shape[-1] + 1) // 2), (*box[:-1], words), device=device)
+    threshold = min(round(p * 2**32), 2**32 - 1) - 2**31
+    sizes = [part.stop - part.start for part in box]
+    mask = torch.empty(len(keys), *sizes, dtype=torch.bool, device=device)
+    rows = max(1, AT_ONCE // max(1, prod(sizes[1:])))
+    for start in range(0, sizes[0], rows):
+        stop = min(start + rows, sizes[0])
+        block = index.block(start, stop)
+        for number, key in enumerate(keys):
+            halves = _words(key, block).view(torch.int32)[..., last.start % 2 :][..., : sizes[-1]]
+            torch.ge(halves, threshold, out=mask[number, start:stop])
+    return mask
+
+
+class Indices:
+    """Numbers of the elements of a box of a tensor, counted through the whole tensor."""
+
+    def __init__(self, shape: Sequence[int], box: Sequence[slice], *, device: torch.device | None = None) -> None:
+        self._device = device
+        self._first = box[0].start
+        self._row = prod(shape[1:])
+        self._within = torch.zeros((), dtype=torch.int64, device=device)
+        for dim in range(1, len(shape)):
+            along = torch.arange(box[dim].start, box[dim].stop, device=device) * prod(shape[dim + 1 :])
+            self._within = self._within.unsqueeze(-1) + along
+
+    def block(self, start: int, stop: int) -> torch.Tensor:
+        """Those of rows `start` to `stop` of the box."""
+        rows = torch.arange(self._first + start, self._first + stop, device=self._device) * self._row
+        return rows.view(-1, *[1] * self._within.dim()) + self._within

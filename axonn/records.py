@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from axonn.config import GPTConfig, GridConfig, ScheduleConfig, StrictModel
+from axonn.config import GridConfig, ModelConfig, ScheduleConfig, StrictModel, UNetConfig
 from axonn.errors import RecordError
 
 SCHEMA = "axonn-records/1"
@@ -25,29 +25,42 @@ class Asked(StrictModel):
     gpus: int
     """Devices (GPUs, or ranks on a machine without)."""
     batch_size: int
-    seq_len: int
     precision: str
-    layers: int
-    hidden: int
-    vocab: int
+    seq_len: int | None = None
+    """This and the next three: of a GPT."""
+    layers: int | None = None
+    hidden: int | None = None
+    vocab: int | None = None
+    forward_flops: int | None = None
+    """Of one sample, where the model is none (`UNetConfig.forward_flops`)."""
 
     @classmethod
-    def of(cls, model: GPTConfig, *, gpus: int, batch_size: int, precision: str) -> Asked:
-        """Training `model` on batches of `batch_size` sequences."""
+    def of(cls, model: ModelConfig, *, gpus: int, batch_size: int, precision: str) -> Asked:
+        """Training `model` on batches of `batch_size` sequences or images."""
+        own = (
+            {"forward_flops": model.forward_flops}
+            if isinstance(model, UNetConfig)
+            else {"seq_len": model.seq_len, "layers": model.layers, "hidden": model.hidden, "vocab": model.vocab}
+        )
         return cls(
             model=model.name,
             parameters=model.parameters,
             gpus=gpus,
             batch_size=batch_size,
-            seq_len=model.seq_len,
             precision=precision,
-            layers=model.layers,
-            hidden=model.hidden,
-            vocab=model.vocab,
+            **own,
         )
 
+    def model_post_init(self, context: object) -> None:
+        gpt = [value is not None for value in (self.seq_len, self.layers, self.hidden, self.vocab)]
+        if any(gpt) != all(gpt) or all(gpt) == (self.forward_flops is not None):
+            raise ValueError("work has either seq_len, layers, hidden and vocab, or forward_flops")
+
     def flops(self, *, recompute: bool) -> float:
-        """Floating-point operations of one batch, by `gpt_flops`."""
+        """Floating-point operations of one batch: by `gpt_flops`, or else 3 forwards (a backward is two), 4 with
+        recompute."""
+        if self.seq_len is None or self.layers is None or self.hidden is None or self.vocab is None:
+            return (4.0 if recompute else 3.0) * self.batch_size * (self.forward_flops or 0)
         return gpt_flops(
             batch=self.batch_size,
             seq_len=self.seq_len,
@@ -115,6 +128,9 @@ class Record(StrictModel):
     """Seconds of a batch by part (`axonn.trace.Parts`), where spans were taken."""
     memory_bytes: int | None = None
     """Peak over ranks: device memory, or resident memory of the process on a CPU."""
+    bytes_per_batch: dict[str, int] = {}
+    """Bytes that a rank sends for a batch, by axis of the grid, from the rank that sends most along it; all-reduces and
+    gathers as over rings (`axonn.traffic.Traffic`). Of the last batch, where it was counted."""
     tflops_per_gpu: float | None = None
     tflops_formula: str | None = None
     tflops_per_gpu_without_recompute: float | None = None

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -29,6 +31,8 @@ class SpanKind(StrEnum):
     SEND = "send"
     RECEIVE_WAIT = "receive-wait"
     ALL_REDUCE = "all-reduce"
+    TENSOR = "tensor-collective"
+    """A collective along row or col, from its start until its result is there."""
     OPTIMIZER = "optimizer"
     COPY = "copy"
     IDLE = "idle"
@@ -90,6 +94,15 @@ class SpanRecorder:
         self.recording = True
         """False while what is done is no part of a training step, as an evaluation."""
         self.spans: list[Span] = []
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside of the block, nothing is recorded."""
+        before, self.recording = self.recording, False
+        try:
+            yield
+        finally:
+            self.recording = before
 
     @staticmethod
     def now() -> float:
@@ -157,7 +170,10 @@ def read_spans(path: Path | str) -> list[Span]:
     found = (table.schema.metadata or {}).get(b"schema", b"none").decode()
     if found != "axonn-spans/2":
         raise RecordError(f"{path}: has schema '{found}', expected 'axonn-spans/2'; write it anew with this version")
-    return [Span(**{**row, "kind": SpanKind(row["kind"])}) for row in table.to_pylist()]
+    try:
+        return [Span(**{**row, "kind": SpanKind(row["kind"])}) for row in table.to_pylist()]
+    except ValueError as error:
+        raise RecordError(f"{path}: {error}; a later version wrote it, read it with that one") from error
 
 
 class Parts(NamedTuple):
@@ -166,6 +182,8 @@ class Parts(NamedTuple):
     compute: float
     optimizer: float
     all_reduce: float
+    tensor: float
+    """Waiting for collectives of the tensor axes, which no compute hides."""
     point_to_point: float
     """Waiting for a message that was already under way."""
     bubble: float
@@ -186,40 +204,101 @@ class _Interval:
 def breakdown(spans: Sequence[Span]) -> Parts:
     """Split the time from the first start to the last end into parts, averaged over ranks.
 
-    An instant that several spans cover belongs to the first of compute, optimizer, all-reduce, waiting. Waiting is
-    split into bubble and point-to-point at the time at which the awaited message was sent; it is all bubble where no
-    send span has the receiver, direction, chunk and microbatch that are waited for.
+    An instant that several spans cover belongs to the first of compute, optimizer, all-reduce, collective of the tensor
+    axes, waiting. Waiting is split into bubble and point-to-point at the time at which the awaited message was sent; it
+    is all bubble where no send span has the receiver, direction, chunk and microbatch that are waited for.
     """
     if not spans:
         raise RecordError("there are no spans to break down; was the run traced?")
     begin = min(s.start for s in spans)
     end = max(s.end for s in spans)
     sent = {(s.peer, s.direction, s.chunk, s.step, s.microbatch): s.start for s in spans if s.kind == SpanKind.SEND}
-    totals = [0.0] * 6
+    totals = [0.0] * len(Parts._fields)
     ranks = sorted({s.rank for s in spans})
     for rank in ranks:
         covered: list[_Interval] = []
+        point_to_point: list[_Interval] = []
+        bubble: list[_Interval] = []
         mine = [s for s in spans if s.rank == rank]
         order: list[list[_Interval]] = [
             _of(mine, *_COMPUTE),
             _of(mine, SpanKind.OPTIMIZER, SpanKind.COPY),
             _of(mine, SpanKind.ALL_REDUCE),
-            [],
-            [],
+            _of(mine, SpanKind.TENSOR),
+            point_to_point,
+            bubble,
         ]
         for s in mine:
             if s.kind not in (SpanKind.RECEIVE_WAIT, SpanKind.IDLE):
                 continue
             stamp = sent.get((rank, s.direction, s.chunk, s.step, s.microbatch))
             split = s.end if stamp is None or s.kind == SpanKind.IDLE else min(max(stamp, s.start), s.end)
-            order[4].append(_Interval(s.start, split))
-            order[3].append(_Interval(split, s.end))
+            bubble.append(_Interval(s.start, split))
+            point_to_point.append(_Interval(split, s.end))
         for part, intervals in enumerate(order):
             before = _length(covered)
             covered = _union(covered + intervals)
             totals[part] += _length(covered) - before
-        totals[5] += (end - begin) - _length(covered)
+        totals[-1] += (end - begin) - _length(covered)
     return Parts(*(t / len(ranks) for t in totals))
+
+
+class Overlap(NamedTuple):
+    """Compute and collectives of the tensor axes in one window of time, mean seconds per rank."""
+
+    compute: float
+    collective: float
+    """At least one collective was under way, whether it moved data or waited for another rank."""
+    hidden: float
+    """A collective was under way while the same rank computed."""
+    hideable: float
+    """The most that any order of a task's parts could hide: in each task the lesser of what its collectives take and
+    what it computes. (No collective outlasts its task. That the first computation of a task has nothing to hide yet,
+    and its last collective nothing left to be hidden under, is not allowed for.)"""
+
+    @property
+    def hidden_share(self) -> float:
+        """Of the time of the collectives, 0 where there are none."""
+        return self.hidden / self.collective if self.collective else 0.0
+
+    @property
+    def reached(self) -> float:
+        """Of what can be hidden, 1 where that is nothing."""
+        return self.hidden / self.hideable if self.hideable else 1.0
+
+
+def overlap(spans: Sequence[Span]) -> Overlap:
+    """How much of the tensor axes' collectives ran under compute; all zero without spans."""
+    ranks = sorted({s.rank for s in spans})
+    totals = [_overlap_of([s for s in spans if s.rank == rank]) for rank in ranks]
+    return (
+        Overlap(*(sum(column) / len(ranks) for column in zip(*totals, strict=True))) if ranks else Overlap(0, 0, 0, 0)
+    )
+
+
+def _overlap_of(spans: Sequence[Span]) -> Overlap:
+    """That of one rank, which runs one task after another."""
+    tasks: dict[tuple[int, SpanKind, int, int], list[_Interval]] = {}
+    for s in spans:
+        if s.kind in _COMPUTE:
+            tasks.setdefault((s.step, s.kind, s.microbatch, s.chunk), []).append(_Interval(s.start, s.end))
+    computed = sorted(tasks.values(), key=lambda own: min(i.start for i in own))
+    begins = [min(i.start for i in own) for own in computed]
+    ends = [max(i.end for i in own) for own in computed]
+    inside: list[list[_Interval]] = [[] for _ in computed]
+    outside: list[_Interval] = []
+    for i in _of(spans, SpanKind.TENSOR):
+        task = bisect_right(begins, i.start) - 1
+        (inside[task] if task >= 0 and i.start <= ends[task] else outside).append(i)
+    compute = hidden = hideable = 0.0
+    collective = _length(_union(outside))
+    for own, collectives in zip(computed, inside, strict=True):
+        computing, taken = _length(_union(own)), _length(_union(collectives))
+        compute += computing
+        collective += taken
+        hidden += computing + taken - _length(_union(own + collectives))
+        hideable += min(computing, taken)
+    return Overlap(compute, collective, hidden, hideable)
 
 
 def _of(spans: Sequence[Span], *kinds: SpanKind) -> list[_Interval]:

@@ -12,9 +12,13 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from axonn.checkpoint import Ranks, Shape, compare_shapes, load_whole, verify
+from axonn.checkpoint import load_whole, verify
 from axonn.errors import CheckpointError, ConfigError
 from axonn.models.base import PipelineModel
+from axonn.parts import Part, compare_shapes
+from axonn.placement import Shape
+from axonn.ranks import Ranks
+from axonn.tensor import TensorContext
 
 MASTER = "master."
 """What the names of the weights begin with among the tensors of an engine's state."""
@@ -45,30 +49,30 @@ def read_weights(checkpoint: Path | str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(MASTER): weight for name, weight in weights.items()}
 
 
-def import_weights(
-    path: Path | str, tensors: Mapping[str, torch.Tensor], *, group: dist.ProcessGroup | None = None
-) -> None:
-    """Fill this rank's master weights from a safetensors file, converting to their type. Collective over `group`.
+def import_weights(path: Path | str, tensors: Mapping[str, Part], *, group: dist.ProcessGroup | None = None) -> None:
+    """Fill this rank's parts of master weights from a safetensors file, converting to their type.
 
-    `tensors`: the state of an engine; what does not begin with `MASTER` is left alone. Raises `ConfigError` naming the
-    parameters that the file lacks, has too many or has in another shape; nothing is changed then.
+    Collective over `group`; a rank reads only its parts. `tensors`: the state of an engine; what does not begin with
+    `MASTER` is left alone. Raises `ConfigError` naming the parameters that the file lacks, has too many or has in
+    another shape; nothing is changed then.
     """
-    weights = {name.removeprefix(MASTER): t for name, t in tensors.items() if name.startswith(MASTER)}
+    weights = {name.removeprefix(MASTER): part for name, part in tensors.items() if name.startswith(MASTER)}
     wanted = Ranks(group).shapes(weights)
     with _opened(path) as file:
         _compare(path, file, wanted)
         for name, target in weights.items():
-            _fill(target, file.get_tensor(name))
+            _fill(target, file.get_slice(name))
 
 
 def check_weights(path: Path | str, model: PipelineModel) -> None:
     """Raise `ConfigError` unless the file holds the weights of `model`. Reads names and shapes alone."""
     tied = {second for _, second in model.ties}
+    whole = TensorContext.serial()
     with torch.device("meta"):
         wanted = {
             f"{layer.name}.{name}": tuple(parameter.shape)
             for layer in model.layers
-            for name, parameter in layer.build().named_parameters()
+            for name, parameter in layer.build(whole).named_parameters()
             if f"{layer.name}.{name}" not in tied
         }
     with _opened(path) as file:
@@ -92,9 +96,6 @@ def _compare(path: Path | str, file: Any, wanted: Mapping[str, Shape]) -> None:
 
 
 @torch.no_grad()
-def _fill(target: torch.Tensor, value: torch.Tensor) -> None:
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if isinstance(target, DTensor):
-        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
-    target.copy_(value)
+def _fill(target: Part, stored: Any) -> None:
+    for piece in target.pieces:
+        target.view(piece).copy_(stored[piece.whole])

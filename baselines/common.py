@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import nn
 
-from axonn.config import LearningRateConfig, TrainConfig
+from axonn.config import GPTConfig, LearningRateConfig, TrainConfig
 from axonn.data.text import TextData
 from axonn.inter_layer.stage import Chunk, initialise
 from axonn.models.gpt import GPT
+from axonn.tensor import TensorContext
 
 DEVICE = torch.device("cpu")
 
 
 def beyond(config: TrainConfig) -> str | None:
     """What `config` asks for that no baseline does, and what to change; None when there is nothing."""
-    optimizer, precision = config.optimizer, config.precision
+    if not isinstance(config.model, GPTConfig):
+        return f"the baselines train GPTs, and {config.model.name} is none"
+    optimizer, precision, model = config.optimizer, config.precision, config.model
     asked = {
+        "dropout": model.dropout > 0 or model.attention_dropout > 0,
         "optimizer.clip_norm": optimizer.clip_norm is not None,
         "optimizer.schedule": optimizer.schedule != LearningRateConfig(),
         "activation_checkpointing": config.activation_checkpointing is not None,
@@ -36,11 +41,17 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> t
     return torch.optim.AdamW(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
 
 
+def loss_of(model: GPT) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Its loss of whole outputs and targets."""
+    return partial(model.loss, context=TensorContext.serial())
+
+
 class Layers(Chunk):
     """A chunk of our engine's layers with its initial weights: one tensor in, one tensor out."""
 
     def __init__(self, model: GPT, span: range, config: TrainConfig) -> None:
-        super().__init__(model, span, dtype=getattr(torch, config.precision.compute), device=DEVICE)
+        context = TensorContext.serial(seed=config.seed)
+        super().__init__(model, span, context=context, dtype=getattr(torch, config.precision.compute), device=DEVICE)
         initialise(model, self, seed=config.seed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]

@@ -21,7 +21,7 @@ from axonn.models.gpt import GPT
 from axonn.runtime import Runtime
 from axonn.schedules import ChunkLayout
 from axonn.trace import SpanRecorder
-from baselines.common import Batches, Layers, beyond, layers_of, make_optimizer
+from baselines.common import Batches, Layers, beyond, layers_of, loss_of, make_optimizer
 
 _MISSING = "DeepSpeed is not installed; install it with: pip install 'axonn-reproduction[deepspeed]'"
 _NEVER = 10**9
@@ -39,7 +39,7 @@ class DeepSpeedPipelineTrainer:
         spans = virtual_spans(model, ChunkLayout(stages=stages))
         # One of its layers is one of our stages: so it cuts where we cut.
         specs = [LayerSpec(Layers, model, span, config) for span in spans]
-        module = PipelineModule(specs, num_stages=stages, loss_fn=model.loss, partition_method="uniform")
+        module = PipelineModule(specs, num_stages=stages, loss_fn=loss_of(model), partition_method="uniform")
         self._size = config.microbatch_size
         self._batches = Batches(config)
         self._chunks = [part for part in module.modules() if isinstance(part, Layers)]
@@ -119,9 +119,11 @@ class DeepSpeedPipeline:
             return "DeepSpeed's pipeline is run with G_inter only here; set the other axes to 1"
         if grid.inter == 1:
             return "DeepSpeed's pipeline engine needs at least 2 stages; raise G_inter"
+        if (reason := beyond(config)) is not None:
+            return reason
         if config.model.tied_head:
             return "DeepSpeed ties whole layers, not an embedding with a head that also has a norm; untie the head"
-        return beyond(config)
+        return None
 
     def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
         return ScheduleConfig(name="1f1b")

@@ -12,7 +12,7 @@ from axonn.config import ScheduleConfig, TrainConfig
 from axonn.models.gpt import GPT
 from axonn.runtime import Runtime
 from axonn.trace import SpanRecorder
-from baselines.common import Batches, Layers, beyond, layers_of, make_optimizer
+from baselines.common import Batches, Layers, beyond, layers_of, loss_of, make_optimizer
 
 
 class PlainLoopTrainer:
@@ -22,6 +22,7 @@ class PlainLoopTrainer:
         self._config = config
         self._batches = Batches(config)
         self._model = GPT(config.model)
+        self._loss = loss_of(self._model)
         self._module = Layers(self._model, range(len(self._model.layers)), config)
         self._optimizer = make_optimizer(self._module.parameters(), config)
 
@@ -35,7 +36,7 @@ class PlainLoopTrainer:
         self._optimizer.zero_grad()
         total = 0.0
         for x, y in zip(inputs.split(size), targets.split(size), strict=True):
-            loss = self._model.loss(self._module(x), y) / microbatches
+            loss = self._loss(self._module(x), y) / microbatches
             loss.backward()
             total += loss.item()
         self._optimizer.step()

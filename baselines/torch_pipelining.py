@@ -19,7 +19,7 @@ from axonn.models.gpt import GPT
 from axonn.runtime import Runtime
 from axonn.schedules import ChunkLayout
 from axonn.trace import SpanRecorder
-from baselines.common import DEVICE, Batches, Layers, beyond, layers_of, make_optimizer
+from baselines.common import DEVICE, Batches, Layers, beyond, layers_of, loss_of, make_optimizer
 
 ScheduleName = Literal["1f1b", "zbv"]
 
@@ -44,9 +44,9 @@ class TorchPipeliningTrainer:
         ]
         microbatches = config.batch_size // config.microbatch_size
         self._schedule = (
-            Schedule1F1B(stages[0], microbatches, loss_fn=model.loss)
+            Schedule1F1B(stages[0], microbatches, loss_fn=loss_of(model))
             if schedule == "1f1b"
-            else ScheduleZBVZeroBubble(stages, microbatches, loss_fn=model.loss)
+            else ScheduleZBVZeroBubble(stages, microbatches, loss_fn=loss_of(model))
         )
         self._optimizer = make_optimizer(chain.from_iterable(c.parameters() for c in self._chunks), config)
 
@@ -88,9 +88,9 @@ class TorchPipelining:
         grid = config.grid
         if grid.data * grid.row * grid.col > 1:
             return "torch.distributed.pipelining is run with G_inter only here; set the other axes to 1"
-        if config.model.tied_head:
-            return "torch.distributed.pipelining does not tie parameters of two stages"
-        return self._too_small(config) or beyond(config)
+        if (reason := beyond(config) or self._too_small(config)) is not None:
+            return reason
+        return "torch.distributed.pipelining does not tie parameters of two stages" if config.model.tied_head else None
 
     def _too_small(self, config: TrainConfig) -> str | None:
         if config.batch_size // config.microbatch_size < config.grid.inter:

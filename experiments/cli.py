@@ -163,11 +163,11 @@ def train(
 ) -> None:
     """Train a model as a configuration says; goes on from the newest checkpoint of the run folder if there is one."""
     from axonn.config import TrainConfig, load_yaml
-    from axonn.data.text import TextData
-    from axonn.engine import check_axes, microbatches_of
+    from axonn.data import make_data
+    from axonn.engine import microbatches_of, sub_shards
     from axonn.grid import ProcessGrid
     from axonn.inter_layer.stage import virtual_spans
-    from axonn.models.gpt import GPT
+    from axonn.models import make_model
     from axonn.schedules import make_schedule
     from experiments import training
     from experiments.progress import TrainingProgress
@@ -177,24 +177,27 @@ def train(
     grid = ProcessGrid(**config.grid.model_dump())
     # Everything that can be wrong is found here, before ranks start.
     _launched_once()
-    check_axes(grid)
+    model = make_model(config.model)
+    model.check(grid)
+    sub_shards(config.overdecomposition, microbatch_size=config.microbatch_size, grid=grid)
     count = microbatches_of(batch_size=config.batch_size, microbatch_size=config.microbatch_size, grid=grid)
     schedule = make_schedule(config.schedule.spec(), stage=0, stages=grid.inter, microbatches=count)
-    stages = virtual_spans(GPT(config.model), schedule.layout)
-    data = TextData.of(config)
+    stages = virtual_spans(model, schedule.layout)
+    data = make_data(config)
     folder = out or RUNS / config_file.stem
     session = training.prepare(config, folder, data=data, command=_command(), fresh=fresh, warn=_warn)
     console.print(
         f"{config.model.parameters / 1e6:.1f}M parameters, {grid.size} rank(s) ({grid}), {count} microbatch(es) per "
-        f"pipeline, layers per chunk {[len(s) for s in stages]}, {len(data.tokens)} tokens"
+        f"pipeline, layers per chunk {[len(s) for s in stages]}, {data.summary}"
     )
     if session.resume is not None:
         if session.first >= config.steps:
             console.print(f"nothing to do: {session.first} batches are done; raise steps, or start anew with --fresh")
             return
         console.print(f"going on after batch {session.first} from {session.resume.folder}", soft_wrap=True)
+    unit = config.model.sample_unit
     try:
-        with TrainingProgress(console, folder, first=session.first, steps=config.steps) as progress:
+        with TrainingProgress(console, folder, first=session.first, steps=config.steps, unit=unit) as progress:
             record = training.train(session, fresh=fresh, on_batch=progress)
     except KeyboardInterrupt:
         _say_how_to_go_on(folder)
@@ -204,6 +207,8 @@ def train(
         raise AxonnError(f"{record.failure.detail}; {len(record.losses)} batches are kept in {folder}")
     console.print(f"loss {record.losses[0]:.4f} -> {record.losses[-1]:.4f} in {len(record.losses)} batches; {folder}")
     console.print(_time_of(record.batch_time_s, record.parts_s), soft_wrap=True)
+    if len(record.bytes_per_batch) > 1:
+        console.print(_sent_by_axis(record.bytes_per_batch), soft_wrap=True, highlight=False)
 
 
 def _warn(message: str) -> None:
@@ -228,6 +233,12 @@ def _time_of(seconds: float | None, parts: Mapping[str, float]) -> str:
     total = sum(parts.values())
     shares = ", ".join(f"{name.replace('_', '-')} {part / total:.0%}" for name, part in parts.items() if part > 0)
     return f"{seconds:.3f} s per batch" + (f": {shares}" if shares else "")
+
+
+def _sent_by_axis(sizes: Mapping[str, int]) -> str:
+    """What a rank sends for a batch, in one line."""
+    parts = ", ".join(f"{axis} {size:,}" for axis, size in sorted(sizes.items(), key=lambda item: -item[1]))
+    return f"bytes sent per batch by a rank, at most: {parts}"
 
 
 @app.command()

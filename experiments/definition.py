@@ -9,7 +9,16 @@ from typing import Any
 
 from pydantic import Field
 
-from axonn.config import GPTConfig, GridConfig, OptimizerConfig, StrictModel, TrainConfig, load_yaml, validate
+from axonn.config import (
+    GPTConfig,
+    GridConfig,
+    OptimizerConfig,
+    StrictModel,
+    TrainConfig,
+    load_yaml,
+    read_yaml,
+    validate,
+)
 from axonn.errors import ConfigError
 from axonn.perf.machine import MachineFile, load_machine
 from axonn.perf.strategy import Strategy
@@ -101,8 +110,11 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_model(name: str) -> GPTConfig:
-    """A model of experiments/models by name."""
-    return load_yaml(_find("models", name), GPTConfig)
+    """A GPT of experiments/models by name, the kind of model that the performance model knows."""
+    path = _find("models", name)
+    if isinstance(content := read_yaml(path), dict) and content.get("kind", "gpt") != "gpt":
+        raise ConfigError(f"{path}: is no GPT; the performance model only knows GPTs")
+    return load_yaml(path, GPTConfig)
 
 
 def find_machine(name: str) -> MachineFile:

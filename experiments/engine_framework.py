@@ -7,15 +7,15 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
-import torch
-
 from axonn.config import ScheduleConfig, TrainConfig
-from axonn.data.text import TextData
+from axonn.data import make_data
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
-from axonn.models.gpt import GPT
+from axonn.models import make_model
+from axonn.parts import Part
 from axonn.runtime import Runtime
 from axonn.trace import SpanRecorder
+from axonn.traffic import Traffic
 from experiments.framework import ResumableTrainer
 
 
@@ -23,9 +23,9 @@ class EngineTrainer(ResumableTrainer):
     """An `Engine` with its data."""
 
     def __init__(self, config: TrainConfig, runtime: Runtime, spans: SpanRecorder | None) -> None:
-        self.data = TextData.of(config)
+        self.data = make_data(config)
         self.engine = Engine(
-            GPT(config.model),
+            make_model(config.model),
             grid=ProcessGrid(**config.grid.model_dump()),
             rank=runtime.rank,
             batch_size=config.batch_size,
@@ -36,6 +36,7 @@ class EngineTrainer(ResumableTrainer):
             optimizer=config.optimizer,
             precision=config.precision,
             activation_checkpointing=config.activation_checkpointing,
+            overdecomposition=config.overdecomposition,
             seed=config.seed,
             steps=config.steps,
             spans=spans,
@@ -53,7 +54,7 @@ class EngineTrainer(ResumableTrainer):
     def data_digest(self) -> str:
         return self.data.digest
 
-    def state_tensors(self) -> dict[str, torch.Tensor]:
+    def state_tensors(self) -> dict[str, Part]:
         return self.engine.state_tensors()
 
     def state_loaded(self) -> None:
@@ -67,6 +68,9 @@ class EngineTrainer(ResumableTrainer):
 
     def memory(self) -> dict[str, int]:
         return self.engine.memory()
+
+    def traffic(self) -> list[Traffic]:
+        return self.engine.traffic()
 
 
 class EngineFramework:

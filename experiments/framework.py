@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
-import torch
-
 from axonn.config import ScheduleConfig, TrainConfig
 from axonn.engine import BatchResult
 from axonn.errors import LaunchError
+from axonn.parts import Part
 from axonn.runtime import Runtime
 from axonn.trace import SpanRecorder
+from axonn.traffic import Traffic
 
 
 class Trainer(Protocol):
@@ -44,7 +44,7 @@ class ResumableTrainer(ABC):
         """Hash of the data that it trains on."""
 
     @abstractmethod
-    def state_tensors(self) -> Mapping[str, torch.Tensor]:
+    def state_tensors(self) -> Mapping[str, Part]:
         """This rank's part of the state, by names that are global over the job; call `state_loaded` after writing."""
 
     @abstractmethod
@@ -62,6 +62,10 @@ class ResumableTrainer(ABC):
     @abstractmethod
     def memory(self) -> Mapping[str, int]:
         """Bytes by category."""
+
+    def traffic(self) -> Sequence[Traffic]:
+        """What this rank sent for the last batch, where that is counted."""
+        return ()
 
 
 class Framework(Protocol):

@@ -84,7 +84,6 @@ class TrainingLoop:
                 self._write(self._batches, self._row(step, loss, now - before))
                 if not math.isfinite(loss):
                     raise FloatingPointError(f"the loss of batch {step} is {loss}; lower optimizer.lr")
-                self._runtime.collectives.calls.clear()
                 before = time.perf_counter() if self._between(step + 1) else now
             self._spans.flush()
 
@@ -105,9 +104,8 @@ class TrainingLoop:
     def _evaluate(self, done: int, evaluation: EvaluationConfig) -> None:
         assert self._full is not None
         start = time.perf_counter()
-        self._spans.recording = False
-        losses = [self._full.evaluate(number) for number in range(evaluation.batches)]
-        self._spans.recording = True
+        with self._spans.paused():
+            losses = [self._full.evaluate(number) for number in range(evaluation.batches)]
         row = {"batches": done, "loss": sum(losses) / len(losses), "seconds": time.perf_counter() - start}
         self._write(self._evaluations, row)
 
@@ -140,12 +138,12 @@ class TrainingLoop:
         return self._digest
 
     def _row(self, step: int, loss: float, seconds: float) -> Row:
-        tokens = self._config.batch_size * self._config.model.seq_len
+        model = self._config.model
         row: Row = {
             "step": step,
             "loss": loss,
             "seconds": seconds,
-            "tokens_per_s": tokens / seconds,
+            f"{model.sample_unit}_per_s": self._config.batch_size * model.units_per_sample / seconds,
             # With the operations that are computed again, where that is configured: not comparable with the next.
             "tflops_per_gpu": self._tflop[self._recompute] / seconds,
             "tflops_per_gpu_without_recompute": self._tflop[False] / seconds,

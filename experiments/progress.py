@@ -19,17 +19,18 @@ _SPEED_OVER = 20
 
 
 class TrainingProgress:
-    """Shows loss, tokens/s, TFLOP/s per device, time left and the last evaluation of the run in `folder`.
+    """Shows loss, `unit`s per second, TFLOP/s per device, time left and the last evaluation of the run in `folder`.
 
     A context manager; call it with the number of finished batches.
     """
 
-    def __init__(self, console: Console, folder: Path, *, first: int, steps: int) -> None:
+    def __init__(self, console: Console, folder: Path, *, first: int, steps: int, unit: str = "tokens") -> None:
         self._console = console
         self._batches = Tail(folder / BATCHES)
         self._evaluations = Tail(folder / EVALUATIONS)
         self._first = first
         self._steps = steps
+        self._unit = unit
         self._last: deque[Row] = deque(maxlen=_SPEED_OVER)
         self._evaluation: Row | None = None
         self._said = 0.0
@@ -77,7 +78,7 @@ class TrainingProgress:
         left = timedelta(seconds=round(seconds * (self._steps - done)))
         parts = [
             f"loss {newest['loss']:.4f}",
-            f"{newest['tokens_per_s'] * newest['seconds'] / seconds:,.0f} tokens/s",
+            f"{newest[f'{self._unit}_per_s'] * newest['seconds'] / seconds:,.0f} {self._unit}/s",
             f"{newest['tflops_per_gpu'] * newest['seconds'] / seconds:.3g} TFLOP/s per device",
             f"{left} left",
         ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from axonn.config import TrainConfig
+from axonn.config import ModelConfig, TrainConfig, UNetConfig
 from axonn.errors import LaunchError
 from axonn.grid import ProcessGrid
 from axonn.records import Asked, Failure, Ran, Record, read_records, write_records
@@ -26,6 +26,7 @@ _SOURCES = (
     "axonn/transport/*.py",
     "axonn/inter_layer/*.py",
     "axonn/optim/*.py",
+    "axonn/tensor/*.py",
     "axonn/models/*.py",
     "axonn/data/*.py",
     "baselines/*.py",
@@ -162,10 +163,12 @@ def ran_by(framework: Framework, config: TrainConfig) -> Ran:
     )
 
 
-def tflops_formula(*, recompute: bool) -> str:
-    """The formula of `axonn.records.gpt_flops` in words."""
-    passes, name = (96, "activation recompute") if recompute else (72, "no recompute")
-    return f"{passes}bslh^2(1+s/6h)+6bshV ({name})"
+def tflops_formula(model: ModelConfig, *, recompute: bool) -> str:
+    """The formula of `axonn.records.Asked.flops` in words."""
+    name = "activation recompute" if recompute else "no recompute"
+    if isinstance(model, UNetConfig):
+        return f"{4 if recompute else 3} x forward of convolutions and matrix products ({name})"
+    return f"{96 if recompute else 72}bslh^2(1+s/6h)+6bshV ({name})"
 
 
 def _record(point: Point, framework: Framework, outcome: Outcome, command: str) -> Record:
@@ -187,7 +190,8 @@ def _record(point: Point, framework: Framework, outcome: Outcome, command: str) 
         losses=outcome.losses,
         parts_s={} if mean is None else parts_of(point.folder, config, first=point.warmup, last=config.steps),
         memory_bytes=outcome.memory_bytes,
-        tflops_formula=None if mean is None else tflops_formula(recompute=False),
+        bytes_per_batch=outcome.bytes_per_batch,
+        tflops_formula=None if mean is None else tflops_formula(config.model, recompute=False),
         tflops_per_gpu_without_recompute=None
         if mean is None
         else asked.flops(recompute=False) / mean / point.ranks / 1e12,

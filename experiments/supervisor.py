@@ -36,6 +36,8 @@ class Outcome:
     batch_times_s: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     memory_bytes: int | None = None
+    bytes_per_batch: dict[str, int] = field(default_factory=dict)
+    """See `axonn.records.Record`."""
     failure: Failure | None = None
 
 
@@ -78,11 +80,16 @@ def supervise(
             _end(process)
     failure = failure or _failure_after_exit(process.returncode, folder, ranks)
     batches = read_rows(folder / BATCHES)
-    memory = [s["memory_bytes"] for r in range(ranks) if "memory_bytes" in (s := _state(folder, r))]
+    states = [_state(folder, rank) for rank in range(ranks)]
+    most_sent: dict[str, int] = {}
+    for state in states:
+        for axis, size in state.get("bytes_per_batch", {}).items():
+            most_sent[axis] = max(size, most_sent.get(axis, 0))
     return Outcome(
         batch_times_s=[b["seconds"] for b in batches],
         losses=[b["loss"] for b in batches],
-        memory_bytes=max(memory, default=None),
+        memory_bytes=max((state["memory_bytes"] for state in states if "memory_bytes" in state), default=None),
+        bytes_per_batch=most_sent,
         failure=failure,
     )
 

@@ -19,12 +19,13 @@ import yaml
 
 from axonn.checkpoint import Checkpoint, clean, latest, remove_all
 from axonn.config import TrainConfig, validate
-from axonn.data.text import TextData, held_out_of
+from axonn.data import Data
+from axonn.data.order import held_out_of
 from axonn.errors import ConfigError, LaunchError
 from axonn.files import replace_durably
 from axonn.grid import ProcessGrid
 from axonn.launch import find_mpiexec
-from axonn.models.gpt import GPT
+from axonn.models import make_model
 from axonn.records import Asked, Failure, Record, write_records
 from axonn.weights import check_weights
 from experiments.framework import Framework, load_framework
@@ -41,6 +42,7 @@ _MAY_CHANGE = {
     "evaluation",
     "grid",
     "microbatch_size",
+    "overdecomposition",
     "optimizer.bsize",
     "optimizer.buckets_resident",
     "optimizer.k",
@@ -75,7 +77,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
 
 
 def prepare(
-    config: TrainConfig, folder: Path, *, data: TextData, command: str, fresh: bool, warn: Callable[[str], None]
+    config: TrainConfig, folder: Path, *, data: Data, command: str, fresh: bool, warn: Callable[[str], None]
 ) -> Session:
     """Find out where to start; changes nothing on disk. `config` is `resolved`, `data` is its data.
 
@@ -93,11 +95,11 @@ def prepare(
                 "change it back, choose another --out, or start anew with --fresh, which removes its checkpoints"
             )
     elif config.initial_weights is not None:
-        check_weights(config.initial_weights, GPT(config.model))
+        check_weights(config.initial_weights, make_model(config.model))
     return Session(config=config, folder=folder, command=command, resume=resume)
 
 
-def config_differences(checkpoint: Checkpoint, config: TrainConfig, data: TextData) -> list[str]:
+def config_differences(checkpoint: Checkpoint, config: TrainConfig, data: Data) -> list[str]:
     """What keeps `config` from going on with a checkpoint, in words."""
     where = str(checkpoint.folder)
     saved = _flat(validate(checkpoint.state.config, TrainConfig, where=where))
@@ -175,7 +177,8 @@ def _write_record(session: Session, framework: Framework, outcome: Outcome) -> R
         losses=losses,
         parts_s={} if mean is None else _parts(session),
         memory_bytes=outcome.memory_bytes,
-        tflops_formula=tflops_formula(recompute=recompute),
+        bytes_per_batch=outcome.bytes_per_batch,
+        tflops_formula=tflops_formula(config.model, recompute=recompute),
         tflops_per_gpu=tflops(recompute=True) if recompute else None,
         tflops_per_gpu_without_recompute=tflops(recompute=False),
         created=_now(),
@@ -215,7 +218,9 @@ def _describe(session: Session, framework: Framework) -> None:
         "version": framework.version(),
         "grid": session.config.grid.model_dump(),
         "machine": this_machine().model_dump(exclude_none=True),
-        "tflops_formula": tflops_formula(recompute=session.config.activation_checkpointing is not None),
+        "tflops_formula": tflops_formula(
+            session.config.model, recompute=session.config.activation_checkpointing is not None
+        ),
     }
     replace_durably(path, json.dumps({"schema": "axonn-run/1", "sessions": [*earlier, this]}, indent=1) + "\n")
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def _train(folder: Path, rank: int) -> None:
     from axonn.grid import ProcessGrid
     from axonn.runtime import connect
     from axonn.trace import SpanRecorder
+    from axonn.traffic import Traffic, sent_by_axis
     from experiments.framework import ResumableTrainer, load_framework
     from experiments.loop import TrainingLoop
 
@@ -73,6 +75,7 @@ def _train(folder: Path, rank: int) -> None:
     checkpoint = None if spec["checkpoint"] is None else Path(spec["checkpoint"])
     framework = load_framework(spec["framework"])
     memory: dict[str, int] = {}
+    traffic: list[Traffic] = []
     with connect(ProcessGrid(**config.grid.model_dump()), transport=config.transport) as runtime:
         spans = SpanRecorder(rank, clock_offset=runtime.clock_offset, folder=folder / f"spans-{rank}.parquet")
         with framework.trainer(config, runtime, spans) as trainer:
@@ -80,10 +83,19 @@ def _train(folder: Path, rank: int) -> None:
             loop.run(loop.start(checkpoint))
             if isinstance(trainer, ResumableTrainer):
                 memory |= trainer.memory()
+                traffic += trainer.traffic()
         runtime.barrier()
     # Linux counts resident memory in KiB.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    set_state(folder, rank, "done", memory_bytes=peak, memory=memory)
+    set_state(
+        folder,
+        rank,
+        "done",
+        memory_bytes=peak,
+        memory=memory,
+        bytes_per_batch=sent_by_axis(traffic),
+        traffic=[asdict(part) for part in traffic],
+    )
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -14,16 +15,25 @@ from axonn.config import OptimizerConfig, PrecisionConfig
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.stage import ParameterSpec
 from axonn.optim.model_optimizer import ModelMemory, ModelOptimizer, StepResult
-from axonn.placement import Placement
+from axonn.parts import Part
+from axonn.placement import Cut, Placement
 from axonn.runtime import connect
 from axonn.trace import Span, SpanRecorder
 from axonn.transport import InProcessCollectives, InProcessWorld
+from tests.parts import part_of
 
 CPU = torch.device("cpu")
 # None is a default, so an option that gets lost shows.
 OPTIONS: dict[str, Any] = {"lr": 2e-3, "betas": (0.85, 0.98), "eps": 1e-7, "weight_decay": 0.05}
 SHAPES = {"matrix": (7, 5), "bias": (3,), "scalar": (), "long": (41,)}
 TIED_SHAPE = (4, 6)
+CUT: dict[str, tuple[tuple[int, ...], tuple[Cut, ...]]] = {
+    "both": ((8, 12), (Cut(0, "col", (8,)), Cut(1, "row", (12,)))),
+    "fused": ((12, 2), (Cut(0, "col", (4, 8)),)),
+    "rows": ((12,), (Cut(0, "row", (12,)),)),
+    "tied": (TIED_SHAPE, (Cut(0, "col", (4,)), Cut(1, "row", (6,)))),
+}
+"""Parameters that grids with tensor axes cut, and how. All others are repeated there."""
 PRECISIONS: dict[str, dict[str, Any]] = {
     "float64": {"compute": "float64"},
     "float32": {"compute": "float32"},
@@ -38,10 +48,15 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A grid whose stages hold one of each of SHAPES, and with `tied` one parameter on the first and the last stage."""
+    """A grid whose stages hold one of each of SHAPES, and with `tied` one parameter on the first and the last stage.
+
+    Where there are tensor axes, they hold their parts of what is CUT too.
+    """
 
     data: int = 1
     inter: int = 1
+    row: int = 1
+    col: int = 1
     tied: bool = False
     steps: int = 4
     precision: str = "float64"
@@ -51,7 +66,7 @@ class Case:
 
     @property
     def grid(self) -> ProcessGrid:
-        return ProcessGrid(data=self.data, inter=self.inter)
+        return ProcessGrid(data=self.data, inter=self.inter, row=self.row, col=self.col)
 
     @property
     def config(self) -> OptimizerConfig:
@@ -66,17 +81,32 @@ class Outcome:
     states: list[dict[str, torch.Tensor]] = field(default_factory=list)
     parameters: list[dict[str, torch.Tensor]] = field(default_factory=list)
     progress: list[dict[str, int | float]] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
+    calls: Counter[Call] = field(default_factory=Counter)
     """Of the last step."""
     spans: list[Span] = field(default_factory=list)
     memory: ModelMemory | None = None
 
 
-def shapes_of(case: Case, stage: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {f"stage{stage}.{name}": shape for name, shape in SHAPES.items()}
-    if case.tied and stage in (0, case.inter - 1):
-        shapes["tied"] = TIED_SHAPE
-    return shapes
+def placements_of(case: Case, stage: int) -> dict[str, Placement]:
+    """The parameters of a stage; as layers do, without cuts along a single rank."""
+
+    def place(name: str, shape: tuple[int, ...], stages: tuple[int, ...] = ()) -> Placement:
+        cuts = tuple(cut for cut in CUT.get(name, ((), ()))[1] if case.grid.extent(cut.axis) > 1)
+        return Placement(shape=shape, cuts=cuts, tied_stages=stages)
+
+    cut = {name: shape for name, (shape, _) in CUT.items() if name != "tied" and case.grid.tensor > 1}
+    found = {f"stage{stage}.{name}": place(name, shape) for name, shape in (cut | SHAPES).items()}
+    ends = (0, case.inter - 1)
+    if case.tied and stage in ends:
+        found["tied"] = place("tied", TIED_SHAPE, ends if case.inter > 1 else ())
+    return found
+
+
+def parts_of(case: Case, rank: int, tensors: dict[str, torch.Tensor]) -> dict[str, Part]:
+    """A rank's parameters, or what is like them, as parts."""
+    here = case.grid.coordinates(rank)
+    placements = placements_of(case, here.inter)
+    return {name: Part.placed(tensor, placements[name], case.grid, here) for name, tensor in tensors.items()}
 
 
 @cache
@@ -99,16 +129,14 @@ def gradient(name: str, shape: tuple[int, ...], step: int, data: int, stage: int
 
 
 def specs_of(case: Case, rank: int) -> list[ParameterSpec]:
-    stage = case.grid.coordinates(rank).inter
     dtype = getattr(torch, PrecisionConfig(**PRECISIONS[case.precision]).compute)
-    tied_stages = (0, case.inter - 1) if case.tied and case.inter > 1 else ()
     return [
         ParameterSpec(
             name=name,
-            parameter=nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")),
-            placement=Placement(tied_stages=tied_stages if name == "tied" else ()),
+            parameter=nn.Parameter(torch.empty(placement.local_shape(case.grid), dtype=dtype, device="meta")),
+            placement=placement,
         )
-        for name, shape in shapes_of(case, stage).items()
+        for name, placement in placements_of(case, case.grid.coordinates(rank).inter).items()
     ]
 
 
@@ -121,6 +149,13 @@ def make_optimizer(
     spans: SpanRecorder | None = None,
 ) -> tuple[ModelOptimizer, list[ParameterSpec]]:
     specs = specs_of(case, rank) if specs is None else specs
+    placements = {spec.name: spec.placement for spec in specs}
+    here = case.grid.coordinates(rank)
+
+    def initialise_part(name: str, tensor: torch.Tensor) -> None:
+        whole = random_value(placements[name].shape, "weight", name)
+        tensor.copy_(part_of(whole, placements[name], case.grid, here))
+
     optimizer = ModelOptimizer(
         specs,
         grid=case.grid,
@@ -128,7 +163,7 @@ def make_optimizer(
         collectives=collectives or SerialCollectives(case.grid, rank),
         config=case.config,
         precision=PrecisionConfig(**PRECISIONS[case.precision]),
-        initialise=initialise,
+        initialise=initialise_part,
         device=CPU,
         spans=spans,
         ties=[(0, case.inter - 1)] if case.tied and case.inter > 1 else [],
@@ -143,7 +178,8 @@ def give_gradients(optimizer: ModelOptimizer, specs: list[ParameterSpec], case: 
     for spec in specs:
         grad = spec.parameter.grad
         assert grad is not None
-        value = gradient(spec.name, tuple(grad.shape), step, here.data, here.inter)
+        whole = gradient(spec.name, spec.placement.shape, step, here.data, here.inter)
+        value = part_of(whole, spec.placement, case.grid, here)
         grad.add_((value * optimizer.loss_scale / case.data).to(grad.dtype))
     if case.spike is not None and case.spike[:2] == (step, rank):
         assert specs[-1].parameter.grad is not None
@@ -156,10 +192,10 @@ def optimize(case: Case, rank: int = 0, collectives: Collectives | None = None) 
     outcome = Outcome()
     for step in range(case.steps):
         give_gradients(optimizer, specs, case, rank, step)
-        before = 0 if collectives is None else len(collectives.calls)
+        before = Counter() if collectives is None else collectives.calls.copy()
         outcome.results.append(optimizer.step(step))
-        outcome.calls = [] if collectives is None else collectives.calls[before:]
-        outcome.states.append({name: tensor.clone() for name, tensor in optimizer.state_tensors().items()})
+        outcome.calls = Counter() if collectives is None else collectives.calls - before
+        outcome.states.append({name: part.tensor.clone() for name, part in optimizer.state_tensors().items()})
         outcome.parameters.append({spec.name: spec.parameter.detach().clone() for spec in specs})
         outcome.progress.append(optimizer.progress())
         spans.step += 1
@@ -190,14 +226,14 @@ class Reference:
 def reference(case: Case) -> Reference:
     parameters: dict[str, nn.Parameter] = {}
     for stage in range(case.inter):
-        for name, shape in shapes_of(case, stage).items():
-            parameters.setdefault(name, nn.Parameter(random_value(shape, "weight", name).clone()))
+        for name, placement in placements_of(case, stage).items():
+            parameters.setdefault(name, nn.Parameter(random_value(placement.shape, "weight", name).clone()))
     optimizer = torch.optim.AdamW(parameters.values(), **OPTIONS)
     clip = case.config.clip_norm
     norms = []
     for step in range(case.steps):
         for name, parameter in parameters.items():
-            stages = [s for s in range(case.inter) if name in shapes_of(case, s)]
+            stages = [s for s in range(case.inter) if name in placements_of(case, s)]
             parts = [gradient(name, tuple(parameter.shape), step, d, s) for d in range(case.data) for s in stages]
             parameter.grad = torch.stack(parts).sum(0) / case.data
         norms.append(float(nn.utils.clip_grad_norm_(parameters.values(), float("inf") if clip is None else clip)))

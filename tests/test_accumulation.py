@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from axonn.inter_layer.accumulation import WeightGradients, accumulate_in_place
+from axonn.accumulation import WeightGradients, accumulate_in_place
 
 Make = Callable[[], nn.Module]
 

@@ -16,6 +16,7 @@ from axonn.inter_layer.activations import default_checkpoint_blocks
 from axonn.inter_layer.stage import Chunk, initialise, segments
 from axonn.models.base import Layer
 from axonn.models.gpt import GPT
+from axonn.tensor import TensorContext
 from tests.training import ROWS, Case, batch_of, make_engine
 
 MODEL = GPT(GPTConfig(name="t", layers=4, hidden=16, heads=2, seq_len=8, vocab=32))
@@ -59,10 +60,17 @@ def test_recomputing_keeps_gradients_to_the_bit() -> None:
     x = torch.randint(0, 32, (3, 8))
     gradients = []
     for recompute in (None, 1, 3):
-        chunk = Chunk(MODEL, range(10), dtype=torch.float32, device=torch.device("cpu"), recompute=recompute)
+        chunk = Chunk(
+            MODEL,
+            range(10),
+            context=TensorContext.serial(),
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            recompute=recompute,
+        )
         initialise(MODEL, chunk, seed=1)
         (logits,) = chunk(x)
-        MODEL.loss(logits, x).backward()
+        MODEL.loss(logits, x, TensorContext.serial()).backward()
         gradients.append([p.grad for p in chunk.parameters() if p.grad is not None])
     assert all(len(g) == len(gradients[0]) > 40 for g in gradients)
     for other in gradients[1:]:
@@ -88,8 +96,8 @@ def test_recomputing_leaves_the_inputs_of_the_segments() -> None:
 
 def test_layers_with_buffers_are_refused() -> None:
     class Odd:
-        layers = (Layer(name="norm", build=lambda: nn.BatchNorm1d(3), cost=1.0),)
+        layers = (Layer(name="norm", build=lambda context: nn.BatchNorm1d(3), cost=1.0),)
         ties = ()
 
     with pytest.raises(ConfigError, match=r"have buffers \(norm.running_mean"):
-        Chunk(Odd(), range(1), dtype=torch.float32, device=torch.device("cpu"))  # type: ignore[arg-type]
+        Chunk(Odd(), range(1), context=TensorContext.serial(), dtype=torch.float32, device=torch.device("cpu"))  # type: ignore[arg-type]

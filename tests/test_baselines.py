@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -10,30 +11,45 @@ from typing import Any
 import pytest
 import torch
 from mpi4py import MPI
+from torch.profiler import profile
 
+from axonn.collectives import Call
 from axonn.config import TrainConfig, validate
 from axonn.errors import LaunchError
 from axonn.grid import ProcessGrid
+from axonn.initial import fill
 from axonn.inter_layer.stage import virtual_spans
 from axonn.models.gpt import GPT
 from axonn.runtime import connect
 from axonn.schedules import ChunkLayout
+from axonn.tensor import TensorContext
 from baselines.common import Batches
 from baselines.deepspeed_pipeline import DeepSpeedPipeline
 from baselines.plain_loop import PlainLoop
 from baselines.torch_pipelining import TorchPipelining, TorchPipeliningZBV
+from baselines.torch_tensor_parallel import (
+    CountedCollectives,
+    TorchTensorParallel,
+    TorchTensorParallelTrainer,
+    TorchTensorParallelWholeEmbedding,
+)
 from experiments.framework import Framework
 from tests.rank_pool import ROOT, RankPool
 
 STEPS = 4
+HEADS, VOCAB = 3, 257
 BOUND = {"float64": 1e-10, "float32": 1e-5}
 V = ChunkLayout(stages=2, chunks=2, placement="v")
+
+
+def model_of(heads: int, vocab: int) -> dict[str, Any]:
+    return {"name": "test", "layers": 5, "hidden": 24, "heads": heads, "seq_len": 10, "vocab": vocab}
 
 
 def config_of(ranks: int, microbatches: int = 6, **changes: Any) -> TrainConfig:
     """Nothing in it is a default, so an option that gets lost shows."""
     plain = {
-        "model": {"name": "test", "layers": 5, "hidden": 24, "heads": 3, "seq_len": 10, "vocab": 257},
+        "model": model_of(HEADS, VOCAB),
         "grid": {"inter": ranks},
         "batch_size": 2 * microbatches,
         "microbatch_size": 2,
@@ -45,21 +61,21 @@ def config_of(ranks: int, microbatches: int = 6, **changes: Any) -> TrainConfig:
 
 
 @cache
-def serial_losses(batch_size: int, dtype: str) -> list[float]:
+def serial_losses(batch_size: int, dtype: str, heads: int = HEADS, vocab: int = VOCAB) -> list[float]:
     """A loop over whole batches: no microbatches, no stages, no fused optimizer."""
-    config = config_of(1, batch_size // 2, precision=dtype)
+    config = config_of(1, batch_size // 2, precision=dtype, model=model_of(heads, vocab))
     model, batches, o = GPT(config.model), Batches(config), config.optimizer
-    modules = {layer.name: layer.build().to(getattr(torch, dtype)) for layer in model.layers}
+    modules = {layer.name: layer.build(TensorContext.serial()).to(getattr(torch, dtype)) for layer in model.layers}
     named = {f"{n}.{p}": value for n, m in modules.items() for p, value in m.named_parameters()}
     for name, parameter in named.items():
-        model.initialise(name, parameter, seed=config.seed)
+        fill(parameter, model.initial(name), name=name, seed=config.seed)
     optimizer = torch.optim.AdamW(named.values(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
     losses = []
     for step in range(STEPS):
         x, targets = batches(step)
         for module in modules.values():
             x = module(x)
-        loss = model.loss(x, targets)
+        loss = model.loss(x, targets, TensorContext.serial())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -82,13 +98,14 @@ def train(comm: MPI.Intracomm, framework: type[Framework], config: TrainConfig) 
 def check(pool: RankPool, framework: type[Framework], config: TrainConfig, layout: ChunkLayout) -> None:
     assert framework().unavailable(config) is None
     dtype = config.precision.compute
-    serial = serial_losses(config.batch_size, dtype)
+    serial = serial_losses(config.batch_size, dtype, config.model.heads, config.model.vocab)
     assert len(set(serial)) == STEPS
     model = GPT(config.model)
     spans = virtual_spans(model, layout)
-    for rank, (losses, names) in enumerate(pool.run(train, framework, config, ranks=layout.stages)):
+    ranks = layout.stages * config.grid.col
+    for rank, (losses, names) in enumerate(pool.run(train, framework, config, ranks=ranks)):
         assert losses == pytest.approx(serial, rel=BOUND[dtype], abs=0), rank
-        mine = [spans[layout.virtual(rank, chunk)] for chunk in range(layout.chunks)]
+        mine = [spans[layout.virtual(rank // config.grid.col, chunk)] for chunk in range(layout.chunks)]
         assert names == [model.layers[i].name for span in mine for i in span], rank
 
 
@@ -105,6 +122,43 @@ def test_torch_1f1b_trains_like_one_rank(pool: RankPool, ranks: int, microbatche
 def test_torch_zbv_trains_like_one_rank(pool: RankPool, ranks: int, microbatches: int) -> None:
     layout = ChunkLayout(stages=ranks, chunks=2, placement="v")
     check(pool, TorchPipeliningZBV, config_of(ranks, microbatches), layout)
+
+
+TENSOR_PARALLEL = [TorchTensorParallel, TorchTensorParallelWholeEmbedding]
+
+
+def tensor_config(ranks: int, **changes: Any) -> TrainConfig:
+    """Heads and vocabulary that 4 ranks can share."""
+    return config_of(1, **{"grid": {"col": ranks}, "model": model_of(4, 260)} | changes)
+
+
+@pytest.mark.parametrize("framework", TENSOR_PARALLEL)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_torch_tensor_parallelism_trains_like_one_rank(pool: RankPool, framework: type[Framework], ranks: int) -> None:
+    check(pool, framework, tensor_config(ranks), ChunkLayout(stages=1))
+
+
+def counted(comm: MPI.Intracomm, config: TrainConfig, cut_embedding: bool) -> tuple[int, Counter[Call]]:
+    """A job of the rank pool: the collectives that Gloo ran of a batch, and those that were counted."""
+    with connect(ProcessGrid(col=comm.Get_size()), comm=comm):
+        trainer = TorchTensorParallelTrainer(config, comm.Get_size(), cut_embedding=cut_embedding)
+        with CountedCollectives(range(comm.Get_size())) as collectives, profile() as profiled:
+            trainer.train_batch(0)
+        ran = sum(event.count for event in profiled.key_averages() if event.key.startswith("gloo:"))
+        return ran, collectives.calls
+
+
+@pytest.mark.parametrize("cut_embedding", [True, False])
+def test_the_collectives_of_torch_tensor_parallelism_are_all_counted(pool: RankPool, cut_embedding: bool) -> None:
+    """In forward projection, FC2 and the embedding where it is cut; in backward QKV, FC1 and the head; the loss."""
+    config = tensor_config(2)
+    microbatches, rows = 6, 2 * config.model.seq_len
+    activation = Call("all-reduce sum", ("col",), (0, 1), rows * config.model.hidden, "float64", 8)
+    for ran, calls in pool.run(counted, config, cut_embedding, ranks=2):
+        assert calls[activation] == microbatches * (4 * config.model.layers + 1 + cut_embedding)
+        of_loss = [call for call in calls if call != activation]
+        assert {(call.kind, call.elements) for call in of_loss} >= {("all-reduce max", rows), ("all-reduce sum", rows)}
+        assert ran == calls.total()
 
 
 def test_deepspeed_trains_like_one_rank(pool: RankPool) -> None:
@@ -143,6 +197,13 @@ def test_grids_and_models_that_do_not_fit_are_refused() -> None:
         assert found is not None
         return found
 
+    for framework in TENSOR_PARALLEL:
+        for grid in ({"inter": 2}, {"col": 2, "data": 2}, {"row": 2}, {}):
+            assert "set the other axes to 1" in reason(framework(), grid=grid)
+        assert r"heads (3) of attention" in reason(framework(), grid={"col": 2})
+        assert "untie" in reason(framework(), grid={"col": 2}, model=model_of(4, 260) | {"tied_head": True})
+        assert "clip_norm" in (framework().unavailable(tensor_config(2, optimizer={"clip_norm": 1.0})) or "")
+        assert framework().unavailable(tensor_config(2)) is None
     tied = config_of(2).model.model_dump() | {"tied_head": True}
     assert "1 rank" in reason(PlainLoop())
     for framework in (TorchPipelining(), TorchPipeliningZBV()):
@@ -172,5 +233,5 @@ def test_every_framework_of_the_project_can_be_made() -> None:
     for target in project["entry-points"]["axonn.frameworks"].values():
         module, _, name = target.partition(":")
         labels.add(getattr(import_module(module), name)().label)
-    assert labels >= {"PyTorch 1F1B", "PyTorch ZBV", "PyTorch loop", "DeepSpeed pipeline"}
+    assert labels >= {"PyTorch 1F1B", "PyTorch ZBV", "PyTorch loop", "DeepSpeed pipeline", "PyTorch tensor parallel"}
     assert len(labels) == len(project["entry-points"]["axonn.frameworks"])

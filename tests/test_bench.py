@@ -19,22 +19,35 @@ from mpi4py import MPI
 from axonn.config import TrainConfig, validate
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
+from axonn.models.gpt import GPT
 from axonn.runtime import connect
 from axonn.schedules import ChunkLayout, Direction, Kind, ScheduleSpec, Task, make_schedule
 from axonn.tensors import TensorSpec
+from axonn.trace import Overlap, SpanRecorder
 from axonn.transport import Address, Edge, InProcessCollectives, InProcessTransport, InProcessWorld
 from baselines.torch_pipelining import TorchPipelining, TorchPipeliningZBV
+from baselines.torch_tensor_parallel import TorchTensorParallel
 from experiments.engine_framework import EngineFramework
 from experiments.framework import Framework
-from tests.bench import jitter, sleeping
+from tests.bench import jitter, sleeping, tensor
 from tests.bench.frameworks import Comparison, OneRank
 from tests.bench.jitter import Sleeps, draw
 from tests.bench.optimizer import bsize_of, parameters_of
-from tests.bench.paired import layers_of
+from tests.bench.paired import layers_of, on_grid, overlap_of, train_counted
 from tests.bench.report import make_console, save, show
 from tests.bench.schedules import cases, disagreements
 from tests.bench.sleeping import Compute, DelayedTransport, SleepModel
-from tests.bench.workloads import MICROBATCHES, OURS, SHAPES, Contender, Jitter, Paired, config_of, others
+from tests.bench.workloads import (
+    MICROBATCHES,
+    OURS,
+    SHAPES,
+    Contender,
+    Jitter,
+    Paired,
+    config_of,
+    message_bytes,
+    others,
+)
 from tests.rank_pool import RankPool
 
 STEPS = 2
@@ -258,3 +271,96 @@ def test_the_bucket_of_the_benchmark_leaves_a_saving_of_four(workload: str) -> N
     phi, bsize = parameters_of(workload), bsize_of(workload)
     assert 20 * phi / (4 * phi + 16 * 2 * bsize) >= 4.0
     assert Contender("x").ours
+
+
+# --- tensor parallelism
+
+
+def of_batch(comm: MPI.Intracomm, row: int, col: int) -> tuple[float, float | None, list[list[float]]]:
+    """A job of the rank pool: loss, bytes and overlap of a batch of ours, on ranks that were connected as 1 x 2."""
+    grid = ProcessGrid(row=row, col=col)
+    config = validate(config_of("tiny", grid_of(grid)), TrainConfig, where="test")
+    with connect(ProcessGrid(col=2), comm=comm) as runtime:
+        spans = SpanRecorder(runtime.rank)
+        with EngineFramework().trainer(config, on_grid(runtime, grid), spans) as trainer:
+            loss, sent_bytes = train_counted(trainer, 0, 2)
+        return loss, sent_bytes, overlap_of(spans, runtime)
+
+
+def of_pytorch(comm: MPI.Intracomm) -> tuple[float, float | None, list[list[float]]]:
+    config = validate(config_of("tiny", {"col": 2}), TrainConfig, where="test")
+    with connect(ProcessGrid(col=2), comm=comm) as runtime:
+        spans = SpanRecorder(runtime.rank)
+        with TorchTensorParallel().trainer(config, runtime, spans) as trainer:
+            loss, sent_bytes = train_counted(trainer, 0, 2)
+        return loss, sent_bytes, overlap_of(spans, runtime)
+
+
+def grid_of(grid: ProcessGrid) -> dict[str, int]:
+    return {"row": grid.row, "col": grid.col}
+
+
+def test_contenders_in_the_same_ranks_are_counted_alike(pool: RankPool) -> None:
+    wide, tall = (pool.run(of_batch, *extents, ranks=2) for extents in ((1, 2), (2, 1)))
+    theirs = pool.run(of_pytorch, ranks=2)
+    losses = [loss for rank in (*wide, *tall, *theirs) for loss in rank[:1]]
+    assert losses == pytest.approx([losses[0]] * 6, rel=1e-5)
+    for rank in range(2):
+        assert wide[rank][1] == tensor.sent("tiny", ProcessGrid(col=2))
+        assert tall[rank][1] == tensor.sent("tiny", ProcessGrid(row=2))
+        # A sum of one double per batch is ours alone; of the logits, both reduce three numbers for each token.
+        assert wide[rank][1] - theirs[rank][1] == 8
+    for ranks in (wide, tall):
+        (first,), (second,) = (Overlap(*o) for o in ranks[0][2]), (Overlap(*o) for o in ranks[1][2])
+        assert first == second
+        assert first.compute > 0
+        assert 0 <= first.hidden <= first.hideable
+        assert 0 < first.hideable <= first.collective
+    assert theirs[0][2] == [[0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("workload", SHAPES)
+@pytest.mark.parametrize("ranks", tensor.RANKS)
+def test_the_model_chooses_the_grid_that_counts(workload: str, ranks: int) -> None:
+    grids = tensor.grids_of(ranks)
+    assert all(grid.tensor == grid.size == ranks for grid in grids)
+    assert len(grids) == len(set(grids)) == {2: 2, 4: 3}[ranks]
+    for grid in grids:
+        config = validate(config_of(workload, grid_of(grid)), TrainConfig, where=workload)
+        GPT(config.model).check(grid)
+    assert tensor.chosen_grid(workload, ranks) == ProcessGrid(col=ranks)
+    # Two all-reduces of an activation in forward, two in backward, in each of 8 microbatches.
+    of_layer = MICROBATCHES * 4 * message_bytes(workload) * 2 * (ranks - 1)
+    assert tensor.layer_bytes(workload, ranks) == pytest.approx(of_layer)
+
+
+def test_a_link_takes_its_share_of_the_compute() -> None:
+    assert tensor.kbit_per_second(1e6, 0.5) == 16_000
+    assert tensor.kbit_per_second(1, 1e9) == 1
+
+
+def test_a_comparison_of_tensor_parallelism_says_what_counts() -> None:
+    def overlaps(hidden: float) -> list[Overlap]:
+        return [Overlap(compute=4.0, collective=2.0, hidden=hidden, hideable=share) for share in (1.0, 2.0, 2.0)]
+
+    grid = ProcessGrid(col=2)
+    contenders = [tensor.ours(grid, 1), tensor.ours(grid, 2), *tensor.pytorch(2)]
+    times = [[2.0, 2.0, 2.0], [1.6, 1.8, 1.6], [2.5, 1.5, 2.0], [3.0, 3.0, 3.0]]
+    paired = Paired(
+        times, [[1.0]] * 4, [None] * 4, [[]] * 4, [overlaps(0.5), overlaps(1.5), [], []], [3e6, 3e6, 4e6, None]
+    )
+    found = tensor.Comparison(contenders, paired)
+    assert found.fastest_pytorch == 2
+    assert found.over_pytorch == pytest.approx(0.8)
+    assert found.saved == pytest.approx(0.2)
+    rows = found.rows(workload="w")
+    assert [row["chosen"] for row in rows] == [True, True, False, False]
+    assert [row["sent_mb_per_rank"] for row in rows] == [3.0, 3.0, 4.0, None]
+    assert [row.get("hidden") for row in rows] == [0.25, 0.75, None, None]
+    assert rows[1]["hidden_of_hideable"] == 0.75
+    assert rows[1]["collectives_over_compute"] == 0.5
+    assert [row["reached"] for row in (tensor.bounded(found, 0.85), tensor.bounded(found, 0.75))] == [True, False]
+    assert [(row["figure"], row["reached"]) for row in tensor.hidden(found)] == [
+        (0.75, True),
+        (pytest.approx(0.2), True),
+    ]

@@ -1,17 +1,14 @@
-"""Collectives over groups of the grid: what arrives where, and that the engine issues what it must and no more."""
+"""Collectives over groups of the grid: what arrives where, and what is counted of them."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-import pytest
 import torch
 
 from axonn.collectives import Call, Collectives, SerialCollectives
 from axonn.grid import AXES, Axis, ProcessGrid
 from tests.every_rank import GRID, RunsRanks
-from tests.rank_pool import RankPool
-from tests.training import CHUNK, Case, Outcome, train_in_process, train_over_mpi
 
 TIES = [(0, 3), (0, 1), (1, 2), (2, 3), (0, 1, 3)]
 AXIS_SETS: list[tuple[Axis, ...]] = [("data",), ("inter",), ("row",), ("data", "inter"), AXES]
@@ -63,64 +60,38 @@ def test_one_call_after_the_other_stays_apart(run_ranks: RunsRanks) -> None:
     assert run_ranks(repeat) == [[8 * i + 28.0 for i in range(5)]] * 8
 
 
-def count_calls(collectives: Collectives) -> list[Call]:
+def count_calls(collectives: Collectives) -> Counter[Call]:
     data, world = collectives.axis_group(["data"]), collectives.axis_group(AXES)
-    collectives.all_reduce(torch.zeros(2, 3), data).wait()
+    for _ in range(3):
+        collectives.all_reduce(torch.zeros(2, 3), data).wait()
     collectives.all_reduce(torch.zeros(7, dtype=torch.float64), world, "max").wait()
+    collectives.all_gather(torch.zeros(2, 5, dtype=torch.bfloat16), torch.zeros(5, dtype=torch.bfloat16), data).wait()
+    ends = collectives.stage_group((0, 3))
+    if ends is not None:
+        collectives.all_reduce(torch.zeros(4), ends).wait()
+    collectives.all_reduce(torch.zeros(4), collectives.axis_group(["row"])).wait()
     return collectives.calls
 
 
-def test_every_call_is_counted_with_its_ranks_and_size(run_ranks: RunsRanks) -> None:
+def test_every_call_is_counted_with_its_ranks_axes_size_and_type(run_ranks: RunsRanks) -> None:
+    """And nothing that needs no other rank."""
     for rank, calls in enumerate(run_ranks(count_calls)):
-        assert calls == [
-            Call("all-reduce", GRID.group(rank, ["data"]), 6, 4),
-            Call("all-reduce", tuple(range(8)), 7, 8),
-        ]
+        replicas = GRID.group(rank, ["data"])
+        expected = {
+            Call("all-reduce sum", ("data",), replicas, 6, "float32", 4): 3,
+            Call("all-reduce max", AXES, tuple(range(8)), 7, "float64", 8): 1,
+            Call("all-gather", ("data",), replicas, 5, "bfloat16", 2): 1,
+        }
+        if rank % 4 in (0, 3):
+            expected[Call("all-reduce sum", ("inter",), (rank // 4 * 4, rank // 4 * 4 + 3), 4, "float32", 4)] = 1
+        assert calls == expected
 
 
 def test_a_single_rank_reduces_and_counts_nothing() -> None:
     collectives = SerialCollectives(ProcessGrid(), 0)
     tensor = torch.tensor([3.0])
     collectives.all_reduce(tensor, collectives.axis_group(AXES)).wait()
-    assert tensor.item() == 3.0
-    assert collectives.calls == []
-
-
-# --- what the engine must do, and no more
-
-
-def expected_calls(case: Case, rank: int, outcome: Outcome) -> Counter[Call]:
-    """Collectives of an evaluation and a training step, from first principles."""
-    grid = case.grid
-    here = grid.coordinates(rank)
-    size = 8 if case.dtype == "float64" else 4
-    everyone = tuple(range(grid.size))
-    calls: Counter[Call] = Counter()
-    # The loss of the evaluation and that of the training step, each a float64.
-    calls[Call("all-reduce", everyone, 1, 8)] += 2
-    if grid.data > 1:
-        elements = sum(p.numel() for p in outcome.parameters.values())
-        for start in range(0, elements, CHUNK):
-            calls[Call("all-reduce", grid.group(rank, ["data"]), min(CHUNK, elements - start), size)] += 1
-    if case.tied and here.inter in (0, grid.inter - 1) and grid.inter > 1:
-        ends = grid.rank(data=here.data, inter=0), grid.rank(data=here.data, inter=grid.inter - 1)
-        calls[Call("all-reduce", ends, case.model.vocab * case.model.hidden, size)] += 1
-    return calls
-
-
-CASES = [
-    Case(steps=2, data=4, tied=True),
-    Case(steps=2, inter=2, microbatches=3),
-    Case(steps=2, data=2, microbatches=3, dtype="float32"),
-    Case(steps=2, data=2, inter=4, microbatches=3, tied=True),
-]
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.grid))
-@pytest.mark.parametrize("transport", ["gloo", "in-process"])
-def test_the_engine_issues_just_the_collectives_it_needs(case: Case, transport: str, pool: RankPool) -> None:
-    """However many microbatches: the gradients of a batch are reduced once."""
-    in_process = transport == "in-process"
-    outcomes = train_in_process(case) if in_process else pool.run(train_over_mpi, case, ranks=case.grid.size)
-    for rank, outcome in enumerate(outcomes):
-        assert Counter(outcome.calls) == expected_calls(case, rank, outcome)
+    gathered = torch.zeros(1, 1)
+    collectives.all_gather(gathered, tensor, collectives.axis_group(["row"])).wait()
+    assert tensor.item() == gathered.item() == 3.0
+    assert not collectives.calls

@@ -9,6 +9,7 @@ import pytest
 from axonn.config import GPTConfig, TrainConfig, load_yaml, read_yaml
 from axonn.errors import ConfigError
 from axonn.models.gpt import GPT
+from axonn.tensor import TensorContext
 
 CONFIG = """\
 model: {name: tiny, layers: 2, hidden: 8, heads: 2, seq_len: 4, vocab: 256}
@@ -158,5 +159,5 @@ def test_configurations_do_not_change() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_number_of_parameters_is_that_of_the_model(tied: bool) -> None:
     config = GPTConfig(name="t", layers=3, hidden=24, heads=2, seq_len=10, vocab=61, tied_head=tied)
-    built = sum(p.numel() for layer in GPT(config).layers for p in layer.build().parameters())
+    built = sum(p.numel() for layer in GPT(config).layers for p in layer.build(TensorContext.serial()).parameters())
     assert config.parameters == built - (61 * 24 if tied else 0)

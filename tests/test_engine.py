@@ -35,7 +35,8 @@ def engine_in(world: InProcessWorld, case: Case, rank: int) -> Engine:
     [
         ({"grid": ProcessGrid(inter=2)}, ConfigError, "G_inter = 2 needs a transport"),
         ({"grid": ProcessGrid(data=2)}, ConfigError, "2 ranks need collectives"),
-        ({"grid": ProcessGrid(row=2)}, GridError, "set G_row and G_col of .* to 1"),
+        ({"grid": ProcessGrid(row=5)}, GridError, r"hidden \(24\) of .* along row = 5; .* work: G_row=6, G_col=1"),
+        ({"overdecomposition": 5}, GridError, "into more sub-shards than its 2 rows"),
         ({"rank": 1}, GridError, "rank 1 is not in the grid"),
         ({"device": torch.device("cuda")}, ConfigError, "device 'cuda' is not supported yet"),
         ({"schedule": ScheduleSpec(name="none")}, ConfigError, "unknown schedule 'none'"),

@@ -1,13 +1,7 @@
-"""Training on a grid equals serial training: losses, gradients of every step, parameters, on every rank.
-
-Errors are relative to the largest value of the tensor (gradients: of the layer), never elementwise. In float32 the
-reference is the serial run in float32: it starts from the same rounded weights and computes the same function with
-roundings of the same size, so the bound measures what the grid adds; against float64 it would measure float32 itself.
-"""
+"""Training on a grid equals serial training: losses, gradients of every step, parameters, on every rank."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
@@ -20,6 +14,7 @@ from axonn.collectives import TorchCollectives
 from axonn.runtime import connect
 from axonn.transport import InProcessCollectives, InProcessTransport, InProcessWorld
 from axonn.transport.mpi import MPITransport
+from tests.comparing import check_every_rank, check_gradients, check_parameters, check_same_bits
 from tests.pairwise import full_product, pairs_of, pairwise_cover
 from tests.rank_pool import RankPool
 from tests.training import (
@@ -31,11 +26,6 @@ from tests.training import (
     train_over_mpi,
     train_step,
 )
-
-GRADIENT_BOUND = {"float64": 1e-12, "float32": 1e-5}
-PARAMETER_BOUND = {"float64": 1e-10, "float32": 1e-3}
-# The gradient of the key bias is zero, since softmax does not see it: what is computed is rounding.
-KEY_BIAS_BOUND = {"float64": 1e-14, "float32": 1e-6}
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "message-driven": {},
@@ -122,70 +112,6 @@ def check_row(row: dict[str, Any], pool: RankPool) -> None:
     check_every_rank(case, outcomes)
 
 
-def check_every_rank(case: Case, outcomes: Sequence[Outcome]) -> None:
-    """Compare each rank's own losses, gradients and parameters with the serial run's."""
-    reference = serial_reference(case)
-    assert len(outcomes) == case.grid.size
-    for rank, outcome in enumerate(outcomes):
-        assert outcome.losses == pytest.approx(reference.losses, rel=GRADIENT_BOUND[case.dtype], abs=0), rank
-        assert outcome.evaluations == pytest.approx(reference.losses, rel=GRADIENT_BOUND[case.dtype], abs=0), rank
-        assert len(outcome.losses) == len(outcome.gradients) == case.steps
-        assert outcome.changed_by_evaluation == set(), rank
-        assert all(outcome.applied), rank
-        assert outcome.held == 0, rank
-        if case.clip is not None:
-            assert all(norm > case.clip for norm in reference.norms if norm is not None), "clipping is not tested"
-            assert outcome.norms == pytest.approx(reference.norms, rel=GRADIENT_BOUND[case.dtype], abs=0), rank
-        # With clipping the gradients that are left are scaled, or not; norms and parameters say what they were.
-        for step in range(case.steps if case.clip is None else 0):
-            check_gradients(case, rank, step, outcome.gradients[step], reference.gradients[step])
-        check_parameters(case, rank, outcome.parameters, reference.parameters)
-        assert outcome.gradients[-1].keys() == outcome.parameters.keys()
-    for replica in range(case.data):
-        ranks = [case.grid.rank(data=replica, inter=stage) for stage in range(case.inter)]
-        owned = [name for rank in ranks for name in outcomes[rank].parameters]
-        assert set(owned) == set(reference.parameters)
-        # Only a tied weight lies on two stages, unless both ends of the network lie on one.
-        twice = case.tied and case.inter > 1 and not (case.placement == "v" and case.chunks % 2 == 0)
-        assert len(owned) - len(set(owned)) == (1 if twice else 0)
-
-
-def key_part(name: str, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The tensor without its key bias, and the key bias (the middle third of a fused QKV bias) if it has one."""
-    if not name.endswith(".qkv.bias"):
-        return value, None
-    query, key, values = value.chunk(3)
-    return torch.cat([query, values]), key
-
-
-def largest(value: torch.Tensor) -> float:
-    return float(value.abs().max())
-
-
-def check_gradients(
-    case: Case, rank: int, step: int, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
-) -> None:
-    largest_of: dict[str, float] = defaultdict(float)
-    for name, gradient in theirs.items():
-        layer = name.partition(".")[0]
-        largest_of[layer] = max(largest_of[layer], largest(gradient))
-    for name, gradient in ours.items():
-        value, key = key_part(name, gradient)
-        error = largest(value - key_part(name, theirs[name])[0]) / largest_of[name.partition(".")[0]]
-        assert error <= GRADIENT_BOUND[case.dtype], f"gradient of {name} on rank {rank} in step {step}: {error:.1e}"
-        assert key is None or largest(key) <= KEY_BIAS_BOUND[case.dtype], f"{name} on rank {rank} in step {step}"
-
-
-def check_parameters(case: Case, rank: int, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    for name, parameter in ours.items():
-        assert parameter.dtype == getattr(torch, case.dtype)
-        value, key = key_part(name, parameter)
-        reference, _ = key_part(name, theirs[name])
-        error = largest(value - reference) / largest(reference)
-        assert error <= PARAMETER_BOUND[case.dtype], f"{name} on rank {rank}: {error:.1e}"
-        assert key is None or largest(key) <= KEY_BIAS_BOUND[case.dtype], f"{name} on rank {rank}"
-
-
 @pytest.mark.parametrize("row", COVER, ids=name_of)
 def test_a_grid_trains_like_one_rank(row: dict[str, Any], pool: RankPool) -> None:
     check_row(row, pool)
@@ -231,21 +157,20 @@ def test_the_references_differ_from_each_other() -> None:
     right = serial_reference(case)
     check_every_rank(case, [right])
     with pytest.raises(AssertionError, match="on rank 0"):
-        check_parameters(case, 0, short.parameters, right.parameters)
+        check_parameters(case, 0, short, right.parameters)
     with pytest.raises(AssertionError, match="on rank 0 in step 0"):
-        check_gradients(case, 0, 0, right.gradients[1], right.gradients[0])
+        check_gradients(case, 0, 0, right, right.gradients[1])
+
+
+def test_the_parts_of_another_rank_are_told_apart() -> None:
+    case = Case(col=2, microbatches=2)
+    outcomes = train_in_process(case)
+    check_every_rank(case, outcomes)
+    with pytest.raises(AssertionError, match="on rank 0"):
+        check_every_rank(case, outcomes[::-1])
 
 
 # --- the same bits
-
-
-def check_same_bits(one: Sequence[Outcome], other: Sequence[Outcome]) -> None:
-    for a, b in zip(one, other, strict=True):
-        assert a.losses == b.losses
-        assert a.evaluations == b.evaluations
-        for ours, theirs in [*zip(a.gradients, b.gradients, strict=True), (a.parameters, b.parameters)]:
-            assert ours.keys() == theirs.keys()
-            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 REPEATED = Case(data=2, inter=4, microbatches=7, dtype="float32", tied=True)

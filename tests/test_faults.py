@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import experiments.supervisor
-from axonn.config import DataConfig, OptimizerConfig
+from axonn.config import DataConfig, GridConfig, OptimizerConfig
 from axonn.errors import LaunchError
 from experiments import definition, runner
 from experiments.supervisor import Outcome, supervise
@@ -110,6 +110,19 @@ def test_a_killed_rank_ends_the_run_and_is_named(folder: Path, rank: int) -> Non
     assert nothing_runs(folder)
 
 
+@pytest.mark.parametrize("rank", [2, 3], ids=["leader", "told"])
+def test_a_killed_rank_of_a_stage_of_several_ends_the_run_and_is_named(folder: Path, rank: int) -> None:
+    """Others wait for what it decides, or in its collectives."""
+    config = tiny().model_copy(update={"grid": GridConfig(inter=2, col=2)})
+    harm = Harm(folder, signal.SIGKILL, rank=rank)
+    outcome = supervise("axonn", config, folder, on_batch=harm, timeout_s=200)
+    assert harm.seconds_ago < END_S
+    assert outcome.failure is not None
+    assert (outcome.failure.cause, outcome.failure.rank) == ("dead-rank", rank)
+    check_batches(outcome, harm.batches)
+    assert nothing_runs(folder)
+
+
 def test_a_killed_single_rank_is_named(folder: Path) -> None:
     harm = Harm(folder, signal.SIGSEGV, rank=0)
     outcome = supervise("axonn", tiny(inter=1), folder, on_batch=harm, timeout_s=200)
@@ -196,7 +209,7 @@ def test_an_interruption_leaves_no_ranks(folder: Path) -> None:
         ({"batch_size": 9}, "batch_size 9 is not a multiple of G_data x microbatch_size = 1 x 2 = 2"),
         ({"grid": {"data": 3}}, "batch_size 8 is not a multiple of G_data x microbatch_size = 3 x 2 = 6"),
         ({"grid": {"inter": 7}}, "7 stages need at least 7 layers, the model has 6; lower G_inter"),
-        ({"grid": {"row": 2}}, "set G_row and G_col"),
+        ({"grid": {"row": 3}}, "hidden (16) of embedding, norms and attention cannot be cut along row = 3"),
         ({"grid": {"data": 0}}, "'grid.data'"),
         ({"schedule": {"name": "1f2b"}}, "unknown schedule '1f2b'; known are message-driven, "),
         ({"schedule": {"name": "gpipe", "in_flight_limit": 2}}, "'gpipe' has no in_flight_limit"),

@@ -34,7 +34,9 @@ from tests.optimizing import (
     random_value,
     reference,
     same_bits,
+    specs_of,
 )
+from tests.parts import detached, part_of
 
 ELEMENTS = 35 + 3 + 1 + 41
 cuts = st.fixed_dictionaries(
@@ -61,9 +63,8 @@ def simple_optimizer(specs: list[ParameterSpec], precision: PrecisionConfig, **o
 
 
 def spec_of(name: str, *shape: int, dtype: torch.dtype = torch.float32, **more: Any) -> ParameterSpec:
-    return ParameterSpec(
-        name=name, parameter=nn.Parameter(torch.empty(shape, dtype=dtype)), placement=Placement(), **more
-    )
+    parameter = nn.Parameter(torch.empty(shape, dtype=dtype))
+    return ParameterSpec(name=name, parameter=parameter, placement=Placement(shape=shape), **more)
 
 
 # --- what a step computes
@@ -128,7 +129,7 @@ def test_masters_keep_updates_that_a_half_type_would_lose(half: str, placement: 
     spec = spec_of("weight", 8, dtype=getattr(torch, half))
     precision = PrecisionConfig(compute=half)  # type: ignore[arg-type]
     optimizer = simple_optimizer([spec], precision, lr=2.0**-12, weight_decay=0.0, placement=placement)
-    optimizer.state_tensors()["master.weight"].fill_(1.0)
+    optimizer.state_tensors()["master.weight"].tensor.fill_(1.0)
     optimizer.state_loaded()
     assert torch.equal(spec.parameter.detach(), torch.ones(8, dtype=spec.parameter.dtype))
     for step in range(64):
@@ -164,8 +165,8 @@ def test_the_learning_rate_of_the_batch_is_used() -> None:
     (spec,) = (s for s in specs if s.name.endswith("long"))
     for batch, share in ((1, 1.0), (0, 0.5), (3, 0.75), (9, 0.5)):
         before = spec.parameter.detach().clone()
-        optimizer.state_tensors()["exp_avg.stage0.long"].zero_()
-        optimizer.state_tensors()["exp_avg_sq.stage0.long"].zero_()
+        optimizer.state_tensors()["exp_avg.stage0.long"].tensor.zero_()
+        optimizer.state_tensors()["exp_avg_sq.stage0.long"].tensor.zero_()
         optimizer.load_progress({"updates": 0, "loss_scale": 1.0, "good_steps": 0})
         give_gradients(optimizer, specs, case, 0, 0)
         assert optimizer.step(batch).learning_rate == pytest.approx(2e-3 * share)
@@ -187,7 +188,7 @@ def test_parameters_stay_the_same_objects_in_one_buffer(precision: str, device: 
     dtype = getattr(torch, config.compute)
     module = module.to(device=device, dtype=dtype)
     objects = dict(module.named_parameters())
-    specs = [ParameterSpec(name=n, parameter=p, placement=Placement()) for n, p in objects.items()]
+    specs = [ParameterSpec(name=n, parameter=p, placement=Placement(shape=tuple(p.shape))) for n, p in objects.items()]
     optimizer, _ = make_optimizer(case, specs=specs)
     storages = {p.untyped_storage().data_ptr() for p in objects.values()}
     assert len(storages) == 1
@@ -214,7 +215,7 @@ def test_shared_parameters_use_one_memory_and_their_gradients_add_up(device: str
     first, second, third = (nn.Parameter(torch.empty(3, 2, dtype=torch.bfloat16, device=device)) for _ in range(3))
     specs = [
         spec_of("other", 5, dtype=torch.bfloat16),
-        ParameterSpec(name="shared", parameter=first, placement=Placement(), shared_with=(second, third)),
+        ParameterSpec(name="shared", parameter=first, placement=Placement(shape=(3, 2)), shared_with=(second, third)),
     ]
     optimizer = simple_optimizer(specs, PrecisionConfig(compute="bfloat16", gradients=gradients), lr=0.5)
     for _ in range(2):
@@ -339,25 +340,41 @@ def test_the_state_goes_over_to_another_optimizer_bit_for_bit(precision: str, pl
         give_gradients(first, specs, before, 0, step)
         first.step(step)
     second, specs = make_optimizer(after)
-    saved = {name: tensor.clone() for name, tensor in first.state_tensors().items()}
-    for name, tensor in second.state_tensors().items():
-        tensor.copy_(saved[name])
+    saved = detached(first.state_tensors())
+    for name, part in second.state_tensors().items():
+        part.tensor.copy_(saved[name].tensor)
     second.state_loaded()
     second.load_progress(first.progress())
     assert second.progress() == first.progress()
     for step in range(3, 5):
         give_gradients(second, specs, after, 0, step)
         assert second.step(step).loss_scale == whole.results[step].loss_scale
-        assert same_bits(dict(second.state_tensors()), whole.states[step])
+        state = {name: part.tensor for name, part in second.state_tensors().items()}
+        assert same_bits(state, whole.states[step])
         assert same_bits({s.name: s.parameter.detach() for s in specs}, whole.parameters[step])
 
 
-def test_state_tensors_have_the_names_and_shapes_of_the_parameters() -> None:
-    optimizer, specs = make_optimizer(Case(precision="bfloat16"))
-    found = {name: tuple(tensor.shape) for name, tensor in optimizer.state_tensors().items()}
-    kinds = ("master", "exp_avg", "exp_avg_sq")
-    assert found == {f"{kind}.{s.name}": tuple(s.parameter.shape) for kind in kinds for s in specs}
-    assert {tensor.dtype for tensor in optimizer.state_tensors().values()} == {torch.float32}
+@pytest.mark.parametrize("placement", ["device", "offloaded"])
+def test_state_tensors_have_the_names_and_places_of_the_parameters(placement: str) -> None:
+    case = Case(row=2, col=2, precision="bfloat16", options={"placement": placement})
+    here = case.grid.coordinates(3)
+    specs = specs_of(case, 3)
+    optimizer, _ = make_optimizer(case, rank=3, specs=specs, collectives=Elsewhere(case.grid, 3))
+    state = optimizer.state_tensors()
+    assert state.keys() == {f"{kind}.{s.name}" for kind in ("master", "exp_avg", "exp_avg_sq") for s in specs}
+    for spec in specs:
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            part = state[f"{kind}.{spec.name}"]
+            assert part.tensor.dtype == torch.float32
+            assert part.tensor.shape == spec.parameter.shape
+            assert part.shape == spec.placement.shape
+            assert list(part.pieces) == spec.placement.pieces(case.grid, here)
+        expected = part_of(random_value(spec.placement.shape, "weight", spec.name), spec.placement, case.grid, here)
+        assert torch.equal(state[f"master.{spec.name}"].tensor, expected.float())
+
+
+class Elsewhere(SerialCollectives):
+    """For a rank of a larger grid that reduces nothing."""
 
 
 def test_incomplete_progress_is_an_error() -> None:
@@ -383,7 +400,10 @@ class Watched(Collectives):
         return None
 
     def _all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation) -> Work:
-        return _WatchedWork(self, tensor, len(self.calls) - 1)
+        return _WatchedWork(self, tensor, self.calls.total() - 1)
+
+    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: Group) -> Work:
+        raise AssertionError("an optimizer gathers nothing")
 
 
 class _WatchedWork(Work):
@@ -393,7 +413,7 @@ class _WatchedWork(Work):
     def wait(self) -> None:
         owner = self._owner
         changed = {s.name for s in owner.specs if not torch.equal(s.parameter, owner.start[s.name])}
-        owner.seen.append((self._number, len(owner.calls), changed))
+        owner.seen.append((self._number, owner.calls.total(), changed))
         self._tensor.mul_(2)
 
 
@@ -412,7 +432,7 @@ def test_a_chunk_is_updated_while_the_next_are_reduced_unless_the_norm_is_needed
     optimizer.step(0)
     done = [set("abcd"[:i]) if clip is None else set() for i in range(4)]
     assert collectives.seen == [(i, 4, done[i]) for i in range(4)]
-    assert collectives.calls == [Call("all-reduce", (0, 1), 10, 8)] * 4
+    assert collectives.calls == {Call("all-reduce sum", ("data",), (0, 1), 10, "float64", 8): 4}
 
 
 @pytest.mark.parametrize(

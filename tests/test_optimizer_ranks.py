@@ -16,22 +16,24 @@ from torch import nn
 
 from axonn.collectives import Call, Collectives
 from axonn.config import OptimizerConfig, PrecisionConfig
-from axonn.grid import AXES, ProcessGrid
+from axonn.grid import AXES, Axis, ProcessGrid
 from axonn.inter_layer.stage import ParameterSpec
 from axonn.optim.model_optimizer import ModelOptimizer
+from axonn.perf.memory import HOST_STATE, model_state_bytes
 from axonn.placement import Placement
 from axonn.trace import SpanKind
 from tests.every_rank import GRID, RunsRanks, body_over_mpi
 from tests.optimizing import (
     CPU,
-    TIED_SHAPE,
     Case,
     Outcome,
     optimize_in_process,
     optimize_over_gloo,
+    parts_of,
     reference,
     same_bits,
 )
+from tests.parts import assembled
 from tests.rank_pool import RankPool
 
 STAGE_ELEMENTS = 35 + 3 + 1 + 41
@@ -42,27 +44,33 @@ GRIDS: list[dict[str, Any]] = [
     {"inter": 3, "tied": True},
     {"data": 2, "inter": 2, "tied": True},
     {"data": 2, "inter": 2},
+    {"row": 2},
+    {"col": 4},
+    {"row": 2, "col": 2},
+    {"data": 2, "row": 3, "col": 2},
+    {"inter": 2, "row": 3, "col": 1, "tied": True},
+    {"data": 2, "inter": 2, "row": 2, "col": 2, "tied": True},
 ]
 
 
-def check_agreement(case: Case, outcomes: list[Outcome]) -> None:
-    """Replicas and tied copies have the same bits on all ranks, and so has every decision."""
+def check_agreement(case: Case, outcomes: list[Outcome]) -> list[dict[str, torch.Tensor]]:
+    """Replicas and tied copies have the same bits on all ranks, and so has every decision; the whole model per step."""
+    whole = []
     for step in range(case.steps):
-        kept: dict[str, torch.Tensor] = {}
-        for outcome in outcomes:
-            for name, tensor in outcome.parameters[step].items():
-                assert torch.equal(kept.setdefault(name, tensor), tensor)
+        parameters = [outcome.parameters[step] for outcome in outcomes]
+        whole.append(assembled(parts_of(case, rank, own) for rank, own in enumerate(parameters)))
         assert {outcome.results[step] for outcome in outcomes} == {outcomes[0].results[step]}
         assert all(outcome.progress[step] == outcomes[0].progress[step] for outcome in outcomes)
+    return whole
 
 
 def check_against_torch(case: Case, outcomes: list[Outcome], tolerance: float = 1e-12) -> None:
     expected = reference(case)
-    check_agreement(case, outcomes)
+    whole = check_agreement(case, outcomes)[-1]
+    assert whole.keys() == expected.weights.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(tensor.double(), expected.weights[name], rtol=0, atol=tolerance)
     for outcome in outcomes:
-        assert outcome.parameters[-1]
-        for name, tensor in outcome.parameters[-1].items():
-            torch.testing.assert_close(tensor.double(), expected.weights[name], rtol=0, atol=tolerance)
         for result, norm in zip(outcome.results, expected.norms, strict=True):
             assert result.applied
             if case.config.clip_norm is None:
@@ -97,14 +105,26 @@ def test_however_chunks_are_cut(bsize: int, k: int | None, grid: dict[str, Any],
     [("float32", 1e-5), ("bfloat16 over float32", 1e-2), ("bfloat16", 1e-2), ("float16", 2e-3)],
 )
 def test_over_gloo(precision: str, tolerance: float, pool: RankPool) -> None:
-    case = Case(data=2, inter=2, tied=True, precision=precision, options={"clip_norm": 0.05, "placement": "offloaded"})
-    check_against_torch(case, pool.run(optimize_over_gloo, case, ranks=4), tolerance)
+    for grid in ({"data": 2, "inter": 2}, {"inter": 2, "row": 2, "col": 2}):
+        options = {"clip_norm": 0.05, "placement": "offloaded"}
+        case = Case(**grid, tied=True, precision=precision, options=options)
+        check_against_torch(case, pool.run(optimize_over_gloo, case, ranks=case.grid.size), tolerance)
 
 
 # --- overflow
 
 
-@pytest.mark.parametrize("grid", [{"data": 2}, {"data": 2, "inter": 2, "tied": True}, {"inter": 3}], ids=str)
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"data": 2},
+        {"data": 2, "inter": 2, "tied": True},
+        {"inter": 3},
+        {"row": 2, "col": 2},
+        {"data": 2, "inter": 2, "col": 2, "tied": True},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_an_overflow_of_one_element_on_one_rank_skips_the_step_on_all(
@@ -141,24 +161,36 @@ def test_what_might_overflow_in_the_sum_over_replicas_skips_too(value: float, ap
 def test_a_step_issues_just_the_collectives_it_needs(precision: str, clip: float | None, grid: dict[str, Any]) -> None:
     case = Case(**grid, precision=precision, options={"bsize": 16, "k": 2, "clip_norm": clip})
     size = 2 if precision == "float16" else 8
+
+    def reduction(axes: tuple[Axis, ...], ranks: tuple[int, ...], elements: int) -> Call:
+        return Call("all-reduce sum", axes, ranks, elements, precision, size)
+
     for rank, outcome in enumerate(optimize_in_process(case)):
         here = case.grid.coordinates(rank)
         ends = case.tied and here.inter in (0, case.inter - 1)
-        elements = STAGE_ELEMENTS + 24 * ends
+        elements = STAGE_ELEMENTS
+        if case.grid.tensor > 1:
+            elements += 96 // case.grid.tensor + 24 // case.col + 12 // case.row
+        if ends:
+            elements += 24 // case.grid.tensor
         assert elements == sum(tensor.numel() for tensor in outcome.parameters[0].values())
         expected: Counter[Call] = Counter()
         if ends:
-            holders = tuple(case.grid.rank(data=here.data, inter=stage) for stage in (0, case.inter - 1))
-            expected[Call("all-reduce", holders, TIED_SHAPE[0] * TIED_SHAPE[1], size)] += 1
+            holders = tuple(
+                case.grid.rank(data=here.data, inter=stage, row=here.row, col=here.col) for stage in (0, case.inter - 1)
+            )
+            expected[reduction(("inter",), holders, 24 // case.grid.tensor)] += 1
         if precision == "float16":
-            expected[Call("all-reduce", tuple(range(case.grid.size)), 1, 4)] += 1
+            expected[Call("all-reduce max", AXES, tuple(range(case.grid.size)), 1, "float32", 4)] += 1
         if case.data > 1:
             replicas = case.grid.group(rank, ["data"])
-            expected[Call("all-reduce", replicas, 32, size)] += elements // 32
-            expected[Call("all-reduce", replicas, elements % 32, size)] += elements % 32 > 0
-        if clip is not None and case.inter > 1:
-            expected[Call("all-reduce", case.grid.group(rank, ["inter"]), 1, 8)] += 1
-        assert Counter(outcome.calls) == +expected
+            expected[reduction(("data",), replicas, 32)] += elements // 32
+            expected[reduction(("data",), replicas, elements % 32)] += elements % 32 > 0
+        axes = [axis for axis in ("inter", "row", "col") if case.grid.extent(axis) > 1]
+        if clip is not None and axes:
+            sharers = case.grid.group(rank, axes)
+            expected[Call("all-reduce sum", tuple(axes), sharers, 1, "float64", 8)] += 1
+        assert outcome.calls == +expected
 
 
 def test_all_reduce_spans_follow_each_other_one_for_each_chunk(pool: RankPool) -> None:
@@ -182,11 +214,11 @@ def ones(name: str, tensor: torch.Tensor) -> None:
 
 def mixed_optimizer(collectives: Collectives, **options: Any) -> tuple[ModelOptimizer, dict[str, nn.Parameter]]:
     placements = {
-        "partial along data": Placement(),
-        "complete": Placement(partial=()),
-        "partial along both": Placement(partial=("data", "inter")),
-        "also along data": Placement(),
-        "partial along an axis of one": Placement(partial=("row",)),
+        "partial along data": Placement(shape=(5, 2)),
+        "complete": Placement(shape=(5, 2), partial=()),
+        "partial along both": Placement(shape=(5, 2), partial=("data", "inter")),
+        "also along data": Placement(shape=(5, 2)),
+        "partial along an axis of one": Placement(shape=(5, 2), partial=("row",)),
     }
     parameters = {name: nn.Parameter(torch.empty(5, 2)) for name in placements}
     specs = [ParameterSpec(name=n, parameter=parameters[n], placement=placements[n]) for n in placements]
@@ -203,19 +235,19 @@ def mixed_optimizer(collectives: Collectives, **options: Any) -> tuple[ModelOpti
     return optimizer, parameters
 
 
-def reduce_gradients(collectives: Collectives) -> tuple[dict[str, float], list[Call]]:
+def reduce_gradients(collectives: Collectives) -> tuple[dict[str, float], Counter[Call]]:
     optimizer, parameters = mixed_optimizer(collectives, bsize=4, k=2)
     for _ in range(2):
         optimizer.zero()
         for parameter in parameters.values():
             (parameter * float(2**collectives.rank)).sum().backward()
-        before = len(collectives.calls)
+        before = collectives.calls.copy()
         optimizer.reduce()
     gradients = {}
     for name, parameter in parameters.items():
         assert parameter.grad is not None
         (gradients[name],) = set(parameter.grad.view(-1).tolist())
-    return gradients, collectives.calls[before:]
+    return gradients, collectives.calls - before
 
 
 def test_gradients_are_summed_along_the_axes_on_which_they_are_partial(run_ranks: RunsRanks) -> None:
@@ -231,7 +263,7 @@ def test_gradients_are_summed_along_the_axes_on_which_they_are_partial(run_ranks
         }
         everyone = tuple(range(8))
         sizes = [(replicas, 8), (replicas, 8), (replicas, 4), (everyone, 8), (everyone, 2)]
-        assert [(call.ranks, call.elements) for call in calls] == sizes
+        assert [(call.ranks, call.elements) for call in calls.elements()] == sizes
 
 
 def norm_of_gradients(collectives: Collectives) -> float | None:
@@ -275,3 +307,22 @@ def test_gloo_says_when_it_was_done_while_the_rank_did_something_else(pool: Rank
         assert seen is not None
         assert start <= seen <= end
         assert mean == 8.0
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+@pytest.mark.parametrize("resident", [1, 2])
+def test_a_rank_pays_for_its_parts_alone(half: str, resident: int) -> None:
+    phi = STAGE_ELEMENTS + 96 // 4 + 24 // 2 + 12 // 2
+    options: dict[str, Any] = {"bsize": 16, "buckets_resident": resident}
+    for outcome in optimize_in_process(Case(row=2, col=2, precision=half, steps=1, options=options)):
+        assert outcome.memory is not None
+        assert outcome.memory.device == model_state_bytes(phi) == 20 * phi
+    options["placement"] = "offloaded"
+    for outcome in optimize_in_process(Case(row=2, col=2, precision=half, steps=1, options=options)):
+        assert outcome.memory is not None
+        assert (outcome.memory.parameters, outcome.memory.gradients) == (2 * phi, 2 * phi)
+        assert outcome.memory.device == 4 * phi + 16 * resident * 16
+        assert outcome.memory.host == HOST_STATE * phi

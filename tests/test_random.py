@@ -12,9 +12,17 @@ from hypothesis import strategies as st
 
 import axonn.random
 from axonn.config import GPTConfig
+from axonn.initial import Normal, fill
 from axonn.inter_layer.stage import Chunk, initialise
 from axonn.models.gpt import GPT
-from axonn.random import normal, normal_, random_bits, stream_key, uniform
+from axonn.random import normal, random_bits, stream_key, uniform
+from axonn.tensor import TensorContext
+
+
+def filled(*shape: int, seed: int, name: str, std: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    tensor = torch.empty(*shape, dtype=dtype)
+    fill(tensor, Normal(std), name=name, seed=seed)
+    return tensor
 
 
 @settings(max_examples=50)
@@ -22,27 +30,25 @@ from axonn.random import normal, normal_, random_bits, stream_key, uniform
 def test_a_value_does_not_depend_on_who_asks_for_its_neighbours(
     seed: int, name: str, size: int, cuts: list[int]
 ) -> None:
-    whole = normal_(torch.empty(size, dtype=torch.float64), seed=seed, name=name, std=2.0)
+    key = stream_key(seed, name)
+    whole = filled(size, dtype=torch.float64, seed=seed, name=name, std=2.0)
     bounds = sorted({0, size, *(c for c in cuts if c < size)})
-    parts = [
-        normal_(torch.empty(end - start, dtype=torch.float64), seed=seed, name=name, std=2.0, first=start)
-        for start, end in pairwise(bounds)
-    ]
+    parts = [normal(key, torch.arange(start, end)) * 2.0 for start, end in pairwise(bounds)]
     assert torch.equal(torch.cat(parts), whole)
 
 
 def test_long_tensors_are_filled_in_chunks_without_a_seam() -> None:
     size = (1 << 20) + 5
-    long = normal_(torch.empty(size), seed=1, name="w", std=1.0)
-    end = normal_(torch.empty(10), seed=1, name="w", std=1.0, first=size - 10)
+    long = filled(size, seed=1, name="w", std=1.0)
+    end = normal(stream_key(1, "w"), torch.arange(size - 10, size)).float()
     assert torch.equal(long[-10:], end)
 
 
 def test_shape_and_global_generator_do_not_matter() -> None:
     torch.manual_seed(1)
-    flat = normal_(torch.empty(24), seed=3, name="w", std=1.0)
+    flat = filled(24, seed=3, name="w", std=1.0)
     torch.manual_seed(2)
-    assert torch.equal(normal_(torch.empty(2, 3, 4), seed=3, name="w", std=1.0).view(-1), flat)
+    assert torch.equal(filled(2, 3, 4, seed=3, name="w", std=1.0).view(-1), flat)
 
 
 def test_seed_name_counter_and_index_all_matter() -> None:
@@ -81,7 +87,7 @@ def test_moments_of_the_normal_values() -> None:
     assert abs(lagged) < 5 / math.sqrt(n)
     other = normal(stream_key(0, "moments2"), torch.arange(n))
     assert abs(float((x * other).mean())) < 5 / math.sqrt(n)
-    scaled = normal_(torch.empty(n, dtype=torch.float64), seed=0, name="moments", std=0.02)
+    scaled = filled(n, dtype=torch.float64, seed=0, name="moments", std=0.02)
     assert torch.allclose(scaled, 0.02 * x, rtol=1e-15, atol=0)
 
 
@@ -107,7 +113,7 @@ def test_every_cut_of_a_model_starts_from_the_same_weights(tied: bool) -> None:
     layers = len(model.layers)
 
     def weights(span: range, seed: int = 3) -> dict[str, torch.Tensor]:
-        chunk = Chunk(model, span, dtype=torch.float32, device=torch.device("cpu"))
+        chunk = Chunk(model, span, context=TensorContext.serial(), dtype=torch.float32, device=torch.device("cpu"))
         initialise(model, chunk, seed=seed)
         return dict(chunk.chain.named_parameters(remove_duplicate=False))
 

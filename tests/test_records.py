@@ -187,6 +187,9 @@ def test_a_foreign_span_file_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"rank": [1]}), path)
     with pytest.raises(RecordError, match="has schema 'none', expected 'axonn-spans/2'"):
         read_spans(path)
+    write_spans(path, [Span(0, "daydream", 0, 0, 0, -1, 1.0, 2.0)])  # type: ignore[arg-type]
+    with pytest.raises(RecordError, match="'daydream' is not a valid SpanKind; a later version wrote it"):
+        read_spans(path)
 
 
 # --- breakdown
@@ -209,13 +212,14 @@ def span(
 def test_each_instant_belongs_to_one_part_by_priority() -> None:
     spans = [
         span(SpanKind.RECEIVE_WAIT, 0, 10),
+        span(SpanKind.TENSOR, 0.5, 9),
         span(SpanKind.ALL_REDUCE, 1, 8),
         span(SpanKind.OPTIMIZER, 2, 6),
         span(SpanKind.COPY, 6, 6.5),
         span(SpanKind.FORWARD, 3, 4),
         span(SpanKind.BACKWARD, 3.5, 5),
     ]
-    expected = Parts(compute=2, optimizer=2.5, all_reduce=2.5, point_to_point=0, bubble=3, unexplained=0)
+    expected = Parts(compute=2, optimizer=2.5, all_reduce=2.5, tensor=1.5, point_to_point=0, bubble=1.5, unexplained=0)
     assert breakdown(spans) == pytest.approx(expected)
     assert breakdown(spans[::-1]) == pytest.approx(expected)
 
@@ -245,12 +249,12 @@ def test_waiting_is_split_at_the_time_the_message_was_sent(sent: float, point_to
 
 def test_both_halves_of_a_backward_are_compute() -> None:
     spans = [span(SpanKind.BACKWARD_INPUT, 0, 2), span(SpanKind.BACKWARD_WEIGHT, 3, 4)]
-    assert breakdown(spans) == pytest.approx(Parts(3, 0, 0, 0, 0, 1))
+    assert breakdown(spans) == pytest.approx(Parts(3, 0, 0, 0, 0, 0, 1))
 
 
 def test_idle_time_is_bubble_and_sends_take_no_time_of_their_own() -> None:
     spans = [span(SpanKind.IDLE, 0, 2), span(SpanKind.SEND, 0, 5, peer=0), span(SpanKind.FORWARD, 4, 5)]
-    assert breakdown(spans) == pytest.approx(Parts(1, 0, 0, 0, 2, 2))
+    assert breakdown(spans) == pytest.approx(Parts(1, 0, 0, 0, 0, 2, 2))
 
 
 def test_what_no_span_explains_is_reported() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from axonn.checkpoint import CheckpointState, load, save
+from axonn.checkpoint import CheckpointState, checkpoint_name, load, save
 from axonn.config import GPTConfig, PrecisionConfig
 from axonn.errors import ConfigError
 from axonn.models.gpt import GPT
 from axonn.runtime import connect
 from axonn.weights import check_weights, export_weights, import_weights
+from tests.parts import assembled, detached
 from tests.rank_pool import RankPool
-from tests.training import Case, batch_of, make_engine
+from tests.training import Case, batch_of, make_engine, serial_reference
 
 # --- the engine
+
+
+State = tuple[list[float], list[float], list[bool], dict[str, torch.Tensor]]
 
 
 def train_engine(comm: Any, case: Case, folder: Path, resume: str | None, save_after: int | None) -> Any:
@@ -39,29 +44,28 @@ def train_engine(comm: Any, case: Case, folder: Path, resume: str | None, save_a
                 progress = json.loads(json.dumps(dict(engine.progress())))
                 state = CheckpointState(batches=step + 1, samples=0, seed=7, progress=progress, config={}, grid={})
                 save(folder, tensors=engine.state_tensors(), state=state)
-        tensors = {name: tensor.clone() for name, tensor in engine.state_tensors().items()}
-        return [r.loss for r in results], [r.loss_scale for r in results], [r.applied for r in results], tensors
+        parts = detached(engine.state_tensors())
+        return [r.loss for r in results], [r.loss_scale for r in results], [r.applied for r in results], parts
 
 
-def whole(by_rank: list[Any]) -> tuple[list[float], list[float], list[bool], dict[str, torch.Tensor]]:
-    """What all ranks agree on: losses, and each tensor of the state, of which all replicas are equal."""
-    losses, scales, applied, _ = by_rank[0]
-    tensors: dict[str, torch.Tensor] = {}
-    for one in by_rank:
-        assert one[:3] == (losses, scales, applied)
-        for name, tensor in one[3].items():
-            assert torch.equal(tensors.setdefault(name, tensor), tensor), f"{name} differs between replicas"
-    return losses, scales, applied, tensors
+def whole(by_rank: list[Any]) -> State:
+    """What all ranks agree on: losses, and each whole tensor of the state, of which all replicas are equal."""
+    assert all(one[:3] == by_rank[0][:3] for one in by_rank)
+    return *by_rank[0][:3], assembled(parts for *_, parts in by_rank)
 
 
-GRIDS = {"2x2": (2, 2), "1x4": (1, 4), "4x1": (4, 1), "1x1": (1, 1)}
+GRIDS: dict[str, dict[str, Any]] = {
+    "2x2x1x1": {"data": 2, "inter": 2},
+    "1x4x1x1": {"inter": 4},
+    "1x1x1x1": {},
+    "1x1x2x2": {"row": 2, "col": 2},
+    "2x1x1x4": {"data": 2, "col": 4},
+    "1x2x2x2": {"inter": 2, "row": 2, "col": 2},
+}
 
 
-def case_of(data: int, inter: int, **changes: Any) -> Case:
-    return Case(data=data, inter=inter, microbatches=4, tied=True, steps=6, clip=0.5, **changes)
-
-
-State = tuple[list[float], list[float], list[bool], dict[str, torch.Tensor]]
+def case_of(**changes: Any) -> Case:
+    return Case(**({"microbatches": 4, "tied": True, "steps": 6, "clip": 0.5} | changes))
 
 
 def start(pool: RankPool, folder: Path, case: Case) -> State:
@@ -83,15 +87,20 @@ def check_resumed(pool: RankPool, folder: Path, case: Case, expected: State, rou
 
 
 @pytest.mark.parametrize("first", GRIDS)
-def test_every_grid_goes_on_from_every_other(pool: RankPool, tmp_path: Path, first: str) -> None:
-    """From its own checkpoint bit for bit."""
-    expected = start(pool, tmp_path, case_of(*GRIDS[first]))
-    for second, grid in GRIDS.items():
-        check_resumed(pool, tmp_path, case_of(*grid), expected, 0 if first == second else 1e-12)
+def test_a_grid_goes_on_from_its_own_checkpoint_bit_for_bit_and_from_those_of_others(
+    pool: RankPool, tmp_path: Path, first: str
+) -> None:
+    """Each from three: what is stored does not say who wrote it (`test_checkpoint_grids`)."""
+    expected = start(pool, tmp_path, case_of(**GRIDS[first]))
+    check_resumed(pool, tmp_path, case_of(**GRIDS[first]), expected, 0)
+    names = list(GRIDS)
+    for further in (1, 3):
+        second = names[(names.index(first) + further) % len(names)]
+        check_resumed(pool, tmp_path, case_of(**GRIDS[second]), expected, 1e-10)
 
 
 def test_how_it_is_computed_may_change(pool: RankPool, tmp_path: Path) -> None:
-    expected = start(pool, tmp_path, case_of(1, 2))
+    expected = start(pool, tmp_path, case_of(inter=2))
     changes: list[dict[str, Any]] = [
         {"schedule": "1f1b"},
         {"chunks": 2, "placement": "v"},
@@ -100,7 +109,7 @@ def test_how_it_is_computed_may_change(pool: RankPool, tmp_path: Path) -> None:
         {"transport": "torch"},
     ]
     for change in changes:
-        check_resumed(pool, tmp_path, case_of(1, 2, **change), expected, 1e-12)
+        check_resumed(pool, tmp_path, case_of(inter=2, **change), expected, 1e-12)
 
 
 def test_half_precision_goes_on_with_its_masters_and_loss_scale(pool: RankPool, tmp_path: Path) -> None:
@@ -115,6 +124,51 @@ def test_half_precision_goes_on_with_its_masters_and_loss_scale(pool: RankPool, 
 
 
 # --- weights of a model
+
+
+def weights_of_training(comm: Any, case: Case, folder: Path) -> float:
+    """A job of the rank pool: trains and saves at the end; the loss of another batch."""
+    with connect(case.grid, comm=comm, transport=case.transport) as runtime:
+        engine = make_engine(case, runtime.rank, runtime.transport, runtime.collectives)
+        rows = engine.shard(0)
+        for step in range(case.steps):
+            engine.train_batch(*(t[rows.start : rows.stop] for t in batch_of(case, step)))
+        state = CheckpointState(batches=case.steps, samples=0, seed=7, progress={}, config={}, grid={})
+        save(folder, tensors=engine.state_tensors(), state=state)
+        return engine.evaluate_batch(*(t[rows.start : rows.stop] for t in batch_of(case, 99)))
+
+
+def loss_of_weights(comm: Any, case: Case, file: Path) -> float:
+    """A job of the rank pool: the same batch's loss by the weights of a file."""
+    with connect(case.grid, comm=comm, transport=case.transport) as runtime:
+        engine = make_engine(case, runtime.rank, runtime.transport, runtime.collectives)
+        import_weights(file, engine.state_tensors())
+        engine.state_loaded()
+        rows = engine.shard(0)
+        return engine.evaluate_batch(*(t[rows.start : rows.stop] for t in batch_of(case, 99)))
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_weights_trained_on_a_tensor_grid_are_the_serial_ones(pool: RankPool, tmp_path: Path, offloaded: bool) -> None:
+    """One file, whole, and every other grid goes on from it."""
+    case = Case(row=2, col=2, microbatches=2, tied=True, offloaded=offloaded)
+    (loss,) = set(pool.run(weights_of_training, case, tmp_path, ranks=4))
+    file = tmp_path / "w.safetensors"
+    assert export_weights(tmp_path / checkpoint_name(case.steps), file) == case.model.parameters
+    check_weights(file, GPT(case.model))
+    weights, expected = load_file(file), serial_reference(case).parameters
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        assert weight.shape == expected[name].shape
+        assert (weight - expected[name]).abs().max() <= 1e-10 * expected[name].abs().max(), name
+    (again,) = set(pool.run(loss_of_weights, case, file, ranks=4))
+    assert again == loss
+    others: list[dict[str, Any]] = [{"row": 1, "col": 4}, {"data": 2, "row": 1, "col": 1}, {"inter": 2, "row": 1}]
+    for grid in others:
+        other = replace(case, **grid)
+        assert pool.run(loss_of_weights, other, file, ranks=other.grid.size) == [pytest.approx(loss, rel=1e-12)] * (
+            other.grid.size
+        )
 
 
 def test_the_engine_starts_from_a_file_of_weights(tmp_path: Path) -> None:

@@ -15,15 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from axonn.checkpoint import Checkpoint, CheckpointState, latest
-from axonn.collectives import Call, SerialCollectives
+from axonn.collectives import SerialCollectives
 from axonn.config import TrainConfig, validate
 from axonn.data.text import TextData
 from axonn.engine import BatchResult
 from axonn.errors import ConfigError, LaunchError
 from axonn.grid import ProcessGrid
+from axonn.models.gpt import GPT
+from axonn.parts import Part
 from axonn.records import read_records
 from axonn.runtime import Runtime
 from axonn.trace import SpanKind, SpanRecorder, read_spans
+from axonn.weights import check_weights
 from experiments import training
 from experiments.framework import ResumableTrainer
 from experiments.loop import CHECKPOINTS, TrainingLoop
@@ -59,8 +62,8 @@ class OneNumber(ResumableTrainer):
     def data_digest(self) -> str:
         return "digest"
 
-    def state_tensors(self) -> Mapping[str, torch.Tensor]:
-        return {"master.weight": self.weight}
+    def state_tensors(self) -> Mapping[str, Part]:
+        return {"master.weight": Part.whole(self.weight)}
 
     def state_loaded(self) -> None:
         return None
@@ -174,25 +177,24 @@ def test_what_a_framework_cannot_do_is_refused(tmp_path: Path, asks: dict[str, A
     assert [row["loss"] for row in read_rows(tmp_path / BATCHES)] == [1.0] * 7
 
 
-def test_a_long_run_keeps_neither_spans_nor_calls_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_run_keeps_no_spans_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("experiments.loop._SPANS_IN_MEMORY", 10)
-    most = {"spans": 0, "calls": 0}
+    most = 0
     trainer = OneNumber()
     loop = loop_of(small(steps=50), trainer, tmp_path)
-    spans, collectives = loop._spans, loop._runtime.collectives
+    spans = loop._spans
 
     def train_batch(step: int) -> float:
+        nonlocal most
         for _ in range(3):
             spans.add(SpanKind.FORWARD, float(step), step + 0.5)
-            collectives.calls.append(Call("all-reduce", (0,), 1, 4))
         spans.step += 1
-        most["spans"] = max(most["spans"], len(spans.spans))
-        most["calls"] = max(most["calls"], len(collectives.calls))
+        most = max(most, len(spans.spans))
         return OneNumber.train_batch(trainer, step)
 
     monkeypatch.setattr(trainer, "train_batch", train_batch)
     loop.run(0)
-    assert most == {"spans": 12, "calls": 3}
+    assert most == 12
     assert [s.step for s in read_spans(tmp_path / "spans-0.parquet")] == [step for step in range(50) for _ in range(3)]
     assert parts_of(tmp_path, small(), first=10, last=50)["compute"] == pytest.approx(0.5)
 
@@ -353,6 +355,28 @@ def test_train_goes_on_exports_and_starts_anew(trains: Training) -> None:
     assert trains.checkpoints == []
     assert trains.losses[0] < before[-1]
     assert not (trains.folder / EVALUATIONS).exists()
+
+
+def test_a_run_on_tensor_axes_goes_on_along_the_others(trains: Training) -> None:
+    """As one that was never interrupted, on one rank."""
+    double = {"precision": {"compute": "float64"}, "checkpoints": {"every": 2, "keep": 9}}
+    tensor, other = {"grid": {"row": 2, "col": 2}}, {"grid": {"data": 2, "inter": 2}}
+    code, output, error = trains(**double, steps=4)
+    assert code == 0, output + error
+    expected = trains.losses
+    code, output, error = trains("--fresh", **double, **tensor, steps=2)
+    assert code == 0, output + error
+    assert trains.checkpoints == ["step-00000002"]
+    code, output, error = trains(**double, **other, steps=4)
+    assert code == 0, output + error
+    assert "going on after batch 2 from" in output
+    newest = latest(trains.folder / CHECKPOINTS)
+    assert newest is not None
+    assert (newest.state.batches, newest.state.grid) == (4, {"data": 2, "inter": 2, "row": 1, "col": 1})
+    assert trains.losses == pytest.approx(expected, rel=1e-10)
+    code, output, error = trains.command("export", trains.folder, "--out", trains.command.root / "w.safetensors")
+    assert code == 0, error
+    check_weights(trains.command.root / "w.safetensors", GPT(small().model))
 
 
 def test_an_interruption_keeps_what_is_there_and_says_how_to_go_on(

@@ -459,7 +459,7 @@ def test_a_deadlock_in_process_says_who_waits_for_what() -> None:
     with pytest.raises(DeadlockError) as error:
         world.run(body)
     assert "rank 0 waits for messages (4 backward from 2)" in str(error.value)
-    assert "rank 1 waits for all-reduce 0 of ranks (0, 1, 2)" in str(error.value)
+    assert "rank 1 waits for all-reduce sum 0 of ranks (0, 1, 2)" in str(error.value)
     assert "rank 2" not in str(error.value)
 
 

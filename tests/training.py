@@ -1,27 +1,32 @@
-"""Trains a small GPT on a grid, over MPI or in process, and compares every rank with a serial run."""
+"""Trains a small GPT or U-Net on a grid, over MPI or in process, and compares every rank with a serial run."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from axonn.collectives import Call, Collectives
-from axonn.config import GPTConfig, OptimizerConfig, PrecisionConfig
+from axonn.config import GPTConfig, ModelConfig, OptimizerConfig, PrecisionConfig, UNetConfig
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
-from axonn.models.gpt import GPT
+from axonn.initial import fill
+from axonn.models import PipelineModel, make_model
+from axonn.placement import Placement
 from axonn.runtime import connect
 from axonn.schedules import ScheduleSpec
+from axonn.tensor import TensorContext
 from axonn.trace import SpanRecorder
-from axonn.transport import InProcessCollectives, InProcessTransport, InProcessWorld, Transport
+from axonn.transport import Decisions, InProcessCollectives, InProcessTransport, InProcessWorld, Sent, Transport
 
 STEPS = 5
 ROWS = 4
 """Rows of one microbatch over all pipelines: every G_data of the tests divides it."""
+SEED = 7
 BSIZE = 1500
 CHUNK = 4 * BSIZE
 """Elements that are reduced at once, unless a case says another k."""
@@ -30,12 +35,31 @@ CHUNK = 4 * BSIZE
 OPTIMIZER = OptimizerConfig(lr=2e-3, betas=(0.85, 0.98), eps=1e-6, weight_decay=0.05)
 
 
+# Extents up to 4 divide it. Groups of norms lie across ranks, and across the seams of concatenated channels.
+UNET = UNetConfig(
+    name="test",
+    image_size=8,
+    channels=3,
+    width=8,
+    multipliers=(1, 2),
+    blocks=1,
+    attention_levels=(1,),
+    head_channels=4,
+    groups=4,
+    noise_steps=50,
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One configuration. A batch has ROWS rows for each microbatch, whatever the grid."""
 
+    model_kind: Literal["gpt", "unet"] = "gpt"
     data: int = 1
     inter: int = 1
+    row: int = 1
+    col: int = 1
+    sub_shards: int | None = None
     microbatches: int = 1
     schedule: str = "message-driven"
     limit: int | None = None
@@ -44,6 +68,9 @@ class Case:
     placement: Any = "loop"
     dtype: str = "float64"
     tied: bool = False
+    """Of a GPT."""
+    dropout: float = 0.0
+    """In the residual branches; in a GPT also of the attention's probabilities."""
     steps: int = STEPS
     recompute: Any = None
     offloaded: bool = False
@@ -58,15 +85,27 @@ class Case:
 
     @property
     def grid(self) -> ProcessGrid:
-        return ProcessGrid(data=self.data, inter=self.inter)
+        return ProcessGrid(data=self.data, inter=self.inter, row=self.row, col=self.col)
 
     @property
     def batch(self) -> int:
         return ROWS * self.microbatches
 
     @property
-    def model(self) -> GPTConfig:
-        return GPTConfig(name="test", layers=6, hidden=24, heads=3, seq_len=10, vocab=61, tied_head=self.tied)
+    def model(self) -> ModelConfig:
+        if self.model_kind == "unet":
+            return UNET.model_copy(update={"dropout": self.dropout})
+        return GPTConfig(
+            name="test",
+            layers=6,
+            hidden=24,
+            heads=4,
+            seq_len=10,
+            vocab=60,
+            tied_head=self.tied,
+            dropout=self.dropout,
+            attention_dropout=self.dropout,
+        )
 
 
 @dataclass
@@ -82,17 +121,32 @@ class Outcome:
     changed_by_skipped_steps: set[str] = field(default_factory=set)
     gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    placements: dict[str, Placement] = field(default_factory=dict)
+    """What parts of the whole parameters (and of their gradients) these are."""
     changed_by_evaluation: set[str] = field(default_factory=set)
-    calls: list[Call] = field(default_factory=list)
+    calls: Counter[Call] = field(default_factory=Counter)
     """Collectives issued by the last step's evaluation and training."""
+    messages: Counter[Sent] = field(default_factory=Counter)
+    """Messages sent in all steps."""
+    decisions: Decisions = field(default_factory=Decisions)
+    """What was told in all steps."""
     held: int = 0
 
 
-def batch_of(case: Case, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets of a whole batch."""
+def batch_of(case: Case, step: int) -> tuple[Any, torch.Tensor]:
+    """Inputs (a tuple of them for a U-Net) and targets of a whole batch."""
     generator = torch.Generator().manual_seed(1000 + (0 if case.same_batch else step))
-    tokens = torch.randint(0, case.model.vocab, (case.batch, case.model.seq_len + 1), generator=generator)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    model = case.model
+    if isinstance(model, GPTConfig):
+        tokens = torch.randint(0, model.vocab, (case.batch, model.seq_len + 1), generator=generator)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    shape = (case.batch, model.channels, model.image_size, model.image_size)
+    noisy, noise = torch.randn(2, *shape, generator=generator, dtype=torch.float64).unbind()
+    return (noisy, torch.randint(0, model.noise_steps, (case.batch,), generator=generator)), noise
+
+
+def _tuple(tensors: Any) -> tuple[torch.Tensor, ...]:
+    return tensors if isinstance(tensors, tuple) else (tensors,)
 
 
 def optimizer_of(case: Case) -> OptimizerConfig:
@@ -104,7 +158,7 @@ def optimizer_of(case: Case) -> OptimizerConfig:
 
 def make_engine(case: Case, rank: int, transport: Transport | None, collectives: Collectives | None) -> Engine:
     return Engine(
-        GPT(case.model),
+        make_model(case.model),
         grid=case.grid,
         rank=rank,
         batch_size=case.batch,
@@ -121,7 +175,8 @@ def make_engine(case: Case, rank: int, transport: Transport | None, collectives:
         optimizer=optimizer_of(case),
         precision=case.precision or PrecisionConfig(compute=case.dtype),  # type: ignore[arg-type]
         activation_checkpointing=case.recompute,
-        seed=7,
+        overdecomposition=case.sub_shards,
+        seed=SEED,
         spans=SpanRecorder(rank),
     )
 
@@ -129,7 +184,9 @@ def make_engine(case: Case, rank: int, transport: Transport | None, collectives:
 def train_step(engine: Engine, case: Case, step: int, outcome: Outcome) -> None:
     """Evaluate a batch, train on it, and note what this rank sees of both."""
     rows = engine.shard(0)
-    inputs, targets = (t[rows.start : rows.stop] for t in batch_of(case, step))
+    whole, whole_targets = batch_of(case, step)
+    inputs = tuple(t[rows.start : rows.stop] for t in _tuple(whole))
+    targets = whole_targets[rows.start : rows.stop]
     # A rank is given only what it is meant to need.
     shard = inputs if engine.is_first_stage else None, targets if engine.is_last_stage else None
     before = _state(engine)
@@ -149,6 +206,7 @@ def train_step(engine: Engine, case: Case, step: int, outcome: Outcome) -> None:
     outcome.norms.append(result.gradient_norm)
     outcome.gradients.append({s.name: s.parameter.grad.clone() for s in engine.specs if s.parameter.grad is not None})
     outcome.parameters = {s.name: s.parameter.detach().clone() for s in engine.specs}
+    outcome.placements = {s.name: s.placement for s in engine.specs}
     outcome.held = engine.held_microbatches
 
 
@@ -158,15 +216,18 @@ def train(case: Case, rank: int, transport: Transport | None, collectives: Colle
         engine.load_progress({**engine.progress(), "loss_scale": case.loss_scale})
     outcome = Outcome()
     for step in range(case.steps):
-        before = len(collectives.calls) if collectives is not None else 0
+        before = Counter() if collectives is None else collectives.calls.copy()
         train_step(engine, case, step, outcome)
-        outcome.calls = collectives.calls[before:] if collectives is not None else []
+        outcome.calls = Counter() if collectives is None else collectives.calls - before
+    if transport is not None:
+        outcome.messages, outcome.decisions = transport.calls, transport.decisions
     return outcome
 
 
 def _masters(engine: Engine) -> dict[str, torch.Tensor]:
     prefix = "master."
-    return {n.removeprefix(prefix): t.clone() for n, t in engine.state_tensors().items() if n.startswith(prefix)}
+    state = engine.state_tensors()
+    return {n.removeprefix(prefix): part.tensor.clone() for n, part in state.items() if n.startswith(prefix)}
 
 
 def _state(engine: Engine) -> dict[str, torch.Tensor | None]:
@@ -202,14 +263,18 @@ def train_in_process(case: Case, *, order_seed: int | None = None) -> list[Outco
 
 def serial_reference(case: Case) -> Outcome:
     """The same training in a plain PyTorch loop over the whole batch: no engine, no schedule, no microbatches."""
-    return _serial(case.microbatches, case.tied, case.dtype, case.steps, case.clip)
+    keys = ("model_kind", "microbatches", "tied", "dropout", "dtype", "steps", "clip")
+    return _serial(**{key: getattr(case, key) for key in keys})
 
 
-def serial_model(case: Case) -> tuple[GPT, dict[str, nn.Module], dict[str, nn.Parameter]]:
+def serial_model(
+    case: Case, context: TensorContext | None = None
+) -> tuple[PipelineModel, dict[str, nn.Module], dict[str, nn.Parameter]]:
     """The model, all its layers in the case's type, and their parameters by name, which are still to be initialised."""
-    model = GPT(case.model)
+    model = make_model(case.model)
     dtype = getattr(torch, case.dtype)
-    modules = {layer.name: layer.build().to(dtype) for layer in model.layers}
+    context = context or TensorContext.serial(seed=SEED)
+    modules = {layer.name: layer.build(context).to(dtype) for layer in model.layers}
     named = {f"{n}.{p}": value for n, m in modules.items() for p, value in m.named_parameters()}
     if case.tied:
         modules["head"].output.weight = modules["embedding"].tokens.weight
@@ -218,26 +283,34 @@ def serial_model(case: Case) -> tuple[GPT, dict[str, nn.Module], dict[str, nn.Pa
 
 
 @cache
-def _serial(microbatches: int, tied: bool, dtype_name: str, steps: int, clip: float | None) -> Outcome:
-    case = Case(microbatches=microbatches, tied=tied, dtype=dtype_name, steps=steps)
-    model, modules, named = serial_model(case)
+def _serial(**keys: Any) -> Outcome:
+    case = Case(**keys)
+    context = TensorContext.serial(seed=SEED)
+    model, modules, named = serial_model(case, context)
     for name, parameter in named.items():
-        model.initialise(name, parameter, seed=7)
+        fill(parameter, model.initial(name), name=name, seed=SEED)
     o = OPTIMIZER
     optimizer = torch.optim.AdamW(named.values(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
     outcome = Outcome()
-    for step in range(case.steps):
+
+    def loss_of(step: int, *, training: bool) -> torch.Tensor:
         x, targets = batch_of(case, step)
-        for module in modules.values():
-            x = module(x)
-        loss = model.loss(x, targets)
+        with context.positions.at(step, range(step * case.batch, (step + 1) * case.batch)):
+            for module in modules.values():
+                x = module.train(training)(*_tuple(x))
+        return model.loss(x, targets, context)
+
+    for step in range(case.steps):
+        with torch.no_grad():
+            outcome.evaluations.append(loss_of(step, training=False).item())
+        loss = loss_of(step, training=True)
         optimizer.zero_grad()
         loss.backward()
         outcome.gradients.append({n: p.grad.clone() for n, p in named.items() if p.grad is not None})
-        if clip is not None:
-            outcome.norms.append(float(torch.nn.utils.clip_grad_norm_(named.values(), clip)))
+        if case.clip is not None:
+            outcome.norms.append(float(torch.nn.utils.clip_grad_norm_(named.values(), case.clip)))
         optimizer.step()
         outcome.losses.append(loss.item())
-    outcome.evaluations = outcome.losses
     outcome.parameters = {n: p.detach().clone() for n, p in named.items()}
+    outcome.placements = {n: Placement(shape=tuple(p.shape)) for n, p in named.items()}
     return outcome

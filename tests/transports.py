@@ -36,20 +36,22 @@ def over_mpi(comm: MPI.Intracomm, staged: bool, body: Body, *args: Any) -> Any:
         transport.close()
 
 
-def over_torch(comm: MPI.Intracomm, body: Body, *args: Any) -> Any:
+def over_torch(comm: MPI.Intracomm, grid: ProcessGrid | None, body: Body, *args: Any) -> Any:
     """A job of the rank pool."""
-    with connect(ProcessGrid(inter=comm.Get_size()), comm=comm, transport="torch") as runtime:
+    with connect(grid or ProcessGrid(inter=comm.Get_size()), comm=comm, transport="torch") as runtime:
         result = body(runtime.transport, *args)
         comm.Barrier()
         return result
 
 
-def run_over(name: str, pool: RankPool, body: Body, ranks: int, *args: Any) -> list[Any]:
-    """Results of `body(transport, *args)` by rank."""
+def run_over(
+    name: str, pool: RankPool, body: Body, ranks: int, *args: Any, grid: ProcessGrid | None = None
+) -> list[Any]:
+    """Results of `body(transport, *args)` by rank of `grid` (default: all are stages)."""
     if name.startswith("mpi"):
         return pool.run(over_mpi, name == "mpi, staged", body, *args, ranks=ranks)
     if name == "torch":
-        return pool.run(over_torch, body, *args, ranks=ranks)
+        return pool.run(over_torch, grid, body, *args, ranks=ranks)
     world = InProcessWorld(ranks, order_seed=3 if "random" in name else None)
     return world.run(lambda rank: body(InProcessTransport(world, rank), *args))
 

@@ -1,15 +1,12 @@
 """Text as tokens: any text file read as bytes, a `.bin` file of uint16 tokens, or the sources of the standard library.
 
-Samples are windows of the text. Which window is sample number g of a run depends on the seed and g alone, so every grid
-reads the same data and a resumed run goes on where it stopped without any saved state.
-
-The last windows of the text can be held out: training never reads them, evaluation reads only them, in their order.
+Samples are windows of the text, in the order of `axonn.data.order`. The last windows can be held out: training never
+reads them, evaluation reads only them, in their order.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import sysconfig
 from pathlib import Path
 
@@ -17,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from axonn.config import TrainConfig
+from axonn.config import GPTConfig, TrainConfig
+from axonn.data.order import SampleOrder, held_out_of
 from axonn.errors import DataError
 
 _LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
@@ -50,15 +48,6 @@ def read_tokens(path: Path | str | None) -> npt.NDArray[np.integer]:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
-HELD_OUT_FOR_EVALUATION = 0.05
-"""What is held out when evaluation is asked for and `data.held_out` is 0."""
-
-
-def held_out_of(config: TrainConfig) -> float:
-    """The part of the text that `config` keeps from training."""
-    return config.data.held_out or (HELD_OUT_FOR_EVALUATION if config.evaluation is not None else 0.0)
-
-
 class TextData:
     """Windows of `seq_len + 1` tokens in an order shuffled anew each epoch.
 
@@ -69,28 +58,24 @@ class TextData:
     def __init__(self, path: Path | str | None, *, seq_len: int, vocab: int, seed: int, held_out: float = 0.0) -> None:
         self.tokens = read_tokens(path)
         self.seq_len = seq_len
-        self.seed = seed
         windows = (len(self.tokens) - 1) // seq_len
         where = "the standard library's sources" if path is None else str(path)
         if windows < 1:
             raise DataError(f"{where}: {len(self.tokens)} tokens are fewer than seq_len + 1 = {seq_len + 1}")
-        self.held_out_windows = math.ceil(windows * held_out)
-        self.windows = windows - self.held_out_windows
+        self._order = SampleOrder(
+            windows, seed=seed, held_out=held_out, where=where, what=f"windows of {seq_len} tokens"
+        )
+        self.held_out_windows = self._order.held_out
+        self.windows = self._order.trained
         """Windows to train on."""
-        if self.windows < 1:
-            raise DataError(
-                f"{where}: of {windows} windows of {seq_len} tokens none is left to train on; lower data.held_out "
-                f"({held_out:g}) or give more text"
-            )
         largest = int(self.tokens.max())
         if largest >= vocab:
             raise DataError(f"{where}: token {largest} is outside the vocabulary of {vocab}; raise model.vocab")
-        self._epoch = -1
-        self._order: npt.NDArray[np.int64] = np.empty(0, np.int64)
 
     @classmethod
     def of(cls, config: TrainConfig) -> TextData:
         """The data of a training run."""
+        assert isinstance(config.model, GPTConfig), "text is what a GPT trains on"
         return cls(
             config.data.path,
             seq_len=config.model.seq_len,
@@ -100,24 +85,22 @@ class TextData:
         )
 
     @property
+    def summary(self) -> str:
+        """How much there is."""
+        return f"{len(self.tokens)} tokens"
+
+    @property
     def digest(self) -> str:
         """Hash of the tokens, for the record of a run."""
         return hashlib.sha256(np.ascontiguousarray(self.tokens).data).hexdigest()[:16]
 
     def sample(self, number: int) -> npt.NDArray[np.int64]:
         """Window of global sample `number`: [seq_len + 1] int64."""
-        epoch, position = divmod(number, self.windows)
-        if epoch != self._epoch:
-            generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            self._order = generator.permutation(self.windows)
-            self._epoch = epoch
-        return self._window(int(self._order[position]))
+        return self._window(self._order.item(number))
 
     def held_out_sample(self, number: int) -> npt.NDArray[np.int64]:
         """Held-out window `number`, from the first again after the last: [seq_len + 1] int64."""
-        if not self.held_out_windows:
-            raise DataError("no data is held out to evaluate on; set data.held_out")
-        return self._window(self.windows + number % self.held_out_windows)
+        return self._window(self._order.held_out_item(number))
 
     def batch(self, numbers: range) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of the given global samples, each [samples, seq_len] int64."""

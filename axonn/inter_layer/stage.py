@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from axonn.errors import ConfigError
+from axonn.initial import fill
+from axonn.inter_layer.batch import Tensors
 from axonn.inter_layer.partition import partition_chunks
 from axonn.models.base import Layer, PipelineModel
 from axonn.placement import Placement
 from axonn.schedules import ChunkLayout
-
-Tensors = tuple[torch.Tensor, ...]
+from axonn.tensor import TensorContext, placements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class ParameterSpec:
 
 
 class Chunk(nn.Module):
-    """The consecutive layers `span` of a model, their parameters allocated but not initialised.
+    """A rank's part of the consecutive layers `span` of a model, their parameters allocated but not initialised.
 
     `recompute`: keep only the input of every so many blocks for the backward, and recompute what is inside.
     """
@@ -44,6 +45,7 @@ class Chunk(nn.Module):
         model: PipelineModel,
         span: range,
         *,
+        context: TensorContext,
         dtype: torch.dtype,
         device: torch.device,
         recompute: int | None = None,
@@ -53,13 +55,15 @@ class Chunk(nn.Module):
         layers = model.layers
         # Built without storage first, so that torch's own random initialisation costs nothing.
         with torch.device("meta"):
-            chain = nn.ModuleDict({layers[i].name: layers[i].build().to(dtype) for i in span})
+            chain = nn.ModuleDict({layers[i].name: layers[i].build(context).to(dtype) for i in span})
         buffers = [name for name, _ in chain.named_buffers()]
         if buffers:
             raise ConfigError(
                 f"the layers have buffers ({buffers[0]}, ...), which no stage would initialise; compute them in forward"
             )
         self.chain = chain.to_empty(device=device)
+        self.context = context
+        self.placements = placements(self.chain)
         # A tie inside of the chunk is one parameter; autograd adds its gradients.
         names = dict(self.chain.named_parameters())
         for first, second in model.ties:
@@ -118,8 +122,11 @@ def virtual_spans(model: PipelineModel, layout: ChunkLayout) -> list[range]:
 def initialise(model: PipelineModel, chunk: Chunk, *, seed: int) -> None:
     """Fill the parameters of a chunk that stands by itself."""
     aliases = {second: first for first, second in model.ties}
-    for name, parameter in chunk.chain.named_parameters():
-        model.initialise(aliases.get(name, name), parameter, seed=seed)
+    grid, here = chunk.context.grid, chunk.context.here
+    for own, parameter in chunk.chain.named_parameters():
+        name = aliases.get(own, own)
+        placement = chunk.placements[own]
+        fill(parameter, model.initial(name), name=name, seed=seed, placement=placement, grid=grid, here=here)
 
 
 def tied_stages(model: PipelineModel, spans: Sequence[range], layout: ChunkLayout) -> dict[str, tuple[int, ...]]:
@@ -138,11 +145,14 @@ def parameter_specs(
     aliases = {second: first for first, second in model.ties}
     tied = tied_stages(model, spans, layout)
     found: dict[str, list[nn.Parameter]] = {}
+    placed: dict[str, Placement] = {}
     for chunk in sorted(chunks, key=lambda c: c.span.start):
         for own, parameter in chunk.chain.named_parameters():
-            found.setdefault(aliases.get(own, own), []).append(parameter)
+            name = aliases.get(own, own)
+            found.setdefault(name, []).append(parameter)
+            placed.setdefault(name, chunk.placements[own])
     specs = []
     for name, (parameter, *others) in found.items():
-        placement = Placement(tied_stages=tied.get(name, ()))
+        placement = replace(placed[name], tied_stages=tied.get(name, ()))
         specs.append(ParameterSpec(name=name, parameter=parameter, placement=placement, shared_with=tuple(others)))
     return specs

@@ -9,6 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from axonn.grid import ProcessGrid
+from axonn.initial import Initial
+from axonn.tensor.context import TensorContext
 from axonn.tensors import TensorSpec
 
 
@@ -16,13 +19,13 @@ from axonn.tensors import TensorSpec
 class Layer:
     """One link of the chain, not yet built.
 
-    `build` makes the module (its parameters uninitialised); `cost` is the forward work of one sequence in FLOPs, for
-    the partitioner. `block` is the number of the block (a transformer layer) that the link is part of: activation
-    checkpointing counts blocks, and recomputes only what is part of one.
+    `build` makes the module, or a rank's part of it (its parameters uninitialised); `cost` is the forward work of one
+    sequence in FLOPs, for the partitioner. `block` is the number of the block (a transformer layer) that the link is
+    part of: activation checkpointing counts blocks, and recomputes only what is part of one.
     """
 
     name: str
-    build: Callable[[], nn.Module]
+    build: Callable[[TensorContext], nn.Module]
     cost: float
     block: int | None = None
 
@@ -40,14 +43,23 @@ class PipelineModel(Protocol):
         """Pairs of full parameter names ("layer.parameter") that are one parameter."""
         ...
 
-    def initialise(self, name: str, parameter: torch.Tensor, *, seed: int) -> None:
-        """Fill the parameter called `name` ("layer.parameter"), as a function of name and seed alone."""
+    def check(self, grid: ProcessGrid) -> None:
+        """Raise `GridError` when the tensor axes of `grid` cannot hold the layers, naming grids that can."""
         ...
 
-    def activation(self, layer: int, microbatch_size: int, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
-        """The tensors that layer number `layer` hands to the next one, computing in `dtype`."""
+    def initial(self, name: str) -> Initial:
+        """What the parameter called `name` ("layer.parameter") begins with."""
         ...
 
-    def loss(self, output: Any, targets: torch.Tensor) -> torch.Tensor:
-        """Mean loss of a microbatch, a scalar. `output` is what the last layer returned."""
+    def activation(
+        self, layer: int, microbatch_size: int, dtype: torch.dtype, context: TensorContext
+    ) -> tuple[TensorSpec, ...]:
+        """The tensors that layer number `layer` hands to the next one on one rank, computing in `dtype`.
+
+        The first dim of each is that of the rows of the microbatch.
+        """
+        ...
+
+    def loss(self, output: Any, targets: torch.Tensor, context: TensorContext) -> torch.Tensor:
+        """Mean loss of a microbatch, a scalar, the same on all ranks of row x col. `output`: of the last layer."""
         ...

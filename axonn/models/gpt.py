@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from axonn import tensor
 from axonn.config import GPTConfig
+from axonn.grid import ProcessGrid
+from axonn.initial import Constant, Initial, Normal
 from axonn.models.base import Layer
-from axonn.random import normal_
+from axonn.tensor import TRANSPOSED, Dropout, Layout, Requirement, TensorContext, attention, check_fit, cross_entropy
 from axonn.tensors import TensorSpec
 
 INIT_STD = 0.02
@@ -21,59 +24,77 @@ LOSS_COST = 25
 A rough figure from timing single layers on a CPU: at hidden 256 it makes the head 5% dearer."""
 
 
-class Embedding(nn.Module):
-    """Token plus learned position embedding: [batch, seq] int64 -> [batch, seq, hidden]."""
+def _residual_dropout(config: GPTConfig, context: TensorContext, layer: str) -> Dropout | None:
+    """That of [batch, seq, hidden / G_row], before it enters the residual stream in `layer`; None without dropout."""
+    if not config.dropout:
+        return None
+    return Dropout(config.dropout, name=f"{layer}.dropout", context=context, cuts=((2, "row"),))
 
-    def __init__(self, config: GPTConfig) -> None:
+
+class Embedding(nn.Module):
+    """Token plus learned position embedding: [batch, seq] int64 -> [batch, seq, hidden / G_row]."""
+
+    def __init__(self, config: GPTConfig, context: TensorContext, *, name: str) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(config.vocab, config.hidden)
-        self.positions = nn.Embedding(config.seq_len, config.hidden)
+        self.tokens = tensor.Embedding(config.vocab, config.hidden, context=context)
+        self.positions = tensor.Embedding(config.seq_len, config.hidden, context=context, layout=Layout(None, "row"))
+        self.dropout = _residual_dropout(config, context, name)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         embedded: torch.Tensor = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-        return embedded
+        return embedded if self.dropout is None else self.dropout(embedded)
 
 
 class Attention(nn.Module):
-    """First half of a transformer layer: x + attention(norm(x)), causal and multi-head; [batch, seq, hidden]."""
+    """First half of a transformer layer: x + attention(norm(x)), causal and multi-head; [batch, seq, hidden / G_row].
 
-    def __init__(self, config: GPTConfig) -> None:
+    Each rank has heads / G_col of the heads, whole.
+    """
+
+    def __init__(self, config: GPTConfig, context: TensorContext, *, name: str) -> None:
         super().__init__()
-        self.heads = config.heads
-        self.norm = nn.LayerNorm(config.hidden)
-        self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
-        self.projection = nn.Linear(config.hidden, config.hidden)
+        hidden = config.hidden
+        self.heads = context.part(config.heads, "col", "heads")
+        self.norm = tensor.LayerNorm(hidden, context=context)
+        self.qkv = tensor.Linear(hidden, 3 * hidden, context=context, out_segments=[hidden] * 3)
+        self.projection = tensor.Linear(hidden, hidden, context=context, layout=TRANSPOSED)
+        self.dropout = _residual_dropout(config, context, name)
+        self.attention_dropout = (
+            Dropout(config.attention_dropout, name=f"{name}.attention_dropout", context=context, cuts=((1, "col"),))
+            if config.attention_dropout
+            else None
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, seq, hidden = x.shape
-        qkv = self.qkv(self.norm(x)).view(batch, seq, 3, self.heads, hidden // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        projected: torch.Tensor = self.projection(y.transpose(1, 2).reshape(batch, seq, hidden))
-        return x + projected
+        qkv: torch.Tensor = self.qkv(self.norm(x))
+        q, k, v = qkv.view(*qkv.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = attention(q, k, v, dropout=self.attention_dropout, is_causal=True)
+        projected: torch.Tensor = self.projection(y.transpose(1, 2).flatten(2))
+        return x + (projected if self.dropout is None else self.dropout(projected))
 
 
 class FeedForward(nn.Module):
-    """Second half of a transformer layer: x + fc2(gelu(fc1(norm(x)))); [batch, seq, hidden]."""
+    """Second half of a transformer layer: x + fc2(gelu(fc1(norm(x)))); [batch, seq, hidden / G_row]."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, context: TensorContext, *, name: str) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.hidden)
-        self.fc1 = nn.Linear(config.hidden, 4 * config.hidden)
-        self.fc2 = nn.Linear(4 * config.hidden, config.hidden)
+        self.norm = tensor.LayerNorm(config.hidden, context=context)
+        self.fc1 = tensor.Linear(config.hidden, 4 * config.hidden, context=context)
+        self.fc2 = tensor.Linear(4 * config.hidden, config.hidden, context=context, layout=TRANSPOSED)
+        self.dropout = _residual_dropout(config, context, name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         fed: torch.Tensor = self.fc2(F.gelu(self.fc1(self.norm(x))))
-        return x + fed
+        return x + (fed if self.dropout is None else self.dropout(fed))
 
 
 class Head(nn.Module):
-    """Final norm and language-model head: [batch, seq, hidden] -> [batch, seq, vocab]."""
+    """Final norm and language-model head: [batch, seq, hidden / G_row] -> [batch, seq, vocab / G_col]."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, context: TensorContext) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.hidden)
-        self.output = nn.Linear(config.hidden, config.vocab, bias=False)
+        self.norm = tensor.LayerNorm(config.hidden, context=context)
+        self.output = tensor.Linear(config.hidden, config.vocab, bias=False, context=context)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.output(self.norm(x))
@@ -89,15 +110,16 @@ class GPT:
     def __init__(self, config: GPTConfig) -> None:
         self.config = config
         c = config
-        attention = c.seq_len * (8 * c.hidden**2 + 4 * c.seq_len * c.hidden)
-        feed_forward = 16 * c.seq_len * c.hidden**2
+        of_attention = c.seq_len * (8 * c.hidden**2 + 4 * c.seq_len * c.hidden)
+        of_feed_forward = 16 * c.seq_len * c.hidden**2
         chain = [
             # The lookup reads and writes hidden values per token; its FLOPs are the addition of the positions.
-            Layer(name="embedding", build=partial(Embedding, c), cost=c.seq_len * c.hidden)
+            Layer(name="embedding", build=partial(Embedding, c, name="embedding"), cost=c.seq_len * c.hidden)
         ]
         for i in range(c.layers):
-            chain.append(Layer(name=f"attention{i}", build=partial(Attention, c), cost=attention, block=i))
-            chain.append(Layer(name=f"mlp{i}", build=partial(FeedForward, c), cost=feed_forward, block=i))
+            halves = (f"attention{i}", Attention, of_attention), (f"mlp{i}", FeedForward, of_feed_forward)
+            for name, half, cost in halves:
+                chain.append(Layer(name=name, build=partial(half, c, name=name), cost=cost, block=i))
         head = c.seq_len * c.vocab * (2 * c.hidden + LOSS_COST)
         chain.append(Layer(name="head", build=partial(Head, c), cost=head))
         self.layers: Sequence[Layer] = tuple(chain)
@@ -105,23 +127,30 @@ class GPT:
             (("embedding.tokens.weight", "head.output.weight"),) if c.tied_head else ()
         )
 
-    def initialise(self, name: str, parameter: torch.Tensor, *, seed: int) -> None:
+    def check(self, grid: ProcessGrid) -> None:
+        c = self.config
+        check_fit(
+            grid,
+            Requirement("embedding and head", "vocab", c.vocab, "col"),
+            Requirement("embedding, norms and attention", "hidden", c.hidden, "row"),
+            Requirement("attention", "heads", c.heads, "col"),
+        )
+
+    def initial(self, name: str) -> Initial:
         """Weights normal with deviation 0.02, residual projections scaled by 1/sqrt(2 layers) (GPT-2), norms one."""
         _, _, rest = name.partition(".")
         if rest.endswith("bias"):
-            parameter.detach().zero_()
-        elif "norm" in rest:
-            parameter.detach().fill_(1.0)
-        else:
-            residual = rest in ("projection.weight", "fc2.weight")
-            std = INIT_STD / math.sqrt(2 * self.config.layers) if residual else INIT_STD
-            normal_(parameter, seed=seed, name=name, std=std)
+            return Constant(0.0)
+        if "norm" in rest:
+            return Constant(1.0)
+        residual = rest in ("projection.weight", "fc2.weight")
+        return Normal(INIT_STD / math.sqrt(2 * self.config.layers) if residual else INIT_STD)
 
-    def activation(self, layer: int, microbatch_size: int, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
-        return (TensorSpec((microbatch_size, self.config.seq_len, self.config.hidden), dtype),)
+    def activation(
+        self, layer: int, microbatch_size: int, dtype: torch.dtype, context: TensorContext
+    ) -> tuple[TensorSpec, ...]:
+        hidden = context.part(self.config.hidden, "row", "hidden")
+        return (TensorSpec((microbatch_size, self.config.seq_len, hidden), dtype),)
 
-    def loss(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = output.view(-1, output.shape[-1])
-        # Sums over the vocabulary need more digits than half precision has.
-        logits = logits.float() if logits.dtype.itemsize < 4 else logits
-        return F.cross_entropy(logits, targets.reshape(-1))
+    def loss(self, output: torch.Tensor, targets: torch.Tensor, context: TensorContext) -> torch.Tensor:
+        return cross_entropy(output.view(-1, output.shape[-1]), targets.reshape(-1), context=context)

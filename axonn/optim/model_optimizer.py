@@ -19,6 +19,7 @@ from axonn.optim.loss_scale import LossScale
 from axonn.optim.reduction import GradientReduction, Reduction
 from axonn.optim.state import Bucket, OffloadedState, OptimizerState, ResidentState
 from axonn.optim.timeline import Timeline
+from axonn.parts import Part
 from axonn.trace import SpanKind, SpanRecorder
 
 
@@ -77,6 +78,8 @@ class ModelOptimizer:
         ties: Sequence[tuple[int, ...]] = (),
     ) -> None:
         learning_rate(config, config.schedule.warmup, steps)  # A decay without an end is an error now.
+        self._grid = grid
+        self._here = grid.coordinates(rank)
         self._config = config
         self._steps = steps
         self._timeline = Timeline(device, spans)
@@ -199,15 +202,15 @@ class ModelOptimizer:
             host=state.host,
         )
 
-    def state_tensors(self) -> dict[str, torch.Tensor]:
-        """ "master.NAME", "exp_avg.NAME" and "exp_avg_sq.NAME" of each parameter, in its shape, where they lie.
+    def state_tensors(self) -> dict[str, Part]:
+        """ "master.NAME", "exp_avg.NAME" and "exp_avg_sq.NAME" of each parameter: its part here, where it lies.
 
         After writing into them call `state_loaded`.
         """
         self._state.settle()
         kinds = {"master": self._state.master, "exp_avg": self._state.exp_avg, "exp_avg_sq": self._state.exp_avg_sq}
         return {
-            f"{kind}.{entry.spec.name}": entry.view(flat)
+            f"{kind}.{entry.spec.name}": Part.placed(entry.view(flat), entry.spec.placement, self._grid, self._here)
             for kind, flat in kinds.items()
             for entry in self._flat.entries
         }

@@ -13,8 +13,8 @@ from axonn.optim.flat import Chunk, Entry, FlatParameters, pieces
 from axonn.optim.timeline import Moment, SideStream, Timeline
 from axonn.trace import SpanKind
 
-_NORM_AXES: tuple[Axis, ...] = ("inter",)
-"""Axes along which ranks hold different parameters."""
+_NORM_AXES: tuple[Axis, ...] = ("inter", "row", "col")
+"""Axes along which ranks hold different parameters, or different parts of them."""
 
 
 class Reduction:
@@ -154,8 +154,11 @@ def _counted_here(entries: Sequence[Entry], here: dict[str, int]) -> list[slice]
     """Elements that this rank adds to the norm: of each parameter, one of the ranks that hold it."""
     counted: list[slice] = []
     for entry in entries:
-        replicated = any(here[axis] for axis in entry.axes if axis in _NORM_AXES)
-        stages = entry.spec.placement.tied_stages
+        placement = entry.spec.placement
+        # Stages hold different parameters, except where the placement sums their gradients.
+        axes = {"row", "col", *placement.partial} - {"data", *placement.cut_axes}
+        replicated = any(here[axis] for axis in axes)
+        stages = placement.tied_stages
         if replicated or (stages and here["inter"] != min(stages)):
             continue
         if counted and counted[-1].stop == entry.where.start:

@@ -117,8 +117,7 @@ def simulate(
 
 def _deadlock(waiting: Sequence[StageSchedule], tasks: Sequence[_TaskRow], now: float) -> str:
     lines = [
-        f"stage {s.stage} has finished {s.backwards_finished} of {s.backwards} backwards and waits for "
-        f"{s.waiting_for()}"
+        f"stage {s.stage} has finished {s.finished_pairs} of {s.pairs} backwards and waits for {s.waiting_for()}"
         for s in waiting
     ]
     slot = min((end - start for _, _, start, end in tasks if end > start), default=1.0)

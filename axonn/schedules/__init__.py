@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from axonn.errors import ConfigError
 from axonn.schedules.base import Direction, Kind, StageSchedule, Task
+from axonn.schedules.forwards import Forwards
 from axonn.schedules.layout import ChunkLayout, ChunkPlacement
 from axonn.schedules.message_driven import PICKS, MessageDriven
 from axonn.schedules.orders import (
@@ -17,6 +18,7 @@ from axonn.schedules.orders import (
     zero_bubble_v_order,
 )
 from axonn.schedules.static import StaticSchedule
+from axonn.schedules.told import ToldSchedule
 
 __all__ = [
     "PICKS",
@@ -24,12 +26,14 @@ __all__ = [
     "ChunkLayout",
     "ChunkPlacement",
     "Direction",
+    "Forwards",
     "Kind",
     "MessageDriven",
     "ScheduleSpec",
     "StageSchedule",
     "StaticSchedule",
     "Task",
+    "ToldSchedule",
     "make_schedule",
 ]
 

@@ -49,6 +49,12 @@ class Kind(IntEnum):
         return (Direction.FORWARD, Direction.BACKWARD, Direction.BACKWARD, None)[self]
 
 
+WHOLE = (Kind.FORWARD, Kind.BACKWARD)
+"""The tasks of one (chunk, microbatch) pair."""
+SPLIT = (Kind.FORWARD, Kind.INPUT, Kind.WEIGHT)
+"""The same, with backwards in two halves."""
+
+
 class Task(NamedTuple):
     """A piece of work of a stage. Prints as `2F0`: chunk 2, forward, microbatch 0 (B backward, I and W its halves)."""
 
@@ -83,7 +89,7 @@ class StageSchedule(ABC):
     """
 
     def __init__(
-        self, *, stage: int, stages: int, microbatches: int, layout: ChunkLayout, splits_backward: bool = False
+        self, *, stage: int, stages: int, microbatches: int, layout: ChunkLayout, kinds: tuple[Kind, ...] = WHOLE
     ) -> None:
         if not 0 <= stage < stages:
             raise ValueError(f"stage {stage} is not one of {stages} stages")
@@ -96,13 +102,13 @@ class StageSchedule(ABC):
         self.microbatches = microbatches
         self.layout = layout
         self.chunks = layout.chunks
-        self.splits_backward = splits_backward
-        """Whether backwards run as two tasks, INPUT and WEIGHT, or as one, BACKWARD."""
+        self.kinds = kinds
+        """What runs for each (chunk, microbatch) pair, in this order."""
         self.held = 0
-        """(chunk, microbatch) pairs whose forward was handed out and whose backward (its WEIGHT) has not finished."""
-        self.backwards_finished = 0
-        """Such pairs whose backward has finished wholly."""
-        self._last_kind = Kind.WEIGHT if splits_backward else Kind.BACKWARD
+        """(chunk, microbatch) pairs whose forward was handed out and whose last task has not finished."""
+        self.finished_pairs = 0
+        """Such pairs whose last task has finished."""
+        self._last_kind = kinds[-1]
 
     @abstractmethod
     def arrived(self, direction: Direction, chunk: int, microbatch: int) -> None:
@@ -112,32 +118,51 @@ class StageSchedule(ABC):
     def next_task(self) -> Task | None:
         """The next task, now handed out, or None when the stage has to wait for an event."""
 
+    @property
+    @abstractmethod
+    def follows_arrivals(self) -> bool:
+        """Whether another order of arrivals could make this stage run its tasks in another order.
+
+        Where it is False the ranks of a stage run the same tasks in the same order, each by its own messages.
+        """
+
     def finished(self, task: Task) -> None:
         """`task` has finished on the device."""
         if task[0] == self._last_kind:
             self.held -= 1
-            self.backwards_finished += 1
+            self.finished_pairs += 1
 
     def waiting_for(self) -> str:
         """What must happen before this stage has a next task, in words for an error message."""
         if self.done:
             return "nothing"
         needs = []
-        for direction, what in ((Direction.FORWARD, "an activation"), (Direction.BACKWARD, "a gradient")):
+        for direction in sorted({kind.sends for kind in self.kinds if kind.sends is not None}):
+            what = ("an activation", "a gradient")[direction]
             origins = [self.layout.origin(self.stage, chunk, direction) for chunk in range(self.chunks)]
             stages = sorted({origin[0] for origin in origins if origin is not None} - {self.stage})
             needs += [f"{what} from stage {stage}" for stage in stages]
         return " or ".join(needs) or "the end of a task"
 
     @property
-    def backwards(self) -> int:
+    def pairs(self) -> int:
         """(chunk, microbatch) pairs of a batch."""
         return self.microbatches * self.chunks
 
     @property
+    def tasks(self) -> int:
+        """Tasks of a batch."""
+        return self.pairs * len(self.kinds)
+
+    @property
     def done(self) -> bool:
-        """True once every chunk has run every microbatch forward and backward here."""
-        return self.backwards_finished == self.backwards
+        """True once every task of the batch has finished here."""
+        return self.finished_pairs == self.pairs
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether backwards run as two tasks, INPUT and WEIGHT, or as one, BACKWARD."""
+        return Kind.INPUT in self.kinds
 
     @property
     @abstractmethod

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from axonn.schedules.base import Direction, Kind, StageSchedule, Task
+from axonn.schedules.base import SPLIT, WHOLE, Direction, Kind, StageSchedule, Task
 from axonn.schedules.layout import ChunkLayout
 
 PICKS = ("backward-first", "forward-first", "arrival-order")
@@ -45,9 +45,8 @@ class MessageDriven(StageSchedule):
         pick: str | Sequence[Task] = "backward-first",
         splits_backward: bool = False,
     ) -> None:
-        super().__init__(
-            stage=stage, stages=stages, microbatches=microbatches, layout=layout, splits_backward=splits_backward
-        )
+        kinds = SPLIT if splits_backward else WHOLE
+        super().__init__(stage=stage, stages=stages, microbatches=microbatches, layout=layout, kinds=kinds)
         if in_flight_limit < 1:
             raise ValueError(f"the in-flight limit must be at least 1, not {in_flight_limit}")
         chunks = self.chunks
@@ -56,7 +55,6 @@ class MessageDriven(StageSchedule):
         self._source = next((c for c in range(chunks) if layout.is_source(stage, c)), None)
         self._sink = next((c for c in range(chunks) if layout.is_sink(stage, c)), None)
         self._backward = Kind.INPUT if splits_backward else Kind.BACKWARD
-        kinds = (Kind.FORWARD, Kind.INPUT, Kind.WEIGHT) if splits_backward else (Kind.FORWARD, Kind.BACKWARD)
         key = self._keys(pick)
         self._counts = pick == "arrival-order"
         # By kind and chunk: a task with its key for every microbatch, and of these the ones that are ready. In a queue
@@ -80,6 +78,11 @@ class MessageDriven(StageSchedule):
     @property
     def limit(self) -> int:
         return self._limit
+
+    @property
+    def follows_arrivals(self) -> bool:
+        # Whatever the rule, it picks among what is there by then. A single stage has no messages.
+        return self.stages > 1
 
     def arrived(self, direction: Direction, chunk: int, microbatch: int) -> None:
         self._add(self._backward if direction else Kind.FORWARD, chunk, microbatch)

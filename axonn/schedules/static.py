@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from axonn.schedules.base import Direction, Kind, StageSchedule, Task
+from axonn.schedules.base import SPLIT, WHOLE, Direction, Kind, StageSchedule, Task
 from axonn.schedules.layout import ChunkLayout
 
 
@@ -12,11 +12,19 @@ class StaticSchedule(StageSchedule):
     """Runs `order`, task after task (`axonn.schedules.orders` makes them)."""
 
     def __init__(
-        self, *, stage: int, stages: int, microbatches: int, layout: ChunkLayout, order: Sequence[Task]
+        self,
+        *,
+        stage: int,
+        stages: int,
+        microbatches: int,
+        layout: ChunkLayout,
+        order: Sequence[Task],
+        kinds: tuple[Kind, ...] | None = None,
     ) -> None:
-        splits = any(task.kind == Kind.INPUT for task in order)
-        super().__init__(stage=stage, stages=stages, microbatches=microbatches, layout=layout, splits_backward=splits)
-        self.order = tuple(order)
+        if kinds is None:
+            kinds = SPLIT if any(task.kind == Kind.INPUT for task in order) else WHOLE
+        super().__init__(stage=stage, stages=stages, microbatches=microbatches, layout=layout, kinds=kinds)
+        self.order = list(order)
         self._position = 0
         self._there: set[tuple[Direction, int, int]] = set()
         # Tasks of these chunks need no message of that direction; weight halves need none at all.
@@ -24,6 +32,10 @@ class StaticSchedule(StageSchedule):
         self._unfed = {(Direction.FORWARD, c) for c in chunks if layout.is_source(stage, c)} | {
             (Direction.BACKWARD, c) for c in chunks if layout.is_sink(stage, c)
         }
+
+    @property
+    def follows_arrivals(self) -> bool:
+        return False
 
     @property
     def limit(self) -> int:

@@ -3,15 +3,18 @@
 `axonn.runtime.connect` picks between the first two, which need mpi4py to find each other; the last is for tests.
 """
 
-from axonn.transport.base import Address, Edge, Message, Transport
+from axonn.transport.base import Address, Decision, Decisions, Edge, Message, Sent, Transport
 from axonn.transport.in_process import InProcessCollectives, InProcessTransport, InProcessWorld
 
 __all__ = [
     "Address",
+    "Decision",
+    "Decisions",
     "Edge",
     "InProcessCollectives",
     "InProcessTransport",
     "InProcessWorld",
     "Message",
+    "Sent",
     "Transport",
 ]

@@ -1,4 +1,4 @@
-"""The head of a message: what it is and which tensors follow, in a fixed number of bytes."""
+"""The head of a message (what it is and which tensors follow) and a decision, each in a fixed number of bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from axonn.schedules import Direction
 from axonn.tensors import TensorSpec
-from axonn.transport.base import Address, Edge, describe, mismatch
+from axonn.transport.base import Address, Decision, Edge, describe, mismatch
 
 HEADER_BYTES = 512
 _NUMBERS = struct.Struct("<qqq")
@@ -41,3 +41,14 @@ def open_header(header: bytearray, edge: Edge, *, rank: int) -> Address:
     if found != expected:
         raise mismatch(address, f"from rank {edge.peer} to rank {rank}", found, expected)
     return address
+
+
+def pack_decision(decision: Decision) -> bytearray:
+    """The `DECISION_BYTES` bytes of a decision."""
+    return bytearray(_NUMBERS.pack(*decision))
+
+
+def open_decision(packed: bytearray) -> Decision:
+    """Inverse of `pack_decision`."""
+    first, second, third = _NUMBERS.unpack(packed)
+    return first, second, third

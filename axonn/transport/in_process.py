@@ -20,7 +20,7 @@ from axonn.errors import DeadlockError, TransportError
 from axonn.grid import Axis, ProcessGrid
 from axonn.schedules import Direction
 from axonn.tensors import TensorSpec
-from axonn.transport.base import Address, Edge, Message, Transport, describe, mismatch
+from axonn.transport.base import Address, Decision, Edge, Message, Transport, describe, mismatch
 
 T = TypeVar("T")
 
@@ -46,8 +46,10 @@ class InProcessWorld:
         self._live: set[int] = set(range(size))
         self._failure: BaseException | None = None
         self.mailboxes: list[dict[tuple[int, Direction], deque[Message]]] = [{} for _ in range(size)]
-        self.rendezvous: dict[tuple[tuple[int, ...], int], list[torch.Tensor | None]] = {}
-        """Contributions to each collective under way, by its ranks and its number among the collectives of these."""
+        self.decisions: list[dict[int, deque[Decision]]] = [{} for _ in range(size)]
+        self.rendezvous: dict[tuple[tuple[int, ...], int], tuple[Any, list[torch.Tensor | None]]] = {}
+        """What each collective under way is, and the contributions to it, by its ranks and its number among the
+        collectives of these."""
         self.calls: list[dict[tuple[int, ...], int]] = [{} for _ in range(size)]
         """Collectives that each rank has issued so far, by their ranks: of all grids of the process together."""
 
@@ -118,6 +120,8 @@ class InProcessTransport(Transport):
         self._world = world
         self._expected: dict[tuple[int, Direction], int] = {}
         self._edges: dict[tuple[int, Direction], Edge] = {}
+        self._decisions_left: dict[int, int] = {}
+        self._told: list[Decision] = []
 
     def expect(self, edge: Edge, count: int) -> None:
         key = (edge.peer, edge.direction)
@@ -132,6 +136,28 @@ class InProcessTransport(Transport):
         box = self._world.mailboxes[peer].setdefault((self.rank, address.direction), deque())
         box.append(Message(address, tuple(t.clone() for t in tensors)))
         self._sent(peer, address, start)
+
+    def expect_decisions(self, peer: int, count: int) -> None:
+        if any(self._decisions_left.values()):
+            raise self._still_told(peer)
+        self._decisions_left = {peer: count}
+        self._world.decisions[self.rank].setdefault(peer, deque())
+
+    def _tell(self, peer: int, decision: Decision) -> None:
+        self._world.decisions[peer].setdefault(self.rank, deque()).append(decision)
+
+    def told(self) -> list[Decision]:
+        self._hear()
+        told, self._told = self._told, []
+        return told
+
+    def _hear(self) -> None:
+        for peer, left in self._decisions_left.items():
+            box = self._world.decisions[self.rank][peer]
+            while box and left and not self._world.holds_back():
+                self._told.append(box.popleft())
+                left -= 1  # noqa: PLW2901
+            self._decisions_left[peer] = left
 
     def poll(self) -> list[Message]:
         arrived = []
@@ -151,18 +177,24 @@ class InProcessTransport(Transport):
         return message
 
     def wait(self) -> list[Message]:
-        what = ", ".join(f"{left} {key[1].name.lower()} from {key[0]}" for key, left in self._expected.items() if left)
-        if not what:
-            raise TransportError(f"rank {self.rank} waits for a message, but none is expected")
+        ways = {f"{direction.name.lower()} from {peer}": left for (peer, direction), left in self._expected.items()}
+        ways |= {f"told by {peer}": left for peer, left in self._decisions_left.items()}
+        what = ", ".join(f"{left} {way}" for way, left in ways.items() if left)
+        if not what and not self._told:
+            raise self._nothing_expected()
         while True:
             arrived = self.poll()
-            if arrived:
+            self._hear()
+            if arrived or self._told:
                 return arrived
             self._world.until(self.rank, self._has_mail, f"messages ({what})")
 
     def _has_mail(self) -> bool:
         boxes = self._world.mailboxes[self.rank]
-        return any(left and boxes[key] for key, left in self._expected.items())
+        told = self._world.decisions[self.rank]
+        return any(left and boxes[key] for key, left in self._expected.items()) or any(
+            left and told[peer] for peer, left in self._decisions_left.items()
+        )
 
     def flush(self) -> None:
         return None
@@ -187,10 +219,28 @@ class InProcessCollectives(Collectives):
         return None
 
     def _all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation) -> Work:
+        def combine(parts: list[torch.Tensor]) -> None:
+            total, *others = parts
+            for part in others:
+                total = total + part if operation == "sum" else torch.maximum(total, part)
+            tensor.copy_(total)
+
+        return self._meet(tensor, group, f"all-reduce {operation}", combine)
+
+    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: Group) -> Work:
+        return self._meet(tensor, group, "all-gather", lambda parts: torch.stack(parts, out=output))
+
+    def _meet(
+        self, tensor: torch.Tensor, group: Group, operation: str, combine: Callable[[list[torch.Tensor]], Any]
+    ) -> Work:
+        """Lay `tensor` on the table and, once those of all ranks are there, `combine` them."""
         calls = self._world.calls[self.rank]
         number = calls.get(group.ranks, 0)
         calls[group.ranks] = number + 1
-        parts = self._world.rendezvous.setdefault((group.ranks, number), [None] * len(group.ranks))
+        wanted = (operation, tuple(tensor.shape), tensor.dtype)
+        found, parts = self._world.rendezvous.setdefault((group.ranks, number), (wanted, [None] * len(group.ranks)))
+        if found != wanted:
+            raise TransportError(f"rank {self.rank} starts {wanted} with ranks {group.ranks}, which have {found}")
         parts[group.ranks.index(self.rank)] = tensor.clone()
 
         def complete() -> bool:
@@ -198,12 +248,9 @@ class InProcessCollectives(Collectives):
 
         def finish() -> None:
             if not complete():
-                self._world.until(self.rank, complete, f"all-reduce {number} of ranks {group.ranks}")
+                self._world.until(self.rank, complete, f"{operation} {number} of ranks {group.ranks}")
             # Whoever comes here first takes it off the table; the others hold their own reference.
             self._world.rendezvous.pop((group.ranks, number), None)
-            total, *others = (part for part in parts if part is not None)
-            for part in others:
-                total = total + part if operation == "sum" else torch.maximum(total, part)
-            tensor.copy_(total)
+            combine([part for part in parts if part is not None])
 
         return _Done(finish)

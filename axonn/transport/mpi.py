@@ -22,8 +22,9 @@ from mpi4py import MPI
 
 from axonn.errors import TransportError
 from axonn.schedules import Direction
-from axonn.transport.base import Address, Edge, Message, Transport
+from axonn.transport.base import Address, Decision, Edge, Message, Transport
 from axonn.transport.header import HEADER_BYTES, open_header, pack_header
+from axonn.transport.mpi_decisions import MPIDecisions
 from axonn.transport.staging import HostPath, Landed, Path
 
 _PROGRESS_INTERVAL_S = 1e-3
@@ -89,6 +90,7 @@ class MPITransport(Transport):
         if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
             raise TransportError("MPI was initialised without MPI_THREAD_SERIALIZED; use an MPI built with threads")
         self._comms = {direction: comm.Dup() for direction in Direction}
+        self._decided = MPIDecisions(comm)
         self._incoming: dict[tuple[int, Direction], _Incoming] = {}
         self._outgoing: list[_Outgoing] = []
         self._arrived: deque[tuple[Address, Landed]] = deque()
@@ -125,6 +127,28 @@ class MPITransport(Transport):
             self._progress()
         self._busy.set()
 
+    def expect_decisions(self, peer: int, count: int) -> None:
+        with self._lock:
+            if self._decided.expected:
+                raise self._still_told(peer)
+            self._decided.expect(peer, count)
+        self._busy.set()
+
+    def _tell(self, peer: int, decision: Decision) -> None:
+        self._raise_failure()
+        with self._lock:
+            self._decided.tell(peer, decision)
+            self._progress()
+        self._busy.set()
+
+    def told(self) -> list[Decision]:
+        self._raise_failure()
+        with self._lock:
+            self._progress()
+            told, self._decided.told = self._decided.told, []
+        self._raise_failure()
+        return told
+
     def poll(self) -> list[Message]:
         self._raise_failure()
         with self._lock:
@@ -138,19 +162,19 @@ class MPITransport(Transport):
         spins = 0
         while True:
             arrived = self.poll()
-            if arrived:
+            if arrived or self._decided.told:
                 return arrived
             with self._lock:
                 # The thread may have taken the last message since.
-                nothing = not self._arrived and all(i.receive is None for i in self._incoming.values())
+                nothing = not self._arrived and not self._decided.told and not self._expects()
             if nothing:
-                raise TransportError(f"rank {self.rank} waits for a message, but none is expected")
+                raise self._nothing_expected()
             self._back_off(spins)
             spins += 1
 
     def flush(self) -> None:
         spins = 0
-        while self._outgoing:
+        while self._outgoing or self._decided.leaving:
             self._raise_failure()
             with self._lock:
                 self._progress()
@@ -164,10 +188,14 @@ class MPITransport(Transport):
         self._give_up_what_is_under_way()
         for comm in self._comms.values():
             comm.Free()
+        self._decided.free()
+
+    def _expects(self) -> bool:
+        return self._decided.expected or any(i.receive is not None for i in self._incoming.values())
 
     def _give_up_what_is_under_way(self) -> None:
         """After an aborted batch: nothing may match our receives any more, nor MPI touch memory that is used again."""
-        under_way: list[object] = [out for out in self._outgoing if out.requests]
+        under_way: list[object] = [out for out in self._outgoing if out.requests] + self._decided.give_up()
         for incoming in self._incoming.values():
             receive = incoming.receive
             if receive is None:
@@ -207,6 +235,7 @@ class MPITransport(Transport):
                 self._progress_of(incoming)
             self._post_what_is_ready()
             self._outgoing = [out for out in self._outgoing if not self._has_left(out)]
+            self._decided.progress()
         except (MPI.Exception, TransportError) as error:
             # What was posted is in disorder from here on.
             self._failure = error
@@ -256,7 +285,7 @@ class MPITransport(Transport):
                 self._progress()
                 if self._failure is not None:
                     return
-                if not self._outgoing and all(i.receive is None for i in self._incoming.values()):
+                if not (self._outgoing or self._decided.leaving or self._expects()):
                     self._busy.clear()
                     if self._closing:
                         return

@@ -1,19 +1,16 @@
 """Messages over point-to-point operations of `torch.distributed`.
 
 NCCL has no tags and runs the operations of a communicator one after the other, so every channel (from one rank to
-another, in one direction) has a group of two ranks for itself. Headers travel over Gloo, and tensors behind them over
-Gloo or NCCL. A thread per incoming channel receives, and one per outgoing channel waits for what was sent, because
-Gloo tells only a waiting thread that an operation is complete. Tensors are received as soon as their header has
-come: so none lands in memory of the wrong size, and no NCCL kernel spins on a GPU for a message not yet sent.
+another, in one direction or for decisions) has a group of two ranks for itself. Headers and decisions travel over Gloo,
+and tensors behind their headers over Gloo or NCCL. A thread per incoming channel receives, and one per outgoing channel
+waits for what was sent, because Gloo tells only a waiting thread that an operation is complete. Tensors are received as
+soon as their header has come: so none lands in memory of the wrong size, and no NCCL kernel spins on a GPU for a
+message not yet sent.
 """
 
 from __future__ import annotations
 
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import NamedTuple
@@ -25,23 +22,26 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from axonn.errors import TransportError
 from axonn.grid import ProcessGrid
 from axonn.schedules import Direction
-from axonn.transport.base import Address, Edge, Message, Transport
-from axonn.transport.header import HEADER_BYTES, open_header, pack_header
-from axonn.transport.torch_wire import GlooWire, NcclWire, Transfer, Wire
-
-_JOIN_S = 5.0
+from axonn.transport.base import Address, Decision, Edge, Message, Transport
+from axonn.transport.torch_ends import End, Hearer, Outbox, Receiver, Sender, State, Teller
+from axonn.transport.torch_wire import GlooWire, NcclWire, Wire
 
 
 class Channel(NamedTuple):
-    """A way for messages of one direction from one rank to another."""
+    """A way for messages of one direction, or for decisions (None), from one rank to another."""
 
     source: int
     target: int
-    direction: Direction
+    direction: Direction | None
 
 
 def channels_of(grid: ProcessGrid) -> list[Channel]:
-    """All channels between neighbouring stages, last and first included, as chunks in loops or in a V need them."""
+    """All channels that the grid needs: those between neighbouring stages, and those inside of each stage."""
+    return _between_stages(grid) + _inside_stages(grid)
+
+
+def _between_stages(grid: ProcessGrid) -> list[Channel]:
+    """For messages; last and first stage are neighbours too, as chunks in loops or in a V need it."""
     found: dict[Channel, None] = {}
     for first in grid.group(0, [axis for axis in grid.order if axis != "inter"]):
         pipeline = grid.group(first, ["inter"])
@@ -50,6 +50,13 @@ def channels_of(grid: ProcessGrid) -> list[Channel]:
                 if source != target:
                     found.update(dict.fromkeys(Channel(source, target, direction) for direction in Direction))
     return list(found)
+
+
+def _inside_stages(grid: ProcessGrid) -> list[Channel]:
+    """For decisions, from the first rank of each stage to the others."""
+    if grid.inter == 1:
+        return []
+    return [Channel(stage[0], member, None) for stage in grid.groups(["row", "col"]) for member in stage[1:]]
 
 
 class TorchTransport(Transport):
@@ -73,23 +80,31 @@ class TorchTransport(Transport):
         super().__init__(rank, device=here)
         if here.type == "cuda" and not dist.is_nccl_available():
             raise TransportError(f"messages of GPU tensors need NCCL, which torch {torch.__version__} lacks; use MPI")
-        self._state = _State()
-        self._incoming: dict[tuple[int, Direction], _Receiver] = {}
-        self._outgoing: dict[tuple[int, Direction], _Sender] = {}
+        self._state = State()
+        self._incoming: dict[tuple[int, Direction], Receiver] = {}
+        self._outgoing: dict[tuple[int, Direction], Sender] = {}
+        self._hearers: dict[int, Hearer] = {}
+        self._tellers: dict[int, Teller] = {}
         for channel in channels_of(grid) if channels is None else channels:
             if rank not in channel[:2]:
                 continue
             end = int(rank == channel.target)
             name = "-".join(map(str, channel))
             headers: Wire = GlooWire(PrefixStore(f"headers-{name}", store), end, timeout=timeout)
+            if channel.direction is None:
+                if rank == channel.target:
+                    self._hearers[channel.source] = Hearer(self._state, headers)
+                else:
+                    self._tellers[channel.target] = Teller(self._state, headers)
+                continue
             wire = headers
             if here.type == "cuda":
                 wire = NcclWire(PrefixStore(f"tensors-{name}", store), end, timeout=timeout, device=here)
             if rank == channel.target:
-                self._incoming[channel.source, channel.direction] = _Receiver(self._state, rank, headers, wire)
+                self._incoming[channel.source, channel.direction] = Receiver(self._state, rank, headers, wire)
             else:
                 sent = partial(self._sent, channel.target)
-                self._outgoing[channel.target, channel.direction] = _Sender(self._state, headers, wire, sent)
+                self._outgoing[channel.target, channel.direction] = Sender(self._state, headers, wire, sent)
 
     def expect(self, edge: Edge, count: int) -> None:
         self._check_device(edge.device)
@@ -98,13 +113,35 @@ class TorchTransport(Transport):
             raise TransportError(f"rank {self.rank} has no {edge.direction.name.lower()} channel from {edge.peer}")
         receiver.expect(edge, count)
 
+    def expect_decisions(self, peer: int, count: int) -> None:
+        hearer = self._hearers.get(peer)
+        if hearer is None:
+            raise TransportError(f"rank {self.rank} has no channel for decisions from {peer}")
+        if any(other.left for other in self._hearers.values()):
+            raise self._still_told(peer)
+        hearer.expect(count)
+
+    def _tell(self, peer: int, decision: Decision) -> None:
+        teller = self._tellers.get(peer)
+        if teller is None:
+            raise TransportError(f"rank {self.rank} has no channel for decisions to {peer}")
+        self._start(peer, lambda: teller.tell(decision))
+
+    def told(self) -> list[Decision]:
+        self._raise_failure()
+        with self._state.changed:
+            return [decision for hearer in self._hearers.values() for decision in hearer.take()]
+
     def _send(self, peer: int, address: Address, tensors: tuple[torch.Tensor, ...]) -> None:
         sender = self._outgoing.get((peer, address.direction))
         if sender is None:
             raise TransportError(f"rank {self.rank} has no {address.direction.name.lower()} channel to {peer}")
+        self._start(peer, lambda: sender.send(address, tensors))
+
+    def _start(self, peer: int, start: Callable[[], None]) -> None:
         self._raise_failure()
         try:
-            sender.send(address, tensors)
+            start()
         except RuntimeError as error:
             raise TransportError(f"rank {self.rank}: rank {peer} cannot be reached: {error}") from error
 
@@ -116,24 +153,31 @@ class TorchTransport(Transport):
 
     def wait(self) -> list[Message]:
         state = self._state
-        receivers = self._incoming.values()
+        receivers, hearers = self._incoming.values(), self._hearers.values()
+
+        def expected() -> bool:
+            return any(r.left for r in receivers) or any(h.left for h in hearers)
+
+        def told() -> bool:
+            return any(h.told for h in hearers)
+
         with state.changed:
             state.changed.wait_for(
-                lambda: state.failure or any(r.arrived for r in receivers) or not any(r.left for r in receivers)
+                lambda: state.failure or any(r.arrived for r in receivers) or told() or not expected()
             )
         arrived = self.poll()
-        if not arrived:
-            raise TransportError(f"rank {self.rank} waits for a message, but none is expected")
+        if not arrived and not told():
+            raise self._nothing_expected()
         return arrived
 
     def flush(self) -> None:
         state = self._state
         with state.changed:
-            state.changed.wait_for(lambda: state.failure or not any(s.queue for s in self._outgoing.values()))
+            state.changed.wait_for(lambda: state.failure or not any(box.queue for box in self._outboxes()))
         self._raise_failure()
 
     def close(self) -> None:
-        ends = [*self._incoming.values(), *self._outgoing.values()]
+        ends: list[End] = [*self._incoming.values(), *self._hearers.values(), *self._outboxes()]
         with self._state.changed:
             self._state.closing = True
             under_way = [end.current for end in ends if end.current is not None]
@@ -143,8 +187,11 @@ class TorchTransport(Transport):
         for end in ends:
             end.join()
         # The connections end with the last reference, and peers that still wait for this rank learn of it.
-        self._incoming.clear()
-        self._outgoing.clear()
+        for ends_of in (self._incoming, self._outgoing, self._hearers, self._tellers):
+            ends_of.clear()
+
+    def _outboxes(self) -> list[Outbox]:
+        return [*self._outgoing.values(), *self._tellers.values()]
 
     def _raise_failure(self) -> None:
         failure = self._state.failure
@@ -152,153 +199,3 @@ class TorchTransport(Transport):
             raise failure
         if failure is not None:
             raise TransportError(f"rank {self.rank}: torch.distributed failed: {failure}") from failure
-
-
-class _State:
-    """What the threads of a transport share."""
-
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        """Held to read or write anything here or in the ends."""
-        self.failure: BaseException | None = None
-        self.closing = False
-
-
-class _Closed(Exception):
-    """The transport is being closed; its threads end."""
-
-
-class _End:
-    """One end of a channel and the thread that serves it, started at its first use."""
-
-    def __init__(self, state: _State) -> None:
-        self.state = state
-        self.current: Transfer | None = None
-        """What the thread waits for."""
-        self._thread: threading.Thread | None = None
-
-    def _start(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name="axonn-channel", daemon=True)
-            self._thread.start()
-
-    def join(self) -> None:
-        if self._thread is not None:
-            self._thread.join(_JOIN_S)
-
-    def _serve(self) -> None:
-        try:
-            while True:
-                self._once()
-        except _Closed:
-            return
-        except BaseException as error:
-            with self.state.changed:
-                if not self.state.closing:
-                    self.state.failure = self.state.failure or error
-                self.state.changed.notify_all()
-
-    def _once(self) -> None:
-        raise NotImplementedError
-
-    def _until(self, ready: Callable[[], object]) -> None:
-        """Sleep until `ready`; the caller holds the lock."""
-        self.state.changed.wait_for(lambda: self.state.closing or ready())
-        if self.state.closing:
-            raise _Closed
-
-    def _finish(self, transfer: Transfer) -> None:
-        with self.state.changed:
-            if self.state.closing:
-                raise _Closed
-            self.current = transfer
-        transfer.wait()
-        with self.state.changed:
-            self.current = None
-
-
-class _Receiver(_End):
-    """Receives the messages of a channel in order, as many as are expected."""
-
-    def __init__(self, state: _State, rank: int, control: Wire, wire: Wire) -> None:
-        super().__init__(state)
-        self._rank = rank
-        self._control = control
-        self._wire = wire
-        self._edge: Edge | None = None
-        self.left = 0
-        self.arrived: deque[Message] = deque()
-
-    def expect(self, edge: Edge, count: int) -> None:
-        with self.state.changed:
-            if self.left:
-                raise TransportError(f"rank {self._rank} still expects messages from rank {edge.peer}")
-            self._edge = edge
-            self.left = count
-            self.state.changed.notify_all()
-        self._start()
-
-    def take(self) -> list[Message]:
-        """What has arrived; the caller holds the lock."""
-        messages = list(self.arrived)
-        self.arrived.clear()
-        for message in messages:
-            self._wire.hand_over(message.tensors)
-        return messages
-
-    def _once(self) -> None:
-        with self.state.changed:
-            self._until(lambda: self.left)
-            edge = self._edge
-        assert edge is not None
-        header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-        self._finish(self._control.receive([header]))
-        address = open_header(bytearray(header.numpy()), edge, rank=self._rank)
-        buffers = self._wire.buffers(edge.tensors)
-        self._finish(self._wire.receive(buffers))
-        with self.state.changed:
-            self.left -= 1
-            self.arrived.append(Message(address, buffers))
-            self.state.changed.notify_all()
-
-
-@dataclass
-class _Outgoing:
-    """A message under way, with the memory that must stay until it has left."""
-
-    address: Address
-    header: torch.Tensor
-    tensors: tuple[torch.Tensor, ...]
-    transfers: tuple[Transfer, ...]
-    start: float
-
-
-class _Sender(_End):
-    """Starts to send at once, on the caller's thread; its own thread drops what has left."""
-
-    def __init__(self, state: _State, control: Wire, wire: Wire, sent: Callable[[Address, float], None]) -> None:
-        super().__init__(state)
-        self._control = control
-        self._wire = wire
-        self._sent = sent
-        self.queue: deque[_Outgoing] = deque()
-
-    def send(self, address: Address, tensors: tuple[torch.Tensor, ...]) -> None:
-        start = time.perf_counter()
-        header = torch.frombuffer(pack_header(address, tensors), dtype=torch.uint8)
-        transfers = (self._control.send([header]), self._wire.send(tensors))
-        with self.state.changed:
-            self.queue.append(_Outgoing(address, header, tensors, transfers, start))
-            self.state.changed.notify_all()
-        self._start()
-
-    def _once(self) -> None:
-        with self.state.changed:
-            self._until(lambda: self.queue)
-            out = self.queue[0]
-        for transfer in out.transfers:
-            self._finish(transfer)
-        self._sent(out.address, out.start)
-        with self.state.changed:
-            self.queue.popleft()
-            self.state.changed.notify_all()

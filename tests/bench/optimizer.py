@@ -56,7 +56,7 @@ def state_bytes(paired: Paired, number: int) -> int:
 def offloading(workload: str, rounds: int) -> tuple[list[dict[str, Any]], float]:
     """Rows of (a), and the seconds of the resident step."""
     contenders = [contender(workload, placement, 4) for placement in ("device", "offloaded")]
-    paired = run_paired(workload, contenders, grid={}, rounds=rounds, tails=True)
+    paired = run_paired(workload, contenders, grid={}, rounds=rounds, spans=True)
     paired.check_losses()
     rows = []
     for i, placement in enumerate(("device", "offloaded")):
@@ -87,7 +87,7 @@ def overlapping(workload: str, rounds: int, step_s: float, share: float | None) 
         bits = 8 * 2 * 2 * parameters_of(workload)
         rate = f"{max(1, round(bits / (share * step_s) / 1e6))}mbit"
     contenders = [contender(workload, placement, k) for placement in ("device", "offloaded") for k in CHUNKS]
-    paired = run_paired(workload, contenders, grid={"data": 2}, rounds=rounds, link_rate=rate, tails=True)
+    paired = run_paired(workload, contenders, grid={"data": 2}, rounds=rounds, link_rate=rate, spans=True)
     paired.check_losses()
     first = {i: i - i % len(CHUNKS) for i in range(len(contenders))}
     return [

@@ -9,16 +9,20 @@ import json
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from axonn.collectives import TorchCollectives
 from axonn.config import TrainConfig, validate
-from axonn.grid import ProcessGrid
-from axonn.runtime import connect
-from axonn.trace import SpanKind, SpanRecorder
+from axonn.grid import AXES, ProcessGrid
+from axonn.runtime import Runtime, connect
+from axonn.trace import SpanKind, SpanRecorder, overlap
+from axonn.traffic import summary
+from baselines.torch_tensor_parallel import CountedCollectives, TorchTensorParallelTrainer
 from experiments.engine_framework import EngineTrainer
 from experiments.framework import Trainer, load_framework
 from tests.bench.jitter import Sleeps
@@ -34,6 +38,13 @@ def layers_of(trainer: Any) -> dict[str, nn.Module]:
     return found
 
 
+def on_grid(runtime: Runtime, grid: ProcessGrid) -> Runtime:
+    """The same ranks as another grid."""
+    if runtime.collectives.grid == grid:
+        return runtime
+    return replace(runtime, collectives=TorchCollectives(grid, runtime.rank))
+
+
 def memory_of(trainer: Trainer) -> dict[str, int] | None:
     return trainer.engine.memory() if isinstance(trainer, EngineTrainer) else None
 
@@ -43,8 +54,30 @@ def tail_of(spans: SpanRecorder | None) -> float:
     if spans is None:
         return 0.0
     last = max((s.end for s in spans.spans if s.kind in COMPUTE), default=spans.now())
-    spans.spans.clear()
     return spans.now() - last
+
+
+def overlap_of(spans: SpanRecorder | None, runtime: Runtime) -> list[list[float]]:
+    """The overlap of the last batch, mean over ranks, in a list; nothing without spans."""
+    if spans is None:
+        return []
+    mine = torch.tensor(overlap(spans.spans), dtype=torch.float64)
+    spans.spans.clear()
+    group = runtime.collectives.axis_group(AXES)
+    runtime.collectives.all_reduce(mine, group).wait()
+    return [(mine / len(group.ranks)).tolist()]
+
+
+def train_counted(trainer: Trainer, step: int, ranks: int) -> tuple[float, float | None]:
+    """Loss of a batch, and bytes that this rank sends in its collectives; None where nobody counts them."""
+    if isinstance(trainer, TorchTensorParallelTrainer):
+        with CountedCollectives(range(ranks)) as counted:
+            loss = trainer.train_batch(step)
+        traffic = summary(counted.calls)
+    else:
+        loss = trainer.train_batch(step)
+        traffic = trainer.engine.traffic() if isinstance(trainer, EngineTrainer) else None
+    return loss, None if traffic is None else sum(part.sent_bytes for part in traffic)
 
 
 def main(spec_file: str, out_file: str) -> None:
@@ -52,16 +85,19 @@ def main(spec_file: str, out_file: str) -> None:
     spec = json.loads(Path(spec_file).read_text())
     contenders = [(name, validate(config, TrainConfig, where=spec_file)) for name, config in spec["contenders"]]
     with ExitStack() as stack:
-        runtime = stack.enter_context(connect(ProcessGrid(**contenders[0][1].grid.model_dump())))
-        recorders = [SpanRecorder(runtime.rank) if spec["tails"] else None for _ in contenders]
+        grids = [ProcessGrid(**config.grid.model_dump()) for _, config in contenders]
+        runtime = stack.enter_context(connect(grids[0]))
+        recorders = [SpanRecorder(runtime.rank) if spec["spans"] else None for _ in contenders]
         trainers = [
-            stack.enter_context(load_framework(name).trainer(config, runtime, spans))
-            for (name, config), spans in zip(contenders, recorders, strict=True)
+            stack.enter_context(load_framework(name).trainer(config, on_grid(runtime, grid), spans))
+            for (name, config), grid, spans in zip(contenders, grids, recorders, strict=True)
         ]
         sleeps = [Sleeps(**spec["jitter"]).attach(layers_of(t)) for t in trainers] if spec["jitter"] else []
         times: list[list[float]] = [[] for _ in trainers]
         losses: list[list[float]] = [[] for _ in trainers]
         tails: list[list[float]] = [[] for _ in trainers]
+        overlaps: list[list[list[float]]] = [[] for _ in trainers]
+        sent: list[float | None] = [None for _ in trainers]
         for step in range(spec["rounds"] + 1):
             for sleep in sleeps:
                 sleep.begin(step)
@@ -69,15 +105,22 @@ def main(spec_file: str, out_file: str) -> None:
             for i in order:
                 runtime.barrier()
                 start = time.perf_counter()
-                losses[i].append(trainers[i].train_batch(step))
+                if step == 0:
+                    loss, sent[i] = train_counted(trainers[i], step, grids[i].size)
+                else:
+                    loss = trainers[i].train_batch(step)
+                losses[i].append(loss)
                 tails[i].append(tail_of(recorders[i]))
                 runtime.barrier()
                 times[i].append(time.perf_counter() - start)
+                overlaps[i] += overlap_of(recorders[i], runtime)
         if runtime.rank == 0:
             # The first round warms up.
             result = {
                 "times": [t[1:] for t in times],
                 "tails": [t[1:] for t in tails],
+                "overlaps": [o[1:] for o in overlaps],
+                "sent_bytes": sent,
                 "losses": losses,
                 "memory": [memory_of(t) for t in trainers],
             }

@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from axonn.inter_layer.accumulation import WeightGradients
+from axonn.accumulation import WeightGradients
+from axonn.grid import ProcessGrid
+from axonn.initial import Constant, Initial
 from axonn.models.base import Layer
 from axonn.schedules import ChunkLayout, Kind, Task
+from axonn.tensor import TensorContext
 from axonn.tensors import TensorSpec
-from axonn.transport import Address, Edge, Message, Transport
+from axonn.transport import Address, Decision, Edge, Message, Transport
 from tests.bench.jitter import draw
 
 _STAMP = TensorSpec((1,), torch.float64)
@@ -48,7 +51,7 @@ class Compute:
 class SleepLayer(nn.Module):
     """One chunk. The tensor that passes through it is the number of the microbatch."""
 
-    def __init__(self, stage: int, chunk: int, compute: Compute) -> None:
+    def __init__(self, stage: int, chunk: int, compute: Compute, context: TensorContext) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1))
         self.weight_gradients = WeightGradients()
@@ -92,13 +95,18 @@ class SleepModel:
         ]
         self.ties: Sequence[tuple[str, str]] = ()
 
-    def initialise(self, name: str, parameter: torch.Tensor, *, seed: int) -> None:
-        parameter.detach().zero_()
+    def check(self, grid: ProcessGrid) -> None:
+        return None
 
-    def activation(self, layer: int, microbatch_size: int, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
+    def initial(self, name: str) -> Initial:
+        return Constant(0.0)
+
+    def activation(
+        self, layer: int, microbatch_size: int, dtype: torch.dtype, context: TensorContext
+    ) -> tuple[TensorSpec, ...]:
         return (TensorSpec((microbatch_size, 1), dtype),)
 
-    def loss(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def loss(self, output: torch.Tensor, targets: torch.Tensor, context: TensorContext) -> torch.Tensor:
         return output.mean()
 
 
@@ -123,6 +131,15 @@ class DelayedTransport(Transport):
     def _send(self, peer: int, address: Address, tensors: tuple[torch.Tensor, ...]) -> None:
         stamp = torch.tensor([time.perf_counter()], dtype=torch.float64)
         self._inner.send(peer, address, (*tensors, stamp))
+
+    def expect_decisions(self, peer: int, count: int) -> None:
+        self._inner.expect_decisions(peer, count)
+
+    def _tell(self, peer: int, decision: Decision) -> None:
+        self._inner.tell(peer, decision)
+
+    def told(self) -> list[Decision]:
+        return self._inner.told()
 
     def poll(self) -> list[Message]:
         self._take(self._inner.poll())

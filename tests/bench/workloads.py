@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from math import isnan, nan
+from math import isnan, nan, prod
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -20,7 +20,7 @@ from axonn.inter_layer.stage import virtual_spans
 from axonn.launch import mpiexec_command, rank_environment
 from axonn.models.gpt import GPT
 from axonn.schedules import ChunkLayout
-from axonn.trace import SpanKind, read_spans
+from axonn.trace import Overlap, SpanKind, read_spans
 from experiments.definition import available_cores
 from experiments.supervisor import supervise
 
@@ -29,7 +29,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "small": {"layers": 6, "hidden": 256, "heads": 4, "seq_len": 128, "vocab": 8192},
     "wide": {"layers": 6, "hidden": 768, "heads": 12, "seq_len": 128, "vocab": 8192},
     # For trying the benchmarks themselves; its times mean nothing.
-    "tiny": {"layers": 4, "hidden": 64, "heads": 1, "seq_len": 16, "vocab": 512},
+    "tiny": {"layers": 4, "hidden": 64, "heads": 4, "seq_len": 16, "vocab": 512},
 }
 MICROBATCHES, MICROBATCH_SIZE = 8, 4
 SAME_WORK = 1e-4
@@ -38,7 +38,7 @@ SAME_WORK = 1e-4
 
 @dataclass(frozen=True)
 class Contender:
-    """A framework with what its configuration has beyond the workload."""
+    """A framework with what its configuration has beyond the workload, or in place of it."""
 
     label: str
     framework: str = "axonn"
@@ -149,7 +149,11 @@ class Paired:
     memory: list[dict[str, int] | None]
     """What our contenders say of rank 0's memory."""
     tails: list[list[float]]
-    """Seconds of each round from the last task of the pipeline to the end of the batch, on rank 0; only on request."""
+    """Seconds of each round from the last task of the pipeline to the end of the batch, on rank 0; only with spans."""
+    overlaps: list[list[Overlap]] = field(default_factory=list)
+    """Of each round, mean over ranks; only of ours, and with spans."""
+    sent_bytes: list[float | None] = field(default_factory=list)
+    """What rank 0 sends in the collectives of one batch, where that is counted."""
 
     def ratio(self, over: int, under: int = 0) -> float:
         """Median over the rounds of contender `under`'s time divided by contender `over`'s."""
@@ -184,19 +188,19 @@ def run_paired(
     link_rate: str | None = None,
     jitter: Jitter | None = None,
     copies: int = 1,
-    tails: bool = False,
+    spans: bool = False,
 ) -> Paired:
-    """Let contenders train in turn in the same ranks.
+    """Let contenders train in turn in the same ranks, on `grid` or others of as many ranks.
 
     `link_rate` (as tc writes it) puts a slow link between them. With `copies` of the whole run at once, the times of
-    all are put together. `tails` (only of ours) need spans, which cost a little time.
+    all are put together. `spans` (of ours) cost a little time.
     """
-    ranks = grid.get("data", 1) * grid.get("inter", 1)
+    ranks = prod(grid.values())
     spec = {
         "contenders": [[c.framework, config_of(workload, grid) | dict(c.options)] for c in contenders],
         "rounds": rounds,
         "jitter": None if jitter is None else vars(jitter),
-        "tails": tails,
+        "spans": spans,
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -209,7 +213,8 @@ def run_paired(
     times, tails_of = (
         [[t for one in found for t in one[name][i]] for i in range(len(contenders))] for name in ("times", "tails")
     )
-    return Paired(times, found[0]["losses"], found[0]["memory"], tails_of)
+    overlaps = [[Overlap(*o) for one in found for o in one["overlaps"][i]] for i in range(len(contenders))]
+    return Paired(times, found[0]["losses"], found[0]["memory"], tails_of, overlaps, found[0]["sent_bytes"])
 
 
 def _start(folder: Path, copy: int, ranks: int, link_rate: str | None) -> subprocess.Popen[bytes]:

@@ -44,7 +44,7 @@ class WeightGradients:
         return second_half
 
 
-def _add_product(parameter: nn.Parameter, a: torch.Tensor, b: torch.Tensor) -> None:
+def add_product(parameter: nn.Parameter, a: torch.Tensor, b: torch.Tensor) -> None:
     """Add the matrix product a b to the parameter's gradient."""
     if parameter.grad is None:
         parameter.grad = a @ b
@@ -54,11 +54,19 @@ def _add_product(parameter: nn.Parameter, a: torch.Tensor, b: torch.Tensor) -> N
         parameter.grad += a @ b
 
 
-def _add(parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+def add_gradient(parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+    """Add `gradient` to the parameter's."""
     if parameter.grad is None:
         parameter.grad = gradient
     else:
         parameter.grad += gradient
+
+
+def add_rows(parameter: nn.Parameter, accumulate: Callable[[torch.Tensor], Any]) -> None:
+    """Call `accumulate` with the parameter's gradient, to which it adds; zeros if there was none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    accumulate(parameter.grad)
 
 
 class _Linear(torch.autograd.Function):
@@ -81,9 +89,9 @@ class _Linear(torch.autograd.Function):
         def accumulate() -> None:
             rows = gradient.reshape(-1, gradient.shape[-1])
             if weight.requires_grad:
-                _add_product(weight, rows.t(), x.reshape(-1, x.shape[-1]))
+                add_product(weight, rows.t(), x.reshape(-1, x.shape[-1]))
             if bias is not None and bias.requires_grad:
-                _add(bias, rows.sum(0))
+                add_gradient(bias, rows.sum(0))
 
         ctx.queue.add(accumulate)
         return (gradient @ weight if ctx.needs_input_grad[0] else None), None, None, None
@@ -104,10 +112,8 @@ class _Embedding(torch.autograd.Function):
         weight = ctx.weight
 
         def accumulate() -> None:
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-            rows = gradient.reshape(-1, gradient.shape[-1]).to(weight.grad.dtype)
-            weight.grad.index_add_(0, index.reshape(-1), rows)
+            rows = gradient.reshape(-1, gradient.shape[-1])
+            add_rows(weight, lambda total: total.index_add_(0, index.reshape(-1), rows.to(total.dtype)))
 
         if weight.requires_grad:
             ctx.queue.add(accumulate)
