@@ -11,6 +11,7 @@ import torch
 from axonn.config import PrecisionConfig
 from axonn.initial import fill
 from axonn.tensor import TensorContext
+from tests.comparing import part_of
 from tests.rank_pool import RankPool
 from tests.training import OPTIMIZER, Case, Outcome, batch_of, serial_model, train_in_process, train_over_mpi
 
@@ -18,7 +19,9 @@ from tests.training import OPTIMIZER, Case, Outcome, batch_of, serial_model, tra
 # 4.1 to below 4 in the steps of a case.
 LOSS_BOUND = {"bfloat16": 5e-3, "float16": 5e-4}
 # Where a gradient is mostly rounding, Adam's step is its sign: masters differ more than losses.
-MASTER_BOUND = {"bfloat16": 8e-2, "float16": 2e-2}
+MASTER_BOUND = {"bfloat16": 5e-2, "float16": 2e-2}
+# Where layers are cut, sums over ranks round once more; 5.1e-2 and 2.6e-2 are seen.
+CUT_MASTER_BOUND = {"bfloat16": 1e-1, "float16": 4e-2}
 SCALE = 2.0**10
 
 
@@ -53,17 +56,21 @@ def serial_run(case: Case, *, lr: float = OPTIMIZER.lr) -> Outcome:
 def case_of(dtype: str, **changes: Any) -> Case:
     scale = 1.0 if dtype == "bfloat16" else SCALE
     precision = PrecisionConfig(compute=dtype, loss_scale=scale)  # type: ignore[arg-type]
-    return replace(Case(microbatches=4, steps=12, same_batch=True, dtype=dtype, precision=precision), **changes)
+    # Sizes that cannot be cut, unless a case changes them.
+    case = Case(microbatches=4, steps=12, same_batch=True, dtype=dtype, precision=precision, heads=3, vocab=61)
+    return replace(case, **changes)
 
 
 def check(case: Case, outcomes: list[Outcome], reference: Outcome) -> None:
+    bound = (MASTER_BOUND if case.grid.tensor == 1 else CUT_MASTER_BOUND)[case.dtype]
     for rank, outcome in enumerate(outcomes):
         assert outcome.losses == pytest.approx(reference.losses, rel=LOSS_BOUND[case.dtype], abs=0), rank
         for name, master in outcome.masters.items():
             assert master.dtype == torch.float32
-            error = float((master - reference.parameters[name]).norm() / reference.parameters[name].norm())
+            part = part_of(reference.parameters[name], outcome.placements[name], case, rank)
+            error = float((master - part).norm() / part.norm())
             # A bias starts at zero and has moved by the sign of noisy gradients only.
-            assert error < MASTER_BOUND[case.dtype] or name.endswith("bias"), f"{name} on rank {rank}: {error:.1e}"
+            assert error < bound or name.endswith("bias"), f"{name} on rank {rank}: {error:.1e}"
             # The parameter itself is its rounded copy, bit for bit.
             assert torch.equal(outcome.parameters[name], master.to(getattr(torch, case.dtype))), name
 
@@ -72,6 +79,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "1 rank": {},
     "2 x 2, tied, offloaded": {"data": 2, "inter": 2, "tied": True, "offloaded": True},
     "1 x 4, zero-bubble V": {"inter": 4, "schedule": "zero-bubble", "chunks": 2, "placement": "v"},
+    "row 2 x col 2": {"row": 2, "col": 2, "heads": 4, "vocab": 60},
     "4 x 2, recompute, k = 1": {"data": 4, "inter": 2, "recompute": 1, "k": 1},
 }
 

@@ -68,7 +68,9 @@ class Case:
     placement: Any = "loop"
     dtype: str = "float64"
     tied: bool = False
-    """Of a GPT."""
+    """Of a GPT, as the next two."""
+    heads: int = 4
+    vocab: int = 60
     dropout: float = 0.0
     """In the residual branches; in a GPT also of the attention's probabilities."""
     steps: int = STEPS
@@ -99,9 +101,9 @@ class Case:
             name="test",
             layers=6,
             hidden=24,
-            heads=4,
+            heads=self.heads,
             seq_len=10,
-            vocab=60,
+            vocab=self.vocab,
             tied_head=self.tied,
             dropout=self.dropout,
             attention_dropout=self.dropout,
@@ -263,7 +265,7 @@ def train_in_process(case: Case, *, order_seed: int | None = None) -> list[Outco
 
 def serial_reference(case: Case) -> Outcome:
     """The same training in a plain PyTorch loop over the whole batch: no engine, no schedule, no microbatches."""
-    keys = ("model_kind", "microbatches", "tied", "dropout", "dtype", "steps", "clip")
+    keys = ("model_kind", "microbatches", "tied", "heads", "vocab", "dropout", "dtype", "steps", "clip")
     return _serial(**{key: getattr(case, key) for key in keys})
 
 
