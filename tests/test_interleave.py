@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import itertools
 import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -26,6 +25,11 @@ def lanes() -> Iterator[Lanes]:
     made = Lanes()
     yield made
     made.close()
+
+
+def started_since(before: set[threading.Thread]) -> set[threading.Thread]:
+    """Threads that were not there before; one of an earlier test may end at any time."""
+    return set(threading.enumerate()) - before
 
 
 def within_patience(function: Callable[[], Any]) -> Any:
@@ -118,9 +122,9 @@ def test_a_lane_knows_its_number_and_the_first_is_the_callers_thread(lanes: Lane
 
 
 def test_one_function_is_simply_called(lanes: Lanes) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     assert lanes.run([lambda: lanes.lane]) == [None]
-    assert threading.active_count() == before
+    assert started_since(before) == set()
 
 
 def test_a_switch_outside_of_lanes_does_nothing(lanes: Lanes) -> None:
@@ -280,31 +284,28 @@ def test_a_failure_reaches_a_lane_that_is_suspended_in_a_backward(lanes: Lanes) 
 
 
 def test_threads_are_kept_for_the_next_run_and_end_when_closed(lanes: Lanes) -> None:
-    def threads() -> set[threading.Thread]:
-        return {thread for thread in threading.enumerate() if thread not in before}
-
     before = set(threading.enumerate())
     turns(lanes, [1, 1, 1])
-    kept = threads()
+    kept = started_since(before)
     assert len(kept) == 2
     turns(lanes, [1, 1, 1])
     turns(lanes, [1, 1])
-    assert threads() == kept
+    assert started_since(before) == kept
     lanes.close()
     for thread in kept:
         thread.join(PATIENCE_S)
-    assert threads() == set()
+    assert started_since(before) == set()
     assert turns(lanes, [1, 1]) == [0, 1, 0, 1]
 
 
 def test_threads_end_with_the_lanes() -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     lanes = Lanes()
     lanes.run([lanes.switch, lanes.switch, lanes.switch])
-    assert threading.active_count() == before + 2
+    started = started_since(before)
+    assert len(started) == 2
     del lanes
     gc.collect()
-    deadline = time.monotonic() + PATIENCE_S
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() == before
+    for thread in started:
+        thread.join(PATIENCE_S)
+    assert started_since(before) == set()

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from axonn.accumulation import WeightGradients, accumulate_in_place
+from axonn.accumulation import WeightGradients
 from axonn.inter_layer.activations import SavedBytes
 from axonn.inter_layer.batch import Batch, Tensors, cut_rows
 from axonn.inter_layer.stage import Chunk
 from axonn.models.base import PipelineModel
 from axonn.schedules import Direction
+from axonn.tensor.in_place import accumulate_in_place
 
 
 class ChunkCompute:

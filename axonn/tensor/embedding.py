@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from axonn.accumulation import add_rows
+from axonn.accumulation import WeightGradients, add_rows
 from axonn.tensor.context import TensorContext
 from axonn.tensor.layer import TRANSPOSED, Layout, TensorLayer, check_layout, cut, segments_of
 
@@ -45,54 +45,85 @@ class Embedding(TensorLayer):
         features = segments_of(embedding_dim, None, context, layout.output, f"embedding_dim of {what}")
         cuts = cut(0, layout.input, rows), cut(1, layout.output, features)
         self.place("weight", (num_embeddings, embedding_dim), *cuts, device=device, dtype=dtype)
-        self.first = context.index(layout.input) * self.weight.shape[0]
-        """Index of the first embedding of this rank."""
 
     def forward(self, index: torch.Tensor) -> torch.Tensor:
-        if self.weight_gradients is None and self.context.grid.tensor == 1:
-            return F.embedding(index, self.weight, self.padding_idx)
-        y: torch.Tensor = _Embedding.apply(index, self.weight, self)  # type: ignore[no-untyped-call]
-        return y
+        return embedding(
+            index,
+            self.weight,
+            context=self.context,
+            layout=self.layout,
+            padding_idx=self.padding_idx,
+            weight_gradients=self.weight_gradients,
+        )
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, layout={tuple(self.layout)}"
 
 
+def embedding(
+    index: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    context: TensorContext,
+    layout: Layout,
+    padding_idx: int | None = None,
+    weight_gradients: WeightGradients | None = None,
+) -> torch.Tensor:
+    """What `Embedding` computes, with this part of the weight: [...] -> [..., H / G_out].
+
+    With `weight_gradients`, `weight` is a parameter, to whose gradient is added there.
+    """
+    if weight_gradients is None and context.grid.tensor == 1:
+        return F.embedding(index, weight, padding_idx)
+    y: torch.Tensor = _Embedding.apply(  # type: ignore[no-untyped-call]
+        index, weight, context, layout, padding_idx, weight_gradients
+    )
+    return y
+
+
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, index: torch.Tensor, weight: torch.Tensor, layer: Embedding) -> torch.Tensor:
-        ctx.layer = layer
-        if layer.context.extent(layer.layout.input) == 1:
+    def forward(
+        ctx: Any,
+        index: torch.Tensor,
+        weight: torch.Tensor,
+        context: TensorContext,
+        layout: Layout,
+        padding_idx: int | None,
+        queue: WeightGradients | None,
+    ) -> torch.Tensor:
+        # The parameter itself, not the tensor that autograd saves for it: its `.grad` is what counts.
+        ctx.weight, ctx.queue = weight, queue
+        first = context.index(layout.input) * weight.shape[0]
+        ctx.padding = None if padding_idx is None else padding_idx - first
+        if context.extent(layout.input) == 1:
             ctx.save_for_backward(index, None)
             return F.embedding(index, weight)
-        here = index - layer.first
+        here = index - first
         missing = (here < 0) | (here >= weight.shape[0])
         here = here.masked_fill_(missing, 0)
         ctx.save_for_backward(here, missing)
         y = F.embedding(here, weight).masked_fill_(missing.unsqueeze(-1), 0)
-        return layer.context.all_reduce(y, layer.layout.input)
+        return context.all_reduce(y, layout.input)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor | None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         here, missing = ctx.saved_tensors
-        layer = ctx.layer
-        if not ctx.needs_input_grad[1]:
-            return None, None, None
+        weight, padding = ctx.weight, ctx.padding
+        of_weight = None
 
         def accumulate(weight_gradient: torch.Tensor) -> None:
             rows = gradient.reshape(-1, gradient.shape[-1])
             unused = missing
-            if layer.padding_idx is not None:
-                padding = here == layer.padding_idx - layer.first
-                unused = padding if unused is None else unused | padding
+            if padding is not None:
+                unused = here == padding if unused is None else unused | (here == padding)
             if unused is not None:
                 rows = rows.masked_fill(unused.reshape(-1, 1), 0)
             weight_gradient.index_add_(0, here.reshape(-1), rows.to(weight_gradient.dtype))
 
-        queue = layer.weight_gradients
-        if queue is not None:
-            queue.add(lambda: add_rows(layer.weight, accumulate))
-            return None, None, None
-        of_weight = torch.zeros_like(layer.weight)
-        accumulate(of_weight)
-        return None, of_weight, None
+        if ctx.needs_input_grad[1] and ctx.queue is not None:
+            ctx.queue.add(lambda: add_rows(weight, accumulate))
+        elif ctx.needs_input_grad[1]:
+            of_weight = torch.zeros_like(weight)
+            accumulate(of_weight)
+        return None, of_weight, None, None, None, None
