@@ -8,7 +8,7 @@ FRESH_FLAG := $(if $(FRESH),--fresh)
 QUICK_FLAG := $(if $(QUICK),--quick)
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce-fig6 test test-full soak lint bench bench-link bench-tensor bench-schedules bench-optimizer clean
+.PHONY: help install reproduce-fig6 calibrate validate-local validate-plan plan-published test test-full soak lint bench bench-link bench-tensor bench-schedules bench-optimizer clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -25,6 +25,12 @@ reproduce-fig6: $(READY) ## weak scaling: published, predicted, and measured her
 	@$(BIN)/axonn predict experiments/fig6.yaml $(FRESH_FLAG)
 	@status=0; $(BIN)/axonn run experiments/fig6.yaml $(FRESH_FLAG) || status=$$?; \
 		test $$status -eq 130 || $(BIN)/python -m plots.fig6 || status=$$?; exit $$status
+
+calibrate: $(READY) ## measure this machine for the performance model (QUICK=1: coarsely)
+	@$(BIN)/axonn calibrate $(QUICK_FLAG)
+
+validate-local: $(READY) ## predicted and measured batch times of 21 runs on this machine (calibrates; about 8 minutes)
+	@$(BIN)/python -m experiments.local_validation
 
 test: $(READY) ## the tests (8 to 14 minutes on 2 cores)
 	@$(BIN)/python -m pytest
@@ -43,7 +49,7 @@ lint: $(READY) ## ruff, and the type checker in strict mode on axonn/
 bench: $(READY) ## our schedules and our tensor parallelism beside PyTorch's (QUICK=1 tries the benchmark itself)
 	@$(BIN)/python -m tests.bench.frameworks $(QUICK_FLAG)
 	@$(BIN)/python -m tests.bench.tensor $(QUICK_FLAG)
-	@$(BIN)/python -m pytest tests/bench/bench_engine.py --benchmark-enable --timeout 0
+	@$(BIN)/python -m pytest tests/bench/bench_engine.py tests/bench/bench_planner.py -s --benchmark-enable --timeout 0
 
 bench-link: $(READY) ## the same over an emulated slow link (root only); JITTER=1: with uneven compute
 	@$(BIN)/python -m tests.bench.link $(QUICK_FLAG) $(if $(JITTER),--jitter)
@@ -57,6 +63,12 @@ bench-schedules: $(READY) ## schedules on 8 ranks whose compute is a sleep, besi
 
 bench-optimizer: $(READY) ## offloaded optimizer state; reduction overlapped with the step (with a slow link as root)
 	@$(BIN)/python -m tests.bench.optimizer $(QUICK_FLAG)
+
+validate-plan: $(READY) ## the planner's choice for 2 ranks beside an exhaustive measured search (needs axonn calibrate)
+	@$(BIN)/python -m tests.bench.plan_check $(QUICK_FLAG)
+
+plan-published: $(READY) ## published configurations beside the planner's best at the same scale
+	@$(BIN)/python -m experiments.plan_compare
 
 clean: ## remove results, figures and run folders of this machine, not the environment
 	@rm -rf runs plots/out results/measured results/predicted results/bench results/fig6

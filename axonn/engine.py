@@ -11,10 +11,10 @@ import torch
 
 from axonn.collectives import Collectives, Group, SerialCollectives
 from axonn.config import OptimizerConfig, PrecisionConfig
+from axonn.defaults import checkpoint_blocks, sub_shards
 from axonn.errors import ConfigError, GridError
 from axonn.grid import AXES, ProcessGrid
 from axonn.initial import fill
-from axonn.inter_layer.activations import default_checkpoint_blocks
 from axonn.inter_layer.batch import Batch, Inputs
 from axonn.inter_layer.executor import PipelineExecutor
 from axonn.inter_layer.stage import Chunk, ParameterSpec, parameter_specs, tied_stages, virtual_spans
@@ -38,21 +38,6 @@ def microbatches_of(*, batch_size: int, microbatch_size: int, grid: ProcessGrid)
     return batch_size // (grid.data * microbatch_size)
 
 
-def sub_shards(overdecomposition: int | None, *, microbatch_size: int, grid: ProcessGrid) -> int:
-    """Into how many parts a microbatch is cut: `overdecomposition`, by default 2 where that is possible and useful.
-
-    Raises `GridError` when a microbatch has fewer rows.
-    """
-    if overdecomposition is None:
-        return 2 if grid.tensor > 1 and microbatch_size > 1 else 1
-    if not 1 <= overdecomposition <= microbatch_size:
-        raise GridError(
-            f"overdecomposition {overdecomposition} cuts a microbatch into more sub-shards than its {microbatch_size} "
-            "rows (microbatch_size); lower the one or raise the other"
-        )
-    return overdecomposition
-
-
 @dataclass(frozen=True, kw_only=True)
 class BatchResult:
     """What came of one batch, the same on every rank."""
@@ -72,8 +57,8 @@ class Engine:
 
     Every rank makes one with the same arguments. `transport` is needed when G_inter > 1, `collectives` when there is
     more than one rank. `activation_checkpointing` counts blocks, see `TrainConfig`; `overdecomposition`: see
-    `sub_shards`. `steps` is the length of the run, if the learning rate goes by it. Raises `GridError` or `ConfigError`
-    when the configuration does not fit.
+    `axonn.defaults.sub_shards`. `steps` is the length of the run, if the learning rate goes by it. Raises `GridError`
+    or `ConfigError` when the configuration does not fit.
     """
 
     def __init__(
@@ -126,11 +111,12 @@ class Engine:
         """The modules of this rank."""
         for chunk in range(self.layout.chunks):
             span = self.virtual_spans[self.layout.virtual(self.here.inter, chunk)]
-            recompute = activation_checkpointing
-            if recompute == "auto":
-                blocks = len({model.layers[i].block for i in span} - {None})
-                limit = -(-first.limit // self.layout.chunks)
-                recompute = default_checkpoint_blocks(blocks, limit=limit, chunks=self.layout.chunks)
+            recompute = checkpoint_blocks(
+                activation_checkpointing,
+                [model.layers[i].block for i in span],
+                limit=first.limit,
+                chunks=self.layout.chunks,
+            )
             self.chunks.append(
                 Chunk(model, span, context=self._context, dtype=dtype, device=self.device, recompute=recompute)
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -66,6 +67,16 @@ class ProcessGrid:
         """G_tensor: ranks that share one layer."""
         return self.row * self.col
 
+    @cached_property
+    def _strides(self) -> dict[Axis, int]:
+        """How far apart the ranks are that differ by one along an axis."""
+        found: dict[Axis, int] = {}
+        stride = 1
+        for axis in reversed(self.order):
+            found[axis] = stride
+            stride *= self.extent(axis)
+        return found
+
     def extent(self, axis: Axis) -> int:
         """Number of ranks along `axis`."""
         value = getattr(self, axis)
@@ -101,13 +112,13 @@ class ProcessGrid:
 
     def group(self, rank: int, axes: Iterable[Axis]) -> tuple[int, ...]:
         """Ranks that differ from `rank` along `axes` only, itself included, in the order of the grid."""
-        free = set(axes)
-        here = self.coordinates(rank)._asdict()
-        members = [here]
+        here, strides, free = self.coordinates(rank), self._strides, set(axes)
+        members = [rank - sum(getattr(here, axis) * strides[axis] for axis in free)]
         for axis in self.order:
             if axis in free:
-                members = [{**m, axis: i} for m in members for i in range(self.extent(axis))]
-        return tuple(self.rank(**m) for m in members)
+                steps = range(0, self.extent(axis) * strides[axis], strides[axis])
+                members = [m + step for m in members for step in steps]
+        return tuple(members)
 
     def groups(self, axes: Iterable[Axis]) -> list[tuple[int, ...]]:
         """All disjoint groups along `axes`, ordered by their first rank."""
@@ -126,7 +137,7 @@ class ProcessGrid:
         stage = here.inter + step
         if not 0 <= stage < self.inter:
             return None
-        return self.rank(data=here.data, inter=stage, row=here.row, col=here.col)
+        return rank + step * self._strides["inter"]
 
     def is_first_stage(self, rank: int) -> bool:
         return self.coordinates(rank).inter == 0

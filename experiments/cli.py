@@ -6,9 +6,9 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,6 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from axonn.errors import AxonnError
+from experiments.plan_command import plan
+
+if TYPE_CHECKING:
+    from axonn.perf.jitter import Jitter
+    from axonn.records import Record
 
 app = typer.Typer(
     help="AxoNN reproduction suite: run, predict and compare asynchronous hybrid-parallel training.",
@@ -26,6 +31,9 @@ app = typer.Typer(
 )
 console = Console()
 ExperimentFile = Annotated[Path, typer.Argument(help="Experiment file, for instance experiments/fig6.yaml")]
+
+
+app.command()(plan)
 
 
 def _command() -> str:
@@ -95,7 +103,7 @@ def run(
             record = run_point(
                 point,
                 command=_command(),
-                on_batch=lambda n, task=one: progress.update(task, completed=n),
+                on_batch=lambda n, task=one: progress.update(task, completed=n),  # type: ignore[misc]
                 timeout_s=timeout,
             )
             progress.remove_task(one)
@@ -126,16 +134,72 @@ def run(
 
 @app.command()
 def predict(
-    experiment_file: ExperimentFile,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Experiment file; with --validate: data sets of experiments/validation, by default all"),
+    ] = None,
+    *,
+    validate: Annotated[
+        bool, typer.Option("--validate", help="Hold the model against published measurements instead.")
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Predict anew even if nothing has changed.")] = False,
+    jitter: Annotated[
+        float | None,
+        typer.Option(help="Tasks and messages take random times with this relative deviation, for instance 0.1."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Batches that are simulated with --jitter.")] = 5,
+    spans: Annotated[Path | None, typer.Option(help="Folder for what each stage does when, point by point.")] = None,
 ) -> None:
-    """Predict the points of an experiment at the published scale with the performance model."""
+    """Predict the points of an experiment at the published scale, or hold predictions against published sets."""
+    from axonn.perf.jitter import Jitter
+
+    if validate:
+        _validate(names or [])
+    elif names is None or len(names) != 1:
+        raise AxonnError("give one experiment file, for instance experiments/fig6.yaml, or --validate")
+    else:
+        noise = None if jitter is None else Jitter(relative=jitter, repeats=seeds)
+        _predict_experiment(Path(names[0]), fresh=fresh or spans is not None, jitter=noise, spans=spans)
+
+
+def _validate(names: list[str]) -> None:
+    from experiments import validation_tables as tables
+    from experiments.datasets import find_data_sets
+    from experiments.validate import RESULT, points_of, validate_set, write_validation
+
+    paths = find_data_sets(names)
+    results = []
+    with _progress() as progress:
+        task = progress.add_task("predicting", total=sum(map(points_of, paths)))
+
+        def on_point(label: str) -> None:
+            progress.update(task, description=label, advance=1)
+
+        results = [validate_set(path, on_point=on_point) for path in paths]
+    for result in results:
+        console.print(tables.set_table(result))
+        for line in tables.remarks(result):
+            console.print(escape(line), highlight=False)
+        if result.variants:
+            console.print(tables.variant_table(result))
+            for letter, meaning in tables.variant_names(result)[1:]:
+                console.print(f"{letter}: {escape(meaning)}", highlight=False)
+    console.print(tables.summary_table(results))
+    if any(result.goals for result in results):
+        console.print(tables.goal_table(results))
+    validation = write_validation(results, command=_command())
+    console.print(tables.fitted_table(validation.fitted))
+    console.print(f"written to {RESULT}", soft_wrap=True)
+
+
+def _predict_experiment(experiment_file: Path, *, fresh: bool, jitter: Jitter | None, spans: Path | None) -> None:
     from experiments.definition import load_experiment
     from experiments.predictor import done_predictions, predict_experiment
 
     experiment = load_experiment(experiment_file)
-    records = None if fresh else done_predictions(experiment)
+    records = None if fresh else done_predictions(experiment, jitter)
     if records is not None:
+        _show_spread(records)
         console.print(f"nothing to do: {len(records)} points were predicted on {records[0].created}")
         return
     start = time.perf_counter()
@@ -148,9 +212,57 @@ def predict(
             progress.update(task, description=f"predicting {name}", completed=count)
             count += 1
 
-        records = predict_experiment(experiment, command=_command(), on_point=on_point)
+        records = predict_experiment(experiment, command=_command(), on_point=on_point, jitter=jitter, spans=spans)
         progress.update(task, description="predicted", completed=len(records))
+    _show_spread(records)
     console.print(f"{len(records)} points predicted in {time.perf_counter() - start:.1f} s")
+
+
+def _show_spread(records: Sequence[Record]) -> None:
+    """Where the times are those of several batches."""
+    from experiments.validation_tables import spread_table
+
+    if all(record.batch_times_s for record in records):
+        console.print(spread_table(records))
+
+
+@app.command()
+def calibrate(
+    out: Annotated[
+        Path | None, typer.Option(help="Machine file to write; default experiments/machines/local.yaml.")
+    ] = None,
+    ranks: Annotated[int | None, typer.Option(help="Ranks that compute together; default one per core.")] = None,
+    precision: Annotated[str, typer.Option(help="Type to compute in, as in a training configuration.")] = "float32",
+    quick: Annotated[bool, typer.Option("--quick", help="Coarser grids of sizes, in less than a minute.")] = False,
+) -> None:
+    """Measure this machine (kernels, messages, collectives, the host) and write a machine file for axonn predict."""
+    from axonn.config import PrecisionConfig, validate
+    from experiments.calibrate import LOCAL
+    from experiments.calibrate import calibrate as measure
+
+    _launched_once()
+    start = time.perf_counter()
+    compute = validate({"compute": precision}, PrecisionConfig, where="--precision").compute
+    with _progress() as progress:
+        task = progress.add_task("starting", total=None)
+
+        def on_part(part: str) -> None:
+            progress.update(task, description=part)
+
+        file = out or LOCAL
+        machine = measure(
+            ranks=ranks,
+            precision=compute,
+            quick=quick,
+            out=file,
+            on_part=on_part,
+        )
+    rate = machine.gpu.peak.si / 1e9
+    console.print(
+        f"{machine.node.gpus.number} rank(s), {rate:.1f} GFLOP/s each at best; written to {file} "
+        f"in {time.perf_counter() - start:.0f} s",
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -164,7 +276,8 @@ def train(
     """Train a model as a configuration says; goes on from the newest checkpoint of the run folder if there is one."""
     from axonn.config import TrainConfig, load_yaml
     from axonn.data import make_data
-    from axonn.engine import microbatches_of, sub_shards
+    from axonn.defaults import sub_shards
+    from axonn.engine import microbatches_of
     from axonn.grid import ProcessGrid
     from axonn.inter_layer.stage import virtual_spans
     from axonn.models import make_model

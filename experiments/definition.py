@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from pydantic import Field
 from axonn.config import (
     GPTConfig,
     GridConfig,
+    ModelConfig,
     OptimizerConfig,
     StrictModel,
     TrainConfig,
+    UNetConfig,
     load_yaml,
     read_yaml,
     validate,
@@ -97,23 +100,25 @@ def load_experiment(path: Path | str) -> Experiment:
 
 def strategy_of(panel: PredictedPanel, point: PredictedPoint, *, where: str) -> Strategy:
     """The framework's defaults with the point's own values over them."""
-    merged = _merge(panel.frameworks.get(point.framework, {}), point.strategy)
+    merged = merge(panel.frameworks.get(point.framework, {}), point.strategy)
     return validate(merged, Strategy, where=f"{where}: {point.framework} {point.model}")
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `base` with those of `over` in their place, key by key at every depth."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
 
 
-def load_model(name: str) -> GPTConfig:
-    """A GPT of experiments/models by name, the kind of model that the performance model knows."""
-    path = _find("models", name)
-    if isinstance(content := read_yaml(path), dict) and content.get("kind", "gpt") != "gpt":
-        raise ConfigError(f"{path}: is no GPT; the performance model only knows GPTs")
+def load_model(name: str) -> ModelConfig:
+    """A model of experiments/models by name, or a model file by path."""
+    path = Path(name) if name.endswith(".yaml") else _find("models", name)
+    content = read_yaml(path)
+    if isinstance(content, dict) and content.get("kind") == "unet":
+        return load_yaml(path, UNetConfig)
     return load_yaml(path, GPTConfig)
 
 
@@ -125,8 +130,10 @@ def find_machine(name: str) -> MachineFile:
 def _find(folder: str, name: str) -> Path:
     path = HERE / folder / f"{name}.yaml"
     if not path.exists():
-        known = ", ".join(sorted(p.stem for p in (HERE / folder).glob("*.yaml")))
-        raise ConfigError(f"there is no {folder[:-1]} '{name}'; known are {known}")
+        known = sorted(p.stem for p in (HERE / folder).glob("*.yaml"))
+        near = get_close_matches(name, known, n=2)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ConfigError(f"there is no {folder[:-1]} '{name}'; {hint}known are {', '.join(known)}")
     return path
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from axonn.errors import AxonnError, RecordError
 from axonn.records import Record, read_all, read_records
-from experiments.definition import ROOT, Experiment, load_experiment, load_model
+from experiments.definition import ROOT, Experiment, load_experiment
 from experiments.predictor import predicted_file
 from experiments.provenance import fingerprint, sources, this_machine
 from experiments.runner import MEASURED
@@ -49,7 +49,7 @@ def summarise(experiment: Experiment, published: Sequence[Record], others: Seque
         "rows": rows,
         "mape_pct": mape(rows),
         "wrong_orders": {kind: wrong_orders(rows, kind) for kind in ("predicted", "measured")},
-        "naive": naive(published, load_model),
+        "naive": naive(published),
         "failures": [r.model_dump(mode="json", exclude_none=True) for r in others if r.failure is not None],
         "policy": {
             "batches": experiment.measured.batches,

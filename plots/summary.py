@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import mean, median
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from axonn.config import GPTConfig
 from axonn.perf.naive import naive_constant, naive_predict
 from axonn.records import Record
 
@@ -93,15 +92,13 @@ def wrong_orders(rows: Sequence[dict[str, Any]], kind: str) -> list[str]:
     return found
 
 
-def naive(published: Sequence[Record], model_of: Callable[[str], GPTConfig]) -> dict[str, Any]:
+def naive(published: Sequence[Record]) -> dict[str, Any]:
     """The constant-TFLOP/s predictor, fitted on the very points it predicts, for comparison with the model."""
     batches = [(r.asked.flops(recompute=True), r.asked.gpus, r.batch_time_s or 0.0) for r in published]
     rate = naive_constant(batches)
     rows = []
     for r in published:
-        time = naive_predict(
-            model_of(r.asked.model), batch_size=r.asked.batch_size, gpus=r.asked.gpus, flops_per_s=rate
-        )
+        time = naive_predict(flops=r.asked.flops(recompute=True), gpus=r.asked.gpus, flops_per_s=rate)
         assert r.batch_time_s is not None
         rows.append(
             {

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from axonn.config import GPTConfig
+from axonn.defaults import default_checkpoint_blocks
 from axonn.errors import ConfigError
-from axonn.inter_layer.activations import default_checkpoint_blocks
 from axonn.inter_layer.stage import Chunk, initialise, segments
 from axonn.models.base import Layer
 from axonn.models.gpt import GPT

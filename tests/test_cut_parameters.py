@@ -13,7 +13,7 @@ from mpi4py import MPI
 from axonn.config import PrecisionConfig
 from axonn.grid import Axis
 from axonn.parts import Part
-from axonn.perf.memory import HOST_STATE, model_state_bytes
+from axonn.perf.memory import model_state_bytes, state_bytes
 from axonn.runtime import connect
 from axonn.transport import InProcessCollectives, InProcessWorld
 from tests.parts import assembled, detached
@@ -126,7 +126,7 @@ def test_a_rank_of_a_gpt_holds_just_its_parts(row: int, col: int) -> None:
             if case.offloaded:
                 assert (memory["parameters"], memory["gradients"]) == (2 * phi, 2 * phi)
                 assert on_device == 4 * phi + 16 * 2 * min(BSIZE, phi)
-                assert memory["host"] == HOST_STATE * phi
+                assert memory["host"] == state_bytes("float16").streamed * phi
             else:
                 assert on_device == model_state_bytes(phi) == 20 * phi
                 assert memory["host"] == 0

@@ -18,7 +18,7 @@ from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.stage import ParameterSpec
 from axonn.optim.model_optimizer import ModelOptimizer
-from axonn.perf.memory import HOST_STATE, model_state_bytes
+from axonn.perf.memory import model_state_bytes, state_bytes
 from axonn.placement import Placement
 from axonn.trace import SpanKind
 from tests.optimizing import (
@@ -299,7 +299,7 @@ def test_model_state_is_what_the_memory_model_says_to_the_byte(half: str, bsize:
     assert offloaded.device == model_state_bytes(ELEMENTS, optimizer="offloaded", bsize=bucket, buckets=resident)
     assert (offloaded.parameters, offloaded.gradients) == (2 * ELEMENTS, 2 * ELEMENTS)
     assert offloaded.buckets == 16 * resident * bucket
-    assert offloaded.host == HOST_STATE * ELEMENTS
+    assert offloaded.host == state_bytes("float16").streamed * ELEMENTS
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from axonn.config import OptimizerConfig, PrecisionConfig
 from axonn.grid import AXES, Axis, ProcessGrid
 from axonn.inter_layer.stage import ParameterSpec
 from axonn.optim.model_optimizer import ModelOptimizer
-from axonn.perf.memory import HOST_STATE, model_state_bytes
+from axonn.perf.memory import model_state_bytes, state_bytes
 from axonn.placement import Placement
 from axonn.trace import SpanKind
 from tests.every_rank import GRID, RunsRanks, body_over_mpi
@@ -205,6 +205,14 @@ def test_all_reduce_spans_follow_each_other_one_for_each_chunk(pool: RankPool) -
                 assert all(r.end <= u.start for r, u in zip(reductions, updates, strict=True))
 
 
+def test_agreeing_on_overflow_is_waiting_for_the_others() -> None:
+    """As `axonn.perf.step` has it: no all-reduce of gradients has begun yet."""
+    for outcome in optimize_in_process(Case(data=2, steps=1, precision="float16", options={"bsize": 16, "k": 1})):
+        kinds = [s.kind for s in sorted(outcome.spans, key=lambda s: s.start)]
+        assert kinds[0] == SpanKind.IDLE
+        assert Counter(kinds) == {SpanKind.IDLE: 1, SpanKind.ALL_REDUCE: 5, SpanKind.OPTIMIZER: 5}
+
+
 # --- gradient reduction follows the placements
 
 
@@ -325,4 +333,4 @@ def test_a_rank_pays_for_its_parts_alone(half: str, resident: int) -> None:
         assert outcome.memory is not None
         assert (outcome.memory.parameters, outcome.memory.gradients) == (2 * phi, 2 * phi)
         assert outcome.memory.device == 4 * phi + 16 * resident * 16
-        assert outcome.memory.host == HOST_STATE * phi
+        assert outcome.memory.host == state_bytes("float16").streamed * phi

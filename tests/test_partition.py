@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from axonn.config import GPTConfig
 from axonn.errors import GridError
-from axonn.inter_layer.partition import partition, partition_chunks
 from axonn.inter_layer.stage import virtual_spans
 from axonn.models.gpt import GPT
+from axonn.partition import partition, partition_chunks
 from axonn.schedules import ChunkLayout
 
 

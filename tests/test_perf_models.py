@@ -14,10 +14,20 @@ from axonn.config import GPTConfig, GridConfig, ScheduleConfig, load_yaml
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
 from axonn.perf import fit
-from axonn.perf.kernels import KernelTimes, gemm_time, stream_time
+from axonn.perf.kernels import gemm_time, stream_time
 from axonn.perf.machine import Curve, MachineFile, load_machine
 from axonn.perf.memory import DoesNotFit, model_state_bytes, stage_memory, stage_parameters
-from axonn.perf.network import GroupPlacement, all_reduce_time, edge, message_time, place, ring_factor
+from axonn.perf.network import (
+    GroupPlacement,
+    all_reduce_time,
+    edge,
+    message_time,
+    place,
+    ring_factor,
+    shared_with,
+)
+from axonn.perf.outline import outline_of
+from axonn.perf.stages import stage_times
 from axonn.perf.strategy import Strategy
 
 ROOT = Path(__file__).parents[1]
@@ -119,12 +129,14 @@ def check_curve(curve: Curve, rows: list[dict[str, str]], column: str) -> None:
 def test_the_slowdown_inside_layers_is_the_fit_of_the_published_layers(
     machine: MachineFile, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fit.main([str(PUBLISHED / "v100_bert_layer_ms.csv"), "--machine", str(SUMMIT)])
+    fit.main([str(PUBLISHED / "v100_kernels_ms.csv"), "--machine", str(SUMMIT)])
     printed = yaml.safe_load(capsys.readouterr().out)
     stated = machine.gpu.in_layer
     assert printed["gemm_slowdown"] == pytest.approx(stated.gemm_slowdown, abs=2e-3)
     assert printed["stream_slowdown"] == pytest.approx(stated.stream_slowdown, abs=2e-3)
     assert printed["fit"]["in_sample_error_pct"] == pytest.approx(stated.fit.in_sample_error_pct, abs=0.1)
+    assert printed["fit"]["held_out_error_pct"] == pytest.approx(stated.fit.held_out_error_pct, abs=0.1)
+    assert stated.fit.held_out_error_pct < 8
 
 
 def test_the_gemm_curve_states_a_useful_fit(machine: MachineFile) -> None:
@@ -203,8 +215,11 @@ def test_no_product_is_faster_than_the_peak(machine: MachineFile) -> None:
         assert 2 * (s + 1) ** 3 / gemm_time(machine.gpu, s + 1, s + 1, s + 1) < machine.gpu.vector_peak.si
 
 
-def test_a_misaligned_product_runs_without_matrix_units(machine: MachineFile) -> None:
-    assert gemm_time(machine.gpu, 2048, 2340, 9360) > 3 * gemm_time(machine.gpu, 2048, 2336, 9360)
+def test_only_odd_dimensions_run_without_matrix_units(machine: MachineFile) -> None:
+    """Head widths 188 and 156 of the published models, and 780 of a cut layer, are multiples of 4 only."""
+    aligned = gemm_time(machine.gpu, 2048, 2336, 9360)
+    assert gemm_time(machine.gpu, 2048, 2340, 9360) == pytest.approx(aligned, rel=0.01)
+    assert gemm_time(machine.gpu, 2048, 2339, 9360) > 3 * aligned
 
 
 def test_streams_take_bytes_over_bandwidth(machine: MachineFile) -> None:
@@ -213,8 +228,10 @@ def test_streams_take_bytes_over_bandwidth(machine: MachineFile) -> None:
 
 def test_small_shards_and_small_microbatches_are_less_efficient(machine: MachineFile, gpt12b: GPTConfig) -> None:
     def per_sequence(microbatch: int, col: int) -> float:
-        kernels = KernelTimes(machine.gpu, gpt12b, microbatch, 1, col)
-        return col * (2 * kernels.block_forward + kernels.block_backward) / microbatch
+        strategy = Strategy(grid=GridConfig(col=col, inter=2), microbatch_size=microbatch, partition_messages=False)
+        stage = stage_times(outline_of(gpt12b), machine, strategy)[0]
+        compute = stage.forward + stage.backward - stage.reduce_forward - stage.reduce_backward
+        return col * compute / microbatch
 
     assert per_sequence(1, 1) > per_sequence(2, 1) > per_sequence(8, 1)
     assert per_sequence(2, 12) > per_sequence(2, 3) > per_sequence(2, 1)
@@ -229,7 +246,8 @@ def test_ring_all_reduce_is_its_formula_on_the_configuration_it_was_measured_wit
     whole = GroupPlacement(6, 1, 6, 2, 1, 1)
     assert all_reduce_time(machine, 1e8, whole) == pytest.approx(reduce.intra_node.seconds(1e8))
     two = GroupPlacement(12, 2, 6, 2, 1, 1)
-    assert all_reduce_time(machine, 1e8, two) == pytest.approx(reduce.inter_node.seconds(1e8))
+    alone = machine.model_copy(update={"network": machine.network.model_copy(update={"nccl_injection": None})})
+    assert all_reduce_time(alone, 1e8, two) == pytest.approx(reduce.inter_node.seconds(1e8))
     assert [ring_factor(n) for n in (2, 4, 8)] == [1.0, 1.5, 1.75]
 
 
@@ -244,6 +262,36 @@ def test_groups_that_share_links_share_their_bandwidth(machine: MachineFile) -> 
     latency = 3 * machine.network.all_reduce.inter_node.latency(1e9)
     two, six = (all_reduce_time(machine, 1e9, p) - latency for p in (alone, shared))
     assert six / two == pytest.approx(3)
+
+
+def test_in_training_runs_nccl_has_less_of_the_network(machine: MachineFile) -> None:
+    """Collectives and messages of NCCL; the message-passing library has all of it."""
+    slow = machine.network.nccl_injection
+    assert slow is not None
+    half = slow.model_copy(update={"value": slow.value / 2})
+    slower = machine.model_copy(update={"network": machine.network.model_copy(update={"nccl_injection": half})})
+    group = GroupPlacement(8, 8, 1, 1, 6, 1)
+    latency = 3 * machine.network.all_reduce.inter_node.latency(1e9)
+    for m, gb_per_s in ((machine, slow.value), (slower, half.value)):
+        # Six rings of eight, each byte 7/4 times; measured at 22.5 GB/s where 40 GB/s through the sockets hold it up.
+        bus = m.network.all_reduce.intra_node.asymptotic_bandwidth * ring_factor(6) / ring_factor(12)
+        seconds = 6e9 * 1.75 / (gb_per_s * 1e9) * bus / m.network.all_reduce.inter_node.asymptotic_bandwidth
+        assert all_reduce_time(m, 1e9, group) - latency == pytest.approx(seconds)
+        assert message_time(m, 4e7, library="nccl", same_node=False, flows=6).transfer == pytest.approx(
+            6 * 4e7 / (gb_per_s * 1e9)
+        )
+    times = [message_time(m, 4e7, library="mpi", same_node=False, flows=6) for m in (machine, slower)]
+    assert times[0] == times[1]
+
+
+def test_groups_of_unequal_size_share_a_node_while_they_last(machine: MachineFile) -> None:
+    where = GroupPlacement(2, 2, 1, 1, 6, 1)
+    assert shared_with(where, 2.0, [2.0] * 6) == where
+    # 7 units go through the node: 3.5 times the largest group's own. A small group shares with all others to its end.
+    assert shared_with(where, 2.0, [2.0, 1.0, 1.0, 1.0, 1.0, 1.0]).sharing_network == pytest.approx(3.5)
+    assert shared_with(where, 1.0, [2.0, 1.0, 1.0, 1.0, 1.0, 1.0]) == where
+    alone = replace(where, sharing_network=1)
+    assert shared_with(alone, 2.0, [2.0, 1.0]) == alone
 
 
 def test_a_group_inside_a_socket_beats_one_across_sockets_and_nodes(machine: MachineFile) -> None:
@@ -294,27 +342,29 @@ def test_model_state_is_the_published_formula_to_the_byte() -> None:
 
 def test_stages_hold_every_parameter_once(gpt12b: GPTConfig) -> None:
     strategy = Strategy(grid=GridConfig(data=8, inter=6), microbatch_size=8)
-    counts = stage_parameters(gpt12b, strategy)
+    counts = stage_parameters(outline_of(gpt12b), strategy)
     # The last stage holds a copy of the embedding as its head.
     assert gpt12b.tied_head
     assert sum(counts) == gpt12b.parameters + gpt12b.vocab * gpt12b.hidden
     assert counts[1] == 8 * (12 * 4512**2 + 13 * 4512)
-    cut = stage_parameters(gpt12b, Strategy(grid=GridConfig(inter=6, col=3), microbatch_size=8))
-    assert cut[1] == counts[1] // 3
+    cut = stage_parameters(outline_of(gpt12b), Strategy(grid=GridConfig(inter=6, col=3), microbatch_size=8))
+    # Cut along col: the matrices, the biases of QKV and FC1; whole: norms, biases of projection and FC2.
+    assert cut[1] == 8 * (12 * 4512**2 + 7 * 4512) // 3 + 8 * 6 * 4512
 
 
 def test_what_does_not_fit_says_so_with_numbers(machine: MachineFile, gpt12b: GPTConfig) -> None:
     grid = GridConfig(data=8, inter=6)
     full = Strategy(grid=grid, microbatch_size=8)
-    memory = stage_memory(gpt12b, machine, full, stage=0, held=6)
-    assert memory.model_state == 20 * stage_parameters(gpt12b, full)[0]
-    assert memory.checkpoints == 6 * 8 * (2 * 8 * 512 * 4512)
+    memory = stage_memory(outline_of(gpt12b), machine, full, stage=0, held=6)
+    assert memory.model_state == 20 * stage_parameters(outline_of(gpt12b), full)[0]
+    # The input of every layer, and the mask of the embedding's dropout.
+    assert memory.checkpoints == 6 * (8 * 2 + 1) * (8 * 512 * 4512)
     assert not memory.fits
     with pytest.raises(DoesNotFit, match=r"stage 0 needs 4\d\.\d\d GB .*has 17\.18 GB; use more stages"):
         memory.check()
     small = full.model_copy(update={"optimizer": "offloaded"})
     for stage in (0, 5):
-        stage_memory(gpt12b, machine, small, stage=stage, held=6).check()
+        stage_memory(outline_of(gpt12b), machine, small, stage=stage, held=6).check()
 
 
 # --- strategy
@@ -327,8 +377,14 @@ def test_a_strategy_refuses_what_does_not_divide(gpt12b: GPTConfig) -> None:
     with pytest.raises(ConfigError, match=r"heads \(24\) .* change col"):
         strategy.check(gpt12b)
     with pytest.raises(ConfigError, match="50 stages need"):
-        Strategy(grid=GridConfig(inter=50), microbatch_size=1).layers_of(gpt12b)
-    assert Strategy(grid=GridConfig(inter=5), microbatch_size=1).layers_of(gpt12b) == [10, 10, 10, 9, 9]
+        Strategy(grid=GridConfig(inter=50), microbatch_size=1).virtual_spans(outline_of(gpt12b))
+    assert Strategy(grid=GridConfig(inter=5), microbatch_size=1).blocks_of_stages(outline_of(gpt12b)) == [
+        10,
+        10,
+        10,
+        9,
+        9,
+    ]
 
 
 def test_a_strategy_reads_from_yaml(tmp_path: Path) -> None:

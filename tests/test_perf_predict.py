@@ -1,4 +1,8 @@
-"""The whole model against published batch times. Nothing in it was fitted on the twelve points of the weak scaling."""
+"""The whole model against published times.
+
+Nothing in it was fitted on the points that it is compared with here. What NCCL gets out of a node (`summit.yaml`) was
+looked for because of two of them, the all-reduces of Figure 6.
+"""
 
 import csv
 from dataclasses import astuple
@@ -6,11 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from axonn.config import GPTConfig, GridConfig, ScheduleConfig
+from axonn.config import GridConfig, ScheduleConfig
 from axonn.errors import ConfigError
 from axonn.perf.machine import MachineFile, load_machine
-from axonn.perf.predict import Prediction, StageTimes, messages, predict, stage_times, step_times
+from axonn.perf.memory import stage_parameters
+from axonn.perf.outline import Outline, outline_of
+from axonn.perf.predict import Prediction, messages, predict
+from axonn.perf.stages import StageTimes, stage_times
 from axonn.perf.strategy import Strategy
+from axonn.perf.update import step_times
 from axonn.records import read_records
 from axonn.schedules import Kind
 from axonn.trace import breakdown
@@ -28,8 +36,8 @@ def rows_of(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def model_of(size: str) -> GPTConfig:
-    return load_model(f"gpt-{size.lower()}")
+def model_of(size: str) -> Outline:
+    return outline_of(load_model(f"gpt-{size.lower()}"))
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +63,20 @@ def weak_scaling(machine: MachineFile) -> dict[tuple[str, str], tuple[float, Pre
 Points = dict[tuple[str, str], tuple[float, Prediction]]
 
 
-def test_predicted_batch_times_are_within_ten_percent_on_average(weak_scaling: Points) -> None:
-    errors = [abs(p.batch_time_s / published - 1) for published, p in weak_scaling.values()]
+def test_predicted_batch_times_are_within_four_percent_on_average(weak_scaling: Points) -> None:
+    errors = {point: abs(p.batch_time_s / published - 1) for point, (published, p) in weak_scaling.items()}
     assert len(errors) == 12
-    assert sum(errors) / 12 < 0.10
-    assert max(errors) < 0.20
+    assert sum(errors.values()) / 12 < 0.04
+    assert max(errors.values()) < 0.13
+    axonn = [error for (_, framework), error in errors.items() if framework == "AxoNN"]
+    assert sum(axonn) / 4 < 0.025
+    assert max(axonn) < 0.04
+
+
+def test_speedups_at_100b_are_the_published_ones(weak_scaling: Points) -> None:
+    axonn = weak_scaling["100B", "AxoNN"][1].batch_time_s
+    for framework, published in (("DeepSpeed", 1.18), ("Megatron-LM", 2.46)):
+        assert weak_scaling["100B", framework][1].batch_time_s / axonn == pytest.approx(published, rel=0.05)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -74,9 +91,9 @@ def test_frameworks_come_in_the_published_order(weak_scaling: Points, size: str)
 
 def test_the_model_beats_a_constant_rate(weak_scaling: Points) -> None:
     experiment = load_experiment(ROOT / "experiments/fig6.yaml")
-    constant = naive(read_records(ROOT / experiment.published), load_model)["mape_pct"]
+    constant = naive(read_records(ROOT / experiment.published))["mape_pct"]
     ours = [100 * abs(p.batch_time_s / published - 1) for published, p in weak_scaling.values()]
-    assert sum(ours) / len(ours) < 0.6 * constant
+    assert sum(ours) / len(ours) < 0.25 * constant
 
 
 def test_parts_add_up_and_everything_fits(weak_scaling: Points) -> None:
@@ -103,7 +120,30 @@ def test_the_inter_layer_phase_grows_with_the_stages_as_published(machine: Machi
         published.append(float(row["time_s"]))
     assert predicted == sorted(predicted)
     assert predicted[-1] / predicted[0] == pytest.approx(published[-1] / published[0], rel=0.05)
-    assert [abs(p / q - 1) < 0.15 for p, q in zip(predicted, published, strict=True)] == [True] * 4
+    errors = [abs(p / q - 1) for p, q in zip(predicted, published, strict=True)]
+    assert sum(errors) / 4 < 0.05
+
+
+def test_the_breakdown_without_and_with_the_memory_optimisation_is_as_published(machine: MachineFile) -> None:
+    """Figure 6 (the poster's Figure 3). The microbatch of the second bar is not published: that of Table II."""
+    changes: list[dict[str, object]] = [
+        {"grid": GridConfig(data=2, inter=24), "microbatch_size": 1, "optimizer": "device"},
+        # Section V-B, without overlap: one chunk.
+        {"grid": GridConfig(data=8, inter=6), "microbatch_size": 8, "optimizer": "offloaded", "k": 1000},
+    ]
+    for row, change in zip(rows_of("ipdps22_fig6_breakdown.csv"), changes, strict=True):
+        strategy = Strategy(
+            optimizer_kernels="separate",
+            schedule=ScheduleConfig(in_flight_limit=int(row["config"].split("Ginter")[1])),
+            order=("data", "row", "col", "inter"),
+            bsize=16_000_000,
+            **change,  # type: ignore[arg-type]
+        )
+        found = predict(model_of("12B"), machine, strategy, batch_size=2048)
+        assert found.fits
+        assert found.pipeline_s == pytest.approx(float(row["inter_layer_s"]), rel=0.10)
+        assert found.last.reducing == pytest.approx(float(row["allreduce_s"]), rel=0.10)
+        assert found.last.updating == pytest.approx(float(row["optimizer_s"]), rel=0.10)
 
 
 SCHEDULES = [
@@ -147,7 +187,7 @@ def test_what_a_strategy_changes_changes_the_prediction_the_right_way(machine: M
         return predict(model, machine, base.model_copy(update=changes), batch_size=256).batch_time_s
 
     assert time(blocking_messages=True) > time()
-    assert time(recompute=False) < time()
+    assert time(recompute="none") < time(recompute="selective") < time()
     assert time(message_library="nccl") > time()  # MPI has the faster links inside a node
     assert time(order=("inter", "data", "row", "col")) != time()
 
@@ -204,9 +244,48 @@ def test_partitioned_messages_are_smaller_and_gathered(machine: MachineFile) -> 
 def test_the_optimizer_hides_under_the_all_reduce(machine: MachineFile) -> None:
     """Chunked, the step takes little longer than its all-reduce; in one chunk nothing overlaps."""
     model = model_of("12B")
-    base = Strategy(grid=GridConfig(data=8, inter=6), microbatch_size=8, optimizer="offloaded")
+    base = Strategy(
+        grid=GridConfig(data=8, inter=6), microbatch_size=8, optimizer="offloaded", optimizer_kernels="separate"
+    )
     chunked = step_times(model, machine, base)
     whole = step_times(model, machine, base.model_copy(update={"k": 10_000}))
     assert chunked[1] < 0.02 * chunked[0]
     assert whole[1] > 0.5
     assert sum(chunked) < sum(whole) * 1.3
+
+
+def test_copies_of_the_optimizer_hold_up_the_all_reduce_to_other_nodes(machine: MachineFile) -> None:
+    """Figure 8: all-reduce and optimizer together over k, read off the drawing; buckets of 16 million."""
+    model = model_of("12B")
+    base = Strategy(
+        grid=GridConfig(data=8, inter=6),
+        order=("data", "row", "col", "inter"),
+        microbatch_size=1,
+        optimizer="offloaded",
+        optimizer_kernels="separate",
+        bsize=16_000_000,
+    )
+    published = {1: 6.50, 4: 5.60, 8: 5.60, 16: 5.70, 32: 5.76, 64: 6.08}
+    errors = {
+        k: sum(step_times(model, machine, base.model_copy(update={"k": k}))) / seconds - 1
+        for k, seconds in published.items()
+    }
+    assert sum(map(abs, errors.values())) / 6 < 0.07
+    # On one node the all-reduce is not held up.
+    near = base.model_copy(update={"grid": GridConfig(data=6), "order": ("inter", "row", "col", "data")})
+    reduction, _ = step_times(model, machine, near)
+    device, _ = step_times(model, machine, near.model_copy(update={"optimizer": "device"}))
+    assert reduction < 1.2 * device
+
+
+def test_a_second_resident_bucket_overlaps_the_copies_of_the_offloaded_optimizer(machine: MachineFile) -> None:
+    model = model_of("12B")
+    base = Strategy(
+        grid=GridConfig(inter=6), microbatch_size=8, optimizer="offloaded", optimizer_kernels="separate", k=10_000
+    )
+    one, two = (step_times(model, machine, base.model_copy(update={"buckets_resident": n}))[1] for n in (1, 2))
+    # Copied in, computed on and copied out in turn, or at once; then the slowest, the host's memory, counts alone.
+    link, host, device = 50e9 * 370 / 450, 170e9 / 3, 750e9
+    phi = max(stage_parameters(model, base))
+    assert one == pytest.approx(phi * (24 / link + 112 / device))
+    assert two == pytest.approx(phi * 24 / host)

@@ -128,10 +128,11 @@ def test_baselines_say_that_they_only_train_gpts(framework: Any, monkeypatch: py
     assert framework().unavailable(config) == "the baselines train GPTs, and digits is none"
 
 
-def test_the_performance_model_says_that_it_only_knows_gpts() -> None:
-    with pytest.raises(ConfigError, match=r"unet-1m.yaml: is no GPT; the performance model only knows GPTs"):
-        load_model("unet-1m")
+def test_models_are_found_by_name_whatever_their_kind() -> None:
+    assert load_model("unet-1m").kind == "unet"
     assert load_model("gpt-12b").kind == "gpt"
+    with pytest.raises(ConfigError, match=r"there is no model 'unet-2m'; .*known are"):
+        load_model("unet-2m")
 
 
 def test_the_model_in_the_readme_is_that_of_the_suite() -> None:

@@ -18,16 +18,24 @@ _NORM_AXES: tuple[Axis, ...] = ("inter", "row", "col")
 
 
 class Reduction:
-    """An all-reduce under way. `before`: the one that is ahead of it on the wire."""
+    """An all-reduce under way. `before`: the one that is ahead of it on the wire. `kind`: of its span."""
 
     def __init__(
-        self, work: Work | None, started: Moment, wire: SideStream, timeline: Timeline, before: Reduction | None = None
+        self,
+        work: Work | None,
+        started: Moment,
+        wire: SideStream,
+        timeline: Timeline,
+        before: Reduction | None = None,
+        *,
+        kind: SpanKind = SpanKind.ALL_REDUCE,
     ) -> None:
         self._work = work
         self._started = started
         self._wire = wire
         self._timeline = timeline
         self._before = before
+        self._kind = kind
         self._finished: Moment | None = None
 
     def wait(self) -> Moment:
@@ -46,7 +54,7 @@ class Reduction:
             # What finished before the one ahead of it had the wire to itself no time at all.
             self._finished = self._timeline.later(start, self._timeline.at(self._work.finished_at))
         self._finished.wait()
-        self._timeline.span(SpanKind.ALL_REDUCE, start, self._finished)
+        self._timeline.span(self._kind, start, self._finished)
         return self._finished
 
 
@@ -138,7 +146,8 @@ class GradientReduction:
         if group is not None:
             started = self._timeline.now()
             work = self._collectives.all_reduce(value, group, operation)
-            Reduction(work, started, self._wire, self._timeline).wait()
+            # A single number: what takes time is the ranks that are not done yet.
+            Reduction(work, started, self._wire, self._timeline, kind=SpanKind.IDLE).wait()
 
     def _start(self, parts: Sequence[tuple[Group | None, torch.Tensor]]) -> list[Reduction]:
         reductions: list[Reduction] = []

@@ -34,12 +34,15 @@ class Collective(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """Elements that a rank sends in a ring: 2 (n - 1) / n of an all-reduce, n - 1 times its part to gather.
+        """Elements that a rank sends in a ring: 2 (n - 1) / n of an all-reduce, half of that when the sum is scattered,
+        n - 1 times its part to gather.
 
         Thakur, Rabenseifner & Gropp, IJHPCA 2005.
         """
         n = len(self.ranks)
-        return float((n - 1) * self.elements) if self.kind == "all-gather" else 2 * (n - 1) / n * self.elements
+        if self.kind == "all-gather":
+            return float((n - 1) * self.elements)
+        return (1 if self.kind == "reduce-scatter" else 2) * (n - 1) / n * self.elements
 
 
 class StageMessage(NamedTuple):
@@ -60,6 +63,24 @@ class Volume(NamedTuple):
 
     elements: float
     bytes: float
+
+
+def recomputed(outline: Outline, span: range, together: int) -> list[Part]:
+    """The layers of a chunk, the links `span`, whose forward runs again when `together` blocks are checkpointed.
+
+    The recomputation of several blocks ends as soon as it has all that their backward needs. So what follows the last
+    layer that saves anything is left out. That layer saves its input once its output is complete: its own collective is
+    issued again, though nobody needs the output.
+    """
+    found: list[Part] = []
+    blocks = sorted({b for i in span if (b := outline.links[i].block) is not None})
+    for first in range(0, len(blocks), together):
+        links = [link for i in span if (link := outline.links[i]).block in blocks[first : first + together]]
+        parts = [part for link in links for part in link.parts.values()]
+        while parts and not parts[-1].saves:
+            parts.pop()
+        found += parts
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,24 +209,8 @@ class Training:
                     yield from part.forward(self.grid, rows)
 
     def _recomputed(self, span: range) -> list[Part]:
-        """The layers of a chunk whose forward runs again.
-
-        The recomputation of several blocks ends as soon as it has all that their backward needs. So what follows the
-        last layer that saves anything is left out. That layer saves its input once its output is complete: its own
-        collective is issued again, though nobody needs the output.
-        """
-        if self.recompute is None:
-            return []
-        found: list[Part] = []
-        blocks = sorted({b for i in span if (b := self.outline.links[i].block) is not None})
-        for first in range(0, len(blocks), self.recompute):
-            together = blocks[first : first + self.recompute]
-            links = [link for i in span if (link := self.outline.links[i]).block in together]
-            parts = [part for link in links for part in link.parts.values()]
-            while parts and not parts[-1].saves:
-                parts.pop()
-            found += parts
-        return found
+        """The layers of a chunk whose forward runs again."""
+        return [] if self.recompute is None else recomputed(self.outline, span, self.recompute)
 
     def _placed(self, rank: int, exchange: Exchange) -> Collective:
         compute = self.precision.compute
@@ -267,10 +272,5 @@ class Training:
 
     def _parameters(self, stage: int) -> Mapping[str, int]:
         """Elements of each parameter on a rank of `stage`; a tied one counts once on it, by its first name."""
-        first_name = {second: first for first, second in self.outline.ties}
-        found: dict[str, int] = {}
-        for chunk in range(self.chunks.chunks):
-            for i in self.virtual_spans[self.chunks.virtual(stage, chunk)]:
-                for name, elements in self.outline.links[i].parameters(self.grid).items():
-                    found[first_name.get(name, name)] = elements
-        return found
+        spans = [self.virtual_spans[self.chunks.virtual(stage, chunk)] for chunk in range(self.chunks.chunks)]
+        return self.outline.parameters(spans, self.grid)

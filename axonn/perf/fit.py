@@ -4,8 +4,9 @@ The kind of CSV is told by its columns:
 
 - `m,n,k,time_ms` (half-precision GEMM measurements, such as the Baidu DeepBench V100 fp16 GEMM results): `GemmCurve`;
 - `bytes` and columns that end in `_ms` (times of messages by size): one `Curve` per column;
-- `batch,seq_len,hidden,heads,part,time_ms` (measured transformer layers, part = layer or gemm): `InLayer`, given the
-  rest of the device by `--machine`.
+- `batch,seq_len,hidden,heads,part,time_ms` (kernels measured by others than who measured the products): `InLayer`,
+  given the rest of the device by `--machine`. part: layer, of a transformer layer all kernels, forward and backward;
+  gemm, its matrix products; forward, its matrix products forward only; square, one product [hidden, hidden]^2.
 
 The first two minimise the mean |log(predicted / measured)|, the last the squares of the relative errors.
 All fits are deterministic.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias
@@ -26,8 +27,12 @@ import yaml
 
 from axonn.config import GPTConfig
 from axonn.errors import DataError
-from axonn.perf.kernels import KernelTimes
+from axonn.grid import ProcessGrid
+from axonn.perf.kernels import Kernels
 from axonn.perf.machine import GpuSpec, load_machine
+from axonn.perf.operations import Operation, Product, Stream
+from axonn.perf.outline import outline_of
+from axonn.perf.work import work_of
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Indices: TypeAlias = npt.NDArray[np.intp]
@@ -221,14 +226,40 @@ def _curve_fold(sizes: Array, seconds: Array, segments: int) -> Callable[[Indice
     return lambda train, test: evaluate_curve(fit_curve(sizes[train], seconds[train], segments=segments), sizes[test])
 
 
+def row_operations(row: dict[str, str]) -> Iterator[Operation]:
+    """What a row of a CSV of kernels timed: of a layer without accumulating its gradients."""
+    hidden, part = int(row["hidden"]), row["part"]
+    if part == "square":
+        yield Product(hidden, hidden, hidden)
+        return
+    model = GPTConfig(
+        name="layer",
+        layers=1,
+        hidden=hidden,
+        heads=int(row["heads"]),
+        seq_len=int(row["seq_len"]),
+        vocab=2,
+        dropout=0.1,
+        attention_dropout=0.1,
+    )
+    for link in outline_of(model).links:
+        for layer in link.parts.values() if link.block is not None else ():
+            work = work_of(layer, ProcessGrid(), int(row["batch"]))
+            backward = () if part == "forward" else (*work.backward, *work.weight)
+            for operation in (*work.forward, *backward):
+                if not (isinstance(operation, Stream) and operation.kind == "accumulate"):
+                    yield operation
+
+
 def describe_layers(rows: list[dict[str, str]], gpu: GpuSpec) -> dict[str, object]:
     """The `in_layer` section: two slowdowns by least squares of the relative errors, held out point by point."""
+    kernels = Kernels(gpu)
     parts = []
     for row in rows:
-        hidden, heads, seq_len = int(row["hidden"]), int(row["heads"]), int(row["seq_len"])
-        model = GPTConfig(name="layer", layers=1, hidden=hidden, heads=heads, seq_len=seq_len, vocab=2)
-        kernels = KernelTimes(gpu, model, int(row["batch"]))
-        gemms, streams = (f + b for f, b in zip(kernels.forward_parts, kernels.backward_parts, strict=True))
+        gemms = streams = 0.0
+        for operation in row_operations(row):
+            in_gemm, in_stream = kernels.alone(operation)
+            gemms, streams = gemms + in_gemm, streams + in_stream
         parts.append([gemms, streams if row["part"] == "layer" else 0.0])
     seconds = np.array([float(r["time_ms"]) for r in rows]) * 1e-3
     relative = np.array(parts) / seconds[:, None]

@@ -1,18 +1,16 @@
-"""Seconds of the device kernels of a GPT: matrix products from a fitted curve, all else by bytes over bandwidth.
+"""Seconds of operations on a device: matrix products from a fitted curve, all else by bytes over bandwidth.
 
-One set of kernels serves every framework. It is the transformer block as Megatron-LM runs it in half precision: fused
-layer norm, fused bias + GELU, fused bias + dropout + residual, fused scale + mask + softmax (Narayanan et al., SC 2021,
-section 4.2), one kernel each for the rest. Communication is not in here (see `axonn.perf.network`).
+One set of kernels serves every framework and every model. Communication is not in here (see `axonn.perf.network`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable
 from math import ceil
 
-from axonn.config import GPTConfig
+from axonn.errors import ConfigError
 from axonn.perf.machine import GpuSpec
+from axonn.perf.operations import Attention, Convolution, Operation, Product, Stream
 
 HALF = 2
 """Bytes of a half-precision number."""
@@ -26,10 +24,12 @@ def gemm_time(gpu: GpuSpec, m: int, n: int, k: int, *, batch: int = 1) -> float:
     The fastest of the curve's kernels: blocks are handed to the multiprocessors in waves (NVIDIA, Matrix Multiplication
     Background User's Guide: tile and wave quantisation), the inner dimension may be split over several blocks, and no
     kernel is faster than its operands can be moved. Coefficients: `GemmCurve`.
-    A product with a dimension that is no multiple of the alignment runs without matrix units (same guide, section on
-    tensor core requirements; libraries before cuBLAS 11).
+    A product with a dimension that is no multiple of the alignment runs without matrix units (same guide, table of
+    tensor core requirements: before cuBLAS 11 multiples of 8; since then odd ones are slow, see `summit.yaml`).
     """
     curve = gpu.gemm
+    if curve is None:
+        raise ConfigError(f"the machine file has no GEMM curve of {gpu.name}; give gpu.gemm")
     bandwidth = gpu.memory_bandwidth.si * curve.memory_efficiency
     memory = batch * HALF * (m * k + k * n + m * n) / bandwidth
     step = gpu.alignment.number
@@ -56,147 +56,87 @@ def stream_time(gpu: GpuSpec, nbytes: float, *, kernels: int = 1) -> float:
     return kernels * gpu.kernel_latency.si + nbytes / gpu.stream_bandwidth.si
 
 
-@dataclass(frozen=True)
-class KernelTimes:
-    """Seconds of the parts of one rank's share of a model, for one microbatch.
+class Kernels:
+    """Seconds of operations on one device, computing in a type of `element` bytes. Remembers what it was asked."""
 
-    `microbatch` sequences; the weights are cut over `row x col` ranks (DESIGN section 5). Activations between layers
-    are cut along row only, so norms and residuals are computed by every rank of a column group.
-    """
+    def __init__(self, gpu: GpuSpec, *, element: int = HALF, busy: int = 1) -> None:
+        """`busy`: devices of the node that compute at the same time, which tables tell apart."""
+        self.gpu = gpu
+        self.element = element
+        self.tables = gpu.tables(element=element, busy=busy)
+        self._seconds: dict[Operation, float] = {}
 
-    gpu: GpuSpec
-    model: GPTConfig
-    microbatch: int
-    row: int = 1
-    col: int = 1
+    def seconds(self, operation: Operation) -> float:
+        """Of one operation inside of a training step."""
+        found = self._seconds.get(operation)
+        if found is None:
+            products, streams = self.alone(operation)
+            slower = self.gpu.in_layer
+            if slower is not None:
+                products, streams = slower.gemm_slowdown * products, slower.stream_slowdown * streams
+            found = self._seconds[operation] = products + streams + self._host(operation)
+        return found
 
-    @property
-    def rows(self) -> int:
-        """Rows of the activations: tokens of the microbatch."""
-        return self.microbatch * self.model.seq_len
+    def total(self, operations: Iterable[Operation]) -> float:
+        """Of one operation after the other."""
+        return sum(map(self.seconds, operations))
 
-    @property
-    def _linears(self) -> tuple[tuple[int, int], ...]:
-        """(in, out) of the four matrices of a block on this rank."""
-        h, r, c = self.model.hidden, self.row, self.col
-        return (h // r, 3 * h // c), (h // c, h // r), (h // r, 4 * h // c), (4 * h // c, h // r)
+    def alone(self, operation: Operation) -> tuple[float, float]:
+        """(matrix products, all else) of an operation that has the device to itself."""
+        measured = self.measured(operation)
+        if measured is not None:
+            return (0.0, measured) if isinstance(operation, Stream) else (measured, 0.0)
+        match operation:
+            case Product(m, n, k, batch):
+                return self._product(m, n, k, batch=batch), 0.0
+            case Convolution():
+                return self._convolution(operation), 0.0
+            case Attention():
+                return self._attention(operation)
+            case Stream():
+                nbytes = operation.bytes(self.element)
+                return 0.0, stream_time(self.gpu, nbytes, kernels=operation.kernels)
 
-    @property
-    def block_parameters(self) -> int:
-        """Parameters of one block on this rank (its matrices; biases and norms are 0.1% of them)."""
-        return sum(i * o for i, o in self._linears)
+    def measured(self, operation: Operation) -> float | None:
+        """Of an operation that has the device to itself, from the machine file's tables; None where it has none."""
+        return None if self.tables is None else self.tables.seconds(operation)
 
-    @property
-    def vocabulary(self) -> int:
-        """Words of this rank's share of the embedding, padded to a multiple of 128 as Megatron-LM does."""
-        share = ceil(self.model.vocab / self.col)
-        return 128 * ceil(share / 128)
+    def _attention(self, attention: Attention) -> tuple[float, float]:
+        """Two batched products with the scores in memory between them: scale, mask and softmax, then dropout."""
+        matrices, s, width, _, dropout, backward = attention
+        products = self._product(s, s, width, batch=matrices) + self._product(s, width, s, batch=matrices)
+        scores = matrices * s * s
+        streams = [Stream("softmax", scores, (3 if backward else 2) * scores)]
+        if dropout:
+            streams.append(Stream("dropout", scores, 2 * scores, mask=scores))
+        seconds = sum(self.alone(stream)[1] for stream in streams)
+        return (2 * products if backward else products), seconds
 
-    def _gemm(self, m: int, n: int, k: int, batch: int = 1) -> float:
-        return gemm_time(self.gpu, m, n, k, batch=batch)
+    def _convolution(self, c: Convolution) -> float:
+        """As the matrix product that it is when every place of the output gathers its inputs (implicit GEMM)."""
+        places, inside = c.images * c.size**2, c.inputs * c.kernel**2
+        m, n, k = {
+            "forward": (places, c.outputs, inside),
+            "input": (places * c.stride**2, c.inputs, -(-c.outputs * c.kernel**2 // c.stride**2)),
+            "weight": (c.outputs, inside, places),
+        }[c.role]
+        return self._product(m, n, k)
 
-    def _stream(self, nbytes: float, kernels: int = 1) -> float:
-        return self.gpu.in_layer.stream_slowdown * stream_time(self.gpu, nbytes, kernels=kernels)
+    def _product(self, m: int, n: int, k: int, *, batch: int = 1) -> float:
+        if self.tables is None:
+            return gemm_time(self.gpu, m, n, k, batch=batch)
+        return batch * self.tables.products["forward"].at(m, n, k)
 
-    def _accumulate(self, parameters: float) -> float:
-        """A weight gradient is added to that of the microbatches before: read both, write one."""
-        return stream_time(self.gpu, 3 * HALF * parameters)
-
-    @cached_property
-    def _attention(self) -> tuple[int, int, int]:
-        """Matrices of the attention (heads times sequences), their rows, and the width of a head."""
-        heads = max(1, self.model.heads // self.col)
-        return self.microbatch * heads, self.model.seq_len, self.model.hidden // self.model.heads
-
-    @cached_property
-    def _sizes(self) -> tuple[float, float, float]:
-        """Bytes of an activation as it lies between layers, of one inside a layer, and of the attention's scores."""
-        whole = HALF * self.rows * self.model.hidden
-        matrices, s, _ = self._attention
-        return whole / self.row, whole / self.col, HALF * matrices * s * s
-
-    @cached_property
-    def forward_parts(self) -> tuple[float, float]:
-        """(matrix products, all else) of one block's forward, each as if alone on the device."""
-        full, cut, scores = self._sizes
-        matrices, s, width = self._attention
-        gemms = sum(self._gemm(self.rows, o, i) for i, o in self._linears)
-        gemms += self._gemm(s, s, width, matrices) + self._gemm(s, width, s, matrices)
-        streams = (
-            2 * 2 * full  # layer norms: read, write
-            + 2 * 3.5 * full  # bias, dropout (a mask of bytes), residual: read two, write one
-            + 6 * cut  # bias of QKV
-            + 2 * cut  # heads back in one row
-            + 2 * scores  # scale, mask, softmax
-            + 2.5 * scores  # dropout of the attention
-            + 8 * cut  # bias, GELU
-        )
-        return gemms, stream_time(self.gpu, streams, kernels=9)
-
-    @cached_property
-    def backward_parts(self) -> tuple[float, float]:
-        """(matrix products, all else) of one block's backward, without recomputation and gradient accumulation."""
-        full, cut, scores = self._sizes
-        matrices, s, width = self._attention
-        gemms = sum(self._gemm(self.rows, i, o) + self._gemm(i, o, self.rows) for i, o in self._linears)
-        gemms += 2 * (self._gemm(s, s, width, matrices) + self._gemm(s, width, s, matrices))
-        streams = (
-            2 * 3 * full  # layer norms: gradient and input in, gradient out
-            + 2 * 2 * full  # their weights' gradients
-            + 2 * 2.5 * full  # dropouts
-            + 2 * 3 * full  # gradients of residual and branch added
-            + 2 * full
-            + 7 * cut  # bias gradients: read the output's gradient
-            + 6 * cut  # gradients of Q, K and V into one tensor
-            + 2 * cut  # heads
-            + 3 * scores  # softmax: gradient and output in, gradient out
-            + 2.5 * scores  # dropout of the attention
-            + 12 * cut  # GELU: gradient and input in, gradient out
-        )
-        return gemms, stream_time(self.gpu, streams, kernels=19)
-
-    @property
-    def block_forward(self) -> float:
-        """One transformer block, forward."""
-        gemms, streams = self.forward_parts
-        return self.gpu.in_layer.gemm_slowdown * gemms + self.gpu.in_layer.stream_slowdown * streams
-
-    @property
-    def block_backward(self) -> float:
-        """One transformer block, backward, without the forward that recomputes it."""
-        gemms, streams = self.backward_parts
-        accumulate = sum(self._accumulate(i * o) for i, o in self._linears)
-        return self.gpu.in_layer.gemm_slowdown * gemms + self.gpu.in_layer.stream_slowdown * streams + accumulate
-
-    @cached_property
-    def embedding_forward(self) -> float:
-        """Look-up of words and positions, sum, dropout."""
-        full, _, _ = self._sizes
-        return self._stream((2 + 3 + 2.5) * full, kernels=3)
-
-    @cached_property
-    def embedding_backward(self) -> float:
-        """Dense gradient of the table: cleared, rows added, then accumulated like any weight's gradient."""
-        full, _, _ = self._sizes
-        table = self.vocabulary * self.model.hidden / self.row
-        return self._stream((2.5 + 3) * full + HALF * table, kernels=3) + self._accumulate(table)
-
-    @cached_property
-    def head_forward(self) -> float:
-        """Last norm, logits, and the cross-entropy in single precision."""
-        full, _, _ = self._sizes
-        gemm = self._gemm(self.rows, self.vocabulary, self.model.hidden // self.row)
-        # To single precision (2 in, 4 out), largest (4), minus it and exponential (4 + 4), sum (4).
-        loss = (2 + 4 + 4 + 8 + 4) * self.rows * self.vocabulary
-        return self.gpu.in_layer.gemm_slowdown * gemm + self._stream(2 * full + loss, kernels=6)
-
-    @cached_property
-    def head_backward(self) -> float:
-        """Gradients of cross-entropy, logits' weight and input, and of the last norm. The head is not recomputed."""
-        full, _, _ = self._sizes
-        hidden = self.model.hidden // self.row
-        gemms = self._gemm(self.rows, hidden, self.vocabulary) + self._gemm(hidden, self.vocabulary, self.rows)
-        # Softmax from the exponentials and its gradient (4 + 4, 4 + 4), to half precision (4 in, 2 out).
-        loss = (8 + 8 + 6) * self.rows * self.vocabulary
-        streams = self._stream(5 * full + loss, kernels=6)
-        return self.gpu.in_layer.gemm_slowdown * gemms + streams + self._accumulate(self.vocabulary * hidden)
+    def _host(self, operation: Operation) -> float:
+        """What the device waits for its host."""
+        host = self.gpu.host
+        if host is None:
+            return 0.0
+        match operation:
+            case Product(role=role) | Convolution(role=role):
+                forward = role == "forward"
+            case Attention(backward=backward):
+                forward = not backward
+            case Stream(kind):
+                forward = not kind.endswith("-backward")
+        return (host.forward if forward else host.backward).si

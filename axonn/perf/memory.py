@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from axonn.config import GPTConfig
+from axonn.config import FloatType
 from axonn.errors import AxonnError
-from axonn.perf.kernels import KernelTimes
+from axonn.perf.communication import BYTES
 from axonn.perf.machine import MachineFile
+from axonn.perf.operations import Attention
+from axonn.perf.outline import Outline
 from axonn.perf.strategy import Strategy
+from axonn.perf.work import Work, work_of
 
-FULL_STATE = 20
-"""Bytes per parameter of mixed precision with Adam: 4 + 4 single-precision weights and gradients, 2 + 2 half-precision
-ones, 8 moments (Singh & Bhatele, IPDPS 2022, section V-B)."""
-HALF_STATE = 4
-"""Bytes per parameter of half-precision weights and gradients only."""
-BUCKET_STATE = 16
-"""Bytes per element of a resident bucket: 4 weights, 8 moments, 4 descaled gradients (same source)."""
+SINGLE = 4
+"""Bytes of a number in single precision."""
 
-HOST_STATE = 12
-"""Bytes per parameter that the offloaded optimizer keeps on the host: single-precision weight and two moments."""
+
+class StateBytes(NamedTuple):
+    """Bytes per parameter of AdamW. `kept`: weight and gradient in the type that is computed in; `optimizer`: the rest
+    of the step; `streamed`: what of it the offloaded optimizer has in host memory."""
+
+    kept: int
+    optimizer: int
+    streamed: int
+
+
+def state_bytes(compute: FloatType) -> StateBytes:
+    """Half precision: 2 + 2, and 4 + 8 + 4 of single-precision weight, moments and gradient (Singh & Bhatele, IPDPS
+    2022, section V-B: 20 together). Other types: the weights are the masters, and only the moments are beside them."""
+    element = BYTES[compute]
+    return StateBytes(4, 16, 12) if element == 2 else StateBytes(2 * element, 2 * element, 2 * element)
 
 
 class DoesNotFit(AxonnError):
@@ -33,41 +46,28 @@ def model_state_bytes(
     bsize: int = 0,
     buckets: int = 1,
     shards: int = 1,
+    compute: FloatType = "float16",
 ) -> int:
     """Bytes of parameters, gradients and optimizer state for `phi` parameters on a device.
 
-    device: `20 phi`; offloaded: `4 phi + 16 buckets bsize` (IPDPS 2022, section V-B); sharded (ZeRO stage 1,
-    Rajbhandari et al., SC 2020): `4 phi + 16 phi / shards`.
+    In half precision: device: `20 phi`; offloaded: `4 phi + 16 buckets bsize` (IPDPS 2022, section V-B); sharded (ZeRO
+    stage 1, Rajbhandari et al., SC 2020): `4 phi + 16 phi / shards`.
     """
+    state = state_bytes(compute)
     if optimizer == "offloaded":
-        return HALF_STATE * phi + BUCKET_STATE * buckets * bsize
-    if optimizer == "sharded":
-        return HALF_STATE * phi + -(-(FULL_STATE - HALF_STATE) * phi // shards)
-    return FULL_STATE * phi
+        return state.kept * phi + state.optimizer * buckets * min(bsize, phi)
+    return state.kept * phi + -(-state.optimizer * phi // (shards if optimizer == "sharded" else 1))
 
 
-def stage_parameters(model: GPTConfig, strategy: Strategy) -> list[int]:
-    """Parameters of one rank of each stage. The embedding lies where the network begins, the head where it ends.
-
-    A tied head counts on both stages, since each holds a copy, and once where they are one (one stage, or a V).
-    """
-    h, tensor = model.hidden, strategy.tensor
-    counts = []
-    sink = sink_of(strategy)
-    for stage, count in enumerate(strategy.layers_of(model)):
-        elements = count * (12 * h * h + 13 * h)
-        if stage == 0:
-            elements += (model.vocab + model.seq_len) * h
-        if stage == sink:
-            elements += 2 * h + (0 if model.tied_head and sink == 0 else model.vocab * h)
-        counts.append(-(-elements // tensor))
-    return counts
+def host_bytes(phi: int, machine: MachineFile, compute: FloatType) -> int:
+    """Host memory of a node whose devices hold `phi` parameters each, for the offloaded optimizer."""
+    return state_bytes(compute).streamed * phi * machine.node.gpus.number
 
 
-def sink_of(strategy: Strategy) -> int:
-    """The stage that computes the loss."""
-    layout = strategy.schedule.spec().layout(strategy.grid.inter)
-    return layout.place(layout.virtual_stages - 1)[0]
+def stage_parameters(outline: Outline, strategy: Strategy) -> list[int]:
+    """Parameters of a rank of each stage. A tied one counts on every stage that holds a copy, once on each."""
+    grid = strategy.logical_grid
+    return [sum(outline.parameters(spans, grid).values()) for spans in strategy.spans_of_stages(outline)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,47 +108,112 @@ class Memory:
             )
 
 
-def stage_memory(model: GPTConfig, machine: MachineFile, strategy: Strategy, *, stage: int, held: int) -> Memory:
-    """Memory of one rank of `stage` while it holds `held` microbatches."""
-    grid = strategy.grid
-    phi = stage_parameters(model, strategy)[stage]
+def stage_memory(outline: Outline, machine: MachineFile, strategy: Strategy, *, stage: int, held: int) -> Memory:
+    """Memory of one rank of `stage` while it holds `held` pairs of a chunk and a microbatch, taken to be spread evenly
+    over its chunks."""
+    grid = strategy.logical_grid
+    spans = strategy.spans_of_stages(outline)[stage]
+    phi = sum(outline.parameters(spans, grid).values())
     state = model_state_bytes(
         phi,
         optimizer=strategy.optimizer,
         bsize=strategy.bsize,
         buckets=strategy.buckets_resident,
         shards=grid.data,
+        compute=strategy.compute,
     )
-    rows = strategy.microbatch_size * model.seq_len
-    boundary = 2 * rows * model.hidden // grid.row
-    layers = strategy.layers_of(model)[stage]
-    inside = _block_activations(model, strategy)
-    if strategy.recompute:
-        checkpoints = held * -(-layers // strategy.checkpoint_layers) * boundary
-        working = min(layers, strategy.checkpoint_layers) * inside
-    else:
-        checkpoints = held * layers * inside
-        working = 0
-    if stage == sink_of(strategy):
-        vocabulary = KernelTimes(machine.gpu, model, strategy.microbatch_size, grid.row, grid.col).vocabulary
-        working += 10 * rows * vocabulary  # logits in half, loss and its gradient in single precision
+    links = link_bytes(outline, strategy)
+    together = strategy.checkpoint_layers if strategy.recompute == "full" else None
+    kept = working = 0
+    for span in spans:
+        checkpoints, inside = activation_bytes(
+            links, span, together=together, selective=strategy.recompute == "selective"
+        )
+        kept += checkpoints
+        working = max(working, inside)
+    if any(span.stop == len(outline.links) for span in spans):
+        working += loss_bytes(outline, strategy)
     return Memory(
         stage=stage,
         model_state=state,
-        checkpoints=checkpoints,
+        checkpoints=-(-held * kept // len(spans)),
         working=working,
         capacity=int(machine.gpu.memory.si),
-        host=HOST_STATE * phi * machine.node.gpus.number if strategy.optimizer == "offloaded" else 0,
+        host=host_bytes(phi, machine, strategy.compute) if strategy.optimizer == "offloaded" else 0,
         host_capacity=int(machine.node.host_memory.si),
     )
 
 
-def _block_activations(model: GPTConfig, strategy: Strategy) -> int:
-    """Bytes that one block keeps between its forward and its backward.
+class LinkBytes(NamedTuple):
+    """What a link keeps of a microbatch for its backward, and what it hands on, in bytes of one rank. `scores`: what of
+    it selective recomputation does not keep."""
 
-    `s b h (10 + 24 / t + 5 a s / (h t))` (Korthikanti et al., arXiv 2205.05198, equation 2), the 10 cut along row.
+    block: int | None
+    saved: int
+    scores: int
+    handed_on: int
+
+
+def link_bytes(outline: Outline, strategy: Strategy) -> list[LinkBytes]:
+    """Of every link, for a microbatch.
+
+    For a transformer layer in half precision `s b h (10 + 24 / t + 5 a s / (h t))` (Korthikanti et al., arXiv
+    2205.05198, equation 2), the 10 cut along row; with sequence parallelism `s b h / t (34 + 5 a s / h)` (equation 4).
+    Selective recomputation leaves out the 5 a s (equation 6).
     """
-    row, col = strategy.grid.row, strategy.grid.col
-    tokens = strategy.microbatch_size * model.seq_len
-    scores = 5 * model.heads * model.seq_len / model.hidden
-    return int(tokens * model.hidden * (10 / row + (24 + scores) / col))
+    grid, rows, element = strategy.logical_grid, strategy.microbatch_size, BYTES[strategy.compute]
+    parts = grid.col if strategy.sequence_parallel else 1
+    saved: dict[int, tuple[int, int]] = {}
+    found = []
+    for link in strategy.laid_out(outline).links:
+        if id(link.parts) not in saved:
+            works = [work_of(part, grid, rows) for part in link.parts.values()]
+            scores = sum(_scores(work, element) for work in works)
+            saved[id(link.parts)] = sum(work.saved.bytes(element) for work in works), scores
+        handed_on = element * -(-link.message(grid, rows) // parts)
+        found.append(LinkBytes(link.block, *saved[id(link.parts)], handed_on))
+    return found
+
+
+def _scores(work: Work, element: int) -> int:
+    """Bytes of an attention's scores: all that it saves but queries, keys and values."""
+    inputs = (3 * o.matrices * o.rows * o.width for o in work.forward if isinstance(o, Attention))
+    return sum(work.saved.bytes(element) - element * of_attention for of_attention in inputs)
+
+
+def activation_bytes(
+    links: Sequence[LinkBytes], span: range, *, together: int | None, selective: bool = False
+) -> tuple[int, int]:
+    """Bytes that the chunk `span` keeps of a microbatch until its backward, and those of what is recomputed at once.
+
+    Every `together` blocks keep their input and are recomputed; what is in no block is kept as it is, and so is
+    everything without recomputation (None), but for the scores of attention with `selective`.
+    """
+    if together is None:
+        scores = [links[i].scores for i in span] if selective else []
+        return sum(links[i].saved for i in span) - sum(scores), max(scores, default=0)
+    kept = working = inside = count = 0
+    block = None
+    for i in span:
+        link = links[i]
+        if link.block is None:
+            kept += link.saved
+            block, count, inside = None, 0, 0
+            continue
+        if link.block != block:
+            if count % together == 0:
+                kept += links[i - 1].handed_on if i else 0
+                inside = 0
+            block, count = link.block, count + 1
+        inside += link.saved
+        working = max(working, inside)
+    return kept, working
+
+
+def loss_bytes(outline: Outline, strategy: Strategy) -> int:
+    """What the loss of a microbatch saves, and its gradient in single precision."""
+    loss = work_of(outline.loss, strategy.logical_grid, strategy.microbatch_size).saved
+    element = BYTES[strategy.compute]
+    # In single precision already, what it works on is no copy.
+    copied = loss.elements if element < SINGLE else 0
+    return element * copied + 2 * max(SINGLE, element) * loss.wide

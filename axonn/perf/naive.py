@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from axonn.config import GPTConfig
 from axonn.errors import ConfigError
-from axonn.records import gpt_flops
 
 
 def naive_constant(batches: Sequence[tuple[float, int, float]]) -> float:
@@ -24,9 +22,6 @@ def naive_constant(batches: Sequence[tuple[float, int, float]]) -> float:
     return min(rates, key=error)
 
 
-def naive_predict(model: GPTConfig, *, batch_size: int, gpus: int, flops_per_s: float) -> float:
-    """Seconds of a batch if every GPU ran at a constant `flops_per_s`, whatever the strategy."""
-    flops = gpt_flops(
-        batch=batch_size, seq_len=model.seq_len, layers=model.layers, hidden=model.hidden, vocab=model.vocab
-    )
+def naive_predict(*, flops: float, gpus: int, flops_per_s: float) -> float:
+    """Seconds of a batch of `flops` if every GPU ran at a constant `flops_per_s`, whatever the strategy."""
     return flops / gpus / flops_per_s

@@ -6,13 +6,15 @@ it shares none with it. Sizes are per rank and exact; `rows` counts rows of the 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 from axonn.grid import ProcessGrid
 
 TensorAxis = Literal["row", "col"]
-Kind = Literal["all-reduce sum", "all-reduce max", "all-gather"]
+Kind = Literal["all-reduce sum", "all-reduce max", "all-gather", "reduce-scatter"]
+When = Literal["before", "beside", "after"]
 Layout = tuple[TensorAxis | None, TensorAxis | None]
 """Axes along which the features of a layer's input and of its output are cut."""
 NORMAL: Layout = ("row", "col")
@@ -27,10 +29,12 @@ class Exchange(NamedTuple):
     elements: int
     """That a rank contributes."""
     wide: bool = False
+    when: When = "after"
+    """Before or after the layer's computation; beside: the first of the products of the backward does not need it."""
 
 
-class Part(Protocol):
-    """One layer."""
+class Part(Hashable, Protocol):
+    """One layer. Equal ones do and need the same."""
 
     @property
     def saves(self) -> bool:
@@ -54,11 +58,22 @@ def _share(grid: ProcessGrid, size: int, axis: TensorAxis | None) -> int:
     return size if axis is None else size // grid.extent(axis)
 
 
+def _places(grid: ProcessGrid, rows: int, positions: int, spread: TensorAxis | None) -> int:
+    """Places of `rows` rows on the rank that has most of them, the positions being cut along `spread`."""
+    return rows * (positions if spread is None else -(-positions // grid.extent(spread)))
+
+
 def _exchanges(
-    grid: ProcessGrid, kind: Kind, axis: TensorAxis | None, elements: int, *, wide: bool = False
+    grid: ProcessGrid,
+    kind: Kind,
+    axis: TensorAxis | None,
+    elements: int,
+    *,
+    wide: bool = False,
+    when: When = "after",
 ) -> list[Exchange]:
     """One exchange, or none where a single rank has everything."""
-    return [] if axis is None or grid.extent(axis) == 1 else [Exchange(kind, axis, elements, wide)]
+    return [] if axis is None or grid.extent(axis) == 1 else [Exchange(kind, axis, elements, wide, when)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +90,9 @@ class Linear(_Saving):
     The output is summed along the axis of the input. Its gradient gives that of the input, a sum along the axis of the
     output, unless nobody asks for it (`input_gradient`). `kernel`: weights for each pair of features.
     `input_positions`: places of the input, where it has more than the output.
+    `spread`: the side whose places are cut along the tensor axis along which its features are repeated (sequence
+    parallelism, Korthikanti et al., arXiv 2205.05198, section 4.2.2). An input is gathered before the product, and once
+    more for the weight's gradient, so that only a part is kept; what would be summed is summed and scattered.
     """
 
     positions: int
@@ -85,16 +103,37 @@ class Linear(_Saving):
     input_gradient: bool = True
     kernel: int = 1
     input_positions: int | None = None
+    fused_bias: bool = False
+    """Whether the kernel that follows adds the bias."""
+    image: bool = False
+    """Whether it convolves an image; with more than one weight for each pair of features it does in any case."""
+    spread: Literal["input", "output"] | None = None
 
     def forward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
-        elements = rows * self.positions * _share(grid, self.outputs, self.layout[1])
-        return _exchanges(grid, "all-reduce sum", self.layout[0], elements)
+        read, made = self.layout
+        elements = rows * self.positions * _share(grid, self.outputs, made)
+        if self.spread == "output":
+            return _exchanges(grid, "reduce-scatter", read, elements)
+        gathered = _exchanges(grid, "all-gather", made, self._spread_elements(grid, rows), when="before")
+        return [*(gathered if self.spread == "input" else []), *_exchanges(grid, "all-reduce sum", read, elements)]
 
     def backward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
         if not self.input_gradient:
             return []
-        elements = rows * (self.input_positions or self.positions) * _share(grid, self.inputs, self.layout[0])
-        return _exchanges(grid, "all-reduce sum", self.layout[1], elements)
+        read, made = self.layout
+        elements = rows * (self.input_positions or self.positions) * _share(grid, self.inputs, read)
+        if self.spread == "input":
+            gathered = _exchanges(grid, "all-gather", made, self._spread_elements(grid, rows), when="beside")
+            return [*gathered, *_exchanges(grid, "reduce-scatter", made, elements)]
+        gathered = _exchanges(grid, "all-gather", read, self._spread_elements(grid, rows), when="before")
+        return [*(gathered if self.spread == "output" else []), *_exchanges(grid, "all-reduce sum", made, elements)]
+
+    def _spread_elements(self, grid: ProcessGrid, rows: int) -> int:
+        """Of the side that is spread."""
+        read, made = self.layout
+        if self.spread == "output":
+            return _places(grid, rows, self.positions, read) * _share(grid, self.outputs, made)
+        return _places(grid, rows, self.positions, made) * _share(grid, self.inputs, read)
 
     def parameters(self, grid: ProcessGrid) -> dict[str, int]:
         outputs = _share(grid, self.outputs, self.layout[1])
@@ -107,17 +146,23 @@ class Norm(_Saving):
     """A norm over features cut along `axis`, at `positions` places of each row.
 
     Each rank's mean and sum of squares are gathered; the backward sums the two means that the gradient needs.
+    `spread`: axis along which the positions are cut.
     """
 
     positions: int
     features: int
-    axis: TensorAxis = "row"
+    axis: TensorAxis | None = "row"
+    spread: TensorAxis | None = None
+
+    def places(self, grid: ProcessGrid, rows: int) -> int:
+        """Of a rank."""
+        return _places(grid, rows, self.positions, self.spread)
 
     def forward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
-        return _exchanges(grid, "all-gather", self.axis, 2 * rows * self.positions, wide=True)
+        return _exchanges(grid, "all-gather", self.axis, 2 * self.places(grid, rows), wide=True)
 
     def backward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
-        return _exchanges(grid, "all-reduce sum", self.axis, 2 * rows * self.positions, wide=True)
+        return _exchanges(grid, "all-reduce sum", self.axis, 2 * self.places(grid, rows), wide=True)
 
     def parameters(self, grid: ProcessGrid) -> dict[str, int]:
         features = _share(grid, self.features, self.axis)
@@ -128,20 +173,25 @@ class Norm(_Saving):
 class Embedding(_Saving):
     """A lookup among `entries`, cut along the first axis of `layout`; what other ranks hold is summed in.
 
-    The gradient of its output is complete, and what it looks up has none.
+    The gradient of its output is complete, and what it looks up has none. `spread`: axis along which the positions of
+    the output are cut. The rank that looks up a part of the words needs the gradient of all positions.
     """
 
     positions: int
     entries: int
     features: int
     layout: Layout = TRANSPOSED
+    spread: TensorAxis | None = None
 
     def forward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
         elements = rows * self.positions * _share(grid, self.features, self.layout[1])
-        return _exchanges(grid, "all-reduce sum", self.layout[0], elements)
+        return _exchanges(grid, "reduce-scatter" if self.spread else "all-reduce sum", self.layout[0], elements)
 
     def backward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
-        return []
+        if self.spread is None:
+            return []
+        elements = _places(grid, rows, self.positions, self.spread) * _share(grid, self.features, self.layout[1])
+        return _exchanges(grid, "all-gather", self.layout[0], elements, when="before")
 
     def parameters(self, grid: ProcessGrid) -> dict[str, int]:
         entries, features = _share(grid, self.entries, self.layout[0]), _share(grid, self.features, self.layout[1])
@@ -156,6 +206,8 @@ class CrossEntropy(_Saving):
     """
 
     positions: int
+    entries: int = 0
+    """Words of the vocabulary."""
     axis: TensorAxis = "col"
 
     def forward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
@@ -181,7 +233,8 @@ class GroupNorm(_Saving):
 
     groups: int
     segments: tuple[int, ...]
-    axis: TensorAxis = "row"
+    axis: TensorAxis | None = "row"
+    positions: int = 1
 
     def crossing(self, extent: int) -> int:
         """How many groups lie on several of `extent` ranks."""
@@ -209,7 +262,7 @@ class GroupNorm(_Saving):
         return {"weight": channels, "bias": channels}
 
     def _of_crossing(self, grid: ProcessGrid, rows: int, kind: Kind) -> list[Exchange]:
-        crossing = self.crossing(grid.extent(self.axis))
+        crossing = 0 if self.axis is None else self.crossing(grid.extent(self.axis))
         return _exchanges(grid, kind, self.axis, 2 * rows * crossing, wide=True) if crossing else []
 
 
@@ -246,8 +299,32 @@ class Relayout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Issued:
+    """Collectives as they were found for `rows` rows, on the grid for which they were found."""
+
+    rows: int
+    of_forward: tuple[Exchange, ...]
+    of_backward: tuple[Exchange, ...]
+
+    @property
+    def saves(self) -> bool:
+        return False
+
+    def forward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
+        return [e._replace(elements=e.elements * rows // self.rows) for e in self.of_forward]
+
+    def backward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
+        return [e._replace(elements=e.elements * rows // self.rows) for e in self.of_backward]
+
+    def parameters(self, grid: ProcessGrid) -> dict[str, int]:
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
 class WholeLoss(_Saving):
-    """A loss of an output that is whole on every rank."""
+    """A loss of an output that is whole on every rank, with `elements` for each row."""
+
+    elements: int = 0
 
     def forward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
         return []
@@ -257,3 +334,87 @@ class WholeLoss(_Saving):
 
     def parameters(self, grid: ProcessGrid) -> dict[str, int]:
         return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Local:
+    """A layer of which each rank computes its part alone, without parameters."""
+
+    def forward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
+        return []
+
+    def backward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
+        return []
+
+    def parameters(self, grid: ProcessGrid) -> dict[str, int]:
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCore(_Local, _Saving):
+    """softmax(q k^T) v of `heads` heads, which are cut along col, over `positions` places; `width`: of one head."""
+
+    positions: int
+    heads: int
+    width: int
+    causal: bool
+    dropout: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activation(_Local, _Saving):
+    """A nonlinearity at `positions` places of each row, its `features` cut along `axis`."""
+
+    kind: Literal["gelu", "silu"]
+    positions: int
+    features: int
+    axis: TensorAxis | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Residual(_Local):
+    """What a branch hands on, after dropout if there is any, is added to what went around it."""
+
+    positions: int
+    features: int
+    axis: TensorAxis | None = "row"
+    dropout: bool = False
+    spread: TensorAxis | None = None
+    """Axis along which the positions are cut."""
+
+    def places(self, grid: ProcessGrid, rows: int) -> int:
+        """Of a rank."""
+        return _places(grid, rows, self.positions, self.spread)
+
+    @property
+    def saves(self) -> bool:
+        return self.dropout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropout(_Local, _Saving):
+    """Dropout by itself. `spread`: axis along which the positions are cut."""
+
+    positions: int
+    features: int
+    axis: TensorAxis | None = "row"
+    spread: TensorAxis | None = None
+
+    def places(self, grid: ProcessGrid, rows: int) -> int:
+        """Of a rank."""
+        return _places(grid, rows, self.positions, self.spread)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rearranged(_Local):
+    """Values copied to other places: maps enlarged, or several tensors joined into one. `inputs`: elements read."""
+
+    kind: Literal["upsample", "concatenate"]
+    positions: int
+    features: int
+    inputs: int
+    axis: TensorAxis | None = "row"
+
+    @property
+    def saves(self) -> bool:
+        return False

@@ -1,73 +1,33 @@
 """Batch time, its parts, and memory of a strategy on a machine.
 
 Kernel times give each stage its forward and backward, network times its messages and all-reduces, and the simulator
-runs the schedule. After the pipeline come the gradient all-reduce over the data-parallel group and the optimizer step.
+runs the schedule. After its last task each stage reduces its gradients over its replicas and updates its parameters
+(`axonn.perf.step`); the batch ends with the last of them.
 No number in here belongs to a framework, a model or a point (DESIGN section 6).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil
+from functools import partial
 
-from axonn.config import GPTConfig
-from axonn.errors import ConfigError
-from axonn.grid import Axis
-from axonn.perf.kernels import HALF, SINGLE, KernelTimes, stream_time
+from axonn.config import ModelConfig
+from axonn.perf.communication import BYTES
+from axonn.perf.jitter import Jitter, Spread
 from axonn.perf.machine import MachineFile
-from axonn.perf.memory import Memory, stage_memory, stage_parameters
-from axonn.perf.network import GroupPlacement, MessageTime, all_reduce_time, edge, message_time, place
+from axonn.perf.memory import Memory, stage_memory
+from axonn.perf.network import MessageTime, edge, message_time
+from axonn.perf.outline import Outline, outline_of
 from axonn.perf.simulator import Simulation, simulate
+from axonn.perf.stages import StageTimes, stage_times
+from axonn.perf.step import StageEnd, finish, flag_time, ties_of
 from axonn.perf.strategy import Strategy
-from axonn.records import gpt_flops
-from axonn.schedules import Kind, Task, make_schedule
+from axonn.perf.tasks import TaskTime
+from axonn.perf.update import StepTime, stage_steps
+from axonn.schedules import Direction, Kind, Task, make_schedule
 from axonn.trace import Span, SpanKind
-
-_STEP_BYTES = 36
-"""Bytes that an Adam step moves per parameter on the device: descale the half-precision gradient (2 in, 4 out), then
-gradient (4), weight and two moments in and out (24), half-precision weight out (2)."""
-_STREAMED = 12
-"""Bytes per parameter that the offloaded optimizer moves over the host link each way: weight and two moments."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChunkTimes:
-    """Seconds per microbatch of one chunk of a stage; `reduce_*` is the share of tensor-parallel communication."""
-
-    forward: float
-    backward: float
-    weight: float
-    """The part of the backward that a weight half takes; the rest is the input half, recomputation included."""
-    reduce_forward: float
-    reduce_backward: float
-
-    def of(self, kind: Kind) -> float:
-        """Seconds of a task."""
-        return (self.forward, self.backward, self.backward - self.weight, self.weight)[kind]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageTimes:
-    """Seconds per microbatch of one stage, its chunks together."""
-
-    chunks: tuple[ChunkTimes, ...]
-
-    @property
-    def forward(self) -> float:
-        return sum(c.forward for c in self.chunks)
-
-    @property
-    def backward(self) -> float:
-        return sum(c.backward for c in self.chunks)
-
-    @property
-    def reduce_forward(self) -> float:
-        return sum(c.reduce_forward for c in self.chunks)
-
-    @property
-    def reduce_backward(self) -> float:
-        return sum(c.reduce_backward for c in self.chunks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +38,11 @@ class Parts:
     tensor_all_reduce: float
     point_to_point: float
     bubble: float
+    """Idle otherwise, at the end of the batch too."""
     all_reduce: float
     optimizer: float
+    host: float = 0.0
+    """Between batches, where the device waits for its host."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,71 +56,90 @@ class Prediction:
     memory: Memory
     """Of the stage that needs most."""
     tflops_per_gpu: float
-    """By `axonn.records.gpt_flops`, recomputation counted where it happens."""
+    """By `axonn.records.gpt_flops`, full recomputation counted where it happens; selective is not, as in the MFU of
+    Korthikanti et al. (arXiv 2205.05198)."""
     pct_peak: float
     microbatches: int
     stages: list[StageTimes]
     simulation: Simulation
+    ends: list[StageEnd]
+    """What each stage does after its last task."""
+    first_layers: list[list[int]]
+    """By stage and chunk."""
+    spread: Spread | None = None
+    """With `jitter`; everything else is without."""
+
+    @property
+    def last(self) -> StageEnd:
+        """Of the stage that ends last, whose phases follow each other up to the end of the batch."""
+        return max(self.ends, key=lambda end: end.optimizer[1])
 
     @property
     def fits(self) -> bool:
         """Whether every stage fits into the device's memory."""
         return self.memory.fits
 
-    def spans(self) -> list[Span]:
-        """Spans as a traced run of one replica writes them, the rank being the stage (needs `record`).
+    def spans(self, *, only: int | None = None) -> list[Span]:
+        """Spans as a traced run of one replica writes them, the rank being the stage (needs `record`); or those of the
+        stage `only`, for there may be millions.
 
-        `axonn.trace.breakdown` of them gives the parts; all-reduces of tensor parallelism are inside of the tasks.
+        `axonn.trace.breakdown` of them gives the parts.
         """
-        found = self.simulation.spans()
-        reduced = self.pipeline_s + self.parts.all_reduce
-        for stage in range(len(self.stages)):
-            found.append(Span(stage, SpanKind.ALL_REDUCE, 0, -1, -1, -1, self.pipeline_s, reduced))
-            found.append(Span(stage, SpanKind.OPTIMIZER, 0, -1, -1, -1, reduced, self.batch_time_s))
+
+        def inside(stage: int, task: Task) -> TaskTime:
+            return self.stages[stage].chunks[task.chunk].tasks[task.kind]
+
+        found = self.simulation.spans(first_layers=lambda s, c: self.first_layers[s][c], inside=inside, only=only)
+        found = [span for span in found if span.kind != SpanKind.IDLE]
+        last_tasks = {stage: end for stage, _, _, end in self.simulation.tasks}
+        for stage, end in enumerate(self.ends):
+            if only in (None, stage):
+                found += end.spans(stage, last_tasks[stage], self.batch_time_s)
         return found
 
 
 def predict(
-    model: GPTConfig, machine: MachineFile, strategy: Strategy, *, batch_size: int, record: bool = False
+    model: ModelConfig | Outline,
+    machine: MachineFile,
+    strategy: Strategy,
+    *,
+    batch_size: int,
+    record: bool = False,
+    jitter: Jitter | None = None,
 ) -> Prediction:
-    """Predict one batch of `batch_size` sequences; `record` keeps what `Prediction.spans` needs.
+    """Predict one batch of `batch_size` sequences; `record` keeps what `Prediction.spans` needs, and `jitter` asks for
+    the spread.
 
     Raises `ConfigError` when batch, layers or tensor axes do not divide. A strategy that does not fit is predicted all
     the same: see `Prediction.memory` and `Memory.check`.
     """
-    strategy.check(model)
+    if not isinstance(model, Outline):
+        strategy.check(model)
+    outline = model if isinstance(model, Outline) else outline_of(model)
     microbatches = strategy.microbatches(batch_size)
-    stages = stage_times(model, machine, strategy)
-    simulation = simulate_pipeline(model, machine, strategy, microbatches=microbatches, stages=stages, record=record)
-    reduction, optimizer = step_times(model, machine, strategy)
-    count = len(stages)
-    busy = sum(simulation.busy) / count
-    inside = sum(microbatches * (s.reduce_forward + s.reduce_backward) for s in stages) / count
-    total = simulation.makespan + reduction + optimizer
-    gpus = strategy.process_grid(machine).size
-    flops = gpt_flops(
-        batch=batch_size,
-        seq_len=model.seq_len,
-        layers=model.layers,
-        hidden=model.hidden,
-        vocab=model.vocab,
-        recompute=strategy.recompute,
+    stages = stage_times(outline, machine, strategy)
+    pipeline = partial(simulate_pipeline, outline, machine, strategy, microbatches=microbatches, stages=stages)
+    simulation = pipeline(record=record)
+    steps = stage_steps(outline, machine, strategy, stages=stages)
+    finished = partial(
+        finish,
+        ties=ties_of(outline, machine, strategy),
+        agreement=strategy.agreement,
+        flag=flag_time(machine, strategy),
     )
+    ends = finished(simulation.ends, steps)
+    host = 0.0 if machine.gpu.host is None else machine.gpu.host.batch.si
+    total = max(end.optimizer[1] for end in ends) + host
+    gpus = strategy.process_grid(machine).size
+    flops = batch_size * (outline.flops_recomputing if strategy.recompute == "full" else outline.flops)
     rate = flops / total / gpus
     memories = [
-        stage_memory(model, machine, strategy, stage=stage, held=ceil(held / strategy.schedule.chunks))
+        stage_memory(outline, machine, strategy, stage=stage, held=held)
         for stage, held in enumerate(simulation.most_held)
     ]
     return Prediction(
         batch_time_s=total,
-        parts=Parts(
-            compute=busy - inside,
-            tensor_all_reduce=inside,
-            point_to_point=sum(simulation.point_to_point) / count,
-            bubble=sum(simulation.bubble) / count,
-            all_reduce=reduction,
-            optimizer=optimizer,
-        ),
+        parts=_parts(simulation, stages, ends, total, host),
         pipeline_s=simulation.makespan,
         memory=max(memories, key=lambda m: m.total),
         tflops_per_gpu=rate / 1e12,
@@ -165,22 +147,68 @@ def predict(
         microbatches=microbatches,
         stages=stages,
         simulation=simulation,
+        ends=ends,
+        first_layers=[[span.start for span in spans] for spans in strategy.spans_of_stages(outline)],
+        spread=None if jitter is None else _spread(jitter, pipeline, finished, steps, replicas=strategy.grid.data),
     )
 
 
+def _parts(
+    simulation: Simulation, stages: Sequence[StageTimes], ends: Sequence[StageEnd], total: float, host: float
+) -> Parts:
+    count = len(stages)
+    tasks = Counter((stage, task.kind, task.chunk) for stage, task, _, _ in simulation.tasks)
+    inside = sum(number * stages[s].chunks[chunk].tasks[kind].waited for (s, kind, chunk), number in tasks.items())
+    busy, waited = sum(simulation.busy), sum(simulation.point_to_point)
+    reducing, updating = sum(end.reducing for end in ends), sum(end.updating for end in ends)
+    return Parts(
+        compute=(busy - inside) / count,
+        tensor_all_reduce=inside / count,
+        point_to_point=waited / count,
+        bubble=total - host - (busy + waited + reducing + updating) / count,
+        all_reduce=reducing / count,
+        optimizer=updating / count,
+        host=host,
+    )
+
+
+def _spread(
+    jitter: Jitter,
+    pipeline: Callable[..., Simulation],
+    finished: Callable[..., list[StageEnd]],
+    steps: Sequence[StepTime],
+    *,
+    replicas: int,
+) -> Spread:
+    """Each replica has a pipeline of its own; a stage reduces once it is done in all of them."""
+    times = []
+    for repeat in range(jitter.repeats):
+        runs = [pipeline(noise=jitter.noise(repeat, replica)).ends for replica in range(replicas)]
+        noise = jitter.noise(repeat)
+        own = [StepTime(step.reduction * noise(), step.optimizer * noise()) for step in steps]
+        times.append(max(end.optimizer[1] for end in finished([max(stage) for stage in zip(*runs, strict=True)], own)))
+    return Spread(tuple(times))
+
+
 def simulate_pipeline(
-    model: GPTConfig,
+    outline: Outline,
     machine: MachineFile,
     strategy: Strategy,
     *,
     microbatches: int,
     stages: Sequence[StageTimes],
     record: bool = False,
+    noise: Callable[[], float] | None = None,
 ) -> Simulation:
-    """The pipeline phase of one replica; all replicas are alike. `record` keeps the messages, for spans."""
+    """The pipeline phase of one replica; all replicas are alike, but for `noise`. `record` keeps the messages, for
+    spans."""
     count = len(stages)
     spec = strategy.schedule.spec()
-    times = [[[chunk.of(kind) for chunk in stage.chunks] for kind in Kind] for stage in stages]
+    of_host = _of_pipelining(outline, machine, strategy)
+    times = [
+        [[chunk.of(kind) + of_host(stage, kind, c) for c, chunk in enumerate(own.chunks)] for kind in Kind]
+        for stage, own in enumerate(stages)
+    ]
 
     def seconds(stage: int, task: Task) -> float:
         return times[stage][task[0]][task[1]]
@@ -188,128 +216,37 @@ def simulate_pipeline(
     return simulate(
         [make_schedule(spec, stage=stage, stages=count, microbatches=microbatches) for stage in range(count)],
         seconds=seconds,
-        message=messages(model, machine, strategy),
+        message=messages(outline, machine, strategy),
         blocking=strategy.blocking_messages,
         record=record,
+        noise=noise,
     )
 
 
-def stage_times(model: GPTConfig, machine: MachineFile, strategy: Strategy) -> list[StageTimes]:
-    """Seconds per microbatch of each stage, all-reduces of tensor parallelism and gathering of messages included.
+def _of_pipelining(outline: Outline, machine: MachineFile, strategy: Strategy) -> Callable[[int, Kind, int], float]:
+    """Seconds of a task of a stage's chunk in which its core chooses it, and sends and receives messages; none where
+    the device does not wait for its host."""
+    layout = strategy.schedule.spec().layout(strategy.grid.inter)
+    host = machine.gpu.host
+    curve = None if host is None else host.messages.get(strategy.message_library)
+    one = 0.0 if curve is None else curve.seconds(message_bytes(outline, strategy))
+    between = 0.0 if host is None or host.pipelined is None or layout.stages == 1 else host.pipelined.si
 
-    The layers of a stage divide evenly over its chunks. Half of a backward without recomputation is its weight half,
-    since the two products of a linear layer are equally large. Raises `ConfigError` when there are more chunks than
-    layers.
-    """
+    def seconds(stage: int, kind: Kind, chunk: int) -> float:
+        sends = kind.sends
+        # What a forward receives comes from where backwards send to, and the other way round.
+        receives = {Kind.FORWARD: Direction.BACKWARD, Kind.BACKWARD: Direction.FORWARD, Kind.INPUT: Direction.FORWARD}
+        ways = [sends, receives.get(kind)]
+        targets = [layout.target(stage, chunk, way) for way in ways if way is not None]
+        return between + one * sum(target is not None and target[0] != stage for target in targets)
+
+    return seconds
+
+
+def messages(outline: Outline, machine: MachineFile, strategy: Strategy) -> Callable[[int, int], MessageTime]:
+    """Time of a message from one stage to another, the largest of the chain; activations and gradients are equal."""
     grid = strategy.process_grid(machine)
-    kernels = KernelTimes(machine.gpu, model, strategy.microbatch_size, grid.row, grid.col)
-    layers = strategy.layers_of(model)
-    layout = strategy.schedule.spec().layout(len(layers))
-    if layout.virtual_stages > model.layers:
-        raise ConfigError(
-            f"{layout.stages} stages with {layout.chunks} chunks each need at least {layout.virtual_stages} layers, "
-            f"{model.name} has {model.layers}"
-        )
-
-    def chunk_times(stage: int, chunk: int, count: float, reduce: _TensorReduces) -> ChunkTimes:
-        forward = count * kernels.block_forward
-        backward = count * (kernels.block_backward + (kernels.block_forward if strategy.recompute else 0.0))
-        weight = count * kernels.block_backward / 2
-        reduce_forward = count * reduce.block_forward
-        reduce_backward = count * (reduce.block_backward + (reduce.block_forward if strategy.recompute else 0.0))
-        if layout.is_source(stage, chunk):
-            forward += kernels.embedding_forward
-            backward += kernels.embedding_backward
-            weight += kernels.embedding_backward
-            reduce_forward += reduce.embedding
-        else:
-            reduce_forward += reduce.gather
-        if layout.is_sink(stage, chunk):
-            forward += kernels.head_forward
-            backward += kernels.head_backward
-            weight += kernels.head_backward / 2
-            reduce_forward += reduce.head_forward
-            reduce_backward += reduce.head_backward
-        else:
-            reduce_backward += reduce.gather
-        return ChunkTimes(
-            forward=forward + reduce_forward,
-            backward=backward + reduce_backward,
-            weight=weight,
-            reduce_forward=reduce_forward,
-            reduce_backward=reduce_backward,
-        )
-
-    result = []
-    for stage, count in enumerate(layers):
-        reduce = _TensorReduces(machine, strategy, model, stage)
-        chunks = (chunk_times(stage, chunk, count / layout.chunks, reduce) for chunk in range(layout.chunks))
-        result.append(StageTimes(chunks=tuple(chunks)))
-    return result
-
-
-class _TensorReduces:
-    """Seconds of the all-reduces of one stage per microbatch (DESIGN section 5, table of 2D tensor parallelism)."""
-
-    def __init__(self, machine: MachineFile, strategy: Strategy, model: GPTConfig, stage: int) -> None:
-        grid = strategy.process_grid(machine)
-        self.machine = machine
-        self.row, self.col = grid.row, grid.col
-        self.partition = strategy.partition_messages
-        rank = grid.rank(inter=stage)
-        self._places: dict[str, GroupPlacement] = {}
-        axes: dict[str, tuple[Axis, ...]] = {"row": ("row",), "col": ("col",), "both": ("row", "col")}
-        for name, which in axes.items():
-            self._places[name] = place(grid, which, rank, machine)
-        self.rows = strategy.microbatch_size * model.seq_len
-        self.hidden = HALF * self.rows * model.hidden
-        self.logits = HALF * self.rows * model.vocab
-
-    def _over(self, axis: str, nbytes: float) -> float:
-        return all_reduce_time(self.machine, nbytes, self._places[axis])
-
-    @property
-    def _norm(self) -> float:
-        """Two moments per token, where the hidden dim is cut."""
-        return self._over("row", 2 * SINGLE * self.rows)
-
-    @property
-    def block_forward(self) -> float:
-        h, r, c = self.hidden, self.row, self.col
-        return (
-            self._over("row", 3 * h / c) + 2 * self._over("col", h / r) + self._over("row", 4 * h / c) + 2 * self._norm
-        )
-
-    @property
-    def block_backward(self) -> float:
-        h, r, c = self.hidden, self.row, self.col
-        return 2 * self._over("col", h / r) + self._over("row", h / c) + self._over("row", 4 * h / c) + 2 * self._norm
-
-    @property
-    def embedding(self) -> float:
-        return self._over("col", self.hidden / self.row)
-
-    @property
-    def head_forward(self) -> float:
-        """Logits over row; largest, sum and target of the vocabulary-parallel loss over col."""
-        return self._over("row", self.logits / self.col) + 3 * self._over("col", SINGLE * self.rows) + self._norm
-
-    @property
-    def head_backward(self) -> float:
-        return self._over("col", self.hidden / self.row) + self._norm
-
-    @property
-    def gather(self) -> float:
-        """All-gather of the parts of a partitioned message: half an all-reduce."""
-        return self._over("both", self.hidden) / 2 if self.partition else 0.0
-
-
-def messages(model: GPTConfig, machine: MachineFile, strategy: Strategy) -> Callable[[int, int], MessageTime]:
-    """Time of a message from one stage to another; activations and gradients are equally large."""
-    grid = strategy.process_grid(machine)
-    nbytes = HALF * strategy.microbatch_size * model.seq_len * model.hidden / grid.row
-    if strategy.partition_messages:
-        nbytes /= grid.col
+    nbytes = message_bytes(outline, strategy)
 
     def time(sender: int, receiver: int) -> MessageTime:
         way = edge(grid, min(sender, receiver), max(sender, receiver))
@@ -318,37 +255,8 @@ def messages(model: GPTConfig, machine: MachineFile, strategy: Strategy) -> Call
     return time
 
 
-def step_times(model: GPTConfig, machine: MachineFile, strategy: Strategy) -> tuple[float, float]:
-    """(all-reduce, optimizer) seconds after the pipeline, of the stage that takes longest; what overlaps is counted as
-    all-reduce only."""
-    grid = strategy.process_grid(machine)
-    worst = (0.0, 0.0)
-    for stage, phi in enumerate(stage_parameters(model, strategy)):
-        where = place(grid, ("data",), grid.rank(inter=stage), machine)
-        if strategy.optimizer == "offloaded":
-            found = _offloaded(machine, strategy, phi, where)
-        else:
-            # Sharded: reduce-scatter the gradients and all-gather the weights, together as much as one all-reduce.
-            reduction = all_reduce_time(machine, HALF * phi, where)
-            mine = phi / grid.data if strategy.optimizer == "sharded" else phi
-            found = reduction, stream_time(machine.gpu, _STEP_BYTES * mine)
-        worst = max(worst, found, key=sum)
-    return worst
-
-
-def _offloaded(machine: MachineFile, strategy: Strategy, phi: int, where: GroupPlacement) -> tuple[float, float]:
-    """Chunks of k buckets are all-reduced one after the other; a chunk's optimizer runs while the next one reduces."""
-    node = machine.node
-    # The link carries both directions at once; the host's memory serves the devices of its socket, in and out together.
-    host = node.host_memory_bandwidth.si / node.gpus_per_socket.number
-    per_element = max(_STREAMED / node.host_link.si, 2 * _STREAMED / host)
-    per_element += _STEP_BYTES / machine.gpu.stream_bandwidth.si
-    chunk = strategy.k * strategy.bsize
-    reduced = done = 0.0
-    left = phi
-    while left > 0:
-        size = min(chunk, left)
-        reduced += all_reduce_time(machine, HALF * size, where)
-        done = max(done, reduced) + size * per_element
-        left -= size
-    return reduced, done - reduced
+def message_bytes(outline: Outline, strategy: Strategy) -> float:
+    """Of a message from a rank to the next stage, the largest of the chain."""
+    grid = strategy.logical_grid
+    largest = max(link.message(grid, strategy.microbatch_size) for link in outline.links)
+    return BYTES[strategy.compute] * largest / strategy.message_parts

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from axonn.errors import ConfigError, DeadlockError
 from axonn.perf.network import MessageTime
+from axonn.perf.tasks import TaskTime
 from axonn.schedules import ChunkLayout, Direction, Kind, StageSchedule, Task
 from axonn.schedules.timeline import timeline
 from axonn.trace import Span, SpanKind
@@ -49,6 +50,8 @@ class Simulation:
     """Idle although the message that the next task needed was under way (as in `axonn.trace.breakdown`)."""
     bubble: list[float]
     """Idle otherwise: that message was not sent yet, the stage sends what blocks it, or it is done before others."""
+    ends: list[float]
+    """When its last task, and the message of it that blocks, is done."""
     most_held: list[int]
     """Most (chunk, microbatch) pairs that were between their forward and the end of their backward."""
     tasks: list[_TaskRow] = field(repr=False)
@@ -63,26 +66,48 @@ class Simulation:
             orders[stage].append(task)
         return orders
 
-    def spans(self, *, first_layers: Callable[[int, int], int] | None = None, step: int = 0) -> list[Span]:
-        """Spans as a traced run writes them (needs `record`); the rank is the stage.
+    def spans(
+        self,
+        *,
+        first_layers: Callable[[int, int], int] | None = None,
+        inside: Callable[[int, Task], TaskTime] | None = None,
+        only: int | None = None,
+        step: int = 0,
+    ) -> list[Span]:
+        """Spans as a traced run writes them (needs `record`), or those of the stage `only`; the rank is the stage.
 
-        `first_layers(stage, chunk)` is the number of the chunk's first layer.
+        `first_layers(stage, chunk)` is the number of the chunk's first layer; `inside(stage, task)` says when a task
+        computes and when its collectives are under way (default: it computes all the time).
         """
         spans: list[Span] = []
         free = [0.0] * len(self.busy)
         for stage, task, start, end in self.tasks:
+            if only not in (None, stage):
+                continue
             kind, chunk, m = task
             layer = -1 if first_layers is None else first_layers(stage, chunk)
             direction = -1 if kind.sends is None else int(kind.sends)
             if start > free[stage]:
                 wait = SpanKind.RECEIVE_WAIT
                 spans.append(Span(stage, wait, step, m, layer, direction, free[stage], start, chunk))
-            spans.append(Span(stage, SpanKind(kind.label), step, m, layer, direction, start, end, chunk))
+            time = None if inside is None else inside(stage, task)
+            if time is None or not time.collectives:
+                spans.append(Span(stage, SpanKind(kind.label), step, m, layer, direction, start, end, chunk))
+            else:
+                scale = (end - start) / time.total
+                for what, way, intervals in (
+                    (SpanKind(kind.label), direction, time.computing),
+                    (SpanKind.TENSOR, -1, time.collectives),
+                ):
+                    for begin, stop in intervals:
+                        row = Span(stage, what, step, m, layer, way, start + scale * begin, start + scale * stop, chunk)
+                        spans.append(row)
             free[stage] = end
         for stage, receiver, way, chunk, m, sent, arrived in self.messages:
-            spans.append(Span(stage, SpanKind.SEND, step, m, -1, int(way), sent, arrived, chunk, receiver))
+            if only in (None, stage):
+                spans.append(Span(stage, SpanKind.SEND, step, m, -1, int(way), sent, arrived, chunk, receiver))
         for stage, end in enumerate(free):
-            if end < self.makespan:
+            if end < self.makespan and only in (None, stage):
                 spans.append(Span(stage, SpanKind.IDLE, step, -1, -1, -1, end, self.makespan))
         return spans
 
@@ -94,11 +119,13 @@ def simulate(
     message: Callable[[int, int], MessageTime] | None = None,
     blocking: bool = False,
     record: bool = False,
+    noise: Callable[[], float] | None = None,
 ) -> Simulation:
     """Run one fresh schedule object per stage to the end.
 
     `seconds(stage, task)` is how long a task takes, asked once per task as it starts; `message(sender, receiver)` the
     time of a message from one stage to another, asked once per pair (None: no time). `record` keeps the messages.
+    `noise()`: factors by which each task and each message takes longer, one for each.
     Raises `ConfigError` unless there is one schedule per stage in order, and `DeadlockError`, with the timeline, when
     stages wait for each other.
     """
@@ -106,13 +133,13 @@ def simulate(
         (stage, schedules[0].layout) for stage in range(schedules[0].stages)
     ]:
         raise ConfigError("a simulation needs the schedules of all stages of one pipeline, in order")
-    run = _Run(schedules, seconds, message, record)
+    run = _Run(schedules, seconds, message, record, noise)
     makespan = run.blocking() if blocking else run.asynchronous()
     waiting = [s for s in schedules if not s.done]
     if waiting:
         raise DeadlockError(_deadlock(waiting, run.tasks, makespan))
     bubble = [makespan - b - w for b, w in zip(run.busy, run.waited, strict=True)]
-    return Simulation(makespan, run.busy, run.waited, bubble, run.most_held, run.tasks, run.messages)
+    return Simulation(makespan, run.busy, run.waited, bubble, run.ends, run.most_held, run.tasks, run.messages)
 
 
 def _deadlock(waiting: Sequence[StageSchedule], tasks: Sequence[_TaskRow], now: float) -> str:
@@ -167,18 +194,21 @@ class _Run:
         seconds: Callable[[int, Task], float],
         message: Callable[[int, int], MessageTime] | None,
         record: bool,
+        noise: Callable[[], float] | None,
     ) -> None:
         n = len(schedules)
         self.schedules = schedules
         self.seconds = seconds
         self.out, self.into = _ways(schedules[0].layout, message)
         self.record = record
+        self.noise = noise
         self.heap: list[tuple[float, int, int, _Way | None, Task]] = []
         self.number = 0
         self.computing = [False] * n
         self.idle_since = [0.0] * n
         self.busy = [0.0] * n
         self.waited = [0.0] * n
+        self.ends = [0.0] * n
         self.most_held = [0] * n
         self.tasks: list[_TaskRow] = []
         self.messages: list[TimedMessage] = []
@@ -195,7 +225,8 @@ class _Run:
             way = self.into[stage][kind][chunk]
             since = now if way is None else way.sent.get(microbatch, now)
             self.waited[stage] += now - (since if since > begun else begun)
-        end = now + self.seconds(stage, task)
+        taken = self.seconds(stage, task)
+        end = now + (taken if self.noise is None else taken * self.noise())
         self.computing[stage] = True
         self.busy[stage] += end - now
         self.most_held[stage] = max(self.most_held[stage], schedule.held)
@@ -206,7 +237,7 @@ class _Run:
     def finish_task(self, stage: int, task: Task, now: float) -> _Way | None:
         """The stage's task has ended. Returns the way that its message takes, or None without one."""
         self.computing[stage] = False
-        self.idle_since[stage] = now
+        self.idle_since[stage] = self.ends[stage] = now
         schedule = self.schedules[stage]
         schedule.finished(task)
         kind, chunk, microbatch = task
@@ -251,8 +282,9 @@ class _Run:
                 way = self.finish_task(stage, task, now)
                 if way is not None:
                     link = way.link
-                    link.free = (now if now > link.free else link.free) + link.transfer
-                    self.put_under_way(way, task, now, link.free + link.latency)
+                    factor = 1.0 if self.noise is None else self.noise()
+                    link.free = (now if now > link.free else link.free) + factor * link.transfer
+                    self.put_under_way(way, task, now, link.free + factor * link.latency)
 
     def blocking(self) -> float:
         """Messages that occupy both ends. Returns the time of the last event."""
@@ -273,7 +305,8 @@ class _Run:
                 posted[sender] = None
                 engaged[sender] += 1
                 engaged[way.receiver] += 1
-                self.put_under_way(way, task, since, now + way.link.latency + way.link.transfer)
+                factor = 1.0 if self.noise is None else self.noise()
+                self.put_under_way(way, task, since, now + factor * (way.link.latency + way.link.transfer))
             for stage in touched:
                 if not computing[stage] and not engaged[stage] and posted[stage] is None:
                     self.start_task(stage, now)
@@ -289,6 +322,7 @@ class _Run:
                     posted[stage] = None if way_out is None else (way_out, task, now)
                 else:
                     touched.add(arrived.sender)
+                    self.ends[arrived.sender] = now
                     engaged[stage] -= 1
                     engaged[arrived.sender] -= 1
                     schedules[stage].arrived(arrived.direction, arrived.chunk, task[2])

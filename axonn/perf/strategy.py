@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Literal
 
 from pydantic import Field
 
-from axonn.config import GPTConfig, GridConfig, ScheduleConfig, StrictModel
+from axonn.config import FloatType, GPTConfig, GridConfig, ModelConfig, ScheduleConfig, StrictModel
 from axonn.errors import ConfigError
 from axonn.grid import AXES, Axis, ProcessGrid
+from axonn.partition import partition_chunks
 from axonn.perf.machine import Library, MachineFile
+from axonn.perf.outline import Outline, with_sequence_parallelism
+from axonn.schedules import ChunkLayout
 
 OptimizerPlacement = Literal["device", "offloaded", "sharded"]
 """device: 20 bytes per parameter; offloaded: the memory optimisation (DESIGN section 5); sharded: ZeRO stage 1."""
+
+
+Recompute = Literal["full", "selective", "none"]
+"""Activation checkpointing. full: only the input of every `checkpoint_layers` layers is kept, the rest recomputed;
+selective: only the attention's scores are recomputed (Korthikanti et al., arXiv 2205.05198, section 5)."""
 
 
 class Strategy(StrictModel):
@@ -35,9 +44,34 @@ class Strategy(StrictModel):
     k: int = Field(default=4, ge=1)
     """Coarsening factor: the gradients are all-reduced in chunks of `k` buckets."""
     buckets_resident: int = Field(default=1, ge=1)
-    recompute: bool = True
-    """Activation checkpointing: only the input of every `checkpoint_layers` layers is kept, the rest recomputed."""
+    recompute: Recompute = "full"
     checkpoint_layers: int = Field(default=1, ge=1)
+    compute: FloatType = "float16"
+    """Type of parameters, activations, gradients and messages."""
+    partition: Literal["layers", "work"] = "layers"
+    """layers: as many for each stage, the embedding with the first and the head with the last; work: stages of nearly
+    equal work, as our engine cuts them."""
+    overdecomposition: int = Field(default=1, ge=1)
+    """Sub-shards of a microbatch, one of which computes while a collective of another is under way."""
+    overlap_input_gradients: bool = False
+    """Whether the collective of an input's gradient runs beside the product that gives the weight's."""
+    sequence_parallel: bool = False
+    """Norms, dropout and residuals are cut along the sequence among the ranks of col, all-reduces become
+    reduce-scatters and all-gathers (same source, section 4.2.2). Messages between stages are then cut, too."""
+    reduce_type: FloatType | None = None
+    """Type in which the gradients are all-reduced over the replicas (default: `compute`)."""
+    overlap_reduction: bool = False
+    """Whether that all-reduce runs beside the last microbatch's backward (PyTorch's DistributedDataParallel)."""
+    optimizer_kernels: Literal["fused", "separate"] = "fused"
+    """fused: Adam is one kernel, as in Apex; separate: one kernel for each of its operations, as in plain PyTorch."""
+    clip_norm: bool = False
+    """Whether the gradient is clipped by its norm, which two more passes over it cost."""
+    agree_on_overflow: Literal["before", "after", "never"] | None = None
+    """When all ranks agree whether gradients overflowed, and so wait for the last of them: before the reduction over
+    the replicas (as our engine does), after it, or never. Default: before in float16, whose loss is scaled, else never.
+    """
+    accumulate: Literal["in-place", "separate"] = "separate"
+    """in-place: the product that gives a weight's gradient adds it to that of the microbatches before."""
 
     def model_post_init(self, context: Any) -> None:
         if sorted(self.order) != sorted(AXES):
@@ -47,6 +81,21 @@ class Strategy(StrictModel):
     def tensor(self) -> int:
         """G_tensor."""
         return self.grid.row * self.grid.col
+
+    @property
+    def gradient_type(self) -> FloatType:
+        """Type in which gradients are reduced."""
+        return self.reduce_type or self.compute
+
+    @property
+    def agreement(self) -> Literal["before", "after", "never"]:
+        """`agree_on_overflow`, or what follows from the type."""
+        return self.agree_on_overflow or ("before" if self.compute == "float16" else "never")
+
+    @property
+    def logical_grid(self) -> ProcessGrid:
+        """The grid by its extents alone."""
+        return ProcessGrid(data=self.grid.data, inter=self.grid.inter, row=self.grid.row, col=self.grid.col)
 
     def process_grid(self, machine: MachineFile) -> ProcessGrid:
         """The grid, placed on the machine's nodes."""
@@ -60,6 +109,15 @@ class Strategy(StrictModel):
             ranks_per_node=machine.node.gpus.number,
         )
 
+    def laid_out(self, outline: Outline) -> Outline:
+        """The model as its ranks compute it. Raises `ConfigError` when its layers cannot be cut so."""
+        return with_sequence_parallelism(outline) if self.sequence_parallel else outline
+
+    @property
+    def message_parts(self) -> int:
+        """Into how many parts the ranks of col cut what they hand on."""
+        return self.grid.col if self.partition_messages or self.sequence_parallel else 1
+
     def microbatches(self, batch_size: int) -> int:
         """Microbatches per pipeline. Raises `ConfigError` when the batch does not divide."""
         unit = self.grid.data * self.microbatch_size
@@ -70,19 +128,43 @@ class Strategy(StrictModel):
             )
         return batch_size // unit
 
-    def layers_of(self, model: GPTConfig) -> list[int]:
-        """Transformer layers of each stage, as even as possible, more on the earlier stages.
+    def virtual_spans(self, outline: Outline) -> list[range]:
+        """Links of the chain of each virtual stage. Raises `ConfigError` when the model has too few layers."""
+        layout = self.schedule.spec().layout(self.grid.inter)
+        if self.partition == "work":
+            return list(_cut(tuple(link.cost for link in outline.links), layout))
+        count = layout.virtual_stages
+        blocks = sorted({link.block for link in outline.links if link.block is not None})
+        if count > len(blocks):
+            chunks = f" with {layout.chunks} chunks each" if layout.chunks > 1 else ""
+            raise ConfigError(
+                f"{layout.stages} stages{chunks} need at least {count} layers, {outline.name} has {len(blocks)}"
+            )
+        share, rest = divmod(len(blocks), count)
+        ends, block = [], 0
+        for stage in range(count - 1):
+            block += share + (stage < rest)
+            ends.append(next(i for i, link in enumerate(outline.links) if link.block == blocks[block]))
+        ends.append(len(outline.links))
+        return [range(first, end) for first, end in zip([0, *ends], ends, strict=False)]
 
-        Raises `ConfigError` when there are more stages than layers.
-        """
-        stages = self.grid.inter
-        if stages > model.layers:
-            raise ConfigError(f"{stages} stages need at least {stages} layers, {model.name} has {model.layers}")
-        share, rest = divmod(model.layers, stages)
-        return [share + (stage < rest) for stage in range(stages)]
+    def spans_of_stages(self, outline: Outline) -> list[list[range]]:
+        """Links of the chunks of each stage."""
+        spans = self.virtual_spans(outline)
+        layout = self.schedule.spec().layout(self.grid.inter)
+        return [[spans[layout.virtual(s, c)] for c in range(layout.chunks)] for s in range(layout.stages)]
 
-    def check(self, model: GPTConfig) -> None:
-        """Raise `ConfigError` when the tensor axes do not divide the model."""
+    def blocks_of_stages(self, outline: Outline) -> list[int]:
+        """Blocks (transformer layers) that each stage has a part of."""
+        return [
+            len({outline.links[i].block for span in spans for i in span} - {None})
+            for spans in self.spans_of_stages(outline)
+        ]
+
+    def check(self, model: ModelConfig) -> None:
+        """Raise `ConfigError` when the tensor axes do not divide a GPT."""
+        if not isinstance(model, GPTConfig):
+            return
         for axis, extent, what, size in (
             ("col", self.grid.col, "heads", model.heads),
             ("col", self.grid.col, "hidden", model.hidden),
@@ -90,3 +172,8 @@ class Strategy(StrictModel):
         ):
             if size % extent:
                 raise ConfigError(f"{what} ({size}) of {model.name} is no multiple of {axis} = {extent}; change {axis}")
+
+
+@lru_cache(maxsize=256)
+def _cut(costs: tuple[float, ...], layout: ChunkLayout) -> tuple[range, ...]:
+    return tuple(partition_chunks(costs, layout))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate, combinations, pairwise, product
 from math import inf
 
@@ -28,25 +29,31 @@ def partition(costs: Sequence[float], stages: int) -> list[range]:
     def cost(first: int, end: int) -> float:
         return total[end] - total[first]
 
-    @cache
-    def largest(first: int, left: int) -> float:
-        """Least possible cost of the largest of the `left` stages that the layers from `first` on are cut into."""
-        if left == 1:
-            return cost(first, layers)
-        return min(max(cost(first, end), largest(end, left - 1)) for end in range(first + 1, layers - left + 2))
+    def enough(bound: float) -> bool:
+        """Whether stages that are filled one after the other up to `bound` hold all layers."""
+        first = 0
+        for _ in range(stages):
+            # The largest end within the bound; sums grow with the end.
+            end = bisect_right(total, bound, lo=first, key=partial(_since, total[first])) - 1
+            if end == layers:
+                return True
+            first = end
+        return False
 
-    bound = largest(0, stages)
+    costs_of_stages = sorted({cost(first, end) for first in range(layers) for end in range(first + 1, layers + 1)})
+    bound = costs_of_stages[bisect_left(costs_of_stages, True, key=enough)]
 
     @cache
     def best(first: int, left: int) -> tuple[float, int]:
         """(least sum of squares, end of the first stage) of the layers from `first` on, no stage above the bound."""
-        ends = (layers,) if left == 1 else range(first + 1, layers - left + 2)
-        return min(
-            (cost(first, end) ** 2 + (best(end, left - 1)[0] if left > 1 else 0.0), end)
-            if cost(first, end) <= bound
-            else (inf, end)
-            for end in ends
-        )
+        if left == 1:
+            return (cost(first, layers) ** 2 if cost(first, layers) <= bound else inf), layers
+        found = inf, first + 1
+        for end in range(first + 1, layers - left + 2):
+            if cost(first, end) > bound:
+                break
+            found = min(found, (cost(first, end) ** 2 + best(end, left - 1)[0], end))
+        return found
 
     ranges = []
     first = 0
@@ -55,6 +62,10 @@ def partition(costs: Sequence[float], stages: int) -> list[range]:
         ranges.append(range(first, end))
         first = end
     return ranges
+
+
+def _since(before: float, total: float) -> float:
+    return total - before
 
 
 def partition_chunks(costs: Sequence[float], layout: ChunkLayout) -> list[range]:

@@ -1,0 +1,151 @@
+"""How long operations take inside of a training step: each is timed after other ones have run, on other memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+
+_POOL_BYTES = 32 << 20
+_LONG_S = 20e-3
+_FEWEST = 3
+
+Phases = Sequence[Callable[[], object]]
+
+
+class Pool:
+    """Memory from which operands are taken in turn, so that each was last used some operations ago.
+
+    In a training step too what an operation reads has left the caches that belong to one core, and lies in a shared one
+    or in memory: weights since the last microbatch, activations since the forward.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._memory = torch.randn(_POOL_BYTES // dtype.itemsize, dtype=dtype)
+        self._next = 0
+        self.dtype = dtype
+
+    def take(self, *shape: int) -> torch.Tensor:
+        """A contiguous tensor, in memory that others had long before; a large one in new memory."""
+        size = prod(shape)
+        if size > self._memory.numel() // 2:
+            return torch.randn(shape, dtype=self.dtype)
+        if self._next + size > self._memory.numel():
+            self._next = 0
+        start, self._next = self._next, self._next + -(-size // 64) * 64
+        return self._memory[start : start + size].view(shape)
+
+
+@dataclass(frozen=True)
+class Timer:
+    """Times samples of an operation; their median counts.
+
+    `samples`: how many, after one that is thrown away; of long operations fewer. `between` runs before each, and
+    `together` before the first: with several ranks it lets them begin at once. `agree` makes one number of those of all
+    ranks.
+    """
+
+    together: Callable[[], None] = field(default=lambda: None)
+    agree: Callable[[float], float] = field(default=lambda seconds: seconds)
+    between: Callable[[], object] = field(default=lambda: None)
+    samples: int = 7
+
+    def of(self, sample: Callable[[], Phases]) -> list[float]:
+        """Seconds of each phase of a sample; `sample` prepares one and returns its phases, which run in order."""
+        found: list[list[float]] = []
+        count = self.samples + 1
+        kept: list[object] = []
+        self.together()
+        while len(found) < count:
+            kept.clear()
+            times = []
+            for phase in sample():
+                self.between()
+                start = time.perf_counter()
+                # What an operation returns lives on in a step too.
+                kept.append(phase())
+                times.append(time.perf_counter() - start)
+            found.append(times)
+            # All ranks take as many samples.
+            if len(found) == 1 and self.agree(sum(times)) > _LONG_S:
+                count = min(count, _FEWEST + 1)
+        return [median(column) for column in zip(*found[1:], strict=True)]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a measurement needs. `backward_call`: seconds of a backward in which nothing is computed."""
+
+    pool: Pool
+    timer: Timer
+    backward_call: float = 0.0
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, timer: Timer) -> Bench:
+        """With `timer`, between whose samples other operations run, as there are between two of a step."""
+        pool = Pool(dtype)
+        disturbed = Timer(timer.together, timer.agree, _Others(pool), timer.samples)
+        bench = cls(pool, disturbed)
+        empty = differentiated(lambda x: x.view_as(x), lambda: (pool.take(1),), bench)[1]
+        return cls(pool, disturbed, empty)
+
+
+class _Others:
+    """Some operations of a step, small ones, which take the core's caches from whatever is measured."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._weight = torch.randn(128, 128, dtype=pool.dtype)
+        self._kernel = torch.randn(16, 16, 3, 3, dtype=pool.dtype)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        take = self._pool.take
+        x = F.layer_norm(take(64, 128), (128,))
+        x = F.gelu(F.linear(x, self._weight)) + x
+        heads = x.view(1, 64, 4, 32).transpose(1, 2)
+        x = torch.cat(
+            [F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2), take(1, 64, 128)]
+        )
+        image = F.silu(F.group_norm(take(4, 16, 8, 8), 4))
+        F.conv2d(image, self._kernel, padding=1)
+        torch.softmax(x, -1).sum()
+        torch.add(take(1 << 16), 1.0)
+
+
+def differentiated(
+    forward: Callable[..., torch.Tensor],
+    arguments: Callable[[], tuple[torch.Tensor, ...]],
+    bench: Bench,
+    *,
+    shared: Sequence[torch.Tensor] = (),
+) -> tuple[float, float]:
+    """(forward, backward) seconds of a function of tensors.
+
+    `arguments` takes those of one operation, which get gradients, as do `shared` parameters, which follow them.
+    """
+
+    def sample() -> Phases:
+        inputs = [t.detach().requires_grad_() for t in arguments()]
+        outputs: list[torch.Tensor] = []
+
+        def run() -> None:
+            outputs.append(forward(*inputs, *shared))
+
+        def back() -> object:
+            (y,) = outputs
+            return torch.autograd.grad(y, [*inputs, *shared], given(y))
+
+        return run, back
+
+    def given(y: torch.Tensor) -> torch.Tensor:
+        return bench.pool.take(*y.shape) if y.dim() else torch.ones_like(y)
+
+    seconds = bench.timer.of(sample)
+    # A step has one call for all of its operations.
+    return seconds[0], max(0.2 * seconds[1], seconds[1] - bench.backward_call)

@@ -1,0 +1,127 @@
+"""What every rank of a calibration runs: python -m experiments.calibration.worker FOLDER; rank 0 writes the results."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from axonn.config import FloatType
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from axonn.runtime import Runtime
+    from experiments.calibration.timing import Timer
+
+RESULT = "result.json"
+PROGRESS = "progress.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to measure: kernels and memory; one rank, what the host costs, several, messages and collectives."""
+
+    precision: FloatType
+    quick: bool
+
+    def write(self, folder: Path) -> None:
+        (folder / "job.json").write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, folder: Path) -> Job:
+        return cls(**json.loads((folder / "job.json").read_text()))
+
+
+def main() -> None:
+    import torch
+
+    from axonn.grid import ProcessGrid
+    from axonn.runtime import connect, launched_as
+    from experiments.calibration import host
+    from experiments.calibration.kernels import FULL, QUICK, measure
+    from experiments.calibration.timing import Timer
+
+    folder = Path(sys.argv[1])
+    job = Job.read(folder)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    rank, size = launched_as()
+
+    def on_part(name: str) -> None:
+        if rank == 0:
+            with open(folder / PROGRESS, "a", encoding="utf-8") as file:
+                file.write(f"{name}\n")
+
+    found: dict[str, Any] = {}
+    comm = None
+    timer = Timer()
+    if size > 1:
+        from mpi4py import MPI
+
+        comm = MPI.COMM_WORLD
+        most: Callable[[float], float] = lambda x: comm.allreduce(x, op=MPI.MAX)  # noqa: E731
+        timer = Timer(together=comm.Barrier, agree=most)
+    if job.quick:
+        timer = replace(timer, samples=4)
+    kernels = measure(QUICK if job.quick else FULL, getattr(torch, job.precision), timer, on_part)
+    found["kernels"] = kernels if comm is None else _mean(comm.allgather(kernels))
+    found |= _of_memory(timer)
+    if comm is None:
+        on_part("the engine on small models")
+        found["host"] = host.measure(job.precision, batches=20 if job.quick else 60)
+    else:
+        for transport in ("mpi", "torch"):
+            on_part(f"messages over {transport}")
+            with connect(ProcessGrid(inter=size), transport=transport) as runtime:
+                found |= _of_links(runtime, comm, timer, transport, precision=job.precision, quick=job.quick)
+    if rank == 0:
+        (folder / RESULT).write_text(json.dumps(found))
+
+
+def _of_memory(timer: Timer) -> dict[str, Any]:
+    from experiments.calibration.links import copy_rate, empty_kernel
+
+    return {"copy": copy_rate(timer), "empty_kernel": empty_kernel(timer)}
+
+
+def _of_links(
+    runtime: Runtime, comm: MPI.Intracomm, timer: Timer, transport: str, *, precision: FloatType, quick: bool
+) -> dict[str, Any]:
+    from experiments.calibration import host, links
+
+    step = 4 if quick else 2
+    sizes = [1 << i for i in range(8, 23, step)]
+    repeats = 5 if quick else 9
+    assert runtime.transport is not None
+    found: dict[str, Any] = {
+        "message_bytes": sizes,
+        f"messages_{transport}": links.message_seconds(runtime.transport, comm, sizes, repeats=repeats),
+        f"host_{transport}": links.host_seconds(runtime.transport, comm, sizes, repeats=repeats),
+    }
+    if transport == "mpi":
+        own = host.measure_pipelined(precision, runtime, stages=comm.size, batches=20 if quick else 60)
+        found["pipelined"] = _mean(comm.allgather(own))
+        sizes = [1 << i for i in range(6, 25, step)]
+        seconds = links.all_reduce_seconds(runtime.collectives, sizes, timer)
+        found |= {"all_reduce_bytes": sizes, "all_reduce": _mean(comm.allgather(seconds))}
+        slow = [links.slowdown_beside(runtime.collectives, timer, nbytes=1 << i) for i in (18, 20)]
+        found["beside"] = _mean(comm.allgather(sum(slow) / len(slow)))
+    return found
+
+
+def _mean(values: list[Any]) -> Any:
+    """Mean over the ranks of each number in plain data of one shape; sizes, which are integers, stay."""
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: _mean([value[key] for value in values]) for key in first}
+    if isinstance(first, list):
+        return [_mean(list(items)) for items in zip(*values, strict=True)]
+    return sum(values) / len(values) if isinstance(first, float) else first
+
+
+if __name__ == "__main__":
+    main()

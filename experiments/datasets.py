@@ -1,0 +1,315 @@
+"""Published measurements to hold the performance model against: one file of `experiments/validation` per set.
+
+A set names its machine and says, point by point, what was run and what was measured. A setting that the publication
+leaves open is listed under `open`, with the rule by which it was fixed before anything was predicted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import Field
+
+from axonn.config import GPTConfig, ModelConfig, StrictModel, UNetConfig, load_yaml, validate
+from axonn.errors import ConfigError
+from axonn.perf.strategy import Strategy
+from axonn.records import Record, read_records
+from experiments.definition import HERE, ROOT, Experiment, load_experiment, load_model, merge
+
+FOLDER = HERE / "validation"
+
+Quantity = Literal["batch_time_s", "pipeline_s", "step_s", "all_reduce_s", "optimizer_s", "tflops_per_gpu"]
+"""pipeline_s: from the first forward to the last backward; step_s: what follows it; all_reduce_s, optimizer_s: its two
+parts on the stage that ends last: but for waiting, pipeline_s and they add up to batch_time_s, as published bars do.
+tflops_per_gpu: by 96bslh^2(1+s/6h+V/16lh), recomputation counted (`axonn.records.gpt_flops`)."""
+
+
+class Open(StrictModel):
+    """A setting that is not published, and the rule that fixes it.
+
+    With `take` the rule is carried out: of the strategies `among`, each merged into the point's own, the first one that
+    fits into the device's memory, or of all that fit the one whose batch is predicted to be the shortest (what tuning
+    would have found). Without, the set has the value itself.
+    """
+
+    setting: str
+    rule: str
+    points: list[str] | None = None
+    """Labels; default all."""
+    take: Literal["first-that-fits", "fastest-that-fits"] | None = None
+    among: list[dict[str, Any]] = []
+
+    def model_post_init(self, context: object) -> None:
+        if (self.take is None) != (not self.among):
+            raise ValueError("take and among belong together")
+
+
+class Measured(StrictModel):
+    """Several published numbers of one point, by quantity."""
+
+    batch_time_s: float | None = Field(default=None, gt=0)
+    pipeline_s: float | None = Field(default=None, gt=0)
+    step_s: float | None = Field(default=None, gt=0)
+    all_reduce_s: float | None = Field(default=None, gt=0)
+    optimizer_s: float | None = Field(default=None, gt=0)
+    tflops_per_gpu: float | None = Field(default=None, gt=0)
+
+
+class Point(StrictModel):
+    """What was run and what was measured; what is not given is the set's default. `strategy` goes over `groups` and
+    that over `defaults`."""
+
+    label: str
+    group: str = ""
+    model: Any = None
+    """A name of experiments/models, or the keys of a model."""
+    gpus: int = Field(ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    strategy: dict[str, Any] = {}
+    published: float | None = Field(default=None, gt=0)
+    """In the set's quantity. None for a point that only ratios use, or one with `parts`."""
+    parts: Measured = Measured()
+    note: str = ""
+
+
+class Defaults(StrictModel):
+    """What points share."""
+
+    model: Any = None
+    batch_size: int | None = Field(default=None, ge=1)
+    strategy: dict[str, Any] = {}
+
+
+class Ratio(StrictModel):
+    """A published speedup: the batch time of the point `slower` over that of `faster`."""
+
+    label: str
+    slower: str
+    faster: str
+    published: float = Field(gt=0)
+
+
+class Targets(StrictModel):
+    """Bounds of the errors in percent: their mean, the largest, that of ratios, and the mean of a group."""
+
+    mean_pct: float | None = None
+    max_pct: float | None = None
+    ratio_pct: float | None = None
+    groups: dict[str, float] = {}
+
+
+class Variant(StrictModel):
+    """Something else in place of an assumption: how much hangs on it. Rules are carried out anew."""
+
+    label: str
+    machine: str | None = None
+    memory_gb: float | None = Field(default=None, gt=0)
+    """Of a device."""
+    model: Any = None
+    batch_scale: float = Field(default=1.0, gt=0)
+    strategy: dict[str, Any] = {}
+    points: list[str] | None = None
+    """Labels; default all."""
+    strategies: dict[str, dict[str, Any]] = {}
+    """By label, over `strategy`."""
+
+
+class DataSet(StrictModel):
+    """One published table or figure.
+
+    With `experiment`, a file of experiments/, the strategies of its frameworks are those of groups with the same names,
+    under what `groups` says; without `points`, its points and its published batch times are meant.
+    """
+
+    name: str
+    title: str
+    source: str
+    status: Literal["text", "figure", "repo", "derived"]
+    """Stated in the source, read off its drawing, found in its code, or computed from one of these."""
+    machine: str
+    quantity: Quantity = "batch_time_s"
+    experiment: str | None = None
+    defaults: Defaults = Defaults()
+    groups: dict[str, dict[str, Any]] = {}
+    """Strategies of groups of points."""
+    points: list[Point] = []
+    ratios: list[Ratio] = []
+    open: list[Open] = []
+    targets: Targets = Targets()
+    variants: list[Variant] = []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One point with everything filled in. `published`: by quantity."""
+
+    label: str
+    group: str
+    model: ModelConfig
+    gpus: int
+    batch_size: int
+    strategy: dict[str, Any]
+    published: Mapping[Quantity, float]
+    note: str = ""
+
+    def candidates(self, rule: Open, where: str) -> Iterator[tuple[dict[str, Any], Case]]:
+        """Of an open setting: each value, and the point with it."""
+        for value in rule.among:
+            case = replace(self, strategy=merge(self.strategy, value))
+            case.checked(where)
+            yield value, case
+
+    def checked(self, where: str) -> Strategy:
+        """The strategy. Raises `ConfigError` naming the point, the key and the nearest valid key."""
+        return validate(self.strategy, Strategy, where=f"{where}: point '{self.label}'")
+
+    def divides(self, where: str, variant: Variant | None = None) -> bool:
+        """Whether the batch, that of the variant, can be cut as the strategy wants."""
+        case = self if variant is None else self.under(variant, where)
+        strategy = case.checked(where)
+        return case.batch_size % (strategy.grid.data * strategy.microbatch_size) == 0
+
+    def under(self, variant: Variant, where: str) -> Case:
+        """The point as the variant has it."""
+        if variant.points is not None and self.label not in variant.points:
+            return self
+        batch = self.batch_size * variant.batch_scale
+        if batch != int(batch):
+            raise ConfigError(f"{where}: variant '{variant.label}': {batch} is no batch size; change batch_scale")
+        return replace(
+            self,
+            model=self.model if variant.model is None else model_of(variant.model, where=where),
+            batch_size=int(batch),
+            strategy=merge(merge(self.strategy, variant.strategy), variant.strategies.get(self.label, {})),
+        )
+
+
+def model_of(model: object, *, where: str) -> ModelConfig:
+    """A model by name, or by its keys. Raises `ConfigError` naming `where`, the key and the nearest valid key."""
+    if isinstance(model, str):
+        return load_model(model)
+    where = f"{where}: model"
+    if isinstance(model, dict) and model.get("kind") == "unet":
+        return validate(model, UNetConfig, where=where)
+    return validate(model, GPTConfig, where=where)
+
+
+def load_data_set(path: Path | str) -> tuple[DataSet, list[Case]]:
+    """Read and check a data set, every strategy included. Raises `ConfigError` naming the file and the key."""
+    data = load_yaml(path, DataSet)
+    where = str(path)
+    experiment = None if data.experiment is None else load_experiment(HERE / data.experiment)
+    if not data.points and experiment is None:
+        raise ConfigError(f"{where}: has no points; give some, or an experiment that has")
+    if not data.points and experiment is not None:
+        cases = _cases_of(experiment)
+    else:
+        groups = merge({} if experiment is None else experiment.predicted.frameworks, data.groups)
+        cases = [_case(data, point, groups, where) for point in data.points]
+    known = [case.label for case in cases]
+    if len(set(known)) < len(known):
+        raise ConfigError(f"{where}: two points have the same label")
+    for what, names in _mentions(data):
+        for name in names:
+            if name not in known:
+                near = get_close_matches(name, known, n=1, cutoff=0.4) or known
+                raise ConfigError(f"{where}: {what} names the point '{name}'; did you mean '{near[0]}'?")
+    unknown = set(data.targets.groups) - {case.group for case in cases}
+    if unknown:
+        raise ConfigError(f"{where}: targets name a group without points: {', '.join(sorted(unknown))}")
+    for case in cases:
+        if not any(rule.take and _applies(rule, case) for rule in data.open):
+            case.checked(where)
+        for rule in data.open:
+            if _applies(rule, case):
+                list(case.candidates(rule, where))
+    return data, cases
+
+
+def rules_for(data: DataSet, case: Case) -> list[Open]:
+    """The rules that have to be carried out for a point."""
+    return [rule for rule in data.open if rule.take is not None and _applies(rule, case)]
+
+
+def _applies(rule: Open, case: Case) -> bool:
+    return rule.points is None or case.label in rule.points
+
+
+def _mentions(data: DataSet) -> Iterator[tuple[str, Sequence[str]]]:
+    for ratio in data.ratios:
+        yield "ratios", (ratio.slower, ratio.faster)
+    for rule in data.open:
+        yield "open", rule.points or ()
+    for variant in data.variants:
+        yield "variants", [*(variant.points or ()), *variant.strategies]
+
+
+def find_data_sets(names: Sequence[str] = ()) -> list[Path]:
+    """Files of the data sets by name (or path), by default all. Raises `ConfigError` for an unknown name."""
+    known = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"), key=_by_number)}
+    if not names:
+        return list(known.values())
+    found = []
+    for name in names:
+        path = Path(name) if name.endswith(".yaml") else known.get(name)
+        if path is None:
+            raise ConfigError(f"there is no data set '{name}'; known are {', '.join(known)}")
+        found.append(path)
+    return found
+
+
+def _by_number(path: Path) -> list[str | int]:
+    """Figure 11 after Figure 9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)]
+
+
+def _case(data: DataSet, point: Point, groups: Mapping[str, Mapping[str, Any]], where: str) -> Case:
+    def given(key: str) -> Any:
+        own, shared = getattr(point, key), getattr(data.defaults, key)
+        if own is None and shared is None:
+            raise ConfigError(f"{where}: point '{point.label}' has no {key}, nor have the defaults; add it to one")
+        return shared if own is None else own
+
+    if point.group and groups and point.group not in groups:
+        raise ConfigError(f"{where}: point '{point.label}' is of group '{point.group}'; known are {', '.join(groups)}")
+    names: tuple[Quantity, ...] = get_args(Quantity)
+    published = {name: value for name in names if (value := getattr(point.parts, name)) is not None}
+    if point.published is not None:
+        published[data.quantity] = point.published
+    return Case(
+        label=point.label,
+        group=point.group,
+        model=model_of(given("model"), where=f"{where}: point '{point.label}'"),
+        gpus=point.gpus,
+        batch_size=given("batch_size"),
+        strategy=merge(merge(data.defaults.strategy, groups.get(point.group, {})), point.strategy),
+        published=published,
+        note=point.note,
+    )
+
+
+def _cases_of(experiment: Experiment) -> list[Case]:
+    panel = experiment.predicted
+    published = {(r.point, r.ran.framework): _seconds(r) for r in read_records(ROOT / experiment.published)}
+    return [
+        Case(
+            label=f"{point.model} {point.framework}",
+            group=point.framework,
+            model=load_model(point.model),
+            gpus=point.gpus,
+            batch_size=panel.batch_size,
+            strategy=merge(panel.frameworks.get(point.framework, {}), point.strategy),
+            published={"batch_time_s": published[f"{point.model}-{point.gpus}", point.framework]},
+        )
+        for point in panel.points
+    ]
+
+
+def _seconds(record: Record) -> float:
+    assert record.batch_time_s is not None
+    return record.batch_time_s

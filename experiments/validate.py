@@ -1,0 +1,297 @@
+"""`axonn predict --validate`: the performance model held against published measurements."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pandas as pd
+
+from axonn.errors import AxonnError, ConfigError
+from axonn.perf.machine import MachineFile, Size
+from axonn.perf.naive import naive_constant, naive_predict
+from axonn.perf.outline import Outline, outline_of
+from axonn.perf.predict import Prediction, predict
+from experiments.datasets import Case, DataSet, Quantity, Ratio, Variant, load_data_set, rules_for
+from experiments.definition import find_machine
+from experiments.predictor import PREDICTED
+from experiments.provenance import commit
+from experiments.validation_results import Goal, Row, SetResult, Validation, VariantRow, fitted_constants
+
+RESULT = PREDICTED / "validation.json"
+_RATED: tuple[Quantity, ...] = ("batch_time_s", "pipeline_s", "tflops_per_gpu")
+"""Quantities that a constant rate of all GPUs predicts."""
+
+
+@dataclass(frozen=True)
+class _Predicted:
+    case: Case
+    outline: Outline
+    prediction: Prediction
+    chosen: list[str]
+
+    def quantity(self, name: Quantity) -> float:
+        p = self.prediction
+        match name:
+            case "batch_time_s" | "pipeline_s":
+                return getattr(p, name)  # type: ignore[no-any-return]
+            case "step_s":
+                return p.batch_time_s - p.pipeline_s
+            case "all_reduce_s":
+                return p.last.reducing
+            case "optimizer_s":
+                return p.last.updating
+            case "tflops_per_gpu":
+                flops = self.case.batch_size * self.outline.flops_recomputing
+                return flops / p.batch_time_s / self.case.gpus / 1e12
+
+    @property
+    def flops(self) -> float:
+        """Of the batch, recomputation counted as in the prediction's TFLOP/s."""
+        p = self.prediction
+        return 1e12 * p.tflops_per_gpu * self.case.gpus * p.batch_time_s
+
+
+def validate_set(path: Path, *, on_point: Callable[[str], None] = lambda label: None) -> SetResult:
+    """Predict every point of a data set; `on_point` is called with each label before it is predicted.
+
+    Raises `ConfigError` for what is wrong with the file.
+    """
+    data, cases = load_data_set(path)
+    where = str(path)
+
+    def all_of(variant: Variant | None) -> dict[str, _Predicted]:
+        machine = find_machine((variant and variant.machine) or data.machine)
+        if variant is not None and variant.memory_gb is not None:
+            memory = Size(value=variant.memory_gb, unit="GB", source=f"{data.name}: {variant.label}", status="assumed")
+            machine = machine.model_copy(update={"gpu": machine.gpu.model_copy(update={"memory": memory})})
+        found = {}
+        for case in cases:
+            on_point(f"{data.name} {case.label}" + (f" ({variant.label})" if variant else ""))
+            try:
+                found[case.label] = _predict(data, case, machine, variant, where)
+            except AxonnError as error:
+                text = str(error) if str(error).startswith(where) else f"{where}: point '{case.label}': {error}"
+                raise ConfigError(text) from error
+        return found
+
+    base = all_of(None)
+    rows = _with_constant_rate(list(base.values()), _rows(base.values()))
+    ratios = [_ratio_row(ratio, base, rows) for ratio in data.ratios]
+    variants = [_variant_row(data, variant, all_of(variant)) for variant in data.variants]
+    if variants:
+        variants.insert(0, _variant_row(data, Variant(label="as above"), base))
+    return _summed_up(data, rows, ratios, variants)
+
+
+def write_validation(results: Sequence[SetResult], *, command: str, path: Path | None = None) -> Validation:
+    """Write what was found, and the fitted constants of all machines that it used, to `path` (default `RESULT`)."""
+    path = path or RESULT
+    machines = list(dict.fromkeys(result.machine for result in results))
+    validation = Validation(
+        command=command,
+        commit=commit(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        sets=list(results),
+        fitted=[fit for name in machines for fit in fitted_constants(find_machine(name))],
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = validation.model_dump(mode="json", by_alias=True, exclude_none=True)
+    path.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+    return validation
+
+
+def points_of(path: Path) -> int:
+    """How often `validate_set` calls `on_point`."""
+    data, cases = load_data_set(path)
+    return len(cases) * (1 + len(data.variants))
+
+
+def _predict(data: DataSet, case: Case, machine: MachineFile, variant: Variant | None, where: str) -> _Predicted:
+    """With the open settings as their rules have them, and everything else as the variant does."""
+    outlines: dict[int, Outline] = {}
+
+    def one(case: Case) -> tuple[Case, Outline, Prediction]:
+        final = case if variant is None else case.under(variant, where)
+        strategy = final.checked(where)
+        strategy.process_grid(machine).check_world(final.gpus)
+        strategy.check(final.model)
+        outline = outlines.setdefault(id(final.model), outline_of(final.model))
+        return final, outline, predict(outline, machine, strategy, batch_size=final.batch_size)
+
+    chosen = []
+    result = None
+    for rule in rules_for(data, case):
+        tried = []
+        for value, candidate in case.candidates(rule, where):
+            if not candidate.divides(where, variant):
+                continue
+            tried.append((value, candidate, one(candidate)))
+            if rule.take == "first-that-fits" and tried[-1][2][2].fits:
+                break
+        if not tried:
+            raise ConfigError(
+                f"{where}: point '{case.label}': no value of '{rule.setting}' divides its batch; add some"
+            )
+        fitting = [t for t in tried if t[2][2].fits]
+        if not fitting:
+            # Nothing fits: the row says so.
+            fitting = [min(tried, key=lambda t: t[2][2].memory.total)]
+        value, case, result = min(fitting, key=lambda t: t[2][2].batch_time_s)
+        chosen.append(f"{rule.setting}: {_short(value)}")
+    return _Predicted(*(result or one(case)), chosen)
+
+
+def _short(value: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {_short(v) if isinstance(v, Mapping) else v}" for k, v in value.items())
+
+
+def _rows(found: Iterable[_Predicted]) -> list[Row]:
+    return [
+        Row(
+            label=p.case.label,
+            group=p.case.group,
+            quantity=quantity,
+            model=p.case.model.name,
+            measured=measured,
+            predicted=(predicted := p.quantity(quantity)),
+            error_pct=100 * (predicted / measured - 1),
+            chosen=p.chosen,
+            memory_gb=p.prediction.memory.total / 1e9,
+            fits=p.prediction.fits,
+            note=p.case.note,
+        )
+        for p in found
+        for quantity, measured in p.case.published.items()
+    ]
+
+
+def _with_constant_rate(found: Sequence[_Predicted], rows: Sequence[Row]) -> list[Row]:
+    """The rows with what a constant rate of all GPUs predicts."""
+    by_label = {p.case.label: p for p in found}
+
+    def batch(row: Row) -> tuple[float, int, float]:
+        p = by_label[row.label]
+        if row.quantity != "tflops_per_gpu":
+            return p.flops, p.case.gpus, row.measured
+        # FLOPs, GPUs and seconds of which the rate is the measured one.
+        return row.measured * 1e12, 1, 1.0
+
+    def value(row: Row, rate: float) -> float:
+        if row.quantity == "tflops_per_gpu":
+            return rate / 1e12
+        flops, gpus, _ = batch(row)
+        return naive_predict(flops=flops, gpus=gpus, flops_per_s=rate)
+
+    rated = [row for row in rows if row.quantity in _RATED]
+    done = []
+    for row in rows:
+        if row not in rated:
+            done.append(row)
+            continue
+        constant = value(row, naive_constant([batch(r) for r in rated]))
+        others = [batch(r) for r in rated if r.model != row.model]
+        held_out = value(row, naive_constant(others)) if others else None
+        update = {
+            "constant": constant,
+            "constant_error_pct": 100 * (constant / row.measured - 1),
+            "constant_held_out_error_pct": None if held_out is None else 100 * (held_out / row.measured - 1),
+        }
+        done.append(row.model_copy(update=update))
+    return done
+
+
+def _ratio(ratio: Ratio, found: Mapping[str, _Predicted]) -> float:
+    return found[ratio.slower].prediction.batch_time_s / found[ratio.faster].prediction.batch_time_s
+
+
+def _ratio_row(ratio: Ratio, found: Mapping[str, _Predicted], rows: Sequence[Row]) -> Row:
+    slower, faster = found[ratio.slower], found[ratio.faster]
+    predicted = _ratio(ratio, found)
+    # At a constant rate the same work takes the same time.
+    constant = slower.flops / slower.case.gpus / (faster.flops / faster.case.gpus)
+    return Row(
+        label=ratio.label,
+        group="",
+        quantity="ratio",
+        model=faster.case.model.name,
+        measured=ratio.published,
+        predicted=predicted,
+        error_pct=100 * (predicted / ratio.published - 1),
+        constant=constant,
+        constant_error_pct=100 * (constant / ratio.published - 1),
+        chosen=[f"{p.case.label}: {choice}" for p in (slower, faster) for choice in p.chosen],
+        fits=slower.prediction.fits and faster.prediction.fits,
+    )
+
+
+def _variant_row(data: DataSet, variant: Variant, found: Mapping[str, _Predicted]) -> VariantRow:
+    touched = [p for p in found.values() if variant.points is None or p.case.label in variant.points]
+    predicted = {row.key: row.predicted for row in _rows(touched)}
+    predicted |= {p.case.label: p.quantity(data.quantity) for p in touched if not p.case.published}
+    predicted |= {ratio.label: _ratio(ratio, found) for ratio in data.ratios}
+    return VariantRow(
+        label=variant.label,
+        predicted=predicted,
+        mean_pct=mean(abs(row.error_pct) for row in rows) if (rows := _rows(found.values())) else None,
+        chosen=list(dict.fromkeys(choice for p in touched for choice in p.chosen)),
+        fits=all(p.prediction.fits for p in touched),
+    )
+
+
+def _summed_up(data: DataSet, rows: list[Row], ratios: list[Row], variants: list[VariantRow]) -> SetResult:
+    judged = rows or ratios
+    errors = [abs(row.error_pct) for row in judged]
+    groups = {
+        name: mean(abs(row.error_pct) for row in rows if row.group == name)
+        for name in dict.fromkeys(row.group for row in rows if row.group)
+    }
+    in_sample = [abs(r.constant_error_pct) for r in judged if r.constant_error_pct is not None]
+    held_out = [abs(r.constant_held_out_error_pct) for r in rows if r.constant_held_out_error_pct is not None]
+    return SetResult(
+        name=data.name,
+        title=data.title,
+        source=data.source,
+        status=data.status,
+        machine=data.machine,
+        rows=rows,
+        ratios=ratios,
+        mean_pct=mean(errors) if errors else None,
+        max_pct=max(errors, default=None),
+        bias_pct=mean(row.error_pct for row in judged) if judged else None,
+        rank_correlation=rank_correlation(rows),
+        constant_mean_pct=mean(in_sample) if in_sample else None,
+        constant_held_out_pct=mean(held_out) if held_out else None,
+        groups=groups,
+        goals=_goals(data, errors, groups, ratios),
+        open=data.open,
+        variants=variants,
+    )
+
+
+def rank_correlation(rows: Sequence[Row]) -> float | None:
+    """Spearman's rank correlation of measured and predicted; None with fewer than three or mixed quantities."""
+    if len(rows) < 3 or len({row.quantity for row in rows}) > 1:
+        return None
+    table = pd.DataFrame({"measured": [r.measured for r in rows], "predicted": [r.predicted for r in rows]}).rank()
+    if table.nunique().min() < 2:
+        return None
+    return float(table["measured"].corr(table["predicted"]))
+
+
+def _goals(data: DataSet, errors: Sequence[float], groups: Mapping[str, float], ratios: Sequence[Row]) -> list[Goal]:
+    targets = data.targets
+    asked = [("mean error", targets.mean_pct, mean(errors) if errors else 0.0)]
+    asked += [("largest error", targets.max_pct, max(errors, default=0.0))]
+    asked += [(f"error of {row.label}", targets.ratio_pct, abs(row.error_pct)) for row in ratios]
+    asked += [(f"mean error of {name}", bound, groups[name]) for name, bound in targets.groups.items()]
+    return [
+        Goal(what=what, bound=bound, reached=reached, met=reached <= bound)
+        for what, bound, reached in asked
+        if bound is not None
+    ]

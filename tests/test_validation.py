@@ -1,0 +1,185 @@
+"""Data sets of published measurements, and what `axonn predict --validate` makes of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from axonn.errors import ConfigError
+from experiments.datasets import find_data_sets, load_data_set
+from experiments.definition import find_machine
+from experiments.validate import points_of, rank_correlation, validate_set, write_validation
+from experiments.validation_results import Row, SetResult, Validation, fitted_constants
+from tests.command_line import CommandLine
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "title": "Two models",
+    "source": "nowhere",
+    "status": "text",
+    "machine": "summit",
+    "defaults": {"batch_size": 64, "strategy": {"microbatch_size": 2, "grid": {"inter": 2}}},
+    "points": [
+        {"label": name, "gpus": 2, "published": seconds,
+         "model": {"name": name, "layers": n, "hidden": 1024, "heads": 16, "seq_len": 512, "vocab": 51200}}
+        for name, n, seconds in (("small", 2, 0.3), ("medium", 4, 0.5), ("large", 8, 0.9))
+    ],
+}  # fmt: skip
+
+
+def write(path: Path, **changes: Any) -> Path:
+    path.write_text(yaml.safe_dump({**TINY, **changes}, sort_keys=False), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", find_data_sets(), ids=lambda p: p.stem)
+def test_shipped_sets_are_sound(path: Path) -> None:
+    data, cases = load_data_set(path)
+    assert data.name == path.stem
+    assert cases
+    assert any(case.published for case in cases) or data.ratios
+    # Of what is not published, the rule is written down.
+    assert all(len(rule.rule) > 5 for rule in data.open)
+
+
+def test_a_set_is_predicted_point_by_point(tmp_path: Path) -> None:
+    path = write(tmp_path / "tiny.yaml", targets={"mean_pct": 1e6, "max_pct": 1e-6})
+    seen: list[str] = []
+    result = validate_set(path, on_point=seen.append)
+    assert seen == ["tiny small", "tiny medium", "tiny large"]
+    assert len(seen) == points_of(path)
+    assert [row.measured for row in result.rows] == [0.3, 0.5, 0.9]
+    for row in result.rows:
+        assert row.error_pct == pytest.approx(100 * (row.predicted / row.measured - 1))
+        assert row.fits
+    errors = [abs(row.error_pct) for row in result.rows]
+    assert result.mean_pct == pytest.approx(sum(errors) / 3)
+    assert result.max_pct == max(errors)
+    assert result.rank_correlation == 1.0
+    assert [goal.met for goal in result.goals] == [True, False]
+
+
+def test_the_constant_rate_is_fitted_on_all_points_and_on_the_other_models(tmp_path: Path) -> None:
+    rows = validate_set(write(tmp_path / "tiny.yaml")).rows
+    # The rate is that of one of the points: its own error is none, unless it is held out.
+    exact = [row for row in rows if abs(row.constant_error_pct or 0.0) < 1e-9]
+    assert len(exact) == 1
+    assert abs(exact[0].constant_held_out_error_pct or 0.0) > 0.1
+
+
+def test_rules_for_open_settings_are_carried_out(tmp_path: Path) -> None:
+    def chosen(take: str, sizes: list[int], **changes: Any) -> str:
+        among = [{"microbatch_size": size} for size in sizes]
+        rule = {"setting": "microbatch", "rule": "as asked", "take": take, "among": among}
+        (choice,) = validate_set(write(tmp_path / "tiny.yaml", open=[rule], **changes)).rows[2].chosen
+        return choice.removeprefix("microbatch: microbatch_size ")
+
+    assert chosen("first-that-fits", [4, 8, 1]) == "4"
+    # 7 does not divide the batch; 64 in one go leaves a stage idle half of the time.
+    assert chosen("fastest-that-fits", [7, 64, 8]) == "8"
+    large = {"batch_size": 2048, "strategy": {"grid": {"inter": 2}}}
+    assert chosen("first-that-fits", [2048, 2], defaults=large) == "2"
+    with pytest.raises(ConfigError, match="no value of 'microbatch' divides its batch"):
+        chosen("first-that-fits", [7])
+
+
+def test_variants_and_ratios_say_what_hangs_on_an_assumption(tmp_path: Path) -> None:
+    ratio = {"label": "large over small", "slower": "large", "faster": "small", "published": 3.0}
+    variants = [{"label": "batch 128", "batch_scale": 2.0}, {"label": "no memory", "memory_gb": 0.1}]
+    result = validate_set(write(tmp_path / "tiny.yaml", ratios=[ratio], variants=variants))
+    by = {row.label: row.predicted for row in result.rows}
+    assert result.ratios[0].predicted == pytest.approx(by["large"] / by["small"])
+    assert result.mean_pct == pytest.approx(sum(abs(row.error_pct) for row in result.rows) / 3)
+    unpublished = [{**point, "published": None} for point in TINY["points"]]
+    alone = validate_set(write(tmp_path / "tiny.yaml", ratios=[ratio], points=unpublished))
+    assert alone.mean_pct == abs(result.ratios[0].error_pct)
+    same, twice, none = result.variants
+    assert same.predicted["large: batch_time_s"] == by["large"]
+    assert 1.8 < twice.predicted["large: batch_time_s"] / by["large"] < 2
+    assert same.fits
+    assert not none.fits
+
+
+def test_parts_of_a_batch_are_rows_of_their_own(tmp_path: Path) -> None:
+    point = {
+        **TINY["points"][0],
+        "published": None,
+        "parts": {"pipeline_s": 0.25, "optimizer_s": 0.01, "tflops_per_gpu": 40.0},
+    }
+    result = validate_set(write(tmp_path / "tiny.yaml", points=[point]))
+    assert [row.quantity for row in result.rows] == ["pipeline_s", "optimizer_s", "tflops_per_gpu"]
+    assert [row.constant is None for row in result.rows] == [False, True, False]
+    assert result.rank_correlation is None
+    parts = ("batch_time_s", "pipeline_s", "all_reduce_s", "optimizer_s")
+    point = {**TINY["points"][0], "published": None, "parts": dict.fromkeys(parts, 1.0)}
+    rows = validate_set(write(tmp_path / "tiny.yaml", points=[point])).rows
+    assert rows[0].predicted == pytest.approx(sum(row.predicted for row in rows[1:]), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targts": {}}, "unknown key 'targts'; did you mean 'targets'"),
+        ({"points": []}, "has no points"),
+        ({"points": [{"label": "a", "gpus": 2, "model": "gpt-12b", "strategy": {"microbatchsize": 1}}]},
+         "point 'a': unknown key 'microbatchsize'; did you mean 'microbatch_size'"),
+        ({"points": [{"label": "a", "gpus": 2}]}, "point 'a' has no model, nor have the defaults"),
+        ({"points": [{"label": "a", "gpus": 2, "model": "gpt-13b"}]}, "there is no model 'gpt-13b'; .*known are"),
+        ({"points": 2 * TINY["points"]}, "two points have the same label"),
+        ({"ratios": [{"label": "r", "slower": "smal", "faster": "large", "published": 1.0}]},
+         "ratios names the point 'smal'; did you mean 'small'"),
+        ({"open": [{"setting": "x", "rule": "y", "take": "first-that-fits"}]}, "take and among belong together"),
+        ({"points": [{**TINY["points"][0], "model": {"name": "x", "hiden": 3}}]},
+         "point 'small': model: unknown key 'hiden'; did you mean 'hidden'"),
+        ({"points": [{**TINY["points"][0], "parts": {"pipeline": 3.0}}]},
+         "unknown key 'points.0.parts.pipeline'; did you mean 'pipeline_s'"),
+        ({"points": [{**TINY["points"][0], "published": 0.0}]}, "points.0.published.: Input should be greater than 0"),
+        ({"points": [{**TINY["points"][0], "gpus": 3}]}, "point 'small': the grid .* needs 2 ranks, but 3 run"),
+        ({"targets": {"groups": {"AxoNN": 3.0}}}, "targets name a group without points: AxoNN"),
+        ({"machine": "sumit"}, "there is no machine 'sumit'; .*known are"),
+    ],
+)  # fmt: skip
+def test_bad_sets_say_what_is_wrong(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate_set(write(tmp_path / "tiny.yaml", **changes))
+
+
+def test_ranks_are_correlated_as_spearman_does() -> None:
+    def rows(*pairs: tuple[float, float]) -> list[Row]:
+        blank = {"group": "", "quantity": "batch_time_s", "model": "m", "error_pct": 0.0}
+        return [Row(label=str(i), measured=m, predicted=p, **blank) for i, (m, p) in enumerate(pairs)]
+
+    assert rank_correlation(rows((1, 1), (2, 4), (3, 9))) == pytest.approx(1)
+    assert rank_correlation(rows((1, 9), (2, 4), (3, 1))) == pytest.approx(-1)
+    # 1 - 6 sum d^2 / n (n^2 - 1) with d = 1, 1, 0
+    assert rank_correlation(rows((1, 2), (2, 1), (3, 3))) == pytest.approx(1 - 6 * 2 / 24)
+    assert rank_correlation(rows((1, 2), (2, 1))) is None
+
+
+def test_every_fitted_constant_of_a_machine_is_reported() -> None:
+    found = {fit.what: fit for fit in fitted_constants(find_machine("summit"))}
+    assert {"gpu.gemm", "gpu.in_layer", "network.p2p.mpi.intra_node", "network.all_reduce.inter_node"} <= set(found)
+    assert all(fit.points and fit.source for fit in found.values())
+
+
+def test_the_result_is_written_in_its_schema(tmp_path: Path) -> None:
+    result: SetResult = validate_set(write(tmp_path / "tiny.yaml"))
+    written = write_validation([result], command="test", path=tmp_path / "out" / "validation.json")
+    text = (tmp_path / "out" / "validation.json").read_text(encoding="utf-8")
+    assert json.loads(text)["schema"] == "axonn-validation/1"
+    assert Validation.model_validate_json(text) == written
+
+
+def test_the_command_prints_one_table_per_set(
+    axonn: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("experiments.validate.RESULT", tmp_path / "validation.json")
+    code, output, _ = axonn("predict", "--validate", write(tmp_path / "tiny.yaml"), "ipdps22-fig8")
+    assert code == 0
+    for expected in ("tiny: Two models", "ipdps22-fig8: All-reduce", "k = 64", "All data sets", "network.p2p.mpi"):
+        assert expected in output
+    assert (tmp_path / "validation.json").exists()
+    axonn.refuses("there is no data set 'fig8'; known are", "predict", "--validate", "fig8")
+    axonn.refuses("give one experiment file", "predict")
