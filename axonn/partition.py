@@ -102,7 +102,7 @@ def partition_chunks(costs: Sequence[float], layout: ChunkLayout) -> list[range]
             moved = list(cuts)
             for cut, by in step:
                 moved[cut] += by
-            if all(a < b for a, b in pairwise(moved)) and (found := value(moved)) < best:
+            if all(moved[cut - 1] < moved[cut] < moved[cut + 1] for cut, _ in step) and (found := value(moved)) < best:
                 best, cuts = found, moved
                 break
         else:
