@@ -10,7 +10,8 @@ from axonn.perf.machine import Curve, MachineFile, load_machine
 from axonn.perf.network import GroupPlacement, all_reduce_time, message_time, ring_factor
 from experiments.definition import HERE
 
-FILES = sorted((HERE / "machines").glob("*.yaml"))
+# Not what axonn calibrate has left here.
+FILES = sorted(path for path in (HERE / "machines").glob("*.yaml") if path.stem != "local")
 
 
 @pytest.fixture(scope="module", params=FILES, ids=lambda path: path.stem)

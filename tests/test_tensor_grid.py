@@ -10,8 +10,9 @@ from axonn.config import GPTConfig, UNetConfig
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
 from axonn.perf.communication import Training
+from axonn.perf.local_parts import WholeLoss
 from axonn.perf.outline import Link, Outline, outline_of
-from axonn.perf.parts import TRANSPOSED, Linear, WholeLoss
+from axonn.perf.parts import TRANSPOSED, Linear
 from axonn.perf.tensor_grid import (
     Widths,
     best_by_trying,

@@ -9,14 +9,12 @@ from typing import NamedTuple
 from axonn.config import FloatType
 from axonn.errors import AxonnError
 from axonn.perf.communication import BYTES
+from axonn.perf.kernels import SINGLE
 from axonn.perf.machine import MachineFile
 from axonn.perf.operations import Attention
 from axonn.perf.outline import Outline
 from axonn.perf.strategy import Strategy
 from axonn.perf.work import Work, work_of
-
-SINGLE = 4
-"""Bytes of a number in single precision."""
 
 
 class StateBytes(NamedTuple):

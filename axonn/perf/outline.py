@@ -8,22 +8,8 @@ from dataclasses import dataclass, field, replace
 from axonn.config import GPTConfig, ModelConfig, UNetConfig
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
-from axonn.perf.parts import (
-    TRANSPOSED,
-    Activation,
-    AttentionCore,
-    CrossEntropy,
-    Dropout,
-    Embedding,
-    GroupNorm,
-    Linear,
-    Norm,
-    Part,
-    Rearranged,
-    Relayout,
-    Residual,
-    WholeLoss,
-)
+from axonn.perf.local_parts import Activation, AttentionCore, Dropout, Rearranged, Residual, WholeLoss
+from axonn.perf.parts import TRANSPOSED, CrossEntropy, Embedding, GroupNorm, Linear, Norm, Part, Relayout
 from axonn.records import gpt_flops
 from axonn.unet_config import UNetLink, unet_links, work_of
 

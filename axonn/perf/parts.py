@@ -58,7 +58,7 @@ def _share(grid: ProcessGrid, size: int, axis: TensorAxis | None) -> int:
     return size if axis is None else size // grid.extent(axis)
 
 
-def _places(grid: ProcessGrid, rows: int, positions: int, spread: TensorAxis | None) -> int:
+def places_of(grid: ProcessGrid, rows: int, positions: int, spread: TensorAxis | None) -> int:
     """Places of `rows` rows on the rank that has most of them, the positions being cut along `spread`."""
     return rows * (positions if spread is None else -(-positions // grid.extent(spread)))
 
@@ -77,14 +77,14 @@ def _exchanges(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Saving:
+class Saving:
     @property
     def saves(self) -> bool:
         return True
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(_Saving):
+class Linear(Saving):
     """A linear layer whose output has `positions` places for each row, or a convolution, whose places are pixels.
 
     The output is summed along the axis of the input. Its gradient gives that of the input, a sum along the axis of the
@@ -132,8 +132,8 @@ class Linear(_Saving):
         """Of the side that is spread."""
         read, made = self.layout
         if self.spread == "output":
-            return _places(grid, rows, self.positions, read) * _share(grid, self.outputs, made)
-        return _places(grid, rows, self.positions, made) * _share(grid, self.inputs, read)
+            return places_of(grid, rows, self.positions, read) * _share(grid, self.outputs, made)
+        return places_of(grid, rows, self.positions, made) * _share(grid, self.inputs, read)
 
     def parameters(self, grid: ProcessGrid) -> dict[str, int]:
         outputs = _share(grid, self.outputs, self.layout[1])
@@ -142,7 +142,7 @@ class Linear(_Saving):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Norm(_Saving):
+class Norm(Saving):
     """A norm over features cut along `axis`, at `positions` places of each row.
 
     Each rank's mean and sum of squares are gathered; the backward sums the two means that the gradient needs.
@@ -156,7 +156,7 @@ class Norm(_Saving):
 
     def places(self, grid: ProcessGrid, rows: int) -> int:
         """Of a rank."""
-        return _places(grid, rows, self.positions, self.spread)
+        return places_of(grid, rows, self.positions, self.spread)
 
     def forward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
         return _exchanges(grid, "all-gather", self.axis, 2 * self.places(grid, rows), wide=True)
@@ -170,7 +170,7 @@ class Norm(_Saving):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embedding(_Saving):
+class Embedding(Saving):
     """A lookup among `entries`, cut along the first axis of `layout`; what other ranks hold is summed in.
 
     The gradient of its output is complete, and what it looks up has none. `spread`: axis along which the positions of
@@ -190,7 +190,7 @@ class Embedding(_Saving):
     def backward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
         if self.spread is None:
             return []
-        elements = _places(grid, rows, self.positions, self.spread) * _share(grid, self.features, self.layout[1])
+        elements = places_of(grid, rows, self.positions, self.spread) * _share(grid, self.features, self.layout[1])
         return _exchanges(grid, "all-gather", self.layout[0], elements, when="before")
 
     def parameters(self, grid: ProcessGrid) -> dict[str, int]:
@@ -199,7 +199,7 @@ class Embedding(_Saving):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrossEntropy(_Saving):
+class CrossEntropy(Saving):
     """The loss over a vocabulary cut along `axis`: the largest logit, then sum of exponentials and target's logit.
 
     A rank knows all that its part of the gradient needs.
@@ -225,7 +225,7 @@ class CrossEntropy(_Saving):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupNorm(_Saving):
+class GroupNorm(Saving):
     """A group norm whose channels are cut along `axis`, each of `segments` by itself.
 
     Only groups that lie on several ranks need others: their moments are gathered, and their two sums reduced.
@@ -318,103 +318,3 @@ class Issued:
 
     def parameters(self, grid: ProcessGrid) -> dict[str, int]:
         return {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class WholeLoss(_Saving):
-    """A loss of an output that is whole on every rank, with `elements` for each row."""
-
-    elements: int = 0
-
-    def forward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
-        return []
-
-    def backward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
-        return []
-
-    def parameters(self, grid: ProcessGrid) -> dict[str, int]:
-        return {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Local:
-    """A layer of which each rank computes its part alone, without parameters."""
-
-    def forward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
-        return []
-
-    def backward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
-        return []
-
-    def parameters(self, grid: ProcessGrid) -> dict[str, int]:
-        return {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionCore(_Local, _Saving):
-    """softmax(q k^T) v of `heads` heads, which are cut along col, over `positions` places; `width`: of one head."""
-
-    positions: int
-    heads: int
-    width: int
-    causal: bool
-    dropout: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Activation(_Local, _Saving):
-    """A nonlinearity at `positions` places of each row, its `features` cut along `axis`."""
-
-    kind: Literal["gelu", "silu"]
-    positions: int
-    features: int
-    axis: TensorAxis | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Residual(_Local):
-    """What a branch hands on, after dropout if there is any, is added to what went around it."""
-
-    positions: int
-    features: int
-    axis: TensorAxis | None = "row"
-    dropout: bool = False
-    spread: TensorAxis | None = None
-    """Axis along which the positions are cut."""
-
-    def places(self, grid: ProcessGrid, rows: int) -> int:
-        """Of a rank."""
-        return _places(grid, rows, self.positions, self.spread)
-
-    @property
-    def saves(self) -> bool:
-        return self.dropout
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dropout(_Local, _Saving):
-    """Dropout by itself. `spread`: axis along which the positions are cut."""
-
-    positions: int
-    features: int
-    axis: TensorAxis | None = "row"
-    spread: TensorAxis | None = None
-
-    def places(self, grid: ProcessGrid, rows: int) -> int:
-        """Of a rank."""
-        return _places(grid, rows, self.positions, self.spread)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rearranged(_Local):
-    """Values copied to other places: maps enlarged, or several tensors joined into one. `inputs`: elements read."""
-
-    kind: Literal["upsample", "concatenate"]
-    positions: int
-    features: int
-    inputs: int
-    axis: TensorAxis | None = "row"
-
-    @property
-    def saves(self) -> bool:
-        return False

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from axonn.grid import Axis
 from axonn.perf.communication import BYTES, recomputed
 from axonn.perf.kernels import Kernels
+from axonn.perf.local_parts import AttentionCore
 from axonn.perf.machine import MachineFile
 from axonn.perf.network import GroupPlacement, all_reduce_time, place
 from axonn.perf.operations import Operation, Stream
 from axonn.perf.outline import Outline
-from axonn.perf.parts import AttentionCore, Exchange, Part
+from axonn.perf.parts import Exchange, Part
 from axonn.perf.strategy import Strategy
 from axonn.perf.tasks import Segment, TaskTime, joined, task_time
 from axonn.perf.work import work_of

@@ -12,24 +12,9 @@ from math import isqrt
 from typing import NamedTuple
 
 from axonn.grid import ProcessGrid
+from axonn.perf.local_parts import Activation, AttentionCore, Dropout, Rearranged, Residual, WholeLoss
 from axonn.perf.operations import Attention, Convolution, Operation, Product, Role, Stream, StreamKind
-from axonn.perf.parts import (
-    Activation,
-    AttentionCore,
-    CrossEntropy,
-    Dropout,
-    Embedding,
-    GroupNorm,
-    Issued,
-    Linear,
-    Norm,
-    Part,
-    Rearranged,
-    Relayout,
-    Residual,
-    TensorAxis,
-    WholeLoss,
-)
+from axonn.perf.parts import CrossEntropy, Embedding, GroupNorm, Issued, Linear, Norm, Part, Relayout, TensorAxis
 
 VOCABULARY_UNIT = 128
 """What the ranks cannot share evenly (a vocabulary) is padded to multiples of this, as Megatron-LM does."""

@@ -103,6 +103,7 @@ def _content(measured: Measured, name: str) -> dict[str, Any]:
         "name": name,
         "about": f"{measured.ranks} ranks, one core each, computing in {measured.precision}; a machine by itself.",
         "gpu": gpu,
+        "nodes": quantity(1, "1", "a machine by itself"),
         "node": node,
         "network": _network(measured, quantity),
     }

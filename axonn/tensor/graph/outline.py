@@ -16,9 +16,10 @@ from torch import fx, nn
 
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
+from axonn.perf.local_parts import Activation, WholeLoss
 from axonn.perf.operations import Convolution, Product
 from axonn.perf.outline import Link, Outline
-from axonn.perf.parts import Activation, Embedding, Exchange, GroupNorm, Issued, Linear, Norm, Part, WholeLoss
+from axonn.perf.parts import Embedding, Exchange, GroupNorm, Issued, Linear, Norm, Part
 from axonn.perf.work import work_of
 from axonn.tensor.context import TensorContext
 from axonn.tensor.graph.assign import Plan, assign
