@@ -6,16 +6,17 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FRESH_FLAG := $(if $(FRESH),--fresh)
 QUICK_FLAG := $(if $(QUICK),--quick)
+COMPARISON := results/baselines$(if $(QUICK),/quick)$(if $(LINK),/link)
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce-fig6 calibrate validate-local validate-plan plan-published test test-full soak lint bench bench-link bench-tensor bench-schedules bench-optimizer clean
+.PHONY: help install reproduce-fig6 baselines compare-baselines calibrate validate-local validate-plan plan-published clean-baselines test test-full soak lint bench bench-link bench-tensor bench-schedules bench-optimizer clean
 
 help: ## this list
-	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-16s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-17s %s\n", $$1, $$2 }'
 
 install: $(READY) ## make the virtual environment (done by every other target as needed)
 
-$(READY): pyproject.toml constraints.txt tools/install.sh
+$(READY): pyproject.toml constraints.txt tools/install.sh tools/torch.sh
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; say which with make PYTHON=python3.12")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@bash tools/install.sh $(VENV) $(EXTRAS)
@@ -25,6 +26,10 @@ reproduce-fig6: $(READY) ## weak scaling: published, predicted, and measured her
 	@$(BIN)/axonn predict experiments/fig6.yaml $(FRESH_FLAG)
 	@status=0; $(BIN)/axonn run experiments/fig6.yaml $(FRESH_FLAG) || status=$$?; \
 		test $$status -eq 130 || $(BIN)/python -m plots.fig6 || status=$$?; exit $$status
+
+compare-baselines: $(READY) ## AxoNN and other frameworks on the same work (QUICK=1; LINK=1; RANKS=4; OPTIONS='--kinds tensor')
+	@status=0; $(BIN)/python -m baselines.compare --out $(COMPARISON) $(QUICK_FLAG) $(if $(LINK),--link) $(if $(RANKS),--ranks $(RANKS)) $(OPTIONS) || status=$$?; \
+		test $$status -gt 1 || $(BIN)/python -m plots.baselines $(COMPARISON)/summary.json || status=$$?; exit $$status
 
 calibrate: $(READY) ## measure this machine for the performance model (QUICK=1: coarsely)
 	@$(BIN)/axonn calibrate $(QUICK_FLAG)
@@ -70,5 +75,11 @@ validate-plan: $(READY) ## the planner's choice for 2 ranks beside an exhaustive
 plan-published: $(READY) ## published configurations beside the planner's best at the same scale
 	@$(BIN)/python -m experiments.plan_compare
 
-clean: ## remove results, figures and run folders of this machine, not the environment
-	@rm -rf runs plots/out results/measured results/predicted results/bench results/fig6
+baselines: $(READY) ## install the frameworks to compare with, each apart (ONLY="deepspeed megatron": some of them)
+	@bash tools/baselines.sh $(BIN)/python $(or $(ONLY),$(basename $(notdir $(wildcard baselines/environments/*.txt))))
+
+clean-baselines: ## remove these frameworks
+	@rm -rf .baselines
+
+clean: ## remove results, figures and run folders of this machine, not the environments
+	@rm -rf runs plots/out results/measured results/predicted results/bench results/fig6 results/baselines

@@ -32,17 +32,23 @@ def find_mpiexec() -> str:
 
 
 def mpiexec_command(
-    ranks: int, command: Sequence[str], *, link_only: bool = False, own_cores: bool = False
+    ranks: int,
+    command: Sequence[str],
+    *,
+    link_only: bool = False,
+    own_cores: bool = False,
+    mpiexec: str | None = None,
 ) -> list[str]:
     """Command that starts `command` on `ranks` ranks of this machine.
 
     `link_only` keeps MPI off shared memory, so that all messages cross the loopback interface (to emulate a slow link).
-    `own_cores` keeps each rank on a core of its own, for timings: two jobs that do so would share the first cores.
+    `own_cores` keeps each rank on a core of its own, for timings: two jobs that do so share the first cores. `mpiexec`:
+    another launcher than `find_mpiexec`.
     """
     options = ["--bind-to", "core" if own_cores else "none"]
     if link_only:
         options += ["--mca", "pml", "ob1", "--mca", "btl", "tcp,self", "--mca", "btl_tcp_if_include", "lo"]
-    return [find_mpiexec(), "-n", str(ranks), *options, *command]
+    return [mpiexec or find_mpiexec(), "-n", str(ranks), *options, *command]
 
 
 def rank_environment(base: Mapping[str, str], *, threads: int = 1) -> dict[str, str]:

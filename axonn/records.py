@@ -101,7 +101,11 @@ class Machine(StrictModel):
 class Failure(StrictModel):
     """Why there is no result. `rank` is None when the cause is not one rank's."""
 
-    cause: Literal["out-of-memory", "timeout", "nan", "dead-rank", "error", "different-losses", "interrupted"]
+    cause: Literal[
+        "out-of-memory", "timeout", "nan", "dead-rank", "error", "interrupted", "not-comparable", "unavailable"
+    ]
+    """The last two: other losses than those of the same work elsewhere; not run, since the framework is not installed
+    or cannot do this."""
     detail: str
     rank: int | None = None
 

@@ -96,6 +96,7 @@ def run(
         console.print(f"nothing to do: {len(points)} measured points, newest of {newest}; --fresh measures anew")
         return
     failures = 0
+    without: dict[str, str] = {}
     with _progress() as progress:
         all_points = progress.add_task(f"measuring {experiment.name}", total=len(points), completed=len(done))
         for point in missing:
@@ -108,7 +109,9 @@ def run(
             )
             progress.remove_task(one)
             progress.advance(all_points)
-            if record.failure is None:
+            if record.failure is not None and record.failure.cause == "unavailable":
+                without[f"{point.work} {record.ran.framework}"] = record.failure.detail
+            elif record.failure is None:
                 done[point.name] = record
                 console.print(
                     f"{point.work:>16} {record.ran.framework:14} {record.batch_time_s:8.3f} s per batch, "
@@ -121,6 +124,8 @@ def run(
                     f"{escape(record.failure.detail)}; see {record.run_folder}/log.txt[/red]",
                     soft_wrap=True,
                 )
+    for name, reason in without.items():
+        console.print(f"[yellow]not run: {name}: {escape(reason)}[/yellow]", soft_wrap=True)
     ordered = [(p, done[p.name]) for p in points if p.name in done]
     for record in compare_losses(ordered, experiment.measured.loss_tolerance):
         failures += 1
@@ -128,8 +133,12 @@ def run(
         console.print(f"[red]{record.point} {record.ran.framework}: {record.failure.detail}[/red]", soft_wrap=True)
     if failures:
         raise AxonnError(f"{failures} of {len(points)} points failed; run again to repeat them alone")
+    if not ordered:
+        raise AxonnError("none of the points can run here")
     worst = experiment.measured.loss_tolerance
-    console.print(f"{len(points)} points measured; losses of all frameworks agree within {worst:g} (relative)")
+    console.print(
+        f"{len(ordered)} of {len(points)} points measured; losses of all frameworks agree within {worst:g} (relative)"
+    )
 
 
 @app.command()
@@ -376,12 +385,39 @@ def export(
 
 
 @app.command()
+def compare(
+    records: Annotated[list[Path], typer.Argument(help="Record files, summaries, or folders of them")],
+    to: Annotated[str, typer.Option(help="Framework that the others are compared with.")] = "AxoNN",
+    fail_above: Annotated[
+        float | None,
+        typer.Option(help="Exit with 1 where it takes more than so many times as long as the fastest other framework."),
+    ] = None,
+) -> None:
+    """Show records side by side, with ratios; published, predicted and measured ones apart."""
+    from experiments import compare_records
+
+    lines = compare_records.compare(compare_records.load(records), to)
+    console.print(compare_records.table_of(lines, to))
+    for line in lines:
+        if line.failure is not None:
+            console.print(f"[red]{escape(line.work)}, {line.framework}: {escape(line.failure)}[/red]", soft_wrap=True)
+    if fail_above is None:
+        return
+    slower = compare_records.behind(lines, fail_above)
+    for text in slower:
+        console.print(f"[red]{to} falls behind: {escape(text)}[/red]", soft_wrap=True)
+    if slower:
+        raise typer.Exit(1)
+    console.print(f"{to} takes at most {fail_above:g} times as long as the fastest other framework", soft_wrap=True)
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine has: ranks, MPI, GPUs, frameworks; what will not work, and why."""
     from axonn.errors import LaunchError
     from axonn.launch import find_mpiexec
     from axonn.transport.survey import survey
-    from experiments.framework import framework_names, load_framework
+    from experiments.framework import adapter_names, load_adapter
     from experiments.provenance import this_machine
 
     machine = this_machine()
@@ -406,11 +442,12 @@ def doctor() -> None:
     table.add_row("GPUs", str(torch.cuda.device_count()))
     if torch.cuda.is_available():
         problems.append("GPUs: the engine does not use them yet; it runs on the CPU")
-    for name in framework_names():
-        try:
-            table.add_row(f"framework {name}", load_framework(name).version())
-        except Exception as error:
-            problems.append(f"framework {name}: {error}")
+    for name in adapter_names():
+        found = load_adapter(name).capabilities()
+        if found.version is None:
+            problems.append(f"framework {name}: {found.reason}")
+            continue
+        table.add_row(f"framework {name}", escape(found.version))
     console.print(table)
     for problem in problems:
         console.print(f"[yellow]will not work: {escape(problem)}[/yellow]", soft_wrap=True)

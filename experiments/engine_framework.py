@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Any
+from typing import Any, get_args
 
-from axonn.config import ScheduleConfig, TrainConfig
+from axonn.config import FloatType, ScheduleConfig, TrainConfig
 from axonn.data import make_data
 from axonn.engine import Engine
+from axonn.errors import ConfigError, LaunchError
 from axonn.grid import ProcessGrid
 from axonn.models import make_model
 from axonn.parts import Part
+from axonn.perf.engine_strategy import as_the_engine, config_of_strategy, differences
 from axonn.runtime import Runtime
 from axonn.trace import SpanRecorder
 from axonn.traffic import Traffic
-from experiments.framework import ResumableTrainer
+from experiments.framework import (
+    Adapter,
+    Capabilities,
+    ClusterWork,
+    Framework,
+    InProcessFramework,
+    Launch,
+    PrintedRun,
+    ResumableTrainer,
+)
+from experiments.launched import data_of, launch_worker, read_run
 
 
 class EngineTrainer(ResumableTrainer):
@@ -73,7 +85,7 @@ class EngineTrainer(ResumableTrainer):
         return self.engine.traffic()
 
 
-class EngineFramework:
+class EngineFramework(InProcessFramework):
     label = "AxoNN"
 
     def version(self) -> str:
@@ -88,3 +100,47 @@ class EngineFramework:
     @contextmanager
     def trainer(self, config: TrainConfig, runtime: Runtime, spans: SpanRecorder | None) -> Iterator[EngineTrainer]:
         yield EngineTrainer(config, runtime, spans)
+
+
+class EngineAdapter(Adapter):
+    """This suite's own engine."""
+
+    name = "axonn"
+    label = EngineFramework.label
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            version=EngineFramework().version(),
+            strategies={"": "data x inter-layer x two-dimensional tensor parallelism, any of them together"},
+            precisions=get_args(FloatType),
+        )
+
+    def framework(self, strategy: str | None) -> Framework:
+        if strategy is not None:
+            raise LaunchError(f"AxoNN has no named strategies: leave out '/{strategy}', the configuration says it all")
+        return EngineFramework()
+
+    def launch(self, work: ClusterWork) -> Launch:
+        """Every rank runs the worker. Raises `LaunchError` for a strategy that the engine does not run."""
+        strategy = work.strategy
+        data, notes = data_of(work)
+        try:
+            config = config_of_strategy(
+                as_the_engine(strategy.model_copy(update={"clip_norm": False})),
+                work.model,
+                batch_size=work.batch_size,
+                steps=work.steps,
+            )
+        except ConfigError as error:
+            raise LaunchError(f"{work.name} cannot be launched with AxoNN: {error}") from error
+        optimizer = config.optimizer.model_copy(update={"clip_norm": work.gradient_clipping})
+        if different := differences(strategy):
+            notes.insert(0, f"of the strategy, the engine does otherwise: {'; '.join(different)}")
+        return launch_worker(
+            self.name,
+            config.model_copy(update={"optimizer": optimizer, "data": data}),
+            notes=["the engine computes on processors so far: it leaves the GPUs of a node unused", *notes],
+        )
+
+    def read(self, lines: Iterable[str]) -> PrintedRun:
+        return read_run(lines)

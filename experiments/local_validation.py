@@ -31,9 +31,9 @@ from axonn.perf.predict import Prediction, predict
 from axonn.records import Asked, Ran, Record, write_records
 from experiments.calibrate import calibrate
 from experiments.definition import HERE, ROOT, available_cores
-from experiments.framework import load_framework
+from experiments.framework import load_framework, ran_by
 from experiments.provenance import this_machine
-from experiments.runner import parts_of, ran_by, tflops_formula
+from experiments.runner import parts_of, tflops_formula
 from experiments.supervisor import supervise
 
 RUNS_FILE = HERE / "calibration" / "validation.yaml"

@@ -19,6 +19,7 @@ from axonn.trace import SpanRecorder
 from axonn.weights import import_weights
 from experiments.framework import ResumableTrainer, Trainer
 from experiments.metrics import BATCHES, EVALUATIONS, Row
+from experiments.trail import Turns
 
 CHECKPOINTS = "checkpoints"
 _SPANS_IN_MEMORY = 50_000
@@ -27,18 +28,27 @@ _SPANS_IN_MEMORY = 50_000
 class TrainingLoop:
     """Runs a trainer from one batch to another. Rank 0 writes the metrics.
 
-    A batch takes the seconds from the last finished batch to it, evaluations, checkpoints and metrics left out. Raises
-    `ConfigError` when the configuration asks for what the trainer cannot do.
+    A batch takes the seconds from the last finished batch to it, evaluations, checkpoints and metrics left out. With
+    `turns` it waits for its turn before each batch, and a batch begins and ends when all ranks do. Raises `ConfigError`
+    when the configuration asks for what the trainer cannot do.
     """
 
     def __init__(
-        self, config: TrainConfig, trainer: Trainer, *, runtime: Runtime, spans: SpanRecorder, folder: Path
+        self,
+        config: TrainConfig,
+        trainer: Trainer,
+        *,
+        runtime: Runtime,
+        spans: SpanRecorder,
+        folder: Path,
+        turns: Turns | None = None,
     ) -> None:
         self._config = config
         self._trainer = trainer
         self._runtime = runtime
         self._spans = spans
         self._folder = folder
+        self._turns = turns
         self._full = trainer if isinstance(trainer, ResumableTrainer) else None
         asks = {
             "checkpoints": config.checkpoints,
@@ -79,12 +89,21 @@ class TrainingLoop:
             self._runtime.barrier()
             before = time.perf_counter()
             for step in range(first, self._config.steps):
+                if self._turns is not None:
+                    if not self._turns.wait():
+                        break
+                    self._runtime.barrier()
+                    before = time.perf_counter()
                 loss = self._trainer.train_batch(step)
+                if self._turns is not None:
+                    self._runtime.barrier()
                 now = time.perf_counter()
                 self._write(self._batches, self._row(step, loss, now - before))
                 if not math.isfinite(loss):
                     raise FloatingPointError(f"the loss of batch {step} is {loss}; lower optimizer.lr")
                 before = time.perf_counter() if self._between(step + 1) else now
+                if self._turns is not None:
+                    self._turns.finish()
             self._spans.flush()
 
     def _between(self, done: int) -> bool:

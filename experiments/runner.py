@@ -9,12 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from axonn.config import ModelConfig, TrainConfig, UNetConfig
-from axonn.errors import LaunchError
 from axonn.grid import ProcessGrid
-from axonn.records import Asked, Failure, Ran, Record, read_records, write_records
+from axonn.records import Asked, Failure, Record, read_records, write_records
 from axonn.trace import breakdown, read_spans, span_files
 from experiments.definition import ROOT, Experiment, measured_configs
-from experiments.framework import Framework, load_framework
+from experiments.framework import Framework, load_framework, ran_by, version_of
 from experiments.provenance import fingerprint, sources, this_machine
 from experiments.supervisor import Outcome, supervise
 
@@ -30,7 +29,9 @@ _SOURCES = (
     "axonn/models/*.py",
     "axonn/data/*.py",
     "baselines/*.py",
+    "baselines/ranks/*.py",
     "experiments/worker.py",
+    "experiments/trail.py",
     "experiments/loop.py",
     "experiments/*framework.py",
 )
@@ -60,7 +61,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        return f"{self.experiment}-{self.work}-{self.framework}-{self.repeat}"
+        return f"{self.experiment}-{self.work}-{self.framework.replace('/', '-')}-{self.repeat}"
 
     @property
     def record_file(self) -> Path:
@@ -79,10 +80,14 @@ class Point:
 
 
 def points_of(experiment: Experiment) -> list[Point]:
-    """All points in the order in which they run: repeats outermost, frameworks alternating at each rank count."""
+    """All points in the order in which they run: repeats outermost, frameworks alternating at each rank count.
+
+    Raises `LaunchError` for a framework that nobody knows.
+    """
     panel = experiment.measured
     machine = this_machine().model_dump(exclude={"commit"})
     code = fingerprint(machine, sources(*_SOURCES))
+    versions = {name: version_of(load_framework(name)) for name in panel.frameworks}
     return [
         Point(
             experiment=experiment.name,
@@ -90,7 +95,9 @@ def points_of(experiment: Experiment) -> list[Point]:
             config=config,
             repeat=repeat,
             warmup=panel.warmup_batches,
-            fingerprint=fingerprint([name, config.model_dump(mode="json"), panel.warmup_batches, code], []),
+            fingerprint=fingerprint(
+                [name, versions[name], config.model_dump(mode="json"), panel.warmup_batches, code], []
+            ),
         )
         for repeat in range(panel.repeats)
         for config in measured_configs(panel)
@@ -101,12 +108,17 @@ def points_of(experiment: Experiment) -> list[Point]:
 def run_point(
     point: Point, *, command: str, on_batch: Callable[[int], None] = lambda done: None, timeout_s: float = 3600.0
 ) -> Record:
-    """Measure one point and write its record, be it a failure. Raises `LaunchError` when the ranks cannot start."""
+    """Measure one point and write its record, be it a failure, also of a framework that cannot do it here.
+
+    Raises `LaunchError` when the ranks cannot start.
+    """
     framework = load_framework(point.framework)
     reason = framework.unavailable(point.config)
-    if reason is not None:
-        raise LaunchError(f"{framework.label} cannot run {point.work}: {reason}")
-    outcome = supervise(point.framework, point.config, point.folder, on_batch=on_batch, timeout_s=timeout_s)
+    outcome = (
+        supervise(point.framework, point.config, point.folder, on_batch=on_batch, timeout_s=timeout_s)
+        if reason is None
+        else Outcome(failure=Failure(cause="unavailable", detail=reason))
+    )
     record = _record(point, framework, outcome, command)
     write_records(point.record_file, [record])
     return record
@@ -129,7 +141,7 @@ def compare_losses(records: list[tuple[Point, Record]], tolerance: float) -> lis
         )
         if worst > tolerance:
             failure = Failure(
-                cause="different-losses",
+                cause="not-comparable",
                 detail=f"losses differ from those of {first.ran.framework} by {worst:.1e}, more than {tolerance:.0e}",
             )
             changed = record.model_copy(update={"batch_time_s": None, "failure": failure})
@@ -149,18 +161,6 @@ def parts_of(folder: Path, config: TrainConfig, *, first: int, last: int) -> dic
         return {}
     spans = [s for own in files for file in own for s in read_spans(file) if first <= s.step < last]
     return {name: seconds / (last - first) for name, seconds in breakdown(spans)._asdict().items()}
-
-
-def ran_by(framework: Framework, config: TrainConfig) -> Ran:
-    """What `framework` makes of `config`, for a record."""
-    return Ran(
-        framework=framework.label,
-        version=framework.version(),
-        grid=config.grid,
-        microbatch_size=config.microbatch_size,
-        schedule=framework.schedule(config),
-        microbatches=config.batch_size // (config.microbatch_size * config.grid.data),
-    )
 
 
 def tflops_formula(model: ModelConfig, *, recompute: bool) -> str:

@@ -9,19 +9,20 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from axonn.checkpoint import Checkpoint
 from axonn.config import TrainConfig
-from axonn.launch import mpiexec_command, rank_environment
+from axonn.launch import find_mpiexec, mpiexec_command, rank_environment
 from axonn.records import Failure
+from experiments.framework import load_framework
+from experiments.launched import spec_of
 from experiments.metrics import BATCHES, EVALUATIONS, Tail, cut_rows, read_rows
-from experiments.worker import SUPERVISOR
+from experiments.trail import SPEC, SUPERVISOR
 
 SILENCE_S = 20.0
 """A rank that has not touched its heartbeat for so long is taken for dead or stopped."""
@@ -49,33 +50,48 @@ def supervise(
     timeout_s: float = 3600.0,
     on_batch: Callable[[int], None] = lambda done: None,
     resume: Checkpoint | None = None,
+    give_up: Callable[[], Failure | None] = lambda: None,
+    turns: bool = False,
+    own_cores: bool = False,
+    link_only: bool = False,
+    device: Literal["cpu", "cuda"] = "cpu",
+    threads: int = 1,
 ) -> Outcome:
     """Run `config` with `framework` on one process per rank of its grid; everything it writes is under `folder`.
 
-    `on_batch` is called with the number of finished batches. With `resume` the run of that checkpoint goes on: what the
-    folder says of later batches is removed; without, everything of an earlier run but its checkpoints. The ranks never
-    outlive this call. Raises `LaunchError` when there is no MPI to start several ranks with.
+    `on_batch` is called with the number of finished batches; as soon as `give_up` names a failure, the run is ended
+    with it. With `resume` the run of that checkpoint goes on: what the folder says of later batches is removed;
+    without, everything of an earlier run but its checkpoints. With `turns` the ranks train a batch when the
+    `TurnTaking` of the folder says so. `own_cores` and `link_only`: see `mpiexec_command`; `threads`: of each rank. The
+    ranks never outlive this call. Raises `LaunchError` when there is no MPI to start several ranks with.
     """
     grid = config.grid
     ranks = grid.data * grid.inter * grid.row * grid.col
-    command = [sys.executable, "-m", "experiments.worker", str(folder)]
     if ranks > 1:
-        command = mpiexec_command(ranks, command)
+        # Before anything is written.
+        find_mpiexec()
     folder.mkdir(parents=True, exist_ok=True)
     _clear(folder, resume)
     checkpoint = None if resume is None else str(resume.folder)
-    spec = {"framework": framework, "config": config.model_dump(mode="json"), "checkpoint": checkpoint}
-    (folder / "spec.json").write_text(json.dumps(spec, indent=1))
-    with open(folder / "log.txt", "w") as log:
+    (folder / SPEC).write_text(spec_of(framework, config, checkpoint=checkpoint, turns=turns, device=device))
+    with (
+        open(folder / "log.txt", "w") as log,
+        load_framework(framework).program(config, folder) as program,
+    ):
+        command = list(program.command)
+        if ranks > 1:
+            command = mpiexec_command(ranks, command, link_only=link_only, own_cores=own_cores, mpiexec=program.mpiexec)
         process = subprocess.Popen(
             command,
-            env=rank_environment(os.environ) | {SUPERVISOR: str(os.getpid())},
+            env=rank_environment(os.environ, threads=threads)
+            | {SUPERVISOR: str(os.getpid())}
+            | dict(program.environment),
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
         try:
-            failure = _watch(process, folder, ranks, timeout_s, on_batch)
+            failure = _watch(process, folder, ranks, timeout_s=timeout_s, on_batch=on_batch, give_up=give_up)
         finally:
             _end(process)
     failure = failure or _failure_after_exit(process.returncode, folder, ranks)
@@ -117,7 +133,13 @@ def _clear(folder: Path, resume: Checkpoint | None) -> None:
 
 
 def _watch(
-    process: subprocess.Popen[bytes], folder: Path, ranks: int, timeout_s: float, on_batch: Callable[[int], None]
+    process: subprocess.Popen[bytes],
+    folder: Path,
+    ranks: int,
+    *,
+    timeout_s: float,
+    on_batch: Callable[[int], None],
+    give_up: Callable[[], Failure | None],
 ) -> Failure | None:
     """Wait for the end of the run; a failure if the run has to be ended from here."""
     started = time.monotonic()
@@ -128,6 +150,8 @@ def _watch(
         if new := len(batches.new()):
             done += new
             on_batch(done)
+        if (failure := give_up()) is not None:
+            return failure
         for rank in range(ranks):
             beat = folder / f"rank-{rank}.alive"
             silent = time.time() - beat.stat().st_mtime if beat.exists() else 0.0

@@ -28,11 +28,11 @@ from axonn.launch import find_mpiexec
 from axonn.models import make_model
 from axonn.records import Asked, Failure, Record, write_records
 from axonn.weights import check_weights
-from experiments.framework import Framework, load_framework
+from experiments.framework import Framework, load_framework, ran_by
 from experiments.loop import CHECKPOINTS
 from experiments.metrics import BATCHES, read_rows
 from experiments.provenance import this_machine
-from experiments.runner import parts_of, ran_by, tflops_formula
+from experiments.runner import parts_of, tflops_formula
 from experiments.supervisor import Outcome, supervise
 
 FRAMEWORK = "axonn"

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from axonn.errors import AxonnError, RecordError
 from axonn.records import Record, read_all, read_records
@@ -19,12 +21,13 @@ from experiments.definition import ROOT, Experiment, load_experiment
 from experiments.predictor import predicted_file
 from experiments.provenance import fingerprint, sources, this_machine
 from experiments.runner import MEASURED
-from plots.summary import mape, measured_table, naive, published_table, rows_of, wrong_orders
+from plots.summary import mape, measured_table, naive, not_run, published_table, rows_of, wrong_orders
 
 EXPERIMENT = ROOT / "experiments" / "fig6.yaml"
 OUT = ROOT / "plots" / "out"
 SUMMARY = ROOT / "results" / "fig6" / "summary.json"
 MARKERS = {"AxoNN": "o", "DeepSpeed": "s", "Megatron-LM": "^", "PyTorch 1F1B": "D"}
+OTHER_MARKERS = "vP<>Xp"
 KINDS = {"published": "-", "predicted": "--", "measured": ":"}
 """Kinds of points are told apart by the line, the filling of the marker and the legend, not by colour."""
 
@@ -70,6 +73,12 @@ def summarise(experiment: Experiment, published: Sequence[Record], others: Seque
     }
 
 
+def _markers(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """A marker for each framework, the same in every figure for the best known."""
+    others = [name for name in dict.fromkeys(row["framework"] for row in rows) if name not in MARKERS]
+    return MARKERS | dict(zip(others, cycle(OTHER_MARKERS)))
+
+
 def draw(rows: Sequence[dict[str, Any]], experiment: Experiment) -> None:
     """Write fig6.png and fig6.svg: two panels one above the other, as wide as a column (3.5 inches)."""
     import matplotlib as mpl
@@ -80,7 +89,8 @@ def draw(rows: Sequence[dict[str, Any]], experiment: Experiment) -> None:
     from matplotlib.lines import Line2D
 
     sns.set_theme(context="paper", style="whitegrid", font_scale=0.85, rc={"svg.hashsalt": "fig6"})
-    palette = dict(zip(MARKERS, sns.color_palette("colorblind", len(MARKERS)), strict=True))
+    markers = _markers(rows)
+    palette = dict(zip(markers, sns.color_palette("colorblind", len(markers)), strict=True))
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(3.5, 5.6), constrained_layout=True)
 
     at_scale = [r for r in rows if r["kind"] == "published" or r["published_s"] is not None]
@@ -94,7 +104,7 @@ def draw(rows: Sequence[dict[str, Any]], experiment: Experiment) -> None:
                     *zip(*sorted(points), strict=True),
                     line,
                     color=palette[framework],
-                    marker=MARKERS[framework],
+                    marker=markers[framework],
                     markersize=5,
                     markerfacecolor=palette[framework] if kind == "published" else "white",
                     linewidth=1.1,
@@ -107,7 +117,7 @@ def draw(rows: Sequence[dict[str, Any]], experiment: Experiment) -> None:
     upper.set(xlabel="GPUs of Summit, model", ylabel="seconds per batch", title="At the published scale")
     used = list(dict.fromkeys(r["framework"] for r in at_scale))
     kinds = [k for k in KINDS if any(r["kind"] == k for r in at_scale)]
-    handles = [Line2D([], [], color=palette[f], marker=MARKERS[f], markersize=5, linewidth=0, label=f) for f in used]
+    handles = [Line2D([], [], color=palette[f], marker=markers[f], markersize=5, linewidth=0, label=f) for f in used]
     handles += [
         Line2D(
             [], [], color="0.25", linestyle=KINDS[k], marker="o", markersize=4, label=k,
@@ -126,7 +136,7 @@ def draw(rows: Sequence[dict[str, Any]], experiment: Experiment) -> None:
         x = [r["gpus"] * shift for r in mine]
         lower.plot(
             x, [r["batch_time_s"] for r in mine], KINDS["measured"], color=palette[framework], linewidth=1.1,
-            marker=MARKERS[framework], markersize=5, markerfacecolor="white", label=f"{framework}, measured",
+            marker=markers[framework], markersize=5, markerfacecolor="white", label=f"{framework}, measured",
         )  # fmt: skip
         for at, row in zip(x, mine, strict=True):
             repeats = row["repeats_s"]
@@ -186,7 +196,10 @@ def main(arguments: Sequence[str]) -> None:
     )
     for line in summary["wrong_orders"]["predicted"]:
         console.print(f"[yellow]wrong order: {line}[/yellow]")
-    console.print(measured_table(rows, [r for r in others if r.failure is not None]))
+    failures = [r for r in others if r.failure is not None]
+    console.print(measured_table(rows, failures))
+    for line in not_run(failures):
+        console.print(f"[yellow]{escape(line)}[/yellow]", soft_wrap=True)
     console.print(f"figure: {', '.join(str(p.relative_to(ROOT)) for p in outputs)}")
 
 

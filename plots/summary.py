@@ -179,7 +179,21 @@ def measured_table(rows: Sequence[dict[str, Any]], failures: Sequence[Record]) -
         )
     for record in failures:
         assert record.failure is not None
+        if record.failure.cause == "unavailable":
+            continue
         table.add_row(
             record.asked.model, str(record.asked.gpus), record.ran.framework, f"failed: {record.failure.cause}"
         )
     return table
+
+
+def not_run(failures: Sequence[Record]) -> list[str]:
+    """A line for each framework that was not run, with the numbers of ranks and the reason."""
+    ranks: dict[tuple[str, str], set[int]] = {}
+    for record in failures:
+        if record.failure is not None and record.failure.cause == "unavailable":
+            ranks.setdefault((record.ran.framework, record.failure.detail), set()).add(record.asked.gpus)
+    return [
+        f"not run: {name} on {', '.join(map(str, sorted(counts)))} rank(s): {reason}"
+        for (name, reason), counts in ranks.items()
+    ]

@@ -4,109 +4,37 @@ from __future__ import annotations
 
 import tomllib
 from collections import Counter
-from functools import cache
 from importlib import import_module
 from typing import Any
 
 import pytest
-import torch
 from mpi4py import MPI
 from torch.profiler import profile
 
 from axonn.collectives import Call
-from axonn.config import TrainConfig, validate
-from axonn.errors import LaunchError
+from axonn.config import TrainConfig
 from axonn.grid import ProcessGrid
-from axonn.initial import fill
-from axonn.inter_layer.stage import virtual_spans
-from axonn.models.gpt import GPT
 from axonn.runtime import connect
 from axonn.schedules import ChunkLayout
-from axonn.tensor import TensorContext
-from baselines.common import Batches
-from baselines.deepspeed_pipeline import DeepSpeedPipeline
-from baselines.plain_loop import PlainLoop
-from baselines.torch_pipelining import TorchPipelining, TorchPipeliningZBV
-from baselines.torch_tensor_parallel import (
+from baselines.pytorch_loop import PlainLoop
+from baselines.pytorch_pipelining import (
+    TorchPipelining,
+    TorchPipeliningGPipe,
+    TorchPipeliningInterleaved,
+    TorchPipeliningZBV,
+)
+from baselines.pytorch_tensor import (
     CountedCollectives,
     TorchTensorParallel,
     TorchTensorParallelTrainer,
     TorchTensorParallelWholeEmbedding,
 )
 from experiments.framework import Framework
+from tests.equal_work import check, config_of, model_of, serial_losses
 from tests.rank_pool import ROOT, RankPool
 
-STEPS = 4
-HEADS, VOCAB = 3, 257
-BOUND = {"float64": 1e-10, "float32": 1e-5}
+PIPELINING = [TorchPipelining, TorchPipeliningGPipe, TorchPipeliningInterleaved, TorchPipeliningZBV]
 V = ChunkLayout(stages=2, chunks=2, placement="v")
-
-
-def model_of(heads: int, vocab: int) -> dict[str, Any]:
-    return {"name": "test", "layers": 5, "hidden": 24, "heads": heads, "seq_len": 10, "vocab": vocab}
-
-
-def config_of(ranks: int, microbatches: int = 6, **changes: Any) -> TrainConfig:
-    """Nothing in it is a default, so an option that gets lost shows."""
-    plain = {
-        "model": model_of(HEADS, VOCAB),
-        "grid": {"inter": ranks},
-        "batch_size": 2 * microbatches,
-        "microbatch_size": 2,
-        "optimizer": {"lr": 3e-3, "betas": [0.85, 0.98], "eps": 1e-6, "weight_decay": 0.1},
-        "precision": "float64",
-        "seed": 5,
-    }
-    return validate(plain | changes, TrainConfig, where="test")
-
-
-@cache
-def serial_losses(batch_size: int, dtype: str, heads: int = HEADS, vocab: int = VOCAB) -> list[float]:
-    """A loop over whole batches: no microbatches, no stages, no fused optimizer."""
-    config = config_of(1, batch_size // 2, precision=dtype, model=model_of(heads, vocab))
-    model, batches, o = GPT(config.model), Batches(config), config.optimizer
-    modules = {layer.name: layer.build(TensorContext.serial()).to(getattr(torch, dtype)) for layer in model.layers}
-    named = {f"{n}.{p}": value for n, m in modules.items() for p, value in m.named_parameters()}
-    for name, parameter in named.items():
-        fill(parameter, model.initial(name), name=name, seed=config.seed)
-    optimizer = torch.optim.AdamW(named.values(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
-    losses = []
-    for step in range(STEPS):
-        x, targets = batches(step)
-        for module in modules.values():
-            x = module(x)
-        loss = model.loss(x, targets, TensorContext.serial())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def train(comm: MPI.Intracomm, framework: type[Framework], config: TrainConfig) -> tuple[list[float], list[str]]:
-    """A job of the rank pool: losses and the names of the layers here. Sets up twice: nothing may be left over."""
-    results = []
-    with connect(ProcessGrid(**config.grid.model_dump()), comm=comm) as runtime:
-        for _ in range(2):
-            with framework().trainer(config, runtime, None) as trainer:
-                layers: Any = trainer
-                results.append(([trainer.train_batch(step) for step in range(STEPS)], list(layers.layers())))
-    assert results[0] == results[1]
-    return results[0]
-
-
-def check(pool: RankPool, framework: type[Framework], config: TrainConfig, layout: ChunkLayout) -> None:
-    assert framework().unavailable(config) is None
-    dtype = config.precision.compute
-    serial = serial_losses(config.batch_size, dtype, config.model.heads, config.model.vocab)
-    assert len(set(serial)) == STEPS
-    model = GPT(config.model)
-    spans = virtual_spans(model, layout)
-    ranks = layout.stages * config.grid.col
-    for rank, (losses, names) in enumerate(pool.run(train, framework, config, ranks=ranks)):
-        assert losses == pytest.approx(serial, rel=BOUND[dtype], abs=0), rank
-        mine = [spans[layout.virtual(rank // config.grid.col, chunk)] for chunk in range(layout.chunks)]
-        assert names == [model.layers[i].name for span in mine for i in span], rank
 
 
 def test_plain_loop_trains_like_whole_batches(pool: RankPool) -> None:
@@ -122,6 +50,16 @@ def test_torch_1f1b_trains_like_one_rank(pool: RankPool, ranks: int, microbatche
 def test_torch_zbv_trains_like_one_rank(pool: RankPool, ranks: int, microbatches: int) -> None:
     layout = ChunkLayout(stages=ranks, chunks=2, placement="v")
     check(pool, TorchPipeliningZBV, config_of(ranks, microbatches), layout)
+
+
+@pytest.mark.parametrize(("ranks", "microbatches"), [(2, 6), (2, 1), (4, 3)])
+def test_torch_gpipe_trains_like_one_rank(pool: RankPool, ranks: int, microbatches: int) -> None:
+    check(pool, TorchPipeliningGPipe, config_of(ranks, microbatches), ChunkLayout(stages=ranks))
+
+
+@pytest.mark.parametrize(("ranks", "microbatches"), [(2, 6), (2, 1), (4, 8)])
+def test_torch_interleaved_1f1b_trains_like_one_rank(pool: RankPool, ranks: int, microbatches: int) -> None:
+    check(pool, TorchPipeliningInterleaved, config_of(ranks, microbatches), ChunkLayout(stages=ranks, chunks=2))
 
 
 TENSOR_PARALLEL = [TorchTensorParallel, TorchTensorParallelWholeEmbedding]
@@ -161,11 +99,6 @@ def test_the_collectives_of_torch_tensor_parallelism_are_all_counted(pool: RankP
         assert ran == calls.total()
 
 
-def test_deepspeed_trains_like_one_rank(pool: RankPool) -> None:
-    pytest.importorskip("deepspeed")
-    check(pool, DeepSpeedPipeline, config_of(2, precision="float32"), ChunkLayout(stages=2))
-
-
 def test_the_reference_sees_a_lost_option() -> None:
     """Equal losses mean something: another seed, optimizer or batch gives others."""
     serial = serial_losses(12, "float64")
@@ -173,7 +106,7 @@ def test_the_reference_sees_a_lost_option() -> None:
     assert serial_losses(12, "float32") == pytest.approx(serial, rel=1e-5)
 
 
-@pytest.mark.parametrize("framework", [PlainLoop, TorchPipelining, TorchPipeliningZBV])
+@pytest.mark.parametrize("framework", [PlainLoop, *PIPELINING])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -206,32 +139,24 @@ def test_grids_and_models_that_do_not_fit_are_refused() -> None:
         assert framework().unavailable(tensor_config(2)) is None
     tied = config_of(2).model.model_dump() | {"tied_head": True}
     assert "1 rank" in reason(PlainLoop())
-    for framework in (TorchPipelining(), TorchPipeliningZBV()):
-        assert "G_inter" in reason(framework, grid={"inter": 2, "data": 2})
-        assert "tie" in reason(framework, model=tied)
+    for kind in PIPELINING:
+        assert "G_inter" in reason(kind(), grid={"inter": 2, "data": 2})
+        assert "tie" in reason(kind(), model=tied)
     assert "microbatches" in reason(TorchPipelining(), ranks=4, microbatches=3)
-    assert "lower G_inter" in reason(TorchPipeliningZBV(), ranks=7, microbatches=8)
+    for kind in (TorchPipeliningZBV, TorchPipeliningInterleaved):
+        assert "lower G_inter" in reason(kind(), ranks=7, microbatches=14)
+    assert "multiple of G_inter = 2" in reason(TorchPipeliningInterleaved(), microbatches=7)
+    assert TorchPipeliningGPipe().unavailable(config_of(4, 3)) is None
     assert V.virtual_stages == 4
-
-
-def test_deepspeed_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> str:
-        from importlib.metadata import PackageNotFoundError
-
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr("baselines.deepspeed_pipeline.find_spec", lambda name: None)
-    monkeypatch.setattr("baselines.deepspeed_pipeline.version", missing)
-    assert "axonn-reproduction[deepspeed]" in (DeepSpeedPipeline().unavailable(config_of(2)) or "")
-    with pytest.raises(LaunchError, match=r"axonn-reproduction\[deepspeed\]"):
-        DeepSpeedPipeline().version()
 
 
 def test_every_framework_of_the_project_can_be_made() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    labels = set()
-    for target in project["entry-points"]["axonn.frameworks"].values():
-        module, _, name = target.partition(":")
-        labels.add(getattr(import_module(module), name)().label)
-    assert labels >= {"PyTorch 1F1B", "PyTorch ZBV", "PyTorch loop", "DeepSpeed pipeline", "PyTorch tensor parallel"}
-    assert len(labels) == len(project["entry-points"]["axonn.frameworks"])
+    labels = []
+    for name, target in project["entry-points"]["axonn.frameworks"].items():
+        module, _, kind = target.partition(":")
+        adapter = getattr(import_module(module), kind)()
+        assert adapter.name == name
+        labels += [adapter.framework(strategy or None).label for strategy in adapter.capabilities().strategies]
+    assert {"AxoNN", "PyTorch 1F1B", "PyTorch ZBV", "PyTorch loop", "PyTorch tensor parallel"} <= set(labels)
+    assert len(set(labels)) == len(labels)

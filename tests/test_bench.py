@@ -25,10 +25,12 @@ from axonn.schedules import ChunkLayout, Direction, Kind, ScheduleSpec, Task, ma
 from axonn.tensors import TensorSpec
 from axonn.trace import Overlap, SpanRecorder
 from axonn.transport import Address, Edge, InProcessCollectives, InProcessTransport, InProcessWorld
-from baselines.torch_pipelining import TorchPipelining, TorchPipeliningZBV
-from baselines.torch_tensor_parallel import TorchTensorParallel
+from baselines.pytorch_pipelining import TorchPipelining, TorchPipeliningZBV
+from baselines.pytorch_tensor import TorchTensorParallel
 from experiments.engine_framework import EngineFramework
 from experiments.framework import Framework
+from experiments.link import kbit_per_second, message_bytes
+from experiments.workloads import MICROBATCHES, SHAPES, config_of
 from tests.bench import jitter, sleeping, tensor
 from tests.bench.frameworks import Comparison, OneRank
 from tests.bench.jitter import Sleeps, draw
@@ -38,15 +40,11 @@ from tests.bench.report import make_console, save, show
 from tests.bench.schedules import cases, disagreements
 from tests.bench.sleeping import Compute, DelayedTransport, SleepModel
 from tests.bench.workloads import (
-    MICROBATCHES,
+    OTHERS,
     OURS,
-    SHAPES,
     Contender,
     Jitter,
     Paired,
-    config_of,
-    message_bytes,
-    others,
 )
 from tests.rank_pool import RankPool
 
@@ -222,14 +220,14 @@ def test_orders_that_disagree_are_found() -> None:
 
 
 def test_contenders_are_configurations() -> None:
-    names = Counter(c.label for c in (*OURS, *others()))
+    names = Counter(c.label for c in (*OURS, *OTHERS))
     assert max(names.values()) == 1
     for workload, contender in product(SHAPES, OURS):
         validate(config_of(workload, {"inter": 2}) | dict(contender.options), TrainConfig, where=contender.label)
 
 
 def test_a_comparison_knows_shares_of_the_bound_and_targets() -> None:
-    contenders = (*OURS[:2], *others()[:2])
+    contenders = (*OURS[:2], *OTHERS)
     paired = Paired([[2.0] * 3, [1.0, 1.25, 5.0], [2.5] * 3, [1.0, 5.0, 1.0]], [[1.0]] * 4, [None] * 4, [[]] * 4)
     one = OneRank([2.4, 2.4, 2.0], [2.0, 2.2, 2.0])
     found = Comparison(contenders, paired, one + one, one)
@@ -335,8 +333,8 @@ def test_the_model_chooses_the_grid_that_counts(workload: str, ranks: int) -> No
 
 
 def test_a_link_takes_its_share_of_the_compute() -> None:
-    assert tensor.kbit_per_second(1e6, 0.5) == 16_000
-    assert tensor.kbit_per_second(1, 1e9) == 1
+    assert kbit_per_second(1e6, 0.5) == 16_000
+    assert kbit_per_second(1, 1e9) == 1
 
 
 def test_a_comparison_of_tensor_parallelism_says_what_counts() -> None:

@@ -270,7 +270,9 @@ def test_an_experiment_with_a_misspelt_key_is_refused(axonn: CommandLine) -> Non
 
 
 def test_an_unknown_framework_is_refused(axonn: CommandLine) -> None:
-    axonn.refuses("unknown framework 'axon'; known are axonn", "run", axonn.experiment(frameworks=["axon"]))
+    axonn.refuses(
+        "unknown framework 'axon'; did you mean 'axonn'? known are axonn", "run", axonn.experiment(frameworks=["axon"])
+    )
 
 
 @pytest.mark.parametrize("content", ['{"schema": "their-records/3", "points": []}', "not a record"])

@@ -11,19 +11,30 @@ import pytest
 from axonn.config import TrainConfig
 from axonn.errors import ConfigError, RecordError
 from axonn.records import Failure, Record, read_records, write_records
+from baselines.pytorch_pipelining import TorchPipelining
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment, measured_configs
+from experiments.framework import load_framework
 from experiments.runner import Point, compare_losses, points_of
 from experiments.supervisor import Outcome
 from plots import fig6
-from plots.summary import rows_of, wrong_orders
+from plots.summary import not_run, rows_of, wrong_orders
 
 FIG6 = ROOT / "experiments" / "fig6.yaml"
 
 
 @pytest.fixture
 def experiment() -> Experiment:
-    return load_experiment(FIG6)
+    """With the frameworks that are everywhere."""
+    found = load_experiment(FIG6)
+    here = [name for name in found.measured.frameworks if name.startswith(("axonn", "pytorch"))]
+    assert len(here) == 2
+    return found.model_copy(update={"measured": found.measured.model_copy(update={"frameworks": here})})
+
+
+def test_the_measured_panel_knows_all_its_frameworks() -> None:
+    names = load_experiment(FIG6).measured.frameworks
+    assert len({load_framework(name).label for name in names}) == len(names) == 5
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +136,21 @@ def test_a_failed_point_is_a_record_and_is_run_again(
     assert point.finished_record() is None
 
 
+def test_a_framework_that_cannot_run_is_said_and_stops_nobody(
+    experiment: Experiment, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "supervise", fake_supervise)
+    monkeypatch.setattr(TorchPipelining, "unavailable", lambda self, config: "it is too late")
+    measured = measure(experiment)
+    refused = [record for point, record in measured if point.framework == "pytorch/1f1b"]
+    assert {record.failure and record.failure.cause for record in refused} == {"unavailable"}
+    assert all(record.failure is None for point, record in measured if point.framework == "axonn")
+    ranks = ", ".join(map(str, sorted({p.ranks for p, _ in measured})))
+    (line,) = not_run([record for point, record in measured if point.framework == "pytorch/1f1b"])
+    assert line == f"not run: PyTorch 1F1B on {ranks} rank(s): it is too late"
+    assert compare_losses(measured, experiment.measured.loss_tolerance) == []
+
+
 def test_different_losses_make_a_failure_not_a_time(
     experiment: Experiment, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,7 +162,7 @@ def test_different_losses_make_a_failure_not_a_time(
     off = record.model_copy(update={"losses": [*record.losses[:-1], record.losses[-1] * (1 + 2 * tolerance)]})
     (failed,) = compare_losses([*measured[:-1], (point, off)], tolerance)
     assert failed.failure is not None
-    assert failed.failure.cause == "different-losses"
+    assert failed.failure.cause == "not-comparable"
     assert failed.batch_time_s is None
     assert read_records(point.record_file) == [failed]
 

@@ -25,6 +25,8 @@ _ENGINE = {
     "optimizer_kernels": "fused",
 }
 """What the engine always does."""
+_TENSOR_ONLY = frozenset({"partition_messages", "overlap_input_gradients", "sequence_parallel"})
+"""What of it has no effect where layers are not cut."""
 
 
 def strategy_of_config(config: TrainConfig) -> Strategy:
@@ -69,16 +71,31 @@ def strategy_of_config(config: TrainConfig) -> Strategy:
     return strategy.model_copy(update={"checkpoint_layers": blocks})
 
 
+def differences(strategy: Strategy) -> list[str]:
+    """In what `strategy` computes the same in another way than the engine does, in words."""
+    ours = as_the_engine(strategy)
+    without_effect = _TENSOR_ONLY if strategy.tensor == 1 else frozenset()
+    extents = strategy.grid.model_dump()
+    if [axis for axis in strategy.order if extents[axis] > 1] == [axis for axis in ours.order if extents[axis] > 1]:
+        without_effect = without_effect | {"order"}
+    return [
+        f"{name} {getattr(strategy, name)!r} (the engine: {getattr(ours, name)!r})"
+        for name in _ENGINE
+        if getattr(strategy, name) != getattr(ours, name) and name not in without_effect
+    ]
+
+
+def as_the_engine(strategy: Strategy) -> Strategy:
+    """`strategy` without these differences."""
+    return strategy.model_copy(update=_ENGINE)
+
+
 def config_of_strategy(strategy: Strategy, model: ModelConfig, *, batch_size: int, steps: int = 11) -> TrainConfig:
     """The configuration with which the engine runs `strategy`; the inverse of `strategy_of_config`.
 
     Raises `ConfigError` naming what the engine does not do: blocking messages, a sharded optimizer and the like.
     """
-    foreign = [
-        f"{name} {getattr(strategy, name)!r} (the engine: {value!r})"
-        for name, value in _ENGINE.items()
-        if getattr(strategy, name) != value
-    ]
+    foreign = differences(strategy)
     if strategy.recompute == "selective":
         foreign.append("recompute 'selective' (the engine: 'full' or 'none')")
     if strategy.clip_norm:

@@ -1,4 +1,4 @@
-"""make bench: our schedules beside PyTorch's and DeepSpeed's pipelines at 2 ranks, and the plain loop at 1.
+"""make bench: our schedules beside PyTorch's pipelines at 2 ranks, and the plain loop at 1.
 
 The bound of 2 ranks is half of the time of 1 rank (ours or the plain loop's, whichever is less); a contender's share of
 the bound says how much of its time it would take if nothing but compute cost anything.
@@ -16,16 +16,16 @@ from tests.bench.report import Row, make_console, save, show
 from tests.bench.workloads import (
     DRIVEN,
     ONE_F_ONE_B,
+    OTHERS,
     OURS,
     ZBV,
     Contender,
     Jitter,
     Paired,
-    others,
     run_paired,
 )
 
-PLAIN_LOOP = Contender("PyTorch loop", "pytorch-loop")
+PLAIN_LOOP = Contender("PyTorch loop", "pytorch/loop")
 ROUNDS = {"small": 16, "wide": 6, "tiny": 2}
 LEAST_SHARE = 0.97
 """Share of the bound that our best schedule is to reach."""
@@ -124,7 +124,7 @@ def compare(
     jitter: Jitter | None = None,
 ) -> Comparison:
     """`ours` and the others on one workload at 2 ranks; `single`: the 1-rank times, if they have been measured."""
-    contenders = (*ours, *others())
+    contenders = (*ours, *OTHERS)
     paired = run_paired(workload, contenders, grid={"inter": 2}, rounds=rounds, link_rate=link_rate, jitter=jitter)
     paired.check_losses()
     return Comparison(contenders, paired, *(single or singles(workload, rounds, jitter=jitter)))

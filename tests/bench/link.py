@@ -6,13 +6,12 @@ compute takes 10% more on average, unevenly. Needs root, `unshare`, `ip` and `tc
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 
+from experiments.link import message_bytes, stage_seconds, why_no_link
 from tests.bench.frameworks import compare, options, singles, target
 from tests.bench.report import Row, make_console, save, show
-from tests.bench.workloads import OVER_A_LINK, ZBV, Jitter, message_bytes, stage_seconds
+from tests.bench.workloads import OVER_A_LINK, ZBV, Jitter
 
 SHARES = (0.05, 0.2, 0.5)
 DRIVEN_OVER_1F1B = {0.5: 0.90}
@@ -21,10 +20,8 @@ ROUNDS = {"small": 8, "wide": 4, "tiny": 2}
 
 def check_tools() -> None:
     """Exit when a slow link cannot be made here."""
-    missing = [tool for tool in ("unshare", "ip", "tc") if shutil.which(tool) is None]
-    if os.geteuid() != 0 or missing:
-        need = f"; missing here: {', '.join(missing)}" if missing else ""
-        sys.exit(f"a network namespace with a slow link can only be made as root{need}")
+    if (reason := why_no_link()) is not None:
+        sys.exit(reason)
 
 
 def main() -> None:

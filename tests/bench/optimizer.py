@@ -14,9 +14,10 @@ from statistics import median
 from typing import Any
 
 from axonn.config import GPTConfig, validate
+from experiments.workloads import SHAPES
 from tests.bench.frameworks import options, target
 from tests.bench.report import Row, make_console, save, show
-from tests.bench.workloads import SHAPES, Contender, Paired, run_paired
+from tests.bench.workloads import Contender, Paired, run_paired
 
 ROUNDS = {"small": 5, "wide": 3, "tiny": 2}
 CHUNKS: Sequence[int | None] = (None, 4, 1)

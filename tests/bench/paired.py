@@ -22,9 +22,9 @@ from axonn.grid import AXES, ProcessGrid
 from axonn.runtime import Runtime, connect
 from axonn.trace import SpanKind, SpanRecorder, overlap
 from axonn.traffic import summary
-from baselines.torch_tensor_parallel import CountedCollectives, TorchTensorParallelTrainer
+from baselines.pytorch_tensor import CountedCollectives, TorchTensorParallelTrainer
 from experiments.engine_framework import EngineTrainer
-from experiments.framework import Trainer, load_framework
+from experiments.framework import InProcessFramework, Trainer, load_framework
 from tests.bench.jitter import Sleeps
 
 COMPUTE = (SpanKind.FORWARD, SpanKind.BACKWARD, SpanKind.BACKWARD_INPUT, SpanKind.BACKWARD_WEIGHT)
@@ -36,6 +36,12 @@ def layers_of(trainer: Any) -> dict[str, nn.Module]:
         return {name: layer for chunk in trainer.engine.chunks for name, layer in chunk.chain.items()}
     found: dict[str, nn.Module] = trainer.layers()
     return found
+
+
+def in_process(name: str) -> InProcessFramework:
+    framework = load_framework(name)
+    assert isinstance(framework, InProcessFramework), f"{name} does not run in this environment"
+    return framework
 
 
 def on_grid(runtime: Runtime, grid: ProcessGrid) -> Runtime:
@@ -89,7 +95,7 @@ def main(spec_file: str, out_file: str) -> None:
         runtime = stack.enter_context(connect(grids[0]))
         recorders = [SpanRecorder(runtime.rank) if spec["spans"] else None for _ in contenders]
         trainers = [
-            stack.enter_context(load_framework(name).trainer(config, on_grid(runtime, grid), spans))
+            stack.enter_context(in_process(name).trainer(config, on_grid(runtime, grid), spans))
             for (name, config), grid, spans in zip(contenders, grids, recorders, strict=True)
         ]
         sleeps = [Sleeps(**spec["jitter"]).attach(layers_of(t)) for t in trainers] if spec["jitter"] else []

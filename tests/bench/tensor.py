@@ -19,10 +19,12 @@ from axonn.grid import ProcessGrid
 from axonn.perf.communication import Training
 from axonn.perf.outline import outline_of
 from axonn.trace import Overlap
+from experiments.link import kbit_per_second
+from experiments.workloads import MICROBATCHES, SHAPES, config_of
 from tests.bench.frameworks import options, target
 from tests.bench.link import check_tools
 from tests.bench.report import Row, make_console, save, show
-from tests.bench.workloads import MICROBATCHES, SHAPES, Contender, Paired, config_of, run_paired
+from tests.bench.workloads import Contender, Paired, run_paired
 
 RANKS = (2, 4)
 SHARES = (0.25, 0.5)
@@ -75,8 +77,8 @@ def ours(grid: ProcessGrid, sub_shards: int, **more: Any) -> Contender:
 def pytorch(ranks: int) -> list[Contender]:
     grid = {"grid": {"col": ranks}}
     return [
-        Contender("PyTorch, embedding cut", "torch-tensor-parallel", grid),
-        Contender("PyTorch, embedding whole", "torch-tensor-parallel-whole-embedding", grid),
+        Contender("PyTorch, embedding cut", "pytorch/tensor", grid),
+        Contender("PyTorch, embedding whole", "pytorch/tensor-whole-embedding", grid),
     ]
 
 
@@ -164,11 +166,6 @@ def layer_bytes(workload: str, ranks: int) -> float:
     whole = SHAPES[workload]["layers"]
     half = whole // 2
     return ranks * (sent(workload, chosen) - sent(workload, chosen, half)) / (whole - half)
-
-
-def kbit_per_second(sent_bytes: float, seconds: float) -> int:
-    """Rate of a link that all ranks share, at which these bytes take so long."""
-    return max(1, round(8 * sent_bytes / seconds / 1000))
 
 
 def on_loopback(workload: str, quick: bool, ranks: Sequence[int]) -> tuple[list[Row], list[Row]]:

@@ -1,4 +1,4 @@
-"""The fixed workloads of all benchmarks, and running contenders on them in turn."""
+"""Running contenders on the fixed workloads in turn."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from math import isnan, nan, prod
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 from axonn.config import TrainConfig, validate
@@ -20,20 +19,11 @@ from axonn.inter_layer.stage import virtual_spans
 from axonn.launch import mpiexec_command, rank_environment
 from axonn.models.gpt import GPT
 from axonn.schedules import ChunkLayout
-from axonn.trace import Overlap, SpanKind, read_spans
+from axonn.trace import Overlap
 from experiments.definition import available_cores
-from experiments.supervisor import supervise
+from experiments.workloads import SAME_WORK, config_of
 
 ROOT = Path(__file__).parents[2]
-SHAPES: dict[str, dict[str, int]] = {
-    "small": {"layers": 6, "hidden": 256, "heads": 4, "seq_len": 128, "vocab": 8192},
-    "wide": {"layers": 6, "hidden": 768, "heads": 12, "seq_len": 128, "vocab": 8192},
-    # For trying the benchmarks themselves; its times mean nothing.
-    "tiny": {"layers": 4, "hidden": 64, "heads": 4, "seq_len": 16, "vocab": 512},
-}
-MICROBATCHES, MICROBATCH_SIZE = 8, 4
-SAME_WORK = 1e-4
-"""Largest relative difference of losses at which contenders have done the same work."""
 
 
 @dataclass(frozen=True)
@@ -71,45 +61,11 @@ OURS = (
 )
 OVER_A_LINK = (OURS[0], OURS[1], OURS[-2], OURS[-1])
 """Those that are compared over slow links too."""
-ONE_F_ONE_B = Contender("PyTorch 1F1B", "torch-pipelining")
-ZBV = Contender("PyTorch ZBV", "torch-pipelining-zbv")
+ONE_F_ONE_B = Contender("PyTorch 1F1B", "pytorch/1f1b")
+ZBV = Contender("PyTorch ZBV", "pytorch/zbv")
 
 
-def others() -> tuple[Contender, ...]:
-    """Contenders that are not ours: DeepSpeed only where it is installed."""
-    deepspeed = (Contender("DeepSpeed pipeline", "deepspeed-pipeline"),) if find_spec("deepspeed") else ()
-    return (ONE_F_ONE_B, ZBV, *deepspeed)
-
-
-def config_of(workload: str, grid: Mapping[str, int]) -> dict[str, Any]:
-    """8 microbatches of 4 sequences on each pipeline."""
-    return {
-        "model": {"name": workload, **SHAPES[workload]},
-        "grid": dict(grid),
-        "batch_size": MICROBATCHES * MICROBATCH_SIZE * grid.get("data", 1),
-        "microbatch_size": MICROBATCH_SIZE,
-    }
-
-
-def message_bytes(workload: str) -> int:
-    """Bytes of one activation."""
-    shape = SHAPES[workload]
-    return MICROBATCH_SIZE * shape["seq_len"] * shape["hidden"] * 4
-
-
-def stage_seconds(workload: str) -> tuple[float, float]:
-    """Mean forward and backward of one microbatch on one of 2 stages, from the spans of a short run."""
-    config = validate(config_of(workload, {"inter": 2}) | {"steps": 4}, TrainConfig, where=workload)
-    with tempfile.TemporaryDirectory() as folder:
-        outcome = supervise("axonn", config, Path(folder))
-        if outcome.failure is not None:
-            sys.exit(f"the short run failed: {outcome.failure.detail}")
-        spans = [s for rank in range(2) for s in read_spans(Path(folder) / f"spans-{rank}.parquet")]
-
-    def seconds(kind: SpanKind) -> float:
-        return mean(s.end - s.start for s in spans if s.kind == kind and s.step > 0)
-
-    return seconds(SpanKind.FORWARD), seconds(SpanKind.BACKWARD)
+OTHERS = (ONE_F_ONE_B, ZBV)
 
 
 @dataclass(frozen=True)

@@ -24,102 +24,27 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from axonn.collectives import Call, CallKind
-from axonn.config import GPTConfig, ScheduleConfig, TrainConfig
+from axonn.config import ScheduleConfig, TrainConfig
 from axonn.errors import GridError
 from axonn.grid import ProcessGrid
 from axonn.models.gpt import GPT
 from axonn.runtime import Runtime
 from axonn.trace import SpanRecorder
-from baselines.common import DEVICE, Batches, Layers, beyond, make_optimizer
-
-
-class Embedding(nn.Module):
-    """As `axonn.models.gpt.Embedding`, as the other layers here are as those there: same parameters, plain modules."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(config.vocab, config.hidden)
-        self.positions = nn.Embedding(config.seq_len, config.hidden)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        embedded: torch.Tensor = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-        return embedded
-
-
-class Attention(nn.Module):
-    """The rows of `qkv` are those of one head after the other, so that a part of them is whole heads."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.width = config.hidden // config.heads
-        self.norm = nn.LayerNorm(config.hidden)
-        self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
-        self.projection = nn.Linear(config.hidden, config.hidden)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        qkv: torch.Tensor = self.qkv(self.norm(x))
-        # As many heads as this rank has.
-        q, k, v = qkv.view(*qkv.shape[:2], -1, 3, self.width).permute(3, 0, 2, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        projected: torch.Tensor = self.projection(y.transpose(1, 2).flatten(2))
-        return x + projected
-
-
-class FeedForward(nn.Module):
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(config.hidden)
-        self.fc1 = nn.Linear(config.hidden, 4 * config.hidden)
-        self.fc2 = nn.Linear(4 * config.hidden, config.hidden)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        fed: torch.Tensor = self.fc2(F.gelu(self.fc1(self.norm(x))))
-        return x + fed
-
-
-class Head(nn.Module):
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(config.hidden)
-        self.output = nn.Linear(config.hidden, config.vocab, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.output(self.norm(x))
-        return logits
+from baselines.common import DEVICE, Batches, beyond, make_optimizer
+from baselines.plain import build
+from baselines.ranks import plain_gpt
+from experiments.framework import InProcessFramework
 
 
 def plan_of(layer: nn.Module, *, cut_embedding: bool) -> dict[str, ParallelStyle]:
     """How the parts of a layer are cut."""
-    if isinstance(layer, Attention):
+    if isinstance(layer, plain_gpt.Attention):
         return {"qkv": ColwiseParallel(), "projection": RowwiseParallel()}
-    if isinstance(layer, FeedForward):
+    if isinstance(layer, plain_gpt.FeedForward):
         return {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()}
-    if isinstance(layer, Head):
+    if isinstance(layer, plain_gpt.Head):
         return {"output": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)}
     return {"tokens": RowwiseParallel(input_layouts=Replicate())} if cut_embedding else {}
-
-
-def build(config: TrainConfig) -> nn.ModuleDict:
-    """The layers by name, whole, with the initial weights of all frameworks."""
-    model = config.model
-    kinds: dict[str, type[nn.Module]] = {
-        "Embedding": Embedding,
-        "Attention": Attention,
-        "FeedForward": FeedForward,
-        "Head": Head,
-    }
-    gpt = GPT(model)
-    source = Layers(gpt, range(len(gpt.layers)), config).chain
-    chain = nn.ModuleDict()
-    for name, layer in source.items():
-        chain[name] = kinds[type(layer).__name__](model).to(getattr(torch, config.precision.compute))
-        values = layer.state_dict()
-        if "qkv.weight" in values:
-            for part in ("qkv.weight", "qkv.bias"):
-                by_head = values[part].unflatten(0, (3, model.heads, -1)).transpose(0, 1)
-                values[part] = by_head.flatten(0, 2)
-        chain[name].load_state_dict(values)
-    return chain
 
 
 class TorchTensorParallelTrainer:
@@ -130,7 +55,7 @@ class TorchTensorParallelTrainer:
         self._size = config.microbatch_size
         self._microbatches = config.batch_size // config.microbatch_size
         self._batches = Batches(config)
-        self._chain = build(config)
+        self._chain = build(config).to(DEVICE)
         for layer in self._chain.values():
             # Every rank has the same weights already.
             parallelize_module(layer, mesh, plan_of(layer, cut_embedding=cut_embedding), src_data_rank=None)
@@ -194,8 +119,8 @@ class CountedCollectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class TorchTensorParallel:
-    """Its one axis is that of the columns."""
+class TorchTensorParallel(InProcessFramework):
+    """Tensor parallelism of DTensors, one-dimensional."""
 
     label = "PyTorch tensor parallel"
     cut_embedding: ClassVar[bool] = True
@@ -226,7 +151,10 @@ class TorchTensorParallel:
 
 
 class TorchTensorParallelWholeEmbedding(TorchTensorParallel):
-    """Sends nothing for the embedding, and each rank updates the whole of it."""
+    """Tensor parallelism of DTensors with the embedding whole.
+
+    It sends nothing for the embedding, and each rank updates the whole of it.
+    """
 
     label = "PyTorch tensor parallel, embedding whole"
     cut_embedding: ClassVar[bool] = False

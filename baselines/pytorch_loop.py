@@ -13,6 +13,7 @@ from axonn.models.gpt import GPT
 from axonn.runtime import Runtime
 from axonn.trace import SpanRecorder
 from baselines.common import Batches, Layers, beyond, layers_of, loss_of, make_optimizer
+from experiments.framework import InProcessFramework
 
 
 class PlainLoopTrainer:
@@ -43,7 +44,9 @@ class PlainLoopTrainer:
         return total
 
 
-class PlainLoop:
+class PlainLoop(InProcessFramework):
+    """A plain loop on one rank: no parallelism."""
+
     label = "PyTorch loop"
 
     def version(self) -> str:

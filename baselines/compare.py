@@ -1,0 +1,300 @@
+"""make compare-baselines: the installed frameworks on the same work at the ranks this node has, batch by batch in turn.
+
+Writes results/baselines (summary.json, records, junit.xml). Exit code: 0 fine; 1 when AxoNN falls behind the fastest
+other framework of a kind of parallelism by more than the margin of the tolerance file, beyond the spread, when it fails
+itself, or when nothing could be compared; 2 for errors; 130 when interrupted (what was measured is kept).
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from math import sqrt
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.markup import escape
+
+from axonn.config import GPTConfig, TrainConfig, validate
+from axonn.errors import AxonnError, ConfigError, LaunchError
+from axonn.models import make_model
+from axonn.records import Asked
+from baselines import contenders as who
+from baselines.comparison import Result, Tolerances, exit_code, load_tolerances, results_of, rows_of, verdicts_of
+from baselines.contenders import Contender, Kind, choose, load_contenders, refusal
+from baselines.coordinator import LEAST_ROUNDS, LOOPBACK, Condition, PlainLoopback
+from baselines.equal_work import reference_losses
+from baselines.junit import write_junit
+from baselines.outcome import about_frameworks, write_records_of, write_summary
+from baselines.parts import Found, Part, conditions_over_link, run_over_link, run_part
+from baselines.said import Reporter, make_console
+from baselines.tables import show
+from experiments.definition import ROOT, available_cores
+from experiments.link import stage_seconds, why_no_link
+from experiments.provenance import this_machine
+from experiments.workloads import SHAPES, config_of
+
+OUT = ROOT / "results" / "baselines"
+RUNS = ROOT / "runs" / "baselines"
+MINUTES = 13.0
+"""Of measuring; the rest of the 15 that it may take on 2 cores is for starting and writing."""
+MOST_RANKS = 4
+"""By default, since the fixed workloads cannot be cut much further."""
+MOST_ROUNDS = 60
+QUICK_WORKLOAD, QUICK_MINUTES, QUICK_MARGIN = "tiny", 0.0, 9.0
+ERROR, INTERRUPTED = 2, 130
+
+
+def options(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parsed options."""
+    parser = argparse.ArgumentParser(prog="python -m baselines.compare", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--frameworks", nargs="+", default=[], help="pytorch, deepspeed/zero-1, ...; AxoNN always runs")
+    parser.add_argument("--kinds", nargs="+", default=[], choices=who.KINDS, help="of parallelism")
+    parser.add_argument("--workloads", nargs="+", default=["small", "wide"], choices=list(SHAPES))
+    parser.add_argument("--ranks", type=int, help=f"default: the cores of this machine, at most {MOST_RANKS}")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, help="batches of each contender; default: as many as fit the time")
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help=f"time budget; {LEAST_ROUNDS + 1} batches are made in any case"
+    )
+    parser.add_argument("--quick", action="store_true", help="a tiny workload, whose times mean nothing: any pass")
+    parser.add_argument("--link", action="store_true", help="all of it over an emulated link, and only that (root)")
+    parser.add_argument("--no-link", action="store_true", help="nothing over an emulated link")
+    parser.add_argument("--contenders", type=Path, default=who.FILE, help="another list than contenders.yaml")
+    parser.add_argument("--tolerances", type=Path, help="another file than that of this machine")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for what comes of it")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder for the ranks' run folders")
+    given = parser.parse_args(arguments)
+    if given.rounds is not None and given.rounds < LEAST_ROUNDS:
+        parser.error(f"--rounds: at least {LEAST_ROUNDS}, so that there is a spread")
+    if given.link and given.no_link:
+        parser.error("--link and --no-link contradict each other")
+    if given.quick:
+        given.workloads, given.minutes = [QUICK_WORKLOAD], QUICK_MINUTES
+        given.no_link = not given.link
+    return given
+
+
+def default_ranks(device: str) -> int:
+    """GPUs or cores of this node; at least 2, so that there is something to be parallel."""
+    if device == "cuda":
+        import torch
+
+        return max(2, torch.cuda.device_count())
+    return max(2, min(available_cores(), MOST_RANKS))
+
+
+def on_one_rank(workload: str) -> TrainConfig:
+    """The workload on one rank."""
+    return validate(config_of(workload, {}), TrainConfig, where=workload)
+
+
+class Comparison:
+    """What is asked for, and what has been found so far."""
+
+    def __init__(self, given: argparse.Namespace, console: Console) -> None:
+        self._given = given
+        self._console = console
+        self._ranks: int = given.ranks or default_ranks(given.device)
+        if self._ranks < 2:
+            raise ConfigError("--ranks: contenders are compared on at least 2 ranks")
+        self._contenders = choose(
+            load_contenders(given.contenders), frameworks=given.frameworks, kinds=given.kinds, ranks=self._ranks
+        )
+        self.refused: dict[str, list[Contender]] = {}
+        self.results: list[Result] = []
+        self.remarks: list[str] = []
+        self.interrupted = False
+        self.failed = False
+        self._began = time.monotonic()
+
+    def run(self) -> None:
+        """All parts, one after the other."""
+        given = self._given
+        plan = [(workload, False) for workload in given.workloads] if not given.link else []
+        if given.link:
+            plan = [(workload, True) for workload in given.workloads]
+        elif not given.no_link:
+            # The smallest one alone: the time does not last for more.
+            plan.append((min(given.workloads, key=_weight), True))
+        references: dict[str, list[float]] = {}
+        for position, (workload, link) in enumerate(plan):
+            rest = sum(_weight(name) for name, _ in plan[position:])
+            seconds = max(0.0, 60 * given.minutes - (time.monotonic() - self._began)) * _weight(workload) / rest
+            if link and (reason := self._no_link(workload, seconds)) is not None:
+                self._remark(f"{workload}: not over an emulated link: {reason}")
+                continue
+            try:
+                if workload not in references:
+                    self._console.print(f"{workload}: losses of the serial reference", highlight=False)
+                    cache, folder = given.out / "reference", given.runs / f"{workload}-reference"
+                    references[workload] = reference_losses(workload, cache=cache, folder=folder)
+                self._measure(workload, link, seconds, references[workload])
+            except KeyboardInterrupt:
+                self.interrupted = True
+            except AxonnError as error:
+                # What was measured before counts.
+                self.failed = True
+                self._remark(f"{workload}, {'emulated link' if link else 'loopback'}: {error}")
+            if self.interrupted:
+                return
+
+    def _no_link(self, workload: str, seconds: float) -> str | None:
+        """Why the workload is not run over a link now."""
+        if (reason := why_no_link()) is not None or self._given.link:
+            return reason
+        mine = [r for r in self.results if r.workload == workload and r.turns]
+        # Starting takes about as long as 5 batches of each; over the link each is slower, and one kind has two rates.
+        need = sum(r.time.median for r in mine) * (LEAST_ROUNDS * 2 + 5)
+        if need > seconds:
+            return f"it needs about {need:.0f} s, and {seconds:.0f} s are left of --minutes; --link measures it alone"
+        return None
+
+    def _measure(self, workload: str, link: bool, seconds: float, reference: Sequence[float]) -> None:
+        given = self._given
+        able = self._able(workload)
+        conditions = self._conditions(workload) if link else {}
+        part = Part(
+            workload=workload,
+            ranks=self._ranks,
+            link=link,
+            device=given.device,
+            contenders=able,
+            least_rounds=given.rounds or LEAST_ROUNDS,
+            most_rounds=given.rounds or MOST_ROUNDS,
+            seconds=seconds,
+            conditions=conditions,
+            runs=given.runs,
+        )
+        if link:
+            try:
+                found = run_over_link(part, given.out)
+            except LaunchError as error:
+                self._remark(f"{workload}: not over an emulated link: {error}")
+                return
+        else:
+            found = run_part(part, link=PlainLoopback(), say=Reporter(self._console))
+        self.interrupted = found.interrupted
+        self._take(part, found, reference)
+
+    def _able(self, workload: str) -> list[Contender]:
+        """Contenders that can run; the others are remembered with their reasons."""
+        able = []
+        left_out: list[str] = []
+        given = self._given
+        for contender in self._contenders:
+            if workload in contender.left_out_of and not (given.frameworks or given.kinds or given.link):
+                left_out.append(contender.name)
+                continue
+            reason = refusal(contender, workload, self._ranks, given.device)
+            if reason is None:
+                able.append(contender)
+            elif contender not in self.refused.setdefault(reason, []):
+                self.refused[reason].append(contender)
+        if left_out:
+            self._remark(f"{workload}: left out for want of time: {', '.join(left_out)}; --kinds brings them back")
+        return able
+
+    def _conditions(self, workload: str) -> dict[Kind, list[Condition]]:
+        forward, backward = stage_seconds(workload)
+        config = on_one_rank(workload).model
+        layers = make_model(config).layers
+        of_blocks = sum(layer.cost for layer in layers if layer.block is not None)
+        assert isinstance(config, GPTConfig)
+        return conditions_over_link(
+            workload,
+            self._ranks,
+            forward=forward,
+            backward=backward,
+            parameters=config.parameters,
+            layer_share=of_blocks / sum(layer.cost for layer in layers) / config.layers,
+        )
+
+    def _take(self, part: Part, found: Found, reference: Sequence[float]) -> None:
+        config = on_one_rank(part.workload)
+        for contender in part.contenders:
+            if contender.key in found.measured:
+                self.results += results_of(
+                    contender,
+                    found.measured[contender.key],
+                    workload=part.workload,
+                    conditions=part.conditions.get(contender.kind, [LOOPBACK]),
+                    ranks=part.ranks,
+                    tokens=config.batch_size * config.model.units_per_sample,
+                    precision=config.precision.compute,
+                    reference=reference,
+                )
+
+    def _remark(self, text: str) -> None:
+        self.remarks.append(text)
+        self._console.print(f"[yellow]{escape(text)}[/yellow]", soft_wrap=True)
+
+
+def _weight(workload: str) -> float:
+    """Share of the time: a larger workload gets more, but not in proportion to its work."""
+    config = on_one_rank(workload)
+    work = Asked.of(config.model, gpus=1, batch_size=config.batch_size, precision=config.precision.compute)
+    return sqrt(work.flops(recompute=False))
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, write and show; the exit code."""
+    given = options(arguments)
+    console = make_console()
+    tolerances = load_tolerances(given.tolerances, this_machine().host or "")
+    if given.quick and given.tolerances is None:
+        tolerances = Tolerances(margin=QUICK_MARGIN)
+    # CI systems end a job so.
+    signal.signal(signal.SIGTERM, _stop)
+    comparison = Comparison(given, console)
+    comparison.run()
+    results, refused = comparison.results, comparison.refused
+    verdicts = verdicts_of(results, tolerances)
+    about = about_frameworks([result.contender for result in results])
+    rows = rows_of(results, about)
+    if comparison.interrupted and not results:
+        console.print("[yellow]interrupted before anything was measured; earlier results stay[/yellow]")
+        return INTERRUPTED
+    summary = write_summary(
+        given.out,
+        rows,
+        results,
+        verdicts,
+        refused,
+        remarks=comparison.remarks,
+        interrupted=comparison.interrupted,
+        quick=given.quick,
+    )
+    write_records_of(given.out / "records", results)
+    write_junit(given.out / "junit.xml", results, verdicts, refused)
+    show(console, rows, results, verdicts, refused)
+    for remark in comparison.remarks:
+        console.print(f"[yellow]{escape(remark)}[/yellow]", soft_wrap=True)
+    console.print(f"written to {summary}", soft_wrap=True)
+    if comparison.interrupted:
+        console.print("[yellow]interrupted: the tables hold what was measured until then[/yellow]")
+        return INTERRUPTED
+    if not rows:
+        console.print("[red]nothing was measured[/red]")
+    return ERROR if comparison.failed else exit_code(results, verdicts)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except AxonnError as problem:
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(problem))}", soft_wrap=True)
+        sys.exit(ERROR)
+    except Exception:
+        # Python's own exit code for it would say that AxoNN falls behind.
+        traceback.print_exc()
+        sys.exit(ERROR)

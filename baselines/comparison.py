@@ -1,0 +1,226 @@
+"""What the measured contenders mean: rows, ratios to ours, and whether ours falls behind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pydantic import Field
+
+from axonn.config import StrictModel, load_yaml
+from axonn.records import Failure
+from baselines.contenders import Contender, Kind
+from baselines.coordinator import Condition, Measured, Turn
+from baselines.equal_work import difference, disagreement
+from baselines.paired import Spread, median_interval, middle_half
+
+TOLERANCES = Path(__file__).parent / "tolerances"
+
+
+class Tolerances(StrictModel):
+    """By how much ours may be slower than the best other framework of a kind: 0.05 is 5% of the batch time."""
+
+    margin: float = Field(ge=0)
+    kinds: dict[Kind, float] = {}
+
+    def of(self, kind: Kind) -> float:
+        return self.kinds.get(kind, self.margin)
+
+
+def load_tolerances(file: Path | None, host: str, folder: Path = TOLERANCES) -> Tolerances:
+    """`file`, or else that of the host, or else the default. Raises `ConfigError`."""
+    own = folder / f"{host.partition('.')[0]}.yaml"
+    return load_yaml(file or (own if own.exists() else folder / "default.yaml"), Tolerances)
+
+
+class Result(StrictModel):
+    """One contender on one workload under one condition."""
+
+    contender: Contender
+    workload: str
+    condition: Condition
+    ranks: int
+    tokens: int
+    """Of a batch."""
+    turns: list[Turn]
+    memory_bytes: int | None = None
+    bytes_sent: int | None = None
+    """By a rank for a batch: counted on the link (mean over the ranks), or what our engine says of its busiest rank."""
+    losses: list[float] = []
+    loss_difference: float | None = None
+    failure: Failure | None = None
+    """Why it gets no ratio: it died, or did other work."""
+
+    @property
+    def seconds(self) -> list[float]:
+        return [turn.seconds for turn in self.turns]
+
+    @property
+    def comparable(self) -> bool:
+        return self.failure is None and bool(self.turns)
+
+    @property
+    def time(self) -> Spread:
+        return middle_half(self.seconds)
+
+
+def results_of(
+    contender: Contender,
+    measured: Sequence[Measured],
+    *,
+    workload: str,
+    conditions: Sequence[Condition],
+    ranks: int,
+    tokens: int,
+    precision: str,
+    reference: Sequence[float],
+) -> list[Result]:
+    """One result for each condition, from the groups in which the contender took part."""
+    failure = next((m.failure for m in measured if m.failure is not None), None)
+    if failure is None:
+        checked = [disagreement(m.losses, reference, precision) for m in measured]
+        failure = next((found for found in checked if found is not None), None)
+    differences = [d for m in measured if (d := difference(m.losses, reference)) is not None]
+    results = []
+    for condition in conditions:
+        turns = [turn for m in measured for turn in m.turns if turn.condition == condition.name]
+        crossed = [turn.link_bytes for turn in turns if turn.link_bytes is not None]
+        said = max((sum(m.bytes_per_batch.values()) for m in measured), default=0)
+        results.append(
+            Result(
+                contender=contender,
+                workload=workload,
+                condition=condition,
+                ranks=ranks,
+                tokens=tokens,
+                turns=turns,
+                memory_bytes=max((m.memory_bytes for m in measured if m.memory_bytes is not None), default=None),
+                bytes_sent=round(median(crossed) / ranks) if crossed else said or None,
+                losses=measured[0].losses if measured else [],
+                loss_difference=max(differences, default=None),
+                failure=failure,
+            )
+        )
+    return results
+
+
+def paired_ratio(over: Result, under: Result) -> Spread | None:
+    """Median over the rounds that both had of the seconds of `under` over those of `over`, with its interval."""
+    ours = {(turn.group, turn.round): turn.seconds for turn in over.turns}
+    theirs = {(turn.group, turn.round): turn.seconds for turn in under.turns}
+    ratios = [theirs[at] / ours[at] for at in theirs if at in ours]
+    return median_interval(ratios) if ratios else None
+
+
+Where = tuple[str, str, Kind]
+"""Workload, name of the condition, kind of parallelism."""
+
+
+def by_place(results: Sequence[Result]) -> dict[Where, list[Result]]:
+    """Results that may be compared with each other."""
+    places: dict[Where, list[Result]] = {}
+    for result in results:
+        places.setdefault((result.workload, result.condition.name, result.contender.kind), []).append(result)
+    return places
+
+
+def fastest(results: Sequence[Result], *, ours: bool) -> Result | None:
+    """The one with the least median among those that may be compared."""
+    candidates = [r for r in results if r.comparable and r.contender.ours == ours]
+    return min(candidates, key=lambda r: r.time.median, default=None)
+
+
+class Verdict(StrictModel):
+    """Our fastest contender of a kind beside the fastest other one."""
+
+    workload: str
+    condition: str
+    kind: Kind
+    margin: float
+    ours: str | None = None
+    theirs: str | None = None
+    ratio: float | None = None
+    """Median of ours over theirs: below 1, ours is faster."""
+    low: float | None = None
+    high: float | None = None
+    reason: str | None = None
+    """Why there is no ratio."""
+
+    @property
+    def behind(self) -> bool:
+        """Slower by more than the margin, beyond the spread: the lower end of the interval is above it."""
+        return self.low is not None and self.low > 1 + self.margin
+
+
+def verdicts_of(results: Sequence[Result], tolerances: Tolerances) -> list[Verdict]:
+    """One for each workload, condition and kind."""
+    found = []
+    for (workload, condition, kind), some in by_place(results).items():
+        ours, theirs = fastest(some, ours=True), fastest(some, ours=False)
+        about: dict[str, Any] = {
+            "workload": workload,
+            "condition": condition,
+            "kind": kind,
+            "margin": tolerances.of(kind),
+            "ours": ours and ours.contender.name,
+            "theirs": theirs and theirs.contender.name,
+        }
+        ratio = paired_ratio(over=theirs, under=ours) if ours and theirs else None
+        if ratio is not None:
+            about |= {"ratio": ratio.median, "low": ratio.low, "high": ratio.high}
+        else:
+            who = "AxoNN's contenders" if ours is None else "the other frameworks" if theirs is None else None
+            about["reason"] = f"none of {who} can be compared" if who else "they had no round in common"
+        found.append(Verdict(**about))
+    return found
+
+
+def exit_code(results: Sequence[Result], verdicts: Sequence[Verdict]) -> int:
+    """1 when ours falls behind anywhere, fails, or nothing could be compared; else 0."""
+    compared = [v for v in verdicts if v.ratio is not None]
+    failed = [r for r in results if r.contender.ours and r.failure is not None]
+    alone = [v for v in verdicts if v.ours is None and v.theirs is not None]
+    return int(not compared or any(v.behind for v in compared) or bool(failed) or bool(alone))
+
+
+def rows_of(results: Sequence[Result], about: Mapping[str, Mapping[str, str | None]]) -> list[dict[str, Any]]:
+    """Rows of summary.json; `about` has version and disclosure by the contender's framework."""
+    rows = []
+    for some in by_place(results).values():
+        ours = fastest(some, ours=True)
+        for result in some:
+            if not result.turns:
+                continue
+            time = result.time
+            ratio = paired_ratio(over=ours, under=result) if ours is not None and result.comparable else None
+            said = about.get(result.contender.framework, {})
+            rows.append(
+                {
+                    "framework": result.contender.label,
+                    "strategy": result.contender.variant,
+                    "parallelism": result.contender.kind,
+                    "ours": result.contender.ours,
+                    "workload": result.workload,
+                    "condition": result.condition.name,
+                    "link_kbit_per_s": result.condition.kbit,
+                    "ranks": result.ranks,
+                    "batch_time_s": time.median,
+                    "batch_time_quartiles_s": [time.low, time.high],
+                    "batch_times_s": result.seconds,
+                    "tokens_per_s": result.tokens / time.median,
+                    "memory_bytes": result.memory_bytes,
+                    "bytes_sent": result.bytes_sent,
+                    "ratio": None if ratio is None else ratio.median,
+                    "spread": None if ratio is None else [ratio.low, ratio.high],
+                    "losses": result.losses,
+                    "losses_agree": result.failure is None or result.failure.cause != "not-comparable",
+                    "loss_difference": result.loss_difference,
+                    "failure": None if result.failure is None else result.failure.model_dump(exclude_none=True),
+                    "disclosure": said.get("disclosure"),
+                    "version": said.get("version"),
+                    "kind": "measured",
+                }
+            )
+    return rows

@@ -1,0 +1,69 @@
+"""The virtual environments of other frameworks: each has its own, so that what one needs never breaks another.
+
+`make baselines` installs them under `.baselines/NAME`, with the versions of `baselines/environments/NAME.txt`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import Distribution
+from pathlib import Path
+
+from axonn.errors import LaunchError
+from experiments.definition import ROOT
+
+FOLDER = ROOT / ".baselines"
+LOCKS = ROOT / "baselines" / "environments"
+"""Files of what is installed in each, one `name==version` a line."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where a framework is installed."""
+
+    name: str
+    distribution: str
+    """The package that the environment is for."""
+
+    @property
+    def folder(self) -> Path:
+        return FOLDER / self.name
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter, be it there or not; by one path only, since another path has it compile everything anew."""
+        return self.folder.resolve() / "bin" / "python"
+
+    @property
+    def log(self) -> Path:
+        """What was printed when it could not be installed."""
+        return FOLDER / f"{self.name}.log"
+
+    @property
+    def mpiexec(self) -> str | None:
+        """The launcher of its own MPI, where it has one."""
+        path = self.folder / "bin" / "mpiexec"
+        return str(path) if path.exists() else None
+
+    @property
+    def missing(self) -> str | None:
+        """Why the framework is not to be had, and what to do; None where it is."""
+        if not self.python.exists() or self.installed(self.distribution) is None:
+            where = self.folder.relative_to(FOLDER.parent)
+            if self.log.exists():
+                log = self.log.relative_to(FOLDER.parent)
+                return f"{self.distribution} could not be installed in {where}; {log} says why; then make baselines"
+            return f"{self.distribution} is not installed; make baselines installs it ({where})"
+        return None
+
+    def installed(self, distribution: str) -> str | None:
+        """Version of a package in it, None where it is not."""
+        places = [str(path) for path in self.folder.glob("lib*/python*/site-packages")]
+        found = next(iter(Distribution.discover(name=distribution, path=places)), None)
+        return None if found is None else found.version
+
+    def version(self) -> str:
+        """What is installed, in words. Raises `LaunchError` when the framework is not."""
+        if (reason := self.missing) is not None:
+            raise LaunchError(reason)
+        return ", ".join(f"{name} {self.installed(name)}" for name in (self.distribution, "torch"))

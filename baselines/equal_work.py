@@ -1,0 +1,81 @@
+"""Proof of equal work: the losses of the first batches beside those of a plain serial loop on one rank."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from math import inf, isfinite
+from pathlib import Path
+
+import torch
+
+from axonn.config import TrainConfig, validate
+from axonn.errors import LaunchError
+from axonn.records import Failure
+from baselines.contenders import serial_work
+from baselines.coordinator import keep_little
+from experiments.definition import ROOT, available_cores
+from experiments.provenance import fingerprint, sources
+from experiments.supervisor import supervise
+from experiments.workloads import SAME_WORK, config_of
+
+BATCHES = 5
+"""Whose losses must agree, the warm-up batch included."""
+TOLERANCES: Mapping[str, float] = {"float64": 1e-9, "float32": SAME_WORK, "bfloat16": 2e-2, "float16": 5e-3}
+"""Largest relative difference of losses, by the type that is computed in."""
+SERIAL = "pytorch/loop"
+_SOURCES = (
+    "axonn/*.py",
+    "axonn/inter_layer/stage.py",
+    "axonn/models/*.py",
+    "axonn/data/*.py",
+    "axonn/tensor/*.py",
+    "baselines/common.py",
+    "baselines/pytorch_loop.py",
+    "experiments/loop.py",
+    "experiments/workloads.py",
+)
+
+
+def reference_losses(workload: str, *, cache: Path, folder: Path) -> list[float]:
+    """Losses of the first `BATCHES` batches, from `cache` unless the work or its code has changed.
+
+    `folder`: where the run leaves its files. Raises `LaunchError` when it fails.
+    """
+    config = validate(config_of(workload, {}) | serial_work(workload) | {"steps": BATCHES}, TrainConfig, where=workload)
+    file = (
+        cache
+        / f"{workload}-{fingerprint([config.model_dump(mode='json'), torch.__version__], sources(*_SOURCES))}.json"
+    )
+    if file.exists():
+        return [float(loss) for loss in json.loads(file.read_text())["losses"]]
+    # All cores: it is not timed.
+    outcome = supervise(SERIAL, config, folder, threads=available_cores())
+    if outcome.failure is not None:
+        where = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+        raise LaunchError(f"the serial reference of '{workload}' failed: {outcome.failure.detail}; see {where}/log.txt")
+    keep_little(folder)
+    cache.mkdir(parents=True, exist_ok=True)
+    for stale in cache.glob(f"{workload}-*.json"):
+        stale.unlink()
+    file.write_text(json.dumps({"framework": SERIAL, "losses": outcome.losses}) + "\n")
+    return outcome.losses
+
+
+def difference(losses: Sequence[float], reference: Sequence[float]) -> float | None:
+    """Largest relative difference of the losses that both have, infinite where one is no number; None without any."""
+    found = [abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=False)]
+    return max((d if isfinite(d) else inf for d in found), default=None)
+
+
+def disagreement(losses: Sequence[float], reference: Sequence[float], precision: str) -> Failure | None:
+    """Why a run whose losses are these must not be compared; None when it has done the same work."""
+    limit = TOLERANCES[precision]
+    worst = difference(losses, reference)
+    if worst is None or len(losses) < BATCHES:
+        detail = f"only {len(losses)} losses to compare, {BATCHES} are needed"
+        return Failure(cause="not-comparable", detail=detail)
+    if worst > limit:
+        detail = f"losses differ from the serial reference's by {worst:.1e}, more than {limit:.0e} for {precision}"
+        return Failure(cause="not-comparable", detail=detail)
+    return None

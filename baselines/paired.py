@@ -1,0 +1,40 @@
+"""Numbers of a comparison: quartiles, and the median of paired ratios with an interval that needs no distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import comb
+from statistics import median, quantiles
+from typing import NamedTuple
+
+CONFIDENCE = 0.95
+
+
+class Spread(NamedTuple):
+    """A median with what lies around it."""
+
+    median: float
+    low: float
+    high: float
+
+
+def middle_half(values: Sequence[float]) -> Spread:
+    """Median and quartiles; of fewer than 4 values least and most instead."""
+    if len(values) < 4:
+        return Spread(median(values), min(values), max(values))
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return Spread(median(values), low, high)
+
+
+def median_interval(values: Sequence[float]) -> Spread:
+    """Median, and the narrowest interval between the k-th least and the k-th largest value that holds the true median
+    with `CONFIDENCE` (the sign test turned round); least and most where the values are too few for that, as up to 5.
+    """
+    ordered = sorted(values)
+    n = len(ordered)
+    k = 0
+    # The median lies outside of [k-th least, k-th largest] when fewer than k values fall on one side of it.
+    while 2 * sum(comb(n, i) for i in range(k + 1)) / 2**n <= 1 - CONFIDENCE:
+        k += 1
+    index = max(k - 1, 0)
+    return Spread(median(ordered), ordered[index], ordered[n - 1 - index])

@@ -1,0 +1,262 @@
+"""megatron-core on one rank: its GPT with tensor, pipeline and data parallelism."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import common
+import no_gpu
+import plain_gpt
+import torch
+from torch import nn
+
+SHARDED = "data-distributed-optimizer"
+"""The strategy that is its distributed optimizer."""
+BUCKET = 5_000_000
+"""Elements of a bucket of gradients: its own default of 40 million would leave nothing to overlap in a model of a size
+that is trained without a GPU."""
+LAYER = {
+    "input_layernorm": "attention{}.norm",
+    "self_attention.linear_qkv": "attention{}.qkv",
+    "self_attention.linear_proj": "attention{}.projection",
+    "pre_mlp_layernorm": "mlp{}.norm",
+    "mlp.linear_fc1": "mlp{}.fc1",
+    "mlp.linear_fc2": "mlp{}.fc2",
+}
+"""Our names of the modules of a transformer layer."""
+OTHERS = {
+    "embedding.word_embeddings": "embedding.tokens",
+    "embedding.position_embeddings": "embedding.positions",
+    "decoder.final_layernorm": "head.norm",
+    "output_layer": "head.output",
+}
+
+
+def our_name(name: str, chunk: Any) -> str:
+    """Our name of a parameter of a chunk of its GPT, whose layers are counted from 0 in each chunk."""
+    module, _, kind = name.rpartition(".")
+    found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", module)
+    if found is None:
+        return f"{OTHERS[module]}.{kind}"
+    number = chunk.decoder.layers[int(found[1])].layer_number - 1
+    return f"{LAYER[found[2]].format(number)}.{kind}"
+
+
+def load(chunk: nn.Module, work: common.Work, rank: int) -> int:
+    """Our initial weights, each parameter's part for tensor-parallel rank `rank`; how many values they are whole."""
+    parts = work.grid["col"]
+    count = 0
+    weights = work.weights()
+    for name, parameter in chunk.named_parameters():
+        ours = our_name(name, chunk)
+        value = weights[ours]
+        count += value.numel()
+        if ".qkv." in ours:
+            value = plain_gpt.by_head(value, work.model.heads)
+        for dim, size in enumerate(parameter.shape):
+            if size != value.shape[dim]:
+                value = value.unflatten(dim, (parts, size)).select(dim, rank)
+        # Of another shape than ours it is refused here.
+        parameter.data.copy_(value.reshape(parameter.shape))
+    return count
+
+
+def check_parameters(work: common.Work, count: int) -> None:
+    """Whether its stages have all of our parameters, each once, and no others; `count` is that of this rank's."""
+    total = torch.tensor([count])
+    torch.distributed.all_reduce(total)
+    copies = work.grid["data"] * work.grid["col"]
+    ours = sum(weight.numel() for weight in work.weights().values())
+    if int(total) != ours * copies:
+        raise RuntimeError(f"megatron-core's GPT has {int(total) // copies} parameters, ours has {ours}")
+
+
+def settings(work: common.Work, chunks: int) -> Any:
+    """Its configuration of the model and of its parallelism."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    m, grid = work.model, work.grid
+    on_gpu = work.device.type == "cuda"
+    return TransformerConfig(
+        num_layers=m.layers,
+        hidden_size=m.hidden,
+        num_attention_heads=m.heads,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Exact GELU: its fused form is the approximation by tanh.
+        bias_activation_fusion=False,
+        bias_dropout_fusion=on_gpu,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        perform_initialization=False,
+        use_cpu_initialization=not on_gpu,
+        params_dtype=work.dtype,
+        pipeline_dtype=work.dtype,
+        tensor_model_parallel_size=grid["col"],
+        pipeline_model_parallel_size=grid["inter"],
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        # As it is recommended: its interleaved schedule hands messages on beside computation, each by itself.
+        overlap_p2p_comm=chunks > 1,
+        batch_p2p_comm=chunks == 1,
+        # Without a stream to order it, what is on its way would be freed before it is sent.
+        deallocate_pipeline_outputs=on_gpu or chunks == 1,
+    )
+
+
+def build(work: common.Work, config: Any, chunks: int) -> list[Any]:
+    """This rank's chunks of the GPT, with our initial weights."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    m = work.model
+    made = []
+    count = 0
+    for chunk in range(chunks):
+        stage = chunk if chunks > 1 else None
+        made.append(
+            GPTModel(
+                config,
+                get_gpt_layer_local_spec(),
+                vocab_size=m.vocab,
+                max_sequence_length=m.seq_len,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+                share_embeddings_and_output_weights=False,
+                vp_stage=stage,
+            ).to(work.device)
+        )
+        count += load(made[-1], work, parallel_state.get_tensor_model_parallel_rank())
+    check_parameters(work, count)
+    return made
+
+
+def replicate(work: common.Work, config: Any, chunks: list[Any]) -> list[Any]:
+    """Its data parallelism: gradients are reduced bucket by bucket beside the last microbatch's backward."""
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+
+    sharded = work.strategy == SHARDED
+    replication = DistributedDataParallelConfig(
+        overlap_grad_reduce=True,
+        use_distributed_optimizer=sharded,
+        overlap_param_gather=sharded,
+        bucket_size=BUCKET,
+    )
+    replicated = [DistributedDataParallel(config, replication, chunk) for chunk in chunks]
+    config.no_sync_func = replicated[0].no_sync
+    config.finalize_model_grads_func = finalize_model_grads
+    return replicated
+
+
+class PlainOptimizer:
+    """PyTorch's fused AdamW on this rank's parameters."""
+
+    def __init__(self, work: common.Work, models: list[Any]) -> None:
+        o = work.optimizer
+        self._models = models
+        self._parameters = [p for model in models for p in model.parameters()]
+        self._adam = torch.optim.AdamW(
+            self._parameters, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, fused=True
+        )
+
+    def zero_grad(self) -> None:
+        self._adam.zero_grad()
+
+    def step(self) -> None:
+        for parameter in self._parameters:
+            # Where its data parallelism has accumulated the gradient.
+            if (gradient := getattr(parameter, "main_grad", None)) is not None:
+                parameter.grad = gradient
+        self._adam.step()
+
+
+def sharded_optimizer(work: common.Work, models: list[Any]) -> Any:
+    """Its optimizer, whose state is cut over the replicas."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    o = work.optimizer
+    asked = OptimizerConfig(
+        optimizer="adam",
+        lr=o.lr,
+        weight_decay=o.weight_decay,
+        adam_beta1=o.betas[0],
+        adam_beta2=o.betas[1],
+        adam_eps=o.eps,
+        clip_grad=0.0,
+        params_dtype=work.dtype,
+        use_distributed_optimizer=True,
+        overlap_param_gather=True,
+    )
+    # By default biases and norms do not decay.
+    return get_megatron_optimizer(asked, models, config_overrides={})
+
+
+def set_up(work: common.Work) -> common.Train:
+    without_gpu = work.device.type == "cpu"
+    if without_gpu:
+        no_gpu.install()
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    if without_gpu:
+        no_gpu.install_in_megatron()
+    chunks = max(work.config["schedule"]["chunks"], 2) if work.strategy == "interleaved" else 1
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=work.grid["col"],
+        pipeline_model_parallel_size=work.grid["inter"],
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+    )
+    model_parallel_cuda_manual_seed(work.seed)
+    config = settings(work, chunks)
+    models = build(work, config, chunks)
+    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    if replicas > 1:
+        models = replicate(work, config, models)
+    optimizer = sharded_optimizer(work, models) if work.strategy == SHARDED else PlainOptimizer(work, models)
+    forward_backward = get_forward_backward_func()
+    positions = torch.arange(work.model.seq_len, device=work.device).unsqueeze(0)
+    microbatches = work.batch_size // replicas // work.microbatch_size
+
+    def forward(data: Iterator[tuple[torch.Tensor, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Any]:
+        tokens, targets = next(data)
+        losses = model(tokens, positions, None, labels=targets)
+
+        def mean(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            loss = losses.mean()
+            # A copy: the schedule divides the loss in place.
+            return loss, loss.detach().clone()
+
+        return losses, mean
+
+    def train(step: int) -> float:
+        optimizer.zero_grad()
+        if replicas > 1:
+            for model in models:
+                model.zero_grad_buffer()
+        inputs, targets = work.batch(step, replica, replicas)
+        cut = list(zip(inputs.split(work.microbatch_size), targets.split(work.microbatch_size), strict=True))
+        losses = forward_backward(
+            forward_step_func=forward,
+            data_iterator=[iter(cut) for _ in models] if chunks > 1 else iter(cut),
+            model=models if chunks > 1 else models[0],
+            num_microbatches=microbatches,
+            seq_length=work.model.seq_len,
+            micro_batch_size=work.microbatch_size,
+            forward_only=False,
+        )
+        optimizer.step()
+        # On the ranks of the last stage, and there for each microbatch.
+        return common.mean_over_ranks(work.grid["inter"] * float(sum(losses)) / microbatches)
+
+    return train
+
+
+if __name__ == "__main__":
+    common.main(set_up)

@@ -1,0 +1,90 @@
+"""What megatron-core and the reference implementation ask of `torch.cuda`, answered for a machine without a GPU.
+
+They place tensors on the current CUDA device and order their work by streams, without asking whether there is one. Here
+the current device is the CPU, where all work runs in the order in which it is asked for: waiting is nothing to do, and
+there is one random generator. What they compute and send is left as it is. Megatron's fused kernels are not here; what
+it has in their place is plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+
+
+class Stream:
+    """A stream or an event: whatever was asked for before is done."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def wait_stream(self, *_: object) -> None:
+        pass
+
+    def wait_event(self, *_: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def record(self, *_: object) -> None:
+        pass
+
+
+def _on_the_cpu(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The function that makes a tensor, told "cpu" for "cuda"."""
+
+    @wraps(make)
+    def made(*arguments: Any, **options: Any) -> torch.Tensor:
+        if options.get("device") == "cuda":
+            options["device"] = CPU
+        return make(*arguments, **options)
+
+    return made
+
+
+def install() -> None:
+    """Answer for the GPU that is not there. To be called before the framework is imported."""
+    answers: dict[str, Any] = {
+        "current_device": lambda: CPU,
+        "set_device": lambda _: None,
+        "synchronize": lambda *_: None,
+        "current_stream": lambda *_: Stream(),
+        "default_stream": lambda *_: Stream(),
+        "stream": lambda _: nullcontext(),
+        "Stream": Stream,
+        "Event": Stream,
+        # Its state is saved and restored around regions whose dropout differs between ranks.
+        "get_rng_state": lambda *_: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_: torch.set_rng_state(state),
+        "manual_seed": torch.manual_seed,
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    # Where they write device="cuda": Megatron's counters in schedules, causal mask, scales and flags in optimizers; the
+    # reference implementation's receive buffers.
+    for name in ("empty", "zeros", "ones", "tensor"):
+        setattr(torch, name, _on_the_cpu(getattr(torch, name)))
+
+
+def install_in_megatron() -> None:
+    """Answer where it does not ask `torch.cuda` itself, once it is imported."""
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    plain = torch.Tensor.type
+
+    def named(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        """The name of its type, as of a tensor on a GPU: the distributed optimizer tells parameters by it."""
+        if arguments or options:
+            return plain(tensor, *arguments, **options)
+        return plain(tensor).replace("torch.", "torch.cuda.")
+
+    torch.Tensor.type = named  # type: ignore[assignment]

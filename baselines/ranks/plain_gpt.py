@@ -1,0 +1,114 @@
+"""The GPT of `axonn.models.gpt` in plain modules of torch: same layers, same parameters, same function.
+
+The rows of `qkv` are those of one head after the other, so that a part of them is whole heads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Embedding(nn.Module):
+    """[batch, seq] int64 -> [batch, seq, hidden]."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(model.vocab, model.hidden)
+        self.positions = nn.Embedding(model.seq_len, model.hidden)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        embedded: torch.Tensor = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        return embedded
+
+
+class Attention(nn.Module):
+    """First half of a transformer layer; of as many heads as `qkv` has."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.width = model.hidden // model.heads
+        self.norm = nn.LayerNorm(model.hidden)
+        self.qkv = nn.Linear(model.hidden, 3 * model.hidden)
+        self.projection = nn.Linear(model.hidden, model.hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        qkv: torch.Tensor = self.qkv(self.norm(x))
+        q, k, v = qkv.view(*qkv.shape[:2], -1, 3, self.width).permute(3, 0, 2, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        projected: torch.Tensor = self.projection(y.transpose(1, 2).flatten(2))
+        return x + projected
+
+
+class FeedForward(nn.Module):
+    """Second half of a transformer layer."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(model.hidden)
+        self.fc1 = nn.Linear(model.hidden, 4 * model.hidden)
+        self.fc2 = nn.Linear(4 * model.hidden, model.hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        fed: torch.Tensor = self.fc2(F.gelu(self.fc1(self.norm(x))))
+        return x + fed
+
+
+class Head(nn.Module):
+    """[batch, seq, hidden] -> [batch, seq, vocab]."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(model.hidden)
+        self.output = nn.Linear(model.hidden, model.vocab, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.output(self.norm(x))
+        return logits
+
+
+def layer_names(model: Any) -> list[str]:
+    """Names of the layers in their order."""
+    halves = [f"{kind}{i}" for i in range(model.layers) for kind in ("attention", "mlp")]
+    return ["embedding", *halves, "head"]
+
+
+def stages(model: Any) -> list[list[str]]:
+    """Names of the layers of each stage, the first ones being those of the variable STAGE_STARTS."""
+    names = layer_names(model)
+    starts = [int(start) for start in os.environ["STAGE_STARTS"].split(",")]
+    return [names[first:end] for first, end in zip(starts, [*starts[1:], len(names)], strict=True)]
+
+
+def build(name: str, model: Any, weights: Mapping[str, torch.Tensor] | None, dtype: torch.dtype) -> nn.Module:
+    """The layer `name` of `model` (anything with the attributes of a GPTConfig), with its weights, or torch's own."""
+    kinds: dict[str, type[nn.Module]] = {
+        "embedding": Embedding,
+        "attention": Attention,
+        "mlp": FeedForward,
+        "head": Head,
+    }
+    layer = kinds[name.rstrip("0123456789")](model).to(dtype)
+    if weights is None:
+        return layer
+    own = {key.partition(".")[2]: value for key, value in weights.items() if key.partition(".")[0] == name}
+    for part in ("qkv.weight", "qkv.bias"):
+        if part in own:
+            own[part] = by_head(own[part], model.heads)
+    layer.load_state_dict(own)
+    return layer
+
+
+def by_head(values: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of all queries, keys, values, rearranged: those of one head after the other."""
+    return values.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy per token."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -1,0 +1,211 @@
+"""axonn compare: records or summaries of several frameworks side by side, with ratios and a bound to hold.
+
+Runs are compared when they did the same work (model, devices, point) and are of one kind: published, predicted and
+measured times never meet in a ratio.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, get_args
+
+from rich import box
+from rich.table import Table
+
+from axonn.errors import RecordError
+from axonn.records import SCHEMA, Record, RecordKind, read_records
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One framework's run of some work; a repeated one is several entries."""
+
+    kind: RecordKind
+    work: str
+    """Equal for all that may be compared."""
+    framework: str
+    variant: str
+    """Tells apart several ways in which a framework ran the same work."""
+    seconds: float | None
+    """Of a batch; None of a run that failed."""
+    failure: str | None = None
+
+
+def load(paths: Sequence[Path]) -> list[Entry]:
+    """Entries of record files, summaries, and all such files in folders.
+
+    Raises `RecordError` naming what cannot be read; a folder without any record is an error too.
+    """
+    entries: list[Entry] = []
+    for path in paths:
+        if path.is_dir():
+            files = sorted(path.rglob("*.json"))
+            found = [entry for file in files if (some := _read(file, required=False)) is not None for entry in some]
+            if not found:
+                raise RecordError(f"{path}: holds no records; name record files, summaries or folders of them")
+            entries += found
+        else:
+            entries += _read(path, required=True) or []
+    return entries
+
+
+def _read(path: Path, *, required: bool) -> list[Entry] | None:
+    """Entries of a file; None of one that is neither records nor a summary, where that is no error."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RecordError(f"{path}: cannot be read: {error}") from error
+    if isinstance(data, dict) and "schema" in data and (required or data["schema"] == SCHEMA):
+        return [_of_record(record) for record in read_records(path)]
+    if isinstance(data, dict) and isinstance(data.get("rows"), list):
+        return [_of_row(row, f"{path}: row {number}") for number, row in enumerate(data["rows"], 1)]
+    if required:
+        raise RecordError(f"{path}: is neither a record file nor a summary with rows")
+    return None
+
+
+def _of_record(record: Record) -> Entry:
+    asked, ran = record.asked, record.ran
+    timed = record.batch_times_s[record.warmup_batches or 0 :]
+    schedule = "" if ran.schedule is None else ran.schedule.name
+    grid = " x ".join(f"{axis} {extent}" for axis, extent in ran.grid.model_dump().items() if extent != 1)
+    # Records of one point differ in nothing else that a reader could tell them apart by.
+    named = record.note.partition(";")[0] if record.experiment == "baselines" and record.note else ""
+    return Entry(
+        kind=record.kind,
+        work=f"{record.point}: {asked.model}, {asked.parameters} parameters, batch {asked.batch_size}, "
+        f"{asked.gpus} devices, {asked.precision}",
+        framework=ran.framework,
+        variant=named or ", ".join(part for part in (grid, schedule) if part),
+        seconds=None if record.batch_time_s is None else median(timed) if timed else record.batch_time_s,
+        failure=None if record.failure is None else f"{record.failure.cause}: {record.failure.detail}",
+    )
+
+
+def _of_row(row: Any, where: str) -> Entry:
+    try:
+        kind, failure = row["kind"], row.get("failure")
+        if kind not in get_args(RecordKind):
+            raise RecordError(f"{where}: has kind '{kind}', known are {', '.join(get_args(RecordKind))}")
+        # What the rows of the figures and of the comparison say of their work.
+        names = ("workload", "model", "gpus", "ranks", "parallelism", "condition")
+        return Entry(
+            kind=kind,
+            work=", ".join(str(row[name]) for name in names if row.get(name) is not None),
+            framework=str(row["framework"]),
+            variant=str(row.get("strategy") or ""),
+            seconds=None if failure else float(row["batch_time_s"]),
+            failure=f"{failure['cause']}: {failure['detail']}" if failure else None,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RecordError(f"{where}: is no row of a summary: {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A framework's time of some work beside the base's."""
+
+    kind: RecordKind
+    work: str
+    framework: str
+    variant: str
+    runs: int
+    seconds: float | None
+    ratio: float | None
+    """To the fastest way of the base; below 1 this one is faster."""
+    base: bool
+    failure: str | None
+
+    @property
+    def title(self) -> str:
+        """Its work in short."""
+        return self.work.partition(": ")[0]
+
+
+def compare(entries: Iterable[Entry], base: str) -> list[Line]:
+    """Entries by kind and work, the base first; repeated runs count with their median.
+
+    Raises `RecordError` when no work was done by the base and another framework both.
+    """
+    entries = list(entries)
+    names = sorted({entry.framework for entry in entries})
+    if base not in names:
+        raise RecordError(f"there is no record of '{base}'; frameworks in these records: {', '.join(names) or 'none'}")
+    lines: list[Line] = []
+    for kind in get_args(RecordKind):
+        works = dict.fromkeys(entry.work for entry in entries if entry.kind == kind)
+        for work in works:
+            lines += _lines([e for e in entries if e.kind == kind and e.work == work], base)
+    if not any(line.ratio is not None and not line.base for line in lines):
+        raise RecordError(
+            f"nothing to compare: no work of one kind has a time of '{base}' and one of another framework"
+        )
+    return lines
+
+
+def _lines(entries: Sequence[Entry], base: str) -> list[Line]:
+    """Of one kind and work."""
+    ways: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        ways.setdefault((entry.framework, entry.variant), []).append(entry)
+    times = {way: [e.seconds for e in some if e.seconds is not None] for way, some in ways.items()}
+    middle = {way: median(found) if found else None for way, found in times.items()}
+    fastest = min((s for (name, _), s in middle.items() if name == base and s is not None), default=None)
+    lines = [
+        Line(
+            kind=some[0].kind,
+            work=some[0].work,
+            framework=way[0],
+            variant=way[1],
+            runs=len(times[way]),
+            seconds=seconds,
+            ratio=None if fastest is None or seconds is None else seconds / fastest,
+            base=way[0] == base,
+            failure=next((e.failure for e in some if e.failure is not None), None) if seconds is None else None,
+        )
+        for way, some in ways.items()
+        for seconds in (middle[way],)
+    ]
+    return sorted(lines, key=lambda line: (not line.base, line.seconds is None, line.seconds or 0.0))
+
+
+def behind(lines: Sequence[Line], above: float) -> list[str]:
+    """Works in which the base takes more than `above` times as long as the fastest other framework, in words."""
+    found = []
+    others: dict[tuple[str, str], list[tuple[float, Line]]] = {}
+    for line in lines:
+        if line.ratio is not None and not line.base:
+            others.setdefault((line.kind, line.work), []).append((line.ratio, line))
+    for some in others.values():
+        ratio, best = min(some, key=lambda one: one[0])
+        if 1 / ratio > above:
+            where = f"{best.kind}, {best.title}"
+            found.append(f"{where}: {1 / ratio:.3f} of the time of {best.framework}, more than {above:g}")
+    return found
+
+
+def table_of(lines: Sequence[Line], base: str) -> Table:
+    """All of it; the kinds of points have sections of their own."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("kind", no_wrap=True)
+    table.add_column("framework")
+    for name in ("runs", "seconds", f"ratio to {base}"):
+        table.add_column(name, justify="right", no_wrap=True)
+    previous: tuple[str, str] | None = None
+    for line in lines:
+        if (line.kind, line.work) != previous:
+            if previous is not None:
+                table.add_section()
+            previous = (line.kind, line.work)
+            table.add_row("", f"[bold]{line.title}[/bold]")
+        name = f"{line.framework} ({line.variant})" if line.variant else line.framework
+        if line.seconds is None:
+            table.add_row(line.kind, name, "0", "failed", (line.failure or "").partition(":")[0])
+            continue
+        ratio = "-" if line.ratio is None else f"{line.ratio:.3f}"
+        table.add_row(line.kind, name, str(line.runs), f"{line.seconds:.4g}", ratio)
+    return table

@@ -1,0 +1,114 @@
+"""Runs on clusters whose ranks are this suite's own: what they are started with, and what they leave.
+
+The folder in which such a run is started is a run folder: `spec.json` lies in it, and every rank leaves its trail there
+(`experiments.trail`). What is read afterwards are those files and what the ranks printed, in any order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from axonn.config import DataConfig, TrainConfig
+from axonn.errors import LaunchError
+from experiments.framework import ClusterWork, Launch, PrintedRun
+from experiments.metrics import BATCHES
+from experiments.printed import failure_of
+from experiments.trail import SPEC
+
+LARGEST_TOKEN = 65_535
+"""Of a file of uint16."""
+READ_LATER = f"the ranks print no times: to read the run, {BATCHES} and rank-*.json are part of its output"
+
+
+def spec_of(
+    framework: str,
+    config: TrainConfig,
+    *,
+    checkpoint: str | None = None,
+    turns: bool = False,
+    device: str = "cpu",
+) -> str:
+    """Content of the `spec.json` of a run folder."""
+    grid = config.grid
+    spec = {
+        "framework": framework,
+        "config": config.model_dump(mode="json"),
+        "ranks": grid.data * grid.inter * grid.row * grid.col,
+        "checkpoint": checkpoint,
+        "turns": turns,
+        "device": device,
+    }
+    return json.dumps(spec, indent=1)
+
+
+def launch_worker(framework: str, config: TrainConfig, *, device: str = "cpu", notes: Sequence[str] = ()) -> Launch:
+    """How every rank of `config` runs the worker of this suite. Raises `LaunchError` when its data cannot be read."""
+    provided = [
+        "python is that of this suite's environment, and the folder in which it is started is one that all ranks see"
+    ]
+    return Launch(
+        command=["python", "-m", "experiments.worker", "."],
+        files={SPEC: spec_of(framework, config, device=device)},
+        notes=[*notes, *provided, READ_LATER],
+    )
+
+
+def data_of(work: ClusterWork) -> tuple[DataConfig, list[str]]:
+    """Where ranks of this suite find the tokens of `work`, and what is to be known of that.
+
+    Raises `LaunchError` when a file of them would not hold the vocabulary.
+    """
+    if work.data is None:
+        return DataConfig(), ["the tokens are bytes of Python's own sources"]
+    if work.model.vocab > LARGEST_TOKEN + 1:
+        raise LaunchError(
+            f"{work.model.name} has {work.model.vocab} tokens, and files of tokens hold {LARGEST_TOKEN + 1}: "
+            "take a smaller vocabulary, or synthetic tokens"
+        )
+    # Megatron-LM writes uint16 for vocabularies below 65,500 (megatron/core/datasets/indexed_dataset.py).
+    path = f"{work.data}.bin"
+    return DataConfig(path=path), [f"{path} holds uint16 tokens, as Megatron-LM's tools write it"]
+
+
+def read_run(lines: Iterable[str]) -> PrintedRun:
+    """What a run's files and its output say, whole or cut short, the lines of all ranks perhaps mixed."""
+    batches: dict[int, dict[str, Any]] = {}
+    states: list[dict[str, Any]] = []
+    printed: list[str] = []
+    for line in lines:
+        found = _object_in(line)
+        if found.keys() >= {"step", "loss", "seconds"}:
+            batches[found["step"]] = found
+        elif found.keys() >= {"state", "time"}:
+            states.append(found)
+        else:
+            printed.append(line)
+    ordered = [batches[step] for step in sorted(batches)]
+    finished = bool(states) and all(state["state"] == "done" for state in states)
+    return PrintedRun(
+        seconds=[batch["seconds"] for batch in ordered],
+        losses=[batch["loss"] for batch in ordered],
+        memory_bytes=max((state["memory_bytes"] for state in states if "memory_bytes" in state), default=None),
+        finished=finished,
+        failure=None if finished else failure_of([*_raised(states), *printed]),
+    )
+
+
+def _raised(states: Iterable[dict[str, Any]]) -> list[str]:
+    """Why ranks failed, the first one first, as Python prints it: weighed with what else was printed."""
+    failed = sorted((state for state in states if state["state"] == "failed"), key=lambda state: state["time"])
+    return [line for state in failed for line in ("Traceback (most recent call last):", state["detail"])]
+
+
+def _object_in(line: str) -> dict[str, Any]:
+    """The JSON object of a line, behind whatever a launcher puts before it; empty where there is none."""
+    start = line.find("{")
+    if start < 0:
+        return {}
+    try:
+        found, _ = json.JSONDecoder().raw_decode(line, start)
+    except json.JSONDecodeError:
+        return {}
+    return found if isinstance(found, dict) else {}
