@@ -9,7 +9,7 @@ QUICK_FLAG := $(if $(QUICK),--quick)
 COMPARISON := results/baselines$(if $(QUICK),/quick)$(if $(LINK),/link)
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce-fig6 baselines compare-baselines calibrate validate-local validate-plan plan-published clean-baselines test test-full soak lint bench bench-link bench-tensor bench-schedules bench-optimizer clean
+.PHONY: help install reproduce-fig6 baselines compare-baselines schematics calibrate validate-local validate-plan plan-published clean-baselines test test-full soak lint bench bench-link bench-tensor bench-schedules bench-optimizer clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-17s %s\n", $$1, $$2 }'
@@ -30,6 +30,9 @@ reproduce-fig6: $(READY) ## weak scaling: published, predicted, and measured her
 compare-baselines: $(READY) ## AxoNN and other frameworks on the same work (QUICK=1; LINK=1; RANKS=4; OPTIONS='--kinds tensor')
 	@status=0; $(BIN)/python -m baselines.compare --out $(COMPARISON) $(QUICK_FLAG) $(if $(LINK),--link) $(if $(RANKS),--ranks $(RANKS)) $(OPTIONS) || status=$$?; \
 		test $$status -gt 1 || $(BIN)/python -m plots.baselines $(COMPARISON)/summary.json || status=$$?; exit $$status
+
+schematics: $(READY) ## the grid, the schedule and a layer of a configuration as pictures (CONFIG=my.yaml)
+	@$(BIN)/python -m plots.schematics $(CONFIG)
 
 calibrate: $(READY) ## measure this machine for the performance model (QUICK=1: coarsely)
 	@$(BIN)/axonn calibrate $(QUICK_FLAG)
