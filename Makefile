@@ -40,7 +40,7 @@ calibrate: $(READY) ## measure this machine for the performance model (QUICK=1: 
 validate-local: $(READY) ## predicted and measured batch times of 21 runs on this machine (calibrates; about 8 minutes)
 	@$(BIN)/python -m experiments.local_validation
 
-test: $(READY) ## the tests (8 to 14 minutes on 2 cores)
+test: $(READY) ## the tests (about 23 minutes on 2 cores)
 	@$(BIN)/python -m pytest
 
 test-full: $(READY) ## the tests with the full product of configurations (long)
