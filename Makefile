@@ -8,11 +8,17 @@ FRESH_FLAG := $(if $(FRESH),--fresh)
 QUICK_FLAG := $(if $(QUICK),--quick)
 COMPARISON := results/baselines$(if $(QUICK),/quick)$(if $(LINK),/link)
 
+# The poster's figures, and the papers' other experiments, in the order in which `make reproduce` makes them.
+FIGURES := fig3 fig5 fig6 fig7
+OTHERS := ginter inflight memory messages loss
+
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce-fig6 baselines compare-baselines schematics calibrate validate-local validate-plan plan-published clean-baselines test test-full soak lint bench bench-link bench-tensor bench-schedules bench-optimizer clean
+.PHONY: help install reproduce reproduce-others $(FIGURES:%=reproduce-%) $(OTHERS:%=reproduce-%) report schematics \
+	baselines compare-baselines clean-baselines calibrate validate-local validate-plan validate-published plan-published \
+	test test-full soak lint bench bench-link bench-tensor bench-schedules bench-optimizer clean
 
 help: ## this list
-	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-17s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-21s %s\n", $$1, $$2 }'
 
 install: $(READY) ## make the virtual environment (done by every other target as needed)
 
@@ -22,10 +28,32 @@ $(READY): pyproject.toml constraints.txt tools/install.sh tools/torch.sh
 	@bash tools/install.sh $(VENV) $(EXTRAS)
 	@touch $@
 
-reproduce-fig6: $(READY) ## weak scaling: published, predicted, and measured here (FRESH=1 measures anew)
-	@$(BIN)/axonn predict experiments/fig6.yaml $(FRESH_FLAG)
-	@status=0; $(BIN)/axonn run experiments/fig6.yaml $(FRESH_FLAG) || status=$$?; \
-		test $$status -eq 130 || $(BIN)/python -m plots.fig6 || status=$$?; exit $$status
+reproduce: $(READY) ## all figures, the model against published sets, and results/report.html (FRESH=1: all anew)
+	@$(BIN)/python -m plots.reproduce $(FIGURES:%=reproduce-%) $(OTHERS:%=reproduce-%) schematics validate-published
+
+report: $(READY) ## results/report.html alone, from what is there
+	@$(BIN)/python -m plots.report
+
+reproduce-fig3: ## what a batch is made of, without and with the memory optimisation: published, predicted, measured here
+reproduce-fig5: ## the trace of tensor parallelism: predicted, and measured here, with Perfetto traces
+reproduce-fig6: ## weak scaling: published, predicted, and measured here (FRESH=1 measures anew)
+reproduce-fig7: ## weak scaling of U-Nets: our tensor parallelism and Megatron-LM's scheme
+reproduce-ginter: ## pipeline phase over G_inter: published, predicted
+reproduce-inflight: ## in-flight limit of the message-driven schedule beside 1F1B: predicted, and measured here
+reproduce-memory: ## the memory optimisation: published, predicted, and measured here
+reproduce-messages: ## MPI and NCCL, published; messages of this machine (calibrates it quickly where that was not done)
+reproduce-messages: experiments/machines/local.yaml
+reproduce-loss: ## training loss on a grid and on one rank, measured here; published curves
+reproduce-others: $(OTHERS:%=reproduce-%) ## these five
+
+# Only where there is none: whatever was measured by hand stays.
+experiments/machines/local.yaml: | $(READY)
+	@$(BIN)/axonn calibrate --quick
+
+$(FIGURES:%=reproduce-%) $(OTHERS:%=reproduce-%): reproduce-%: $(READY)
+	@$(BIN)/axonn predict experiments/$*.yaml $(FRESH_FLAG)
+	@status=0; $(BIN)/axonn run experiments/$*.yaml $(FRESH_FLAG) || status=$$?; \
+		test $$status -eq 130 || $(BIN)/python -m plots.$* || status=$$?; exit $$status
 
 compare-baselines: $(READY) ## AxoNN and other frameworks on the same work (QUICK=1; LINK=1; RANKS=4; OPTIONS='--kinds tensor')
 	@status=0; $(BIN)/python -m baselines.compare --out $(COMPARISON) $(QUICK_FLAG) $(if $(LINK),--link) $(if $(RANKS),--ranks $(RANKS)) $(OPTIONS) || status=$$?; \
@@ -36,6 +64,9 @@ schematics: $(READY) ## the grid, the schedule and a layer of a configuration as
 
 calibrate: $(READY) ## measure this machine for the performance model (QUICK=1: coarsely)
 	@$(BIN)/axonn calibrate $(QUICK_FLAG)
+
+validate-published: $(READY) ## the model against all published sets (axonn predict --validate)
+	@$(BIN)/axonn predict --validate $(FRESH_FLAG)
 
 validate-local: $(READY) ## predicted and measured batch times of 21 runs on this machine (calibrates; about 8 minutes)
 	@$(BIN)/python -m experiments.local_validation
@@ -85,4 +116,5 @@ clean-baselines: ## remove these frameworks
 	@rm -rf .baselines
 
 clean: ## remove results, figures and run folders of this machine, not the environments
-	@rm -rf runs plots/out results/measured results/predicted results/bench results/fig6 results/baselines
+	@rm -rf runs plots/out
+	@find results -mindepth 1 -maxdepth 1 ! -name published ! -name __init__.py -exec rm -rf {} +

@@ -247,7 +247,10 @@ class Engine:
     def _run_pipeline(self, inputs: Inputs | None, targets: torch.Tensor | None) -> _Loss:
         """Forward and backward of the batch; the loss is still on its way to the other ranks."""
         self._check_rows(inputs, targets)
+        start = SpanRecorder.now()
         self._optimizer.zero()
+        if self.spans is not None:
+            self.spans.add(SpanKind.OPTIMIZER, start, self.spans.now())
         scale = self._optimizer.loss_scale / (self.microbatches * self.grid.data)
         batch = Batch(inputs, targets, step=self.batches, samples=self.shard(self.batches))
         local = self._executor.train(self._new_schedule(), batch, loss_scale=scale)

@@ -77,7 +77,10 @@ class Ran(StrictModel):
     framework: str
     version: str
     grid: GridConfig
-    microbatch_size: int
+    microbatch_size: int | None = None
+    """None where a publication does not say."""
+    overdecomposition: int | None = None
+    """Sub-shards of a microbatch, of a prediction."""
     schedule: ScheduleConfig | None = None
     microbatches: int | None = None
     """Per pipeline."""
@@ -111,7 +114,7 @@ class Failure(StrictModel):
 
 
 class Record(StrictModel):
-    """One run. Either `batch_time_s` or `failure` is given."""
+    """One run. Either `batch_time_s` or `failure` is given, or `phases_s` of a published one."""
 
     kind: RecordKind
     experiment: str
@@ -130,8 +133,20 @@ class Record(StrictModel):
     losses: list[float] = []
     parts_s: dict[str, float] = {}
     """Seconds of a batch by part (`axonn.trace.Parts`), where spans were taken."""
+    phases_s: dict[str, float] = {}
+    """Seconds of inter_layer (from the first forward to the last backward), all_reduce and optimizer, on the stage that
+    ends last, where they follow each other (`axonn.phases.Phases`). A published record may have these, or some of them,
+    and no batch time."""
+    overlap_s: dict[str, float] = {}
+    """How much of the tensor axes' collectives ran under compute (`axonn.trace.Overlap`), where spans were taken."""
     memory_bytes: int | None = None
     """Peak over ranks: device memory, or resident memory of the process on a CPU."""
+    memory_parts: dict[str, int] = {}
+    """Bytes by part, each of the rank that has most of it. Of a prediction model_state, checkpoints and working
+    (`axonn.perf.memory.Memory`); of our engine parameters, gradients, optimizer_state, buckets and activations on the
+    device, and host (`Engine.memory`)."""
+    memory_of_all: dict[str, int] = {}
+    """The same parts, summed over all ranks."""
     bytes_per_batch: dict[str, int] = {}
     """Bytes that a rank sends for a batch, by axis of the grid, from the rank that sends most along it; all-reduces and
     gathers as over rings (`axonn.traffic.Traffic`). Of the last batch, where it was counted."""
@@ -147,7 +162,8 @@ class Record(StrictModel):
     note: str | None = None
 
     def model_post_init(self, context: object) -> None:
-        if (self.batch_time_s is None) == (self.failure is None):
+        in_phases = self.kind == "published" and bool(self.phases_s)
+        if (self.batch_time_s is None) == (self.failure is None) and not (in_phases and self.failure is None):
             raise ValueError("a record has either a batch_time_s or a failure")
 
 

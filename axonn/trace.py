@@ -30,6 +30,8 @@ class SpanKind(StrEnum):
     BACKWARD_WEIGHT = "backward-weight"
     SEND = "send"
     RECEIVE_WAIT = "receive-wait"
+    MESSAGES = "messages"
+    """Between two tasks: handing messages on, taking those that are there, and deciding what is next."""
     ALL_REDUCE = "all-reduce"
     TENSOR = "tensor-collective"
     """A collective along row or col, from its start until its result is there."""
@@ -43,8 +45,10 @@ class Span(NamedTuple):
 
     `chunk` is the rank's own chunk that computes or waits. A send span has the chunk of the receiver, and that rank as
     its `peer`: so it agrees with the receive-wait span of its message. `layer` is the first layer of the chunk that
-    computes or waits. `direction` is 0 for activations and 1 for gradients. A send span starts when the message is
-    posted and ends when its buffer is free again.
+    computes or waits; of a collective of the tensor axes, and of what computes up to it, a prediction says the layer
+    itself. `direction` is 0 for activations and 1 for gradients. A send span starts when the message is posted and ends
+    when its buffer is free again. `shard` is the sub-shard that computes, or whose collective of the tensor axes it is,
+    where a microbatch is cut into several.
     """
 
     rank: int
@@ -57,8 +61,10 @@ class Span(NamedTuple):
     end: float
     chunk: int = -1
     peer: int = -1
+    shard: int = -1
 
 
+_VERSION = "axonn-spans/3"
 _SCHEMA = pa.schema(
     [
         ("rank", pa.int32()),
@@ -71,12 +77,13 @@ _SCHEMA = pa.schema(
         ("end", pa.float64()),
         ("chunk", pa.int16()),
         ("peer", pa.int32()),
+        ("shard", pa.int16()),
     ],
-    metadata={"schema": "axonn-spans/2"},
+    metadata={"schema": _VERSION},
 )
 
 
-_COMPUTE = (SpanKind.FORWARD, SpanKind.BACKWARD, SpanKind.BACKWARD_INPUT, SpanKind.BACKWARD_WEIGHT)
+COMPUTE = (SpanKind.FORWARD, SpanKind.BACKWARD, SpanKind.BACKWARD_INPUT, SpanKind.BACKWARD_WEIGHT)
 
 
 class SpanRecorder:
@@ -120,12 +127,14 @@ class SpanRecorder:
         direction: int = -1,
         chunk: int = -1,
         peer: int = -1,
+        shard: int = -1,
     ) -> None:
         """Record a span that began and ended at the given readings of `now`; the rest is as in `Span`."""
         if not self.recording:
             return
         start, end = start + self.clock_offset, end + self.clock_offset
-        self.spans.append(Span(self.rank, kind, self.step, microbatch, layer, direction, start, end, chunk, peer))
+        row = Span(self.rank, kind, self.step, microbatch, layer, direction, start, end, chunk, peer, shard)
+        self.spans.append(row)
 
     def flush(self, *, at_least: int = 1) -> bool:
         """Move the spans to a file of the folder, named by its first step, if there are `at_least` so many.
@@ -162,14 +171,15 @@ def write_spans(path: Path | str, spans: Iterable[Span]) -> None:
 
 
 def read_spans(path: Path | str) -> list[Span]:
-    """Read what `write_spans` wrote. Raises `RecordError` for a file that is something else."""
+    """Read what `write_spans` wrote, or its version before, which knew no sub-shards. Raises `RecordError` for a file
+    that is something else."""
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise RecordError(f"{path}: is not a span file: {error}") from error
     found = (table.schema.metadata or {}).get(b"schema", b"none").decode()
-    if found != "axonn-spans/2":
-        raise RecordError(f"{path}: has schema '{found}', expected 'axonn-spans/2'; write it anew with this version")
+    if found not in (_VERSION, "axonn-spans/2"):
+        raise RecordError(f"{path}: has schema '{found}', expected '{_VERSION}'; write it anew with this version")
     try:
         return [Span(**{**row, "kind": SpanKind(row["kind"])}) for row in table.to_pylist()]
     except ValueError as error:
@@ -185,7 +195,7 @@ class Parts(NamedTuple):
     tensor: float
     """Waiting for collectives of the tensor axes, which no compute hides."""
     point_to_point: float
-    """Waiting for a message that was already under way."""
+    """Waiting for a message that was already under way, and the rank's own work with messages."""
     bubble: float
     """Waiting for a message that was not sent yet."""
     unexplained: float
@@ -205,8 +215,9 @@ def breakdown(spans: Sequence[Span]) -> Parts:
     """Split the time from the first start to the last end into parts, averaged over ranks.
 
     An instant that several spans cover belongs to the first of compute, optimizer, all-reduce, collective of the tensor
-    axes, waiting. Waiting is split into bubble and point-to-point at the time at which the awaited message was sent; it
-    is all bubble where no send span has the receiver, direction, chunk and microbatch that are waited for.
+    axes, work with messages (which is point-to-point), waiting. Waiting is split into bubble and point-to-point at the
+    time at which the awaited message was sent; it is all bubble where no send span has the receiver, direction, chunk
+    and microbatch that are waited for.
     """
     if not spans:
         raise RecordError("there are no spans to break down; was the run traced?")
@@ -217,11 +228,11 @@ def breakdown(spans: Sequence[Span]) -> Parts:
     ranks = sorted({s.rank for s in spans})
     for rank in ranks:
         covered: list[_Interval] = []
-        point_to_point: list[_Interval] = []
-        bubble: list[_Interval] = []
         mine = [s for s in spans if s.rank == rank]
+        point_to_point = _of(mine, SpanKind.MESSAGES)
+        bubble: list[_Interval] = []
         order: list[list[_Interval]] = [
-            _of(mine, *_COMPUTE),
+            _of(mine, *COMPUTE),
             _of(mine, SpanKind.OPTIMIZER, SpanKind.COPY),
             _of(mine, SpanKind.ALL_REDUCE),
             _of(mine, SpanKind.TENSOR),
@@ -280,7 +291,7 @@ def _overlap_of(spans: Sequence[Span]) -> Overlap:
     """That of one rank, which runs one task after another."""
     tasks: dict[tuple[int, SpanKind, int, int], list[_Interval]] = {}
     for s in spans:
-        if s.kind in _COMPUTE:
+        if s.kind in COMPUTE:
             tasks.setdefault((s.step, s.kind, s.microbatch, s.chunk), []).append(_Interval(s.start, s.end))
     computed = sorted(tasks.values(), key=lambda own: min(i.start for i in own))
     begins = [min(i.start for i in own) for own in computed]

@@ -10,13 +10,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from axonn.config import StrictModel, TrainConfig, load_yaml, validate
-from axonn.defaults import sub_shards
-from axonn.engine import microbatches_of
 from axonn.errors import AxonnError, ConfigError, LaunchError
-from axonn.grid import AXES, ProcessGrid
-from axonn.inter_layer.stage import virtual_spans
-from axonn.models import make_model
-from axonn.schedules import make_schedule
+from axonn.grid import AXES
 from experiments.framework import Framework, load_adapter, load_framework
 from experiments.workloads import config_of
 
@@ -140,8 +135,6 @@ def refusal(contender: Contender, workload: str, ranks: int, device: Device) -> 
             return f"runs on {', '.join(can.devices)} only here, and --device {device} is asked for"
         if config.precision.compute not in can.precisions:
             return f"does not compute in {config.precision.compute}"
-        if contender.ours:
-            _check(config)
         return framework.unavailable(config)
     except AxonnError as error:
         return str(error)
@@ -156,14 +149,3 @@ def framework_of(contender: Contender) -> Framework | None:
         return load_framework(contender.framework)
     except LaunchError:
         return None
-
-
-def _check(config: TrainConfig) -> None:
-    """What our engine would say on every rank, said before they start. Raises `ConfigError`."""
-    grid = ProcessGrid(**config.grid.model_dump())
-    model = make_model(config.model)
-    model.check(grid)
-    sub_shards(config.overdecomposition, microbatch_size=config.microbatch_size, grid=grid)
-    count = microbatches_of(batch_size=config.batch_size, microbatch_size=config.microbatch_size, grid=grid)
-    schedule = make_schedule(config.schedule.spec(), stage=0, stages=grid.inter, microbatches=count)
-    virtual_spans(model, schedule.layout)

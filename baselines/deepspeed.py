@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 
 from baselines.deepspeed_frameworks import ENVIRONMENT, OFFLOAD_DISCLOSURE, STRATEGIES
 from baselines.deepspeed_launch import launch_of
 from baselines.deepspeed_printed import printed_run
 from experiments.framework import Adapter, Capabilities, ClusterWork, Framework, Launch, PrintedRun
-
-GPUS = Path("/proc/driver/nvidia/gpus")
-"""Has a folder for each GPU of this machine."""
 
 
 class DeepSpeedAdapter(Adapter):
@@ -24,7 +20,7 @@ class DeepSpeedAdapter(Adapter):
             version=ENVIRONMENT.version() if reason is None else None,
             reason=reason,
             strategies={name: kind.__doc__ or "" for name, kind in STRATEGIES.items()},
-            devices=devices(),
+            devices=ENVIRONMENT.devices,
             disclosure=OFFLOAD_DISCLOSURE,
         )
 
@@ -36,9 +32,3 @@ class DeepSpeedAdapter(Adapter):
 
     def read(self, lines: Iterable[str]) -> PrintedRun:
         return printed_run(lines)
-
-
-def devices() -> Sequence[str]:
-    """What it runs on here, told without importing its torch, which takes seconds."""
-    on_gpu = GPUS.is_dir() and not (ENVIRONMENT.installed("torch") or "+cpu").endswith("+cpu")
-    return ("cpu", "cuda") if on_gpu else ("cpu",)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import Distribution
 from pathlib import Path
@@ -13,6 +14,8 @@ from axonn.errors import LaunchError
 from experiments.definition import ROOT
 
 FOLDER = ROOT / ".baselines"
+GPUS = Path("/proc/driver/nvidia/gpus")
+"""Has a folder for each GPU of this machine."""
 LOCKS = ROOT / "baselines" / "environments"
 """Files of what is installed in each, one `name==version` a line."""
 
@@ -61,6 +64,12 @@ class Environment:
         places = [str(path) for path in self.folder.glob("lib*/python*/site-packages")]
         found = next(iter(Distribution.discover(name=distribution, path=places)), None)
         return None if found is None else found.version
+
+    @property
+    def devices(self) -> Sequence[str]:
+        """What its torch computes on here, told without importing it, which takes seconds."""
+        on_gpu = GPUS.is_dir() and not (self.installed("torch") or "+cpu").endswith("+cpu")
+        return ("cpu", "cuda") if on_gpu else ("cpu",)
 
     def version(self) -> str:
         """What is installed, in words. Raises `LaunchError` when the framework is not."""

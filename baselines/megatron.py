@@ -29,13 +29,13 @@ class MegatronAdapter(Adapter):
 
     def capabilities(self) -> Capabilities:
         reason = ENVIRONMENT.missing
-        on_gpu = reason is None and not (ENVIRONMENT.installed("torch") or "").endswith("+cpu")
+        devices = ENVIRONMENT.devices
         return Capabilities(
             version=ENVIRONMENT.version() if reason is None else None,
             reason=reason,
             strategies={name: kind.__doc__ or "" for name, kind in self.strategies.items()},
-            devices=("cpu", "cuda") if on_gpu else ("cpu",),
-            disclosure=None if on_gpu else DISCLOSURE,
+            devices=devices,
+            disclosure=None if "cuda" in devices else DISCLOSURE,
         )
 
     def framework(self, strategy: str | None) -> Framework:

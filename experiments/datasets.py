@@ -19,7 +19,16 @@ from axonn.config import GPTConfig, ModelConfig, StrictModel, UNetConfig, load_y
 from axonn.errors import ConfigError
 from axonn.perf.strategy import Strategy
 from axonn.records import Record, read_records
-from experiments.definition import HERE, ROOT, Experiment, load_experiment, load_model, merge
+from experiments.definition import (
+    HERE,
+    ROOT,
+    Experiment,
+    PredictedPanel,
+    PredictedPoint,
+    load_experiment,
+    load_model,
+    merge,
+)
 
 FOLDER = HERE / "validation"
 
@@ -209,7 +218,8 @@ def load_data_set(path: Path | str) -> tuple[DataSet, list[Case]]:
     if not data.points and experiment is not None:
         cases = _cases_of(experiment)
     else:
-        groups = merge({} if experiment is None else experiment.predicted.frameworks, data.groups)
+        panel = None if experiment is None else experiment.predicted
+        groups = merge({} if panel is None else panel.frameworks, data.groups)
         cases = [_case(data, point, groups, where) for point in data.points]
     known = [case.label for case in cases]
     if len(set(known)) < len(known):
@@ -293,18 +303,29 @@ def _case(data: DataSet, point: Point, groups: Mapping[str, Mapping[str, Any]], 
     )
 
 
+def case_of(panel: PredictedPanel, point: PredictedPoint) -> Case:
+    """A point of an experiment file."""
+    return Case(
+        label=f"{point.name} {point.framework}",
+        group=point.framework,
+        model=load_model(point.model),
+        gpus=point.gpus,
+        batch_size=point.batch_size or panel.batch_size,
+        strategy=merge(panel.frameworks.get(point.framework, {}), point.strategy),
+        published={},
+    )
+
+
 def _cases_of(experiment: Experiment) -> list[Case]:
     panel = experiment.predicted
+    if panel is None or experiment.published is None:
+        raise ConfigError(f"the experiment {experiment.name} has no published and predicted points of its own")
     published = {(r.point, r.ran.framework): _seconds(r) for r in read_records(ROOT / experiment.published)}
     return [
-        Case(
+        replace(
+            case_of(panel, point),
             label=f"{point.model} {point.framework}",
-            group=point.framework,
-            model=load_model(point.model),
-            gpus=point.gpus,
-            batch_size=panel.batch_size,
-            strategy=merge(panel.frameworks.get(point.framework, {}), point.strategy),
-            published={"batch_time_s": published[f"{point.model}-{point.gpus}", point.framework]},
+            published={"batch_time_s": published[point.name, point.framework]},
         )
         for point in panel.points
     ]

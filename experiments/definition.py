@@ -1,8 +1,13 @@
-"""What an experiment file says: the points of one figure, to be predicted at a published scale and measured here."""
+"""What an experiment file says: the points of one figure, to be predicted at a published scale and measured here.
+
+Points at the published scale are listed in `predicted`, or are those of a published data set (`data_set`). What is
+measured here is a weak scaling (`measured`), or single configurations of `axonn train` (`runs`).
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,6 +33,8 @@ from axonn.perf.strategy import Strategy
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+OURS = "AxoNN"
+"""Label of our engine among the frameworks."""
 
 
 class PredictedPoint(StrictModel):
@@ -36,7 +43,16 @@ class PredictedPoint(StrictModel):
     framework: str
     model: str
     gpus: int = Field(ge=1)
-    strategy: dict[str, Any]
+    strategy: dict[str, Any] = {}
+    label: str | None = None
+    """Names the point where model and GPUs do not; the same for its published, predicted and measured record."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Default the panel's."""
+
+    @property
+    def name(self) -> str:
+        """Of the point, in records."""
+        return self.label or f"{self.model}-{self.gpus}"
 
 
 class PredictedPanel(StrictModel):
@@ -46,14 +62,26 @@ class PredictedPanel(StrictModel):
     batch_size: int = Field(ge=1)
     precision: str
     frameworks: dict[str, dict[str, Any]]
+    planned: list[str] = []
+    """Frameworks of whose points the planner chooses what is searched and not given (`experiments.planned`)."""
     points: list[PredictedPoint]
 
 
-class MeasuredPanel(StrictModel):
+class Policy(StrictModel):
+    """How often is measured, and what is counted."""
+
+    batches: int = Field(ge=2)
+    warmup_batches: int = Field(ge=0)
+    repeats: int = Field(ge=1)
+    """All of it in turn, since one run says little on a shared machine."""
+    loss_tolerance: float = Field(gt=0)
+    """Largest relative difference of the losses of the same work at which times may be compared."""
+
+
+class MeasuredPanel(Policy):
     """Weak scaling on this machine: `layers_per_rank` layers for each rank, one stage per rank, the batch fixed.
 
-    Every rank count from 1 to `max_ranks` (default: the cores of this machine), doubling, runs with each framework, all
-    of it `repeats` times in turn, since one run says little on a shared machine.
+    Every rank count from 1 to `max_ranks` (default: the cores of this machine), doubling, runs with each framework.
     """
 
     frameworks: list[str]
@@ -66,14 +94,46 @@ class MeasuredPanel(StrictModel):
     microbatches_per_rank: int = Field(ge=1)
     """Microbatches of a batch, per rank of the largest point (the same batch at every point)."""
     min_microbatches: int = Field(ge=1)
-    batches: int = Field(ge=2)
-    warmup_batches: int = Field(ge=0)
-    repeats: int = Field(ge=1)
     max_ranks: int | None = Field(default=None, ge=1)
-    loss_tolerance: float = Field(gt=0)
-    """Largest relative difference of the frameworks' losses at which their times may be compared."""
     seed: int = 0
     optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class MeasuredRuns(Policy):
+    """Single configurations on this machine: each of `runs`, by its label, has its keys over those of `defaults`.
+
+    `model` is the keys of one, or the name of one of experiments/models. Runs of the same model, batch and seed compute
+    the same and have to agree in their losses.
+    """
+
+    framework: str = "axonn"
+    defaults: dict[str, Any] = {}
+    runs: dict[str, dict[str, Any]] = Field(min_length=1)
+
+    def configs(self, *, where: str) -> dict[str, TrainConfig]:
+        """By label, complete. Raises `ConfigError` naming the run and the key."""
+        return {
+            label: validate(self._completed(own, place := f"{where}: runs: {label}"), TrainConfig, where=place)
+            for label, own in self.runs.items()
+        }
+
+    def _completed(self, own: Mapping[str, Any], where: str) -> dict[str, Any]:
+        found = merge(self.defaults, own) | {"steps": self.batches}
+        if isinstance(found.get("model"), str):
+            try:
+                found["model"] = load_model(found["model"]).model_dump(mode="json")
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from error
+        return found
+
+
+class Reading(StrictModel):
+    """Published numbers that are no times of batches."""
+
+    file: str
+    """A CSV table, relative to the repository."""
+    source: str
+    """The publication, and how they were read."""
 
 
 class Experiment(StrictModel):
@@ -81,26 +141,70 @@ class Experiment(StrictModel):
 
     name: str
     title: str
-    published: str
+    published: str | None = None
     """Record file with the published points, relative to the repository."""
-    predicted: PredictedPanel
-    measured: MeasuredPanel
+    data_set: str | None = None
+    """A set of experiments/validation, whose points are the published and the predicted ones."""
+    readings: dict[str, Reading] = {}
+    """Other published numbers that it is drawn from, by name."""
+    ratios: str | None = None
+    """A set of experiments/validation whose published ratios the figure shows; they have no seconds."""
+    predicted: PredictedPanel | None = None
+    measured: MeasuredPanel | None = None
+    runs: MeasuredRuns | None = None
+    about: str = ""
+    """What the figure shows, in a paragraph for the report."""
+    differs: list[str] = []
+    """What differs from the published figure, or is not known of it, and why; a sentence or two each."""
+    spans: bool = False
+    """Whether the figure needs the spans of predicted points, too."""
+
+    def model_post_init(self, context: Any) -> None:
+        if self.data_set is not None and (self.predicted is not None or self.published is not None):
+            raise ValueError("data_set stands for both published and predicted; give either")
+        if self.measured is not None and self.runs is not None:
+            raise ValueError("measured and runs are two ways to say what is measured; give one")
+
+    @property
+    def predicts(self) -> bool:
+        """Whether there are points for the performance model."""
+        return self.predicted is not None or self.data_set is not None
+
+    @property
+    def policy(self) -> Policy | None:
+        """Of what is measured; None where nothing is."""
+        return self.measured or self.runs
 
 
 def load_experiment(path: Path | str) -> Experiment:
-    """Read and check an experiment file, every strategy included. Raises `ConfigError`."""
+    """Read and check an experiment file, every strategy and run included. Raises `ConfigError`."""
     experiment = load_yaml(path, Experiment)
-    for point in experiment.predicted.points:
-        strategy_of(experiment.predicted, point, where=str(path))
-    unknown = {p.framework for p in experiment.predicted.points} - set(experiment.predicted.frameworks)
+    if experiment.runs is not None:
+        experiment.runs.configs(where=str(path))
+    panel = experiment.predicted
+    if panel is None:
+        return experiment
+    for point in panel.points:
+        _merged(panel, point, where=str(path))
+    unknown = ({p.framework for p in panel.points} | set(panel.planned)) - set(panel.frameworks)
     if unknown:
-        raise ConfigError(f"{path}: predicted.points name frameworks without an entry in frameworks: {sorted(unknown)}")
+        raise ConfigError(f"{path}: predicted names frameworks without an entry in frameworks: {sorted(unknown)}")
     return experiment
 
 
 def strategy_of(panel: PredictedPanel, point: PredictedPoint, *, where: str) -> Strategy:
-    """The framework's defaults with the point's own values over them."""
+    """The framework's defaults with the point's own values over them. Raises `ConfigError` for a key that is wrong, and
+    for a point whose strategy the planner chooses: its record has it (`experiments.predictor`)."""
+    if point.framework in panel.planned:
+        raise ConfigError(f"{where}: {point.framework} {point.model}: the planner chooses it; give the whole strategy")
+    return _merged(panel, point, where=where)
+
+
+def _merged(panel: PredictedPanel, point: PredictedPoint, *, where: str) -> Strategy:
+    """The strategy, what the planner will choose being 1 or default."""
     merged = merge(panel.frameworks.get(point.framework, {}), point.strategy)
+    if point.framework in panel.planned:
+        merged = {"grid": {}, "microbatch_size": 1} | merged
     return validate(merged, Strategy, where=f"{where}: {point.framework} {point.model}")
 
 
@@ -135,6 +239,11 @@ def _find(folder: str, name: str) -> Path:
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise ConfigError(f"there is no {folder[:-1]} '{name}'; {hint}known are {', '.join(known)}")
     return path
+
+
+def slug(text: str) -> str:
+    """As part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-")
 
 
 def available_cores() -> int:

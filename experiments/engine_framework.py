@@ -9,13 +9,16 @@ from typing import Any, get_args
 
 from axonn.config import FloatType, ScheduleConfig, TrainConfig
 from axonn.data import make_data
-from axonn.engine import Engine
-from axonn.errors import ConfigError, LaunchError
+from axonn.defaults import sub_shards
+from axonn.engine import Engine, microbatches_of
+from axonn.errors import AxonnError, ConfigError, LaunchError
 from axonn.grid import ProcessGrid
+from axonn.inter_layer.stage import virtual_spans
 from axonn.models import make_model
 from axonn.parts import Part
 from axonn.perf.engine_strategy import as_the_engine, config_of_strategy, differences
 from axonn.runtime import Runtime
+from axonn.schedules import make_schedule
 from axonn.trace import SpanRecorder
 from axonn.traffic import Traffic
 from experiments.framework import (
@@ -29,6 +32,17 @@ from experiments.framework import (
     ResumableTrainer,
 )
 from experiments.launched import data_of, launch_worker, read_run
+
+
+def layers_of_chunks(config: TrainConfig) -> list[range]:
+    """Layers of each virtual stage. Raises the error with which every rank would refuse the configuration."""
+    grid = ProcessGrid(**config.grid.model_dump())
+    model = make_model(config.model)
+    model.check(grid)
+    sub_shards(config.overdecomposition, microbatch_size=config.microbatch_size, grid=grid)
+    count = microbatches_of(batch_size=config.batch_size, microbatch_size=config.microbatch_size, grid=grid)
+    schedule = make_schedule(config.schedule.spec(), stage=0, stages=grid.inter, microbatches=count)
+    return virtual_spans(model, schedule.layout)
 
 
 class EngineTrainer(ResumableTrainer):
@@ -92,6 +106,10 @@ class EngineFramework(InProcessFramework):
         return version("axonn-reproduction")
 
     def unavailable(self, config: TrainConfig) -> str | None:
+        try:
+            layers_of_chunks(config)
+        except AxonnError as error:
+            return str(error)
         return None
 
     def schedule(self, config: TrainConfig) -> ScheduleConfig | None:

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from axonn.errors import ConfigError
+from experiments.console import console, progress_bar
 
 Count = Annotated[int | None, typer.Option(min=1, help="Pin this extent of the grid.")]
 
@@ -54,7 +54,6 @@ def plan(
     from experiments import planning
     from experiments.definition import find_machine
 
-    console = Console()
     # A table is no use in pieces: on narrow terminals its lines wrap.
     wide = Console(width=max(console.width, planning.TABLE_WIDTH))
     chosen = planning.chosen_model(model, module, inputs or [], precision=precision)
@@ -73,7 +72,7 @@ def plan(
     )
     if out is not None and chosen.config is None:
         raise ConfigError("--out writes a configuration of axonn train, which trains no other modules; leave it out")
-    with _progress(console) as progress:
+    with progress_bar(transient=True) as progress:
         task = progress.add_task("estimating")
 
         def on_progress(what: str, done: int, total: int) -> None:
@@ -97,14 +96,3 @@ def plan(
         console.print(f"written to {out}; run it with: axonn train {out}", soft_wrap=True)
     else:
         console.print("--out FILE writes the configuration for axonn train (--pick says of which row)")
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )

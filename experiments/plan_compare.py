@@ -17,18 +17,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from axonn.errors import ConfigError
 from axonn.perf.planner import Choice, plan
 from axonn.perf.predict import Parts, Prediction, predict
 from axonn.perf.search_space import Space
 from axonn.perf.strategy import Strategy
-from experiments.definition import HERE, PredictedPoint, find_machine, load_experiment, load_model, strategy_of
+from experiments.definition import HERE, OURS, PredictedPoint, find_machine, load_experiment, load_model, strategy_of
 from experiments.planning import TABLE_WIDTH, described, plannable
 from experiments.predictor import PREDICTED
 from experiments.provenance import commit
 
 PARTS = tuple(field.name for field in fields(Parts))
 """Of a batch, as in `axonn.perf.predict.Parts`."""
-OURS = "AxoNN"
 
 
 def row_of(name: str, strategy: Strategy, prediction: Prediction) -> dict[str, Any]:
@@ -84,6 +84,8 @@ def main(path: str = str(HERE / "fig6.yaml")) -> None:
     console = Console(width=max(console.width, TABLE_WIDTH + 40))
     experiment = load_experiment(path)
     panel = experiment.predicted
+    if panel is None:
+        raise ConfigError(f"{path}: has no predicted points of its own")
     machine = find_machine(panel.machine)
     found = []
     for point in (p for p in panel.points if p.framework == OURS):

@@ -136,7 +136,7 @@ def default_batch(config: ModelConfig) -> int | None:
     """The batch that the papers train a model with, if the experiments of the suite say so."""
     for path in sorted(HERE.glob("*.yaml")):
         panel = load_experiment(path).predicted
-        if any(point.model == config.name for point in panel.points):
+        if panel is not None and any(point.model == config.name for point in panel.points):
             return panel.batch_size
     return None
 

@@ -2,31 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from axonn.errors import ConfigError
 from axonn.perf.jitter import Jitter
-from axonn.perf.outline import outline_of
-from axonn.perf.predict import Prediction, predict
+from axonn.perf.machine import MachineFile
+from axonn.perf.predict import Prediction
 from axonn.perf.sent import bytes_by_axis
-from axonn.perf.strategy import Strategy
 from axonn.records import Asked, Machine, Ran, Record, read_records, write_records
-from axonn.trace import SpanRecorder
-from experiments.definition import (
-    HERE,
-    ROOT,
-    Experiment,
-    PredictedPoint,
-    find_machine,
-    load_model,
-    strategy_of,
-)
+from axonn.trace import SpanRecorder, overlap
+from experiments.cases import PredictedCase, predict_case
+from experiments.datasets import FOLDER, Case, Open, case_of, load_data_set, rules_for
+from experiments.definition import HERE, OURS, ROOT, Experiment, find_machine, slug
 from experiments.provenance import commit, fingerprint, sources
+from experiments.runner import tflops_formula
 
 PREDICTED = ROOT / "results" / "predicted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointToPredict:
+    """`name`: of the point in records, the same for its published, predicted and measured one. `where`: its file.
+
+    `planned`: whether the planner chooses what the case's strategy leaves open.
+    """
+
+    name: str
+    framework: str
+    case: Case
+    precision: str
+    rules: Sequence[Open]
+    where: str
+    planned: bool = False
+
+
+def points_to_predict(experiment: Experiment) -> tuple[str, list[PointToPredict]]:
+    """The machine, and the points of an experiment, or of the data set that it names, in order.
+
+    Raises `ConfigError` where there are none.
+    """
+    if experiment.data_set is not None:
+        path = FOLDER / f"{experiment.data_set}.yaml"
+        data, cases = load_data_set(path)
+        return data.machine, [
+            PointToPredict(
+                name=case.label,
+                framework=case.group or OURS,
+                case=case,
+                precision=str(case.strategy.get("compute", "float16")),
+                rules=rules_for(data, case),
+                where=str(path),
+            )
+            for case in cases
+        ]
+    panel = experiment.predicted
+    if panel is None:
+        raise ConfigError(
+            f"experiments/{experiment.name}.yaml has nothing to predict; give it predicted, or a data_set"
+        )
+    return panel.machine, [
+        PointToPredict(
+            name=point.name,
+            framework=point.framework,
+            case=case_of(panel, point),
+            precision=panel.precision,
+            rules=(),
+            where=str(HERE / f"{experiment.name}.yaml"),
+            planned=point.framework in panel.planned,
+        )
+        for point in panel.points
+    ]
 
 
 def predicted_file(experiment: Experiment) -> Path:
@@ -34,9 +83,24 @@ def predicted_file(experiment: Experiment) -> Path:
 
 
 def fingerprint_of(experiment: Experiment, jitter: Jitter | None = None) -> str:
-    """Hash of the experiment, the jitter, the machine, the models and the code that predicts."""
+    """Hash of the points, the jitter, the machine, the models and the code that predicts."""
+    machine, points = points_to_predict(experiment)
+    plain = [
+        {
+            "name": p.name,
+            "framework": p.framework,
+            "precision": p.precision,
+            "gpus": p.case.gpus,
+            "batch_size": p.case.batch_size,
+            "model": p.case.model.model_dump(mode="json"),
+            "strategy": p.case.strategy,
+            "rules": [rule.model_dump(mode="json") for rule in p.rules],
+        }
+        | ({"planned": True} if p.planned else {})
+        for p in points
+    ]
     return fingerprint(
-        experiment.predicted.model_dump(mode="json") | ({} if jitter is None else {"jitter": asdict(jitter)}),
+        {"points": plain, "spans": experiment.spans} | ({} if jitter is None else {"jitter": asdict(jitter)}),
         sources(
             "axonn/perf/*.py",
             "axonn/schedules/*.py",
@@ -44,9 +108,12 @@ def fingerprint_of(experiment: Experiment, jitter: Jitter | None = None) -> str:
             "axonn/grid.py",
             "axonn/partition.py",
             "axonn/records.py",
+            "axonn/trace.py",
             "axonn/unet_config.py",
-            f"experiments/machines/{experiment.predicted.machine}.yaml",
-            *(f"experiments/models/{p.model}.yaml" for p in experiment.predicted.points),
+            "experiments/cases.py",
+            "experiments/planned.py",
+            "experiments/predictor.py",
+            f"experiments/machines/{machine}.yaml",
         ),
     )
 
@@ -57,7 +124,10 @@ def done_predictions(experiment: Experiment, jitter: Jitter | None = None) -> li
     if not path.exists():
         return None
     records = read_records(path)
-    return records if records and records[0].fingerprint == fingerprint_of(experiment, jitter) else None
+    if not records or records[0].fingerprint != fingerprint_of(experiment, jitter):
+        return None
+    missing = experiment.spans and not all(r.run_folder and (ROOT / r.run_folder).exists() for r in records)
+    return None if missing else records
 
 
 def predict_experiment(
@@ -71,33 +141,49 @@ def predict_experiment(
     """Predict every point and write the records. `on_point` is called with the name of each point before it starts.
 
     With `jitter` a record has the time of every simulated batch, and its batch time is their mean. `spans`: a folder
-    to write what each stage does when to, one run folder per point, as `axonn train` leaves it.
+    to write what each stage does when to, one run folder per point, as `axonn train` leaves it; an experiment that
+    needs spans has one beside the records. Raises `ConfigError` naming the point that cannot be.
     """
-    panel = experiment.predicted
-    machine = find_machine(panel.machine)
+    name, points = points_to_predict(experiment)
+    machine = find_machine(name)
     mark = fingerprint_of(experiment, jitter)
+    if spans is None and experiment.spans:
+        spans = PREDICTED / experiment.name
     records = []
-    for point in panel.points:
-        on_point(f"{point.framework} {point.model} on {point.gpus} GPUs")
-        strategy = strategy_of(panel, point, where=str(HERE / f"{experiment.name}.yaml"))
-        strategy.process_grid(machine).check_world(point.gpus)
-        model = load_model(point.model)
-        strategy.check(model)
-        outline = outline_of(model)
-        size = panel.batch_size
-        prediction = predict(outline, machine, strategy, batch_size=size, record=spans is not None, jitter=jitter)
-        record = _record(experiment, point, strategy, prediction, command=command, mark=mark)
-        update: dict[str, Any] = {"bytes_per_batch": bytes_by_axis(outline, strategy, batch_size=size)}
+    for point in points:
+        on_point(f"{point.framework} {point.case.model.name} on {point.case.gpus} GPUs")
+        case, choice = _decided(point, machine)
+        found = predict_case(
+            case, machine, where=point.where, rules=point.rules, record=spans is not None, jitter=jitter
+        )
+        found = replace(found, chosen=[*choice, *found.chosen])
+        record = _record(experiment, point, found, machine=name, command=command, mark=mark)
+        prediction = found.prediction
+        update: dict[str, Any] = {}
         if prediction.spread is not None:
             times = list(prediction.spread.batch_times_s)
             update |= {"batch_time_s": prediction.spread.mean, "batch_times_s": times, "warmup_batches": 0}
         if spans is not None:
-            folder = spans / f"{record.point}-{point.framework}"
+            folder = spans / slug(f"{point.name}-{point.framework}")
             _write_spans(folder, prediction)
-            update["run_folder"] = str(folder)
+            update["run_folder"] = str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)
+            if experiment.spans:
+                update["overlap_s"] = overlap(prediction.spans())._asdict()
         records.append(record.model_copy(update=update))
     write_records(predicted_file(experiment), records)
     return records
+
+
+def _decided(point: PointToPredict, machine: MachineFile) -> tuple[Case, list[str]]:
+    """The case with its whole strategy, and what the planner has to say of it."""
+    if not point.planned:
+        return point.case, []
+    # The planner reads models of the engine, and so needs torch; predicting alone does not.
+    from experiments.planned import planned
+
+    case = point.case
+    choice = planned(case.model, machine, case.strategy, gpus=case.gpus, batch_size=case.batch_size, where=point.where)
+    return replace(case, strategy=choice.strategy.model_dump(mode="json")), choice.notes
 
 
 def _write_spans(folder: Path, prediction: Prediction) -> None:
@@ -109,41 +195,43 @@ def _write_spans(folder: Path, prediction: Prediction) -> None:
 
 
 def _record(
-    experiment: Experiment,
-    point: PredictedPoint,
-    strategy: Strategy,
-    prediction: Prediction,
-    *,
-    command: str,
-    mark: str,
+    experiment: Experiment, point: PointToPredict, found: PredictedCase, *, machine: str, command: str, mark: str
 ) -> Record:
-    panel = experiment.predicted
+    case, strategy, prediction = found.case, found.strategy, found.prediction
     parts = prediction.parts
     needs = prediction.memory.total
+    notes = [*found.chosen, *([] if prediction.fits else [f"needs {needs / 1e9:.1f} GB per GPU, more than it has"])]
     return Record(
         kind="predicted",
         experiment=experiment.name,
-        point=f"{point.model}-{point.gpus}",
-        asked=Asked.of(
-            load_model(point.model), gpus=point.gpus, batch_size=panel.batch_size, precision=panel.precision
-        ),
+        point=point.name,
+        asked=Asked.of(case.model, gpus=case.gpus, batch_size=case.batch_size, precision=point.precision),
         ran=Ran(
             framework=point.framework,
             version="performance model",
             grid=strategy.grid,
             microbatch_size=strategy.microbatch_size,
+            overdecomposition=strategy.overdecomposition,
             schedule=strategy.schedule,
             microbatches=prediction.microbatches,
         ),
-        machine=Machine(name=panel.machine, commit=commit()),
+        machine=Machine(name=machine, commit=commit()),
         source=command,
         batch_time_s=prediction.batch_time_s,
         parts_s={name: getattr(parts, name) for name in parts.__dataclass_fields__},
+        phases_s={
+            "inter_layer": found.quantity("pipeline_s"),
+            "all_reduce": found.quantity("all_reduce_s"),
+            "optimizer": found.quantity("optimizer_s"),
+        },
         memory_bytes=int(needs),
+        memory_parts=prediction.memory_parts,
+        memory_of_all=prediction.memory_of_all(case.gpus),
+        bytes_per_batch=bytes_by_axis(found.outline, strategy, batch_size=case.batch_size),
         tflops_per_gpu=prediction.tflops_per_gpu,
-        tflops_formula="96bslh^2(1+s/6h+V/16lh) (with recompute)",
+        tflops_formula=tflops_formula(case.model, recompute=strategy.recompute == "full"),
         pct_peak=prediction.pct_peak,
         fingerprint=mark,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        note=None if prediction.fits else f"needs {needs / 1e9:.1f} GB per GPU, more than the device has",
+        note="; ".join(notes) or None,
     )

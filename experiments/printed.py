@@ -69,12 +69,6 @@ def lines_of(lines: Iterable[str]) -> Iterator[Line]:
                 yield line
 
 
-def cleaned(lines: Iterable[str]) -> Iterator[str]:
-    """The texts of `lines_of`."""
-    for line in lines_of(lines):
-        yield line.text
-
-
 class _Weight(IntEnum):
     """How near to the cause a notice is: the first of the lowest weight is taken for it."""
 

@@ -9,10 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from axonn.config import ModelConfig, TrainConfig, UNetConfig
+from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
+from axonn.phases import phases
 from axonn.records import Asked, Failure, Record, read_records, write_records
-from axonn.trace import breakdown, read_spans, span_files
-from experiments.definition import ROOT, Experiment, measured_configs
+from axonn.trace import Span, breakdown, overlap, read_spans, span_files
+from experiments.definition import ROOT, Experiment, measured_configs, slug
 from experiments.framework import Framework, load_framework, ran_by, version_of
 from experiments.provenance import fingerprint, sources, this_machine
 from experiments.supervisor import Outcome, supervise
@@ -47,6 +49,8 @@ class Point:
     config: TrainConfig
     repeat: int
     warmup: int
+    label: str
+    """Of the point in records: what is measured, the same for every framework."""
     fingerprint: str
 
     @property
@@ -55,13 +59,16 @@ class Point:
         return g.data * g.inter * g.row * g.col
 
     @property
-    def work(self) -> str:
-        """Name of the work, the same for every framework."""
-        return f"{self.config.model.name}-{self.ranks}r"
+    def function(self) -> str:
+        """What is computed, however it is: points with the same have the same losses."""
+        c = self.config
+        plain = [v.model_dump(mode="json") for v in (c.model, c.data, c.precision)]
+        own = c.optimizer.model_dump(mode="json", exclude={"placement", "bsize", "k", "buckets_resident"})
+        return fingerprint([*plain, own, c.batch_size, c.seed], [])
 
     @property
     def name(self) -> str:
-        return f"{self.experiment}-{self.work}-{self.framework.replace('/', '-')}-{self.repeat}"
+        return slug(f"{self.experiment}-{self.label}-{self.framework}-{self.repeat}")
 
     @property
     def record_file(self) -> Path:
@@ -82,27 +89,45 @@ class Point:
 def points_of(experiment: Experiment) -> list[Point]:
     """All points in the order in which they run: repeats outermost, frameworks alternating at each rank count.
 
-    Raises `LaunchError` for a framework that nobody knows.
+    Raises `LaunchError` for a framework that nobody knows, and `ConfigError` where nothing is measured.
     """
-    panel = experiment.measured
+    policy = experiment.policy
+    if policy is None:
+        raise ConfigError(f"experiments/{experiment.name}.yaml has nothing to measure; give it measured, or runs")
     machine = this_machine().model_dump(exclude={"commit"})
     code = fingerprint(machine, sources(*_SOURCES))
-    versions = {name: version_of(load_framework(name)) for name in panel.frameworks}
+    work = measured_work(experiment)
+    versions = {name: version_of(load_framework(name)) for name in {name for _, _, name in work}}
     return [
         Point(
             experiment=experiment.name,
             framework=name,
             config=config,
             repeat=repeat,
-            warmup=panel.warmup_batches,
+            warmup=policy.warmup_batches,
+            label=label,
             fingerprint=fingerprint(
-                [name, versions[name], config.model_dump(mode="json"), panel.warmup_batches, code], []
+                [name, versions[name], config.model_dump(mode="json"), policy.warmup_batches, code], []
             ),
         )
-        for repeat in range(panel.repeats)
-        for config in measured_configs(panel)
-        for name in panel.frameworks
+        for repeat in range(policy.repeats)
+        for label, config, name in work
     ]
+
+
+def measured_work(experiment: Experiment) -> list[tuple[str, TrainConfig, str]]:
+    """Label, configuration and framework of everything that is measured, once."""
+    if experiment.measured is not None:
+        panel = experiment.measured
+        return [
+            (f"{config.model.name}-{config.grid.inter}r", config, name)
+            for config in measured_configs(panel)
+            for name in panel.frameworks
+        ]
+    if experiment.runs is not None:
+        configs = experiment.runs.configs(where=experiment.name)
+        return [(label, config, experiment.runs.framework) for label, config in configs.items()]
+    return []
 
 
 def run_point(
@@ -124,8 +149,19 @@ def run_point(
     return record
 
 
+def measures(record: Record, config: TrainConfig) -> bool:
+    """Whether a record is of the work, the grid and the microbatch of a configuration."""
+    ran = record.ran
+    return (record.asked, ran.grid, ran.microbatch_size) == (_asked(config), config.grid, config.microbatch_size)
+
+
+def _asked(config: TrainConfig) -> Asked:
+    ranks = ProcessGrid(**config.grid.model_dump()).size
+    return Asked.of(config.model, gpus=ranks, batch_size=config.batch_size, precision=config.precision.compute)
+
+
 def compare_losses(records: list[tuple[Point, Record]], tolerance: float) -> list[Record]:
-    """Losses before times: a record whose losses differ from the first of the same work is made a failure.
+    """Losses before times: a record whose losses differ from the first of the same function is made a failure.
 
     Returns the failures, which are written in place of the records.
     """
@@ -134,7 +170,7 @@ def compare_losses(records: list[tuple[Point, Record]], tolerance: float) -> lis
     for point, record in records:
         if record.failure is not None:
             continue
-        first = reference.setdefault(point.work, record)
+        first = reference.setdefault(point.function, record)
         worst = max(
             (abs(a - b) / abs(a) for a, b in zip(first.losses, record.losses, strict=True)),
             default=math.inf,
@@ -142,7 +178,8 @@ def compare_losses(records: list[tuple[Point, Record]], tolerance: float) -> lis
         if worst > tolerance:
             failure = Failure(
                 cause="not-comparable",
-                detail=f"losses differ from those of {first.ran.framework} by {worst:.1e}, more than {tolerance:.0e}",
+                detail=f"losses differ from those of {first.ran.framework} ({first.point}) by {worst:.1e}, "
+                f"more than {tolerance:.0e}",
             )
             changed = record.model_copy(update={"batch_time_s": None, "failure": failure})
             write_records(point.record_file, [changed])
@@ -150,17 +187,30 @@ def compare_losses(records: list[tuple[Point, Record]], tolerance: float) -> lis
     return failures
 
 
+def spans_of(folder: Path, config: TrainConfig, *, first: int, last: int) -> list[Span]:
+    """Spans of all ranks in the batches from `first` to before `last`; none where a rank took none."""
+    grid = ProcessGrid(**config.grid.model_dump())
+    files = [span_files(folder / f"spans-{rank}.parquet", first_step=first) for rank in range(grid.size)]
+    if not all(files) or last <= first:
+        return []
+    return [s for own in files for file in own for s in read_spans(file) if first <= s.step < last]
+
+
 def parts_of(folder: Path, config: TrainConfig, *, first: int, last: int) -> dict[str, float]:
     """Seconds of a batch by part, mean over ranks and over the batches from `first` to before `last`.
 
     Empty where a rank took no spans.
     """
-    grid = ProcessGrid(**config.grid.model_dump())
-    files = [span_files(folder / f"spans-{rank}.parquet", first_step=first) for rank in range(grid.size)]
-    if not all(files) or last <= first:
-        return {}
-    spans = [s for own in files for file in own for s in read_spans(file) if first <= s.step < last]
-    return {name: seconds / (last - first) for name, seconds in breakdown(spans)._asdict().items()}
+    return _of_spans(spans_of(folder, config, first=first, last=last), last - first)["parts_s"]
+
+
+def _of_spans(spans: list[Span], batches: int) -> dict[str, dict[str, float]]:
+    """What a record has of spans, for one batch."""
+    if not spans:
+        return {"parts_s": {}, "phases_s": {}, "overlap_s": {}}
+    found = {"parts_s": breakdown(spans)._asdict(), "overlap_s": overlap(spans)._asdict()}
+    of_one = {name: {key: value / batches for key, value in own.items()} for name, own in found.items()}
+    return of_one | {"phases_s": phases(spans)._asdict()}
 
 
 def tflops_formula(model: ModelConfig, *, recompute: bool) -> str:
@@ -175,11 +225,11 @@ def _record(point: Point, framework: Framework, outcome: Outcome, command: str) 
     config = point.config
     times = outcome.batch_times_s[point.warmup :]
     mean = sum(times) / len(times) if times and outcome.failure is None else None
-    asked = Asked.of(config.model, gpus=point.ranks, batch_size=config.batch_size, precision=config.precision.compute)
+    asked = _asked(config)
     return Record(
         kind="measured",
         experiment=point.experiment,
-        point=point.work,
+        point=point.label,
         asked=asked,
         ran=ran_by(framework, config),
         machine=this_machine(),
@@ -188,8 +238,13 @@ def _record(point: Point, framework: Framework, outcome: Outcome, command: str) 
         batch_times_s=outcome.batch_times_s,
         warmup_batches=point.warmup,
         losses=outcome.losses,
-        parts_s={} if mean is None else parts_of(point.folder, config, first=point.warmup, last=config.steps),
+        **_of_spans(
+            [] if mean is None else spans_of(point.folder, config, first=point.warmup, last=config.steps),
+            config.steps - point.warmup,
+        ),
         memory_bytes=outcome.memory_bytes,
+        memory_parts=outcome.memory_parts,
+        memory_of_all=outcome.memory_of_all,
         bytes_per_batch=outcome.bytes_per_batch,
         tflops_formula=None if mean is None else tflops_formula(config.model, recompute=False),
         tflops_per_gpu_without_recompute=None

@@ -37,8 +37,10 @@ class Outcome:
     batch_times_s: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     memory_bytes: int | None = None
+    memory_parts: dict[str, int] = field(default_factory=dict)
+    memory_of_all: dict[str, int] = field(default_factory=dict)
     bytes_per_batch: dict[str, int] = field(default_factory=dict)
-    """See `axonn.records.Record`."""
+    """This and the two before: see `axonn.records.Record`."""
     failure: Failure | None = None
 
 
@@ -101,10 +103,13 @@ def supervise(
     for state in states:
         for axis, size in state.get("bytes_per_batch", {}).items():
             most_sent[axis] = max(size, most_sent.get(axis, 0))
+    kept: list[dict[str, int]] = [state["memory"] for state in states if state.get("memory")]
     return Outcome(
         batch_times_s=[b["seconds"] for b in batches],
         losses=[b["loss"] for b in batches],
         memory_bytes=max((state["memory_bytes"] for state in states if "memory_bytes" in state), default=None),
+        memory_parts={part: max(parts[part] for parts in kept) for part in (kept[0] if kept else {})},
+        memory_of_all={part: sum(parts[part] for parts in kept) for part in (kept[0] if kept else {})},
         bytes_per_batch=most_sent,
         failure=failure,
     )

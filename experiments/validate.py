@@ -4,57 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import pandas as pd
+from pydantic import ValidationError
 
 from axonn.errors import AxonnError, ConfigError
-from axonn.perf.machine import MachineFile, Size
+from axonn.perf.machine import Size
 from axonn.perf.naive import naive_constant, naive_predict
-from axonn.perf.outline import Outline, outline_of
-from axonn.perf.predict import Prediction, predict
-from experiments.datasets import Case, DataSet, Quantity, Ratio, Variant, load_data_set, rules_for
+from experiments.cases import PredictedCase, predict_case
+from experiments.datasets import DataSet, Quantity, Ratio, Variant, load_data_set, rules_for
 from experiments.definition import find_machine
 from experiments.predictor import PREDICTED
-from experiments.provenance import commit
+from experiments.provenance import commit, fingerprint, sources
 from experiments.validation_results import Goal, Row, SetResult, Validation, VariantRow, fitted_constants
 
 RESULT = PREDICTED / "validation.json"
 _RATED: tuple[Quantity, ...] = ("batch_time_s", "pipeline_s", "tflops_per_gpu")
 """Quantities that a constant rate of all GPUs predicts."""
-
-
-@dataclass(frozen=True)
-class _Predicted:
-    case: Case
-    outline: Outline
-    prediction: Prediction
-    chosen: list[str]
-
-    def quantity(self, name: Quantity) -> float:
-        p = self.prediction
-        match name:
-            case "batch_time_s" | "pipeline_s":
-                return getattr(p, name)  # type: ignore[no-any-return]
-            case "step_s":
-                return p.batch_time_s - p.pipeline_s
-            case "all_reduce_s":
-                return p.last.reducing
-            case "optimizer_s":
-                return p.last.updating
-            case "tflops_per_gpu":
-                flops = self.case.batch_size * self.outline.flops_recomputing
-                return flops / p.batch_time_s / self.case.gpus / 1e12
-
-    @property
-    def flops(self) -> float:
-        """Of the batch, recomputation counted as in the prediction's TFLOP/s."""
-        p = self.prediction
-        return 1e12 * p.tflops_per_gpu * self.case.gpus * p.batch_time_s
 
 
 def validate_set(path: Path, *, on_point: Callable[[str], None] = lambda label: None) -> SetResult:
@@ -65,7 +34,7 @@ def validate_set(path: Path, *, on_point: Callable[[str], None] = lambda label: 
     data, cases = load_data_set(path)
     where = str(path)
 
-    def all_of(variant: Variant | None) -> dict[str, _Predicted]:
+    def all_of(variant: Variant | None) -> dict[str, PredictedCase]:
         machine = find_machine((variant and variant.machine) or data.machine)
         if variant is not None and variant.memory_gb is not None:
             memory = Size(value=variant.memory_gb, unit="GB", source=f"{data.name}: {variant.label}", status="assumed")
@@ -74,7 +43,9 @@ def validate_set(path: Path, *, on_point: Callable[[str], None] = lambda label: 
         for case in cases:
             on_point(f"{data.name} {case.label}" + (f" ({variant.label})" if variant else ""))
             try:
-                found[case.label] = _predict(data, case, machine, variant, where)
+                found[case.label] = predict_case(
+                    case, machine, rules=rules_for(data, case), variant=variant, where=where
+                )
             except AxonnError as error:
                 text = str(error) if str(error).startswith(where) else f"{where}: point '{case.label}': {error}"
                 raise ConfigError(text) from error
@@ -89,14 +60,34 @@ def validate_set(path: Path, *, on_point: Callable[[str], None] = lambda label: 
     return _summed_up(data, rows, ratios, variants)
 
 
-def write_validation(results: Sequence[SetResult], *, command: str, path: Path | None = None) -> Validation:
-    """Write what was found, and the fitted constants of all machines that it used, to `path` (default `RESULT`)."""
+def fingerprint_of(paths: Sequence[Path]) -> str:
+    """Hash of the data sets, the machines, the models and the code that predicts."""
+    code = sources("axonn/*.py", "axonn/perf/*.py", "axonn/schedules/*.py", "experiments/*.py")
+    described = sources("experiments/models/*.yaml", "experiments/machines/*.yaml")
+    return fingerprint([p.name for p in paths], [*paths, *code, *(p for p in described if p.stem != "local")])
+
+
+def done_validation(paths: Sequence[Path]) -> Validation | None:
+    """What an earlier call for the same sets wrote, if nothing has changed since."""
+    try:
+        found = Validation.model_validate_json(RESULT.read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return found if found.fingerprint == fingerprint_of(paths) else None
+
+
+def write_validation(
+    results: Sequence[SetResult], *, command: str, path: Path | None = None, mark: str | None = None
+) -> Validation:
+    """Write what was found, and the fitted constants of all machines that it used, to `path` (default `RESULT`).
+    `mark`: its `fingerprint_of`."""
     path = path or RESULT
     machines = list(dict.fromkeys(result.machine for result in results))
     validation = Validation(
         command=command,
         commit=commit(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        fingerprint=mark,
         sets=list(results),
         fitted=[fit for name in machines for fit in fitted_constants(find_machine(name))],
     )
@@ -112,46 +103,7 @@ def points_of(path: Path) -> int:
     return len(cases) * (1 + len(data.variants))
 
 
-def _predict(data: DataSet, case: Case, machine: MachineFile, variant: Variant | None, where: str) -> _Predicted:
-    """With the open settings as their rules have them, and everything else as the variant does."""
-    outlines: dict[int, Outline] = {}
-
-    def one(case: Case) -> tuple[Case, Outline, Prediction]:
-        final = case if variant is None else case.under(variant, where)
-        strategy = final.checked(where)
-        strategy.process_grid(machine).check_world(final.gpus)
-        strategy.check(final.model)
-        outline = outlines.setdefault(id(final.model), outline_of(final.model))
-        return final, outline, predict(outline, machine, strategy, batch_size=final.batch_size)
-
-    chosen = []
-    result = None
-    for rule in rules_for(data, case):
-        tried = []
-        for value, candidate in case.candidates(rule, where):
-            if not candidate.divides(where, variant):
-                continue
-            tried.append((value, candidate, one(candidate)))
-            if rule.take == "first-that-fits" and tried[-1][2][2].fits:
-                break
-        if not tried:
-            raise ConfigError(
-                f"{where}: point '{case.label}': no value of '{rule.setting}' divides its batch; add some"
-            )
-        fitting = [t for t in tried if t[2][2].fits]
-        if not fitting:
-            # Nothing fits: the row says so.
-            fitting = [min(tried, key=lambda t: t[2][2].memory.total)]
-        value, case, result = min(fitting, key=lambda t: t[2][2].batch_time_s)
-        chosen.append(f"{rule.setting}: {_short(value)}")
-    return _Predicted(*(result or one(case)), chosen)
-
-
-def _short(value: Mapping[str, Any]) -> str:
-    return ", ".join(f"{k} {_short(v) if isinstance(v, Mapping) else v}" for k, v in value.items())
-
-
-def _rows(found: Iterable[_Predicted]) -> list[Row]:
+def _rows(found: Iterable[PredictedCase]) -> list[Row]:
     return [
         Row(
             label=p.case.label,
@@ -171,7 +123,7 @@ def _rows(found: Iterable[_Predicted]) -> list[Row]:
     ]
 
 
-def _with_constant_rate(found: Sequence[_Predicted], rows: Sequence[Row]) -> list[Row]:
+def _with_constant_rate(found: Sequence[PredictedCase], rows: Sequence[Row]) -> list[Row]:
     """The rows with what a constant rate of all GPUs predicts."""
     by_label = {p.case.label: p for p in found}
 
@@ -206,11 +158,11 @@ def _with_constant_rate(found: Sequence[_Predicted], rows: Sequence[Row]) -> lis
     return done
 
 
-def _ratio(ratio: Ratio, found: Mapping[str, _Predicted]) -> float:
+def _ratio(ratio: Ratio, found: Mapping[str, PredictedCase]) -> float:
     return found[ratio.slower].prediction.batch_time_s / found[ratio.faster].prediction.batch_time_s
 
 
-def _ratio_row(ratio: Ratio, found: Mapping[str, _Predicted], rows: Sequence[Row]) -> Row:
+def _ratio_row(ratio: Ratio, found: Mapping[str, PredictedCase], rows: Sequence[Row]) -> Row:
     slower, faster = found[ratio.slower], found[ratio.faster]
     predicted = _ratio(ratio, found)
     # At a constant rate the same work takes the same time.
@@ -230,7 +182,7 @@ def _ratio_row(ratio: Ratio, found: Mapping[str, _Predicted], rows: Sequence[Row
     )
 
 
-def _variant_row(data: DataSet, variant: Variant, found: Mapping[str, _Predicted]) -> VariantRow:
+def _variant_row(data: DataSet, variant: Variant, found: Mapping[str, PredictedCase]) -> VariantRow:
     touched = [p for p in found.values() if variant.points is None or p.case.label in variant.points]
     predicted = {row.key: row.predicted for row in _rows(touched)}
     predicted |= {p.case.label: p.quantity(data.quantity) for p in touched if not p.case.published}

@@ -104,6 +104,8 @@ class Validation(StrictModel):
     command: str
     commit: str | None
     created: str
+    fingerprint: str | None = None
+    """Hash of all that the predictions depend on."""
     sets: list[SetResult]
     fitted: list[Fitted]
 

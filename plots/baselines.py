@@ -10,15 +10,18 @@ import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from axonn.errors import AxonnError, RecordError
 from experiments.definition import ROOT
+from plots.style import OUT, PAGE_IN, colours, save, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SUMMARY = ROOT / "results" / "baselines" / "summary.json"
-OUT = ROOT / "plots" / "out"
 _BAR_INCHES = 0.24
 _HEADINGS = 0.9
 """Bars' heights that the name of a group of bars takes."""
@@ -56,22 +59,23 @@ def panels_of(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[tuple[str,
 
 def draw(summary: dict[str, Any], out: Path, name: str = "baselines") -> list[Path]:
     """Write the picture NAME: a panel for each workload, horizontal bars with quartiles and ratios."""
-    import matplotlib as mpl
+    with styled(name):
+        return save(_drawn(summary), name, out)
 
-    mpl.use("Agg")
+
+def _drawn(summary: dict[str, Any]) -> Figure:
     import matplotlib.pyplot as plt
     import seaborn as sns
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    sns.set_theme(context="paper", style="white", font_scale=0.85, rc={"svg.hashsalt": "baselines"})
-    ours, others, apart = sns.color_palette("colorblind")[0], (0.72, 0.72, 0.72), (0.93, 0.93, 0.93)
+    (ours,), others, apart = colours(1), (0.72, 0.72, 0.72), (0.93, 0.93, 0.93)
     panels = panels_of(summary["rows"])
     heights = [sum(len(rows) + _HEADINGS for _, rows in groups) for _, groups in panels]
     figure, axes = plt.subplots(
         len(panels),
         1,
-        figsize=(7.0, _BAR_INCHES * sum(heights) + 0.75 * len(panels) + 0.9),
+        figsize=(PAGE_IN, _BAR_INCHES * sum(heights) + 0.75 * len(panels) + 0.9),
         height_ratios=heights,
         squeeze=False,
         constrained_layout=True,
@@ -111,6 +115,7 @@ def draw(summary: dict[str, Any], out: Path, name: str = "baselines") -> list[Pa
         axis.set_title(title, fontsize=8.5, loc="left", fontweight="bold")
         axis.set_xlabel("seconds per batch (median, quartiles)", fontsize=7)
         axis.tick_params(axis="x", labelsize=7)
+        axis.yaxis.grid(visible=False)
         axis.xaxis.grid(visible=True, color="0.9")
         axis.set_axisbelow(True)
         sns.despine(ax=axis, left=True)
@@ -129,12 +134,7 @@ def draw(summary: dict[str, Any], out: Path, name: str = "baselines") -> list[Pa
     figure.suptitle(
         f"Measured on {machine.get('cores')} cores ({machine.get('cpu')}), {ranks} ranks{quick}", fontsize=8
     )
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"{name}.png", out / f"{name}.svg"]
-    figure.savefig(paths[0], dpi=200)
-    figure.savefig(paths[1], metadata={"Date": None})
-    plt.close(figure)
-    return paths
+    return figure
 
 
 def _said(row: dict[str, Any]) -> str:

@@ -1,75 +1,31 @@
-"""Figure 6: weak scaling of inter-layer parallelism. python -m plots.fig6 [--fresh]
-
-Reads the records of results/, writes plots/out/fig6.png and .svg and results/fig6/summary.json, prints the tables.
-"""
+"""Figure 6: weak scaling of inter-layer parallelism. python -m plots.fig6 [--fresh]"""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import cycle
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import RenderableType
 from rich.markup import escape
 
-from axonn.errors import AxonnError, RecordError
-from axonn.records import Record, read_all, read_records
-from experiments.definition import ROOT, Experiment, load_experiment
-from experiments.predictor import predicted_file
-from experiments.provenance import fingerprint, sources, this_machine
-from experiments.runner import MEASURED
-from plots.summary import mape, measured_table, naive, not_run, published_table, rows_of, wrong_orders
+from experiments.provenance import this_machine
+from plots.figure import Content, FigureKind, main
+from plots.style import COLUMN_IN, KINDS, colours
+from plots.summary import measured_table, naive, not_run, published_table, wrong_orders
 
-EXPERIMENT = ROOT / "experiments" / "fig6.yaml"
-OUT = ROOT / "plots" / "out"
-SUMMARY = ROOT / "results" / "fig6" / "summary.json"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MARKERS = {"AxoNN": "o", "DeepSpeed": "s", "Megatron-LM": "^", "PyTorch 1F1B": "D"}
 OTHER_MARKERS = "vP<>Xp"
-KINDS = {"published": "-", "predicted": "--", "measured": ":"}
-"""Kinds of points are told apart by the line, the filling of the marker and the legend, not by colour."""
 
 
-def load(experiment: Experiment) -> tuple[list[Record], list[Record]]:
-    """Published records, and all others of this experiment. Raises `RecordError` when predictions are missing."""
-    published = read_records(ROOT / experiment.published)
-    path = predicted_file(experiment)
-    if not path.exists():
-        raise RecordError(f"{path.relative_to(ROOT)} is missing; run: axonn predict experiments/{experiment.name}.yaml")
-    measured = [r for r in read_all(MEASURED) if r.experiment == experiment.name]
-    return published, [*read_records(path), *measured]
-
-
-def summarise(experiment: Experiment, published: Sequence[Record], others: Sequence[Record]) -> dict[str, Any]:
-    """What summary.json holds (DESIGN section 8)."""
-    rows = rows_of(published, others)
-    measured = [r for r in others if r.kind == "measured"]
+def extras(content: Content, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Orders that are not the published ones, and what a constant rate would have predicted."""
     return {
-        "figure": experiment.name,
-        "title": experiment.title,
-        "rows": rows,
-        "mape_pct": mape(rows),
         "wrong_orders": {kind: wrong_orders(rows, kind) for kind in ("predicted", "measured")},
-        "naive": naive(published),
-        "failures": [r.model_dump(mode="json", exclude_none=True) for r in others if r.failure is not None],
-        "policy": {
-            "batches": experiment.measured.batches,
-            "warmup_batches": experiment.measured.warmup_batches,
-            "repeats": experiment.measured.repeats,
-            "batch_time_s": "mean over the batches after warm-up; over repeats the median",
-            "loss_tolerance": experiment.measured.loss_tolerance,
-        },
-        "provenance": {
-            "command": "make reproduce-fig6",
-            "machine": this_machine().model_dump(exclude_none=True),
-            "records": {
-                "published": experiment.published,
-                "predicted": str(predicted_file(experiment).relative_to(ROOT)),
-                "measured": sorted({str(r.run_folder) for r in measured if r.run_folder}),
-            },
-        },
+        "naive": naive(content.published),
     }
 
 
@@ -79,19 +35,15 @@ def _markers(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     return MARKERS | dict(zip(others, cycle(OTHER_MARKERS)))
 
 
-def draw(rows: Sequence[dict[str, Any]], experiment: Experiment) -> None:
-    """Write fig6.png and fig6.svg: two panels one above the other, as wide as a column (3.5 inches)."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
+def draw(summary: dict[str, Any], content: Content) -> Figure:
+    """Two panels one above the other, as wide as a column."""
     import matplotlib.pyplot as plt
-    import seaborn as sns
     from matplotlib.lines import Line2D
 
-    sns.set_theme(context="paper", style="whitegrid", font_scale=0.85, rc={"svg.hashsalt": "fig6"})
+    rows = summary["rows"]
     markers = _markers(rows)
-    palette = dict(zip(markers, sns.color_palette("colorblind", len(markers)), strict=True))
-    figure, (upper, lower) = plt.subplots(2, 1, figsize=(3.5, 5.6), constrained_layout=True)
+    palette = dict(zip(markers, colours(len(markers)), strict=True))
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(COLUMN_IN, 5.6), constrained_layout=True)
 
     at_scale = [r for r in rows if r["kind"] == "published" or r["published_s"] is not None]
     for framework in dict.fromkeys(r["framework"] for r in at_scale):
@@ -161,60 +113,29 @@ def draw(rows: Sequence[dict[str, Any]], experiment: Experiment) -> None:
         ylabel="seconds per batch",
         title=f"On this machine ({cores} cores, CPU)",
     )
-    figure.suptitle(experiment.title, fontsize=9)
-    OUT.mkdir(parents=True, exist_ok=True)
-    figure.savefig(OUT / "fig6.png", dpi=300)
-    figure.savefig(OUT / "fig6.svg", metadata={"Date": None})
-    plt.close(figure)
+    figure.suptitle(summary["title"], fontsize=9)
+    return figure
 
 
-def main(arguments: Sequence[str]) -> None:
-    console = Console()
-    experiment = load_experiment(EXPERIMENT)
-    published, others = load(experiment)
-    mark = fingerprint(
-        [r.model_dump(mode="json") for r in [*published, *others]], sources("plots/*.py", "experiments/fig6.yaml")
-    )
-    outputs = [OUT / "fig6.png", OUT / "fig6.svg", SUMMARY]
-    fresh = "--fresh" in arguments or not all(p.exists() for p in outputs)
-    summary = None if fresh else _known(mark)
-    if summary is None:
-        summary = summarise(experiment, published, others) | {"fingerprint": mark}
-        draw(summary["rows"], experiment)
-        SUMMARY.parent.mkdir(parents=True, exist_ok=True)
-        SUMMARY.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    else:
-        console.print("nothing to do: the figure is newer than all its records")
-    rows = summary["rows"]
-    console.print(published_table(rows, summary["naive"]))
+def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType]:
+    """Both panels in numbers."""
+    rows, constant = summary["rows"], summary["naive"]
+    yield published_table(rows, constant)
     predicted = summary["mape_pct"].get("predicted", {})
-    console.print(
+    yield (
         f"mean absolute error of the predictions: {predicted.get('all', float('nan')):.1f}% "
         f"({', '.join(f'{k} {v:.1f}%' for k, v in predicted.items() if k != 'all')}); "
-        f"of a constant {summary['naive']['tflops_per_gpu']:.1f} TFLOP/s, fitted on these points: "
-        f"{summary['naive']['mape_pct']:.1f}%"
+        f"of a constant {constant['tflops_per_gpu']:.1f} TFLOP/s, fitted on these points: "
+        f"{constant['mape_pct']:.1f}%"
     )
     for line in summary["wrong_orders"]["predicted"]:
-        console.print(f"[yellow]wrong order: {line}[/yellow]")
-    failures = [r for r in others if r.failure is not None]
-    console.print(measured_table(rows, failures))
-    for line in not_run(failures):
-        console.print(f"[yellow]{escape(line)}[/yellow]", soft_wrap=True)
-    console.print(f"figure: {', '.join(str(p.relative_to(ROOT)) for p in outputs)}")
+        yield f"[yellow]wrong order: {line}[/yellow]"
+    yield measured_table(rows, content.failures)
+    for line in not_run(content.failures):
+        yield f"[yellow]{escape(line)}[/yellow]"
 
 
-def _known(mark: str) -> dict[str, Any] | None:
-    """The summary on disk, if it was made from the same records by the same code."""
-    try:
-        summary = json.loads(Path(SUMMARY).read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        return None
-    return summary if isinstance(summary, dict) and summary.get("fingerprint") == mark else None
-
+FIG6 = FigureKind(name="fig6", draw=draw, tables=tables, extras=extras)
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except AxonnError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True, markup=True)
-        sys.exit(2)
+    main(FIG6)

@@ -17,6 +17,9 @@ COLUMN_IN = 3.5
 """Width of a column of a paper."""
 PAGE_IN = 7.2
 """Width of its text."""
+KINDS = {"published": "-", "predicted": "--", "measured": ":"}
+"""Kinds of points are told apart by the line, the filling (published ones are filled) and the legend, never by colour
+alone."""
 
 
 @contextmanager

@@ -31,17 +31,30 @@ def group(records: Iterable[Record]) -> dict[Key, list[Record]]:
     return groups
 
 
+def typical(records: Sequence[Record]) -> Record:
+    """The one whose time is nearest to the median of all."""
+    times = [r.batch_time_s for r in records if r.batch_time_s is not None]
+    if not times:
+        return records[0]
+    middle = median(times)
+    return min(records, key=lambda r: abs((r.batch_time_s or 0.0) - middle))
+
+
 def rows_of(published: Sequence[Record], others: Sequence[Record]) -> list[dict[str, Any]]:
-    """One row per kind, point and framework. Times are seconds; a repeated measurement counts with its median."""
-    reference = {key(r): r.batch_time_s for r in published}
+    """One row per kind, point and framework. Times are seconds; a repeated measurement counts with its median, and its
+    parts, phases, overlap and bytes are those of the run nearest to it."""
+    reference = {key(r): r for r in published}
     rows = []
     for kind in ("published", "predicted", "measured"):
         for k, records in group(r for r in [*published, *others] if r.kind == kind).items():
-            first = records[0]
+            first = typical(records)
             times = [r.batch_time_s for r in records if r.batch_time_s is not None]
-            known = reference.get(k) if kind != "published" else None
-            time = median(times)
+            compared = reference.get(k) if kind != "published" else None
+            known = None if compared is None else compared.batch_time_s
+            # A published point may have nothing but phases.
+            time = median(times) if times else None
             row: dict[str, Any] = {
+                "point": first.point,
                 "framework": first.ran.framework,
                 "model": first.asked.model,
                 "gpus": first.asked.gpus,
@@ -50,11 +63,18 @@ def rows_of(published: Sequence[Record], others: Sequence[Record]) -> list[dict[
                 "batch_time_s": time,
                 "pct_peak": first.pct_peak,
                 "published_s": known,
-                "error_pct": None if known is None else 100 * (time / known - 1),
+                "error_pct": None if known is None or time is None else 100 * (time / known - 1),
                 "grid": first.ran.grid.model_dump(),
                 "microbatch_size": first.ran.microbatch_size,
+                "schedule": None if first.ran.schedule is None else first.ran.schedule.model_dump(exclude_none=True),
                 "parts_s": first.parts_s or None,
+                "phases_s": first.phases_s or None,
+                "overlap_s": first.overlap_s or None,
+                "bytes_per_batch": first.bytes_per_batch or None,
+                "run_folder": first.run_folder,
                 "memory_bytes": max((r.memory_bytes for r in records if r.memory_bytes), default=None),
+                "memory_parts": first.memory_parts or None,
+                "memory_of_all": first.memory_of_all or None,
                 "source": first.source,
                 "note": first.note,
             }
@@ -122,6 +142,14 @@ def _table(title: str, *names: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in names:
         table.add_column(name, no_wrap=True)
+    return table
+
+
+def small_table(title: str, first: str, *numbers: str) -> Table:
+    """An empty table whose columns but the first are numbers."""
+    table = _table(title, first)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 

@@ -29,3 +29,19 @@ def pool() -> Iterator[RankPool]:
 def axonn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
     """The `axonn` command, which leaves everything in a folder of its own."""
     return CommandLine(tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Figures, records and runs go to an empty folder; published points stay where they are."""
+    from experiments import predictor, runner
+    from plots import figure, style
+
+    monkeypatch.setattr(predictor, "PREDICTED", tmp_path / "results" / "predicted")
+    monkeypatch.setattr(runner, "MEASURED", tmp_path / "results" / "measured")
+    monkeypatch.setattr(runner, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(figure, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(style, "OUT", tmp_path / "out")
+    (tmp_path / "results" / "predicted").mkdir(parents=True)
+    return tmp_path

@@ -16,7 +16,7 @@ from axonn.errors import LaunchError
 from axonn.inter_layer.stage import virtual_spans
 from axonn.models.gpt import GPT
 from axonn.schedules import ChunkLayout
-from baselines import deepspeed
+from baselines import environments
 from baselines.deepspeed import DeepSpeedAdapter
 from baselines.deepspeed_frameworks import ENVIRONMENT, KINDS, STRATEGIES
 from experiments.definition import load_model
@@ -164,6 +164,6 @@ def test_gpus_are_offered_where_there_are_some_and_its_torch_can_use_them(
         (tmp_path, None, ("cpu",)),
         (tmp_path / "absent", "2.13.0+cu126", ("cpu",)),
     ]:
-        monkeypatch.setattr(deepspeed, "GPUS", gpus)
+        monkeypatch.setattr(environments, "GPUS", gpus)
         monkeypatch.setattr(type(ENVIRONMENT), "installed", lambda self, name, version=torch: version)
-        assert deepspeed.devices() == expected
+        assert ENVIRONMENT.devices == expected

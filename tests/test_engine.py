@@ -128,13 +128,16 @@ def test_a_batch_leaves_one_span_for_each_task_and_message(steps: int) -> None:
                 assert count[SpanKind.FORWARD, microbatch] == 1
                 assert count[SpanKind.BACKWARD, microbatch] == 1
                 assert count[SpanKind.SEND, microbatch] == 1
-            assert count[SpanKind.OPTIMIZER, -1] == count[SpanKind.ALL_REDUCE, -1] == chunks
+            # The optimizer's first zeroes the gradients of the batch before.
+            assert count[SpanKind.OPTIMIZER, -1] - 1 == count[SpanKind.ALL_REDUCE, -1] == chunks
             # Waiting for the loss is waiting for the other ranks.
             assert count[SpanKind.IDLE, -1] == 1
             directions = {s.direction for s in mine if s.kind == SpanKind.SEND}
             assert directions == {0 if first else 1}
             waits = [s for s in mine if s.kind == SpanKind.RECEIVE_WAIT]
             assert {s.direction for s in waits} <= {1 if first else 0}
+            # Work with messages lies before each task and each wait, and after the last of them.
+            assert count[SpanKind.MESSAGES, -1] == 2 * CASE.microbatches + len(waits) + 1
 
 
 def test_shards_have_rows_for_every_microbatch() -> None:

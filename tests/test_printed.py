@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.printed import clean, cleaned, failure_of
+from experiments.printed import clean, failure_of, lines_of
 
 TRACEBACK = "Traceback (most recent call last):"
 WATCHDOG = (
@@ -42,7 +42,7 @@ def test_colours_overwritten_text_and_prefixes_come_off() -> None:
     assert clean("[1,5]<stdout>:loss") == "loss"
     assert clean("[prterun-node1-77@1,5]<stderr>: loss") == "loss"
     assert clean("worker-0: steps: 1 loss: 2.0") == "steps: 1 loss: 2.0"
-    assert list(cleaned(["first\rsecond\n", "\n", "\x1b[0m"])) == ["first", "second"]
+    assert [line.text for line in lines_of(["first\rsecond\n", "\n", "\x1b[0m"])] == ["first", "second"]
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,15 @@ def test_spans_survive_the_round_trip(tmp_path: Path) -> None:
     assert isinstance(last.kind, SpanKind)
 
 
+def test_spans_of_the_version_before_had_no_sub_shards(tmp_path: Path) -> None:
+    path = tmp_path / "spans.parquet"
+    spans = [Span(0, SpanKind.FORWARD, 0, 0, 0, -1, 1.0, 2.0)]
+    write_spans(path, spans)
+    table = pq.read_table(path).drop_columns("shard")
+    pq.write_table(table.replace_schema_metadata({"schema": "axonn-spans/2"}), path)
+    assert read_spans(path) == spans
+
+
 def test_no_spans_survive_the_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "spans.parquet"
     write_spans(path, [])
@@ -185,7 +194,7 @@ def test_a_foreign_span_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="is not a span file"):
         read_spans(path)
     pq.write_table(pa.table({"rank": [1]}), path)
-    with pytest.raises(RecordError, match="has schema 'none', expected 'axonn-spans/2'"):
+    with pytest.raises(RecordError, match="has schema 'none', expected 'axonn-spans/3'"):
         read_spans(path)
     write_spans(path, [Span(0, "daydream", 0, 0, 0, -1, 1.0, 2.0)])  # type: ignore[arg-type]
     with pytest.raises(RecordError, match="'daydream' is not a valid SpanKind; a later version wrote it"):
@@ -268,3 +277,9 @@ def test_what_no_span_explains_is_reported() -> None:
 def test_no_spans_cannot_be_broken_down() -> None:
     with pytest.raises(RecordError, match="no spans to break down; was the run traced"):
         breakdown([])
+
+
+def test_work_with_messages_is_point_to_point_where_nothing_computes() -> None:
+    spans = [span(SpanKind.FORWARD, 0, 2), span(SpanKind.MESSAGES, 1, 4), span(SpanKind.RECEIVE_WAIT, 3, 5)]
+    parts = breakdown(spans)
+    assert (parts.compute, parts.point_to_point, parts.bubble, parts.unexplained) == pytest.approx((2, 2, 1, 0))

@@ -77,6 +77,16 @@ def test_intervals_account_for_every_second(lanes: list[list[Segment]], slowdown
     assert sum(end - start for start, end in time.computing) == pytest.approx(time.total - time.waited, abs=1e-9)
     assert all(a[1] <= b[0] for a, b in zip(time.computing, time.computing[1:], strict=False))
     assert len(time.collectives) == sum(s.exchange > 0 for lane in lanes for s in lane)
+    # Each says its lane and turn: turns follow each other, and a collective is issued in its own.
+    for turns, intervals in ((time.computed_in, time.computing), (time.issued_in, time.collectives)):
+        assert len(turns) == len(intervals)
+        assert [(turn, lane) for lane, turn in turns] == sorted((turn, lane) for lane, turn in turns)
+    own = {turn: i for turn, i in zip(time.computed_in, time.computing, strict=True)}
+    for turn, (issued, _) in zip(time.issued_in, time.collectives, strict=True):
+        assert turn not in own or own[turn][0] <= issued <= own[turn][1]
+    assert [time.shard(turn) for turn in time.computed_in] == [
+        lane if len(lanes) > 1 else -1 for lane, _ in time.computed_in
+    ]
     # They follow each other on the link.
     ends = [end for _, end in time.collectives]
     assert ends == sorted(ends)

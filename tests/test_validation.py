@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from axonn.errors import ConfigError
-from experiments.datasets import find_data_sets, load_data_set
+from experiments.datasets import FOLDER, find_data_sets, load_data_set
 from experiments.definition import find_machine
-from experiments.validate import points_of, rank_correlation, validate_set, write_validation
+from experiments.validate import done_validation, points_of, rank_correlation, validate_set, write_validation
 from experiments.validation_results import Row, SetResult, Validation, fitted_constants
 from tests.command_line import CommandLine
 
@@ -180,6 +180,17 @@ def test_the_command_prints_one_table_per_set(
     assert code == 0
     for expected in ("tiny: Two models", "ipdps22-fig8: All-reduce", "k = 64", "All data sets", "network.p2p.mpi"):
         assert expected in output
-    assert (tmp_path / "validation.json").exists()
+    # The same again is read from the file, and printed alike.
+    before = (tmp_path / "validation.json").read_bytes()
+    assert "written to" in output
+    code, again, _ = axonn("predict", "--validate", str(tmp_path / "tiny.yaml"), "ipdps22-fig8")
+    assert code == 0
+    assert "nothing to do" in again
+    assert "k = 64" in again
+    assert (tmp_path / "validation.json").read_bytes() == before
+    # With other sets, or another content of one, it is not the same.
+    assert done_validation([tmp_path / "tiny.yaml"]) is None
+    write(tmp_path / "tiny.yaml", title="Another")
+    assert done_validation([tmp_path / "tiny.yaml", FOLDER / "ipdps22-fig8.yaml"]) is None
     axonn.refuses("there is no data set 'fig8'; known are", "predict", "--validate", "fig8")
     axonn.refuses("give one experiment file", "predict")

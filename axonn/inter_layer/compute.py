@@ -92,6 +92,7 @@ class ChunkCompute:
         gradients = self._gradients.pop(microbatch, None)
 
         def backward(lane: int) -> None:
+            self._context.begin_sub_shard()
             if gradients is None:
                 given: Tensors = (torch.full_like(batch.losses[microbatch], loss_scale * self._share(lane)),)
             else:
@@ -118,6 +119,7 @@ class ChunkCompute:
         self._weights.pop(microbatch)()
 
     def _forward(self, microbatch: int, lane: int, batch: Batch, saved: SavedBytes | None) -> Tensors:
+        self._context.begin_sub_shard()
         rows = self._global_rows(microbatch, lane)
         x = batch.inputs(rows) if self.source else self._inputs[microbatch][lane]
         with self._context.positions.at(batch.step, batch.samples(rows)):

@@ -98,20 +98,30 @@ class PipelineExecutor:
         """Run every task of a batch; `run` returns what a task hands on. Tasks and waiting go to `spans`."""
         schedule = self._agreement.begin(schedule)
         transport = self._transport
+        free = SpanRecorder.now()
         while not schedule.done:
             if transport is not None:
                 self._take(transport.poll(), schedule)
             task = self._agreement.next_task(schedule)
+            self._between(free, spans)
             if task is None:
                 self._wait(schedule, spans)
+                free = SpanRecorder.now()
                 continue
             outgoing = self._timed(task, run, spans)
+            free = SpanRecorder.now()
             local = self._hand_on(task, outgoing)
             schedule.finished(task)
             if local is not None:
                 schedule.arrived(*local)
         if transport is not None:
             transport.flush()
+            self._between(free, spans)
+
+    def _between(self, free: float, spans: SpanRecorder | None) -> None:
+        """Since `free`, the end of a task or of waiting, this rank has worked with messages alone."""
+        if spans is not None and self._transport is not None:
+            spans.add(SpanKind.MESSAGES, free, spans.now())
 
     def _announce(self) -> None:
         """Tell the transport what will be sent, so that it refuses anything else."""
@@ -203,9 +213,9 @@ class PipelineExecutor:
             outgoing = run(task)
         begins = [start, *(end for _, end in inside.blocked)]
         ends = [*(begin for begin, _ in inside.blocked), spans.now()]
-        for begin, end in zip(begins, ends, strict=True):
-            kind = SpanKind(task.kind.label)
-            spans.add(kind, begin, end, microbatch=task.microbatch, layer=layer, chunk=task.chunk)
+        kind = SpanKind(task.kind.label)
+        for begin, end, shard in zip(begins, ends, inside.turns or [-1], strict=True):
+            spans.add(kind, begin, end, microbatch=task.microbatch, layer=layer, chunk=task.chunk, shard=shard)
         return outgoing
 
     def _evaluate(self, task: Task, batch: Batch) -> Tensors:

@@ -6,12 +6,12 @@ takes its fill and drain, and then one period for each microbatch. It prunes; th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from axonn.config import FloatType, GPTConfig, GridConfig, ScheduleConfig, TrainConfig
+from axonn.config import FloatType, GPTConfig, GridConfig, PrecisionConfig, ScheduleConfig, TrainConfig
 from axonn.grid import AXES, Axis, ProcessGrid
 from axonn.perf.engine_strategy import strategy_of_config
 from axonn.perf.machine import MachineFile
@@ -103,7 +103,7 @@ class _Cut(NamedTuple):
 class ClosedForm:
     """Estimates candidates for a machine, a batch and a type; remembers what they have in common.
 
-    `outline(row, col)` is the model on such a tensor grid.
+    `outline(row, col)` is the model on such a tensor grid. `fixed`: what is otherwise than our engine has it.
     """
 
     def __init__(
@@ -114,6 +114,7 @@ class ClosedForm:
         batch_size: int,
         compute: FloatType = "float16",
         order: tuple[Axis, ...] = AXES,
+        fixed: Mapping[str, Any] | None = None,
     ) -> None:
         self.outline = outline
         self.machine = machine
@@ -122,7 +123,9 @@ class ClosedForm:
         self.order = order
         any_model = GPTConfig(name="any", layers=1, hidden=1, heads=1, seq_len=1, vocab=2)
         # What the engine does whatever it is told.
-        self._engine = strategy_of_config(TrainConfig(model=any_model, batch_size=1, microbatch_size=1))
+        precision = PrecisionConfig(compute=compute)
+        engine = strategy_of_config(TrainConfig(model=any_model, batch_size=1, microbatch_size=1, precision=precision))
+        self._engine = engine.model_copy(update=dict(fixed or {}))
         self._cuts: dict[object, _Cut] = {}
         self._tables: dict[object, _Table] = {}
         self._stages: dict[object, Stages] = {}

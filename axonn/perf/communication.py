@@ -66,18 +66,23 @@ class Volume(NamedTuple):
 
 
 def recomputed(outline: Outline, span: range, together: int) -> list[Part]:
-    """The layers of a chunk, the links `span`, whose forward runs again when `together` blocks are checkpointed.
+    """The layers of a chunk, the links `span`, whose forward runs again when `together` blocks are checkpointed."""
+    return [part for _, part in recomputed_links(outline, span, together)]
+
+
+def recomputed_links(outline: Outline, span: range, together: int) -> list[tuple[int, Part]]:
+    """As `recomputed`, each with the number of its link.
 
     The recomputation of several blocks ends as soon as it has all that their backward needs. So what follows the last
     layer that saves anything is left out. That layer saves its input once its output is complete: its own collective is
     issued again, though nobody needs the output.
     """
-    found: list[Part] = []
+    found: list[tuple[int, Part]] = []
     blocks = sorted({b for i in span if (b := outline.links[i].block) is not None})
     for first in range(0, len(blocks), together):
-        links = [link for i in span if (link := outline.links[i]).block in blocks[first : first + together]]
-        parts = [part for link in links for part in link.parts.values()]
-        while parts and not parts[-1].saves:
+        links = [i for i in span if outline.links[i].block in blocks[first : first + together]]
+        parts = [(i, part) for i in links for part in outline.links[i].parts.values()]
+        while parts and not parts[-1][1].saves:
             parts.pop()
         found += parts
     return found

@@ -88,6 +88,11 @@ class Memory:
         return self.model_state + self.checkpoints + self.working
 
     @property
+    def parts(self) -> dict[str, int]:
+        """What `total` consists of, by name."""
+        return {name: getattr(self, name) for name in ("model_state", "checkpoints", "working")}
+
+    @property
     def fits(self) -> bool:
         return self.total <= self.capacity and self.host <= self.host_capacity
 

@@ -158,11 +158,14 @@ def _gpt(model: GPTConfig) -> Outline:
 
 def _unet(model: UNetConfig) -> Outline:
     links = []
+    # Equal links share their parts, whose times are then computed once.
+    shared: dict[object, dict[str, Part]] = {}
     for link in unet_links(model):
         travels = [link.output, *link.skips]
         elements = model.time_width + sum(channels * size**2 for channels, size in travels)
         last = link.kind == "output"
         parts = _unet_parts(model, link)
+        parts = shared.setdefault(tuple(parts.items()), parts)
         handed_on = 0 if last else elements
         cost = work_of(model, link).flops
         links.append(Link(name=link.name, parts=parts, block=link.block, handed_on=handed_on, cost=cost))

@@ -122,7 +122,12 @@ class _Search:
     def __init__(self, model: Plannable, machine: MachineFile, space: Space, on_progress: OnProgress) -> None:
         self.model, self.machine, self.space, self.on_progress = model, machine, space, on_progress
         self.closed = ClosedForm(
-            model.outline, machine, batch_size=space.batch_size, compute=space.precision, order=space.order
+            model.outline,
+            machine,
+            batch_size=space.batch_size,
+            compute=space.precision,
+            order=space.order,
+            fixed=space.fixed,
         )
         self.discarded = Discarded()
         self.capacity = int((1 - space.reserve) * machine.gpu.memory.si)

@@ -53,8 +53,8 @@ class Prediction:
     parts: Parts
     pipeline_s: float
     """The pipeline phase: from the first forward to the last backward."""
-    memory: Memory
-    """Of the stage that needs most."""
+    memories: list[Memory]
+    """Of a rank of each stage."""
     tflops_per_gpu: float
     """By `axonn.records.gpt_flops`, full recomputation counted where it happens; selective is not, as in the MFU of
     Korthikanti et al. (arXiv 2205.05198)."""
@@ -68,6 +68,21 @@ class Prediction:
     """By stage and chunk."""
     spread: Spread | None = None
     """With `jitter`; everything else is without."""
+
+    @property
+    def memory(self) -> Memory:
+        """Of the stage that needs most."""
+        return max(self.memories, key=lambda memory: memory.total)
+
+    @property
+    def memory_parts(self) -> dict[str, int]:
+        """Bytes by part, each of the stage that has most of it."""
+        return {part: max(m.parts[part] for m in self.memories) for part in self.memory.parts}
+
+    def memory_of_all(self, gpus: int) -> dict[str, int]:
+        """Bytes of all `gpus` together, by part."""
+        each = gpus // len(self.memories)
+        return {part: each * sum(m.parts[part] for m in self.memories) for part in self.memory.parts}
 
     @property
     def last(self) -> StageEnd:
@@ -133,15 +148,14 @@ def predict(
     gpus = strategy.process_grid(machine).size
     flops = batch_size * (outline.flops_recomputing if strategy.recompute == "full" else outline.flops)
     rate = flops / total / gpus
-    memories = [
-        stage_memory(outline, machine, strategy, stage=stage, held=held)
-        for stage, held in enumerate(simulation.most_held)
-    ]
     return Prediction(
         batch_time_s=total,
         parts=_parts(simulation, stages, ends, total, host),
         pipeline_s=simulation.makespan,
-        memory=max(memories, key=lambda m: m.total),
+        memories=[
+            stage_memory(outline, machine, strategy, stage=stage, held=held)
+            for stage, held in enumerate(simulation.most_held)
+        ],
         tflops_per_gpu=rate / 1e12,
         pct_peak=100 * rate / machine.gpu.peak.si,
         microbatches=microbatches,

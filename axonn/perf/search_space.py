@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from axonn.config import FloatType, ScheduleConfig
 from axonn.errors import ConfigError
@@ -29,6 +29,7 @@ class Space:
 
     `order`: placement on nodes, from the slowest to the fastest axis; the engine runs the default. `reserve`: share of
     a device's memory that is left to what no model counts: the runtime's own, buffers of libraries, fragmentation.
+    `fixed`: fields of `Strategy` that are otherwise than our engine has them, in every configuration.
     """
 
     gpus: int
@@ -43,7 +44,9 @@ class Space:
     schedule: ScheduleConfig | None = None
     checkpointing: Checkpointing | None = None
     optimizer: OptimizerPlacement | None = None
+    overdecomposition: int | None = None
     reserve: float = 0.05
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def grids(self) -> list[Extents]:
         """All products of four factors that the pins allow. Raises `ConfigError` when there is none."""
@@ -100,6 +103,8 @@ class Space:
 
     def sub_shards(self, tensor: int, microbatch_size: int) -> Sequence[int]:
         """Overdecomposition hides the collectives of tensor parallelism, where there are any."""
+        if self.overdecomposition is not None:
+            return (self.overdecomposition,) if self.overdecomposition <= microbatch_size else ()
         return (1, 2) if tensor > 1 and microbatch_size > 1 else (1,)
 
 

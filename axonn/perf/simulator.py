@@ -95,13 +95,14 @@ class Simulation:
                 spans.append(Span(stage, SpanKind(kind.label), step, m, layer, direction, start, end, chunk))
             else:
                 scale = (end - start) / time.total
-                for what, way, intervals in (
-                    (SpanKind(kind.label), direction, time.computing),
-                    (SpanKind.TENSOR, -1, time.collectives),
+                for what, way, intervals, turns in (
+                    (SpanKind(kind.label), direction, time.computing, time.computed_in),
+                    (SpanKind.TENSOR, -1, time.collectives, time.issued_in),
                 ):
-                    for begin, stop in intervals:
-                        row = Span(stage, what, step, m, layer, way, start + scale * begin, start + scale * stop, chunk)
-                        spans.append(row)
+                    for (begin, stop), turn in zip(intervals, turns, strict=True):
+                        own = layer if layer < 0 else layer + time.layer(turn)
+                        when = (start + scale * begin, start + scale * stop)
+                        spans.append(Span(stage, what, step, m, own, way, *when, chunk, shard=time.shard(turn)))
             free[stage] = end
         for stage, receiver, way, chunk, m, sent, arrived in self.messages:
             if only in (None, stage):

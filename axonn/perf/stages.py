@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from axonn.grid import Axis
-from axonn.perf.communication import BYTES, recomputed
+from axonn.perf.communication import BYTES, recomputed_links
 from axonn.perf.kernels import Kernels
 from axonn.perf.local_parts import AttentionCore
 from axonn.perf.machine import MachineFile
@@ -125,6 +125,10 @@ def kernels_of(machine: MachineFile, strategy: Strategy) -> Kernels:
     return Kernels(machine.gpu, element=BYTES[strategy.compute], busy=busy)
 
 
+_Placed = tuple[int, Part]
+"""A layer with the number of its link."""
+
+
 class _Times:
     """Times of chunks, those of equal chunks computed once."""
 
@@ -149,17 +153,26 @@ class _Times:
         return self._found[key]
 
     def times(self, places: _Places, span: range, *, source: bool, sink: bool) -> ChunkTimes:
-        parts = [part for i in span for part in self.outline.links[i].parts.values()]
-        parts += [self.outline.loss] if sink else []
+        parts = [(i, part) for i in span for part in self.outline.links[i].parts.values()]
+        parts += [(span.stop - 1, self.outline.loss)] if sink else []
         again = self._recomputed(span)
         gather = [Segment(0.0, places.gather)]
 
-        def lanes(*directions: tuple[str, Sequence[Part]], first: list[Segment]) -> TaskTime:
+        def lanes(*directions: tuple[str, Sequence[_Placed]], first: list[Segment]) -> TaskTime:
             found: list[list[Segment]] = []
+            layers: list[tuple[int, ...]] = []
             for rows in self.rows:
-                of_lane = (self._of_part(places, p, rows, way) for way, which in directions for p in which)
-                found.append(joined([*([] if found else [*self.start, *first]), *_chain(of_lane)]))
-            return task_time(found, slowdown=self.machine.beside_collectives)
+                segments = [] if found else [*self.start, *first]
+                ends, layer = [0 for segment in segments if segment.exchange > 0], 0
+                for way, which in directions:
+                    for i, part in which:
+                        layer = i - span.start
+                        own = self._of_part(places, part, rows, way)
+                        segments += own
+                        ends += [layer for segment in own if segment.exchange > 0]
+                found.append(joined(segments))
+                layers.append((*ends, layer))
+            return task_time(found, slowdown=self.machine.beside_collectives)._replace(layers=tuple(layers))
 
         forward = lanes(("forward", parts), first=[] if source else gather)
         before = [] if sink else gather
@@ -168,14 +181,14 @@ class _Times:
         weight = lanes(("weight", parts[::-1]), first=[])
         return ChunkTimes(tasks=(forward, backward, halves, weight))
 
-    def _recomputed(self, span: range) -> list[Part]:
+    def _recomputed(self, span: range) -> list[_Placed]:
         """The layers whose forward runs again."""
         match self.strategy.recompute:
             case "full":
-                return recomputed(self.outline, span, self.strategy.checkpoint_layers)
+                return recomputed_links(self.outline, span, self.strategy.checkpoint_layers)
             case "selective":
-                parts = (part for i in span for part in self.outline.links[i].parts.values())
-                return [part for part in parts if isinstance(part, AttentionCore)]
+                parts = ((i, part) for i in span for part in self.outline.links[i].parts.values())
+                return [(i, part) for i, part in parts if isinstance(part, AttentionCore)]
             case "none":
                 return []
 
@@ -215,11 +228,6 @@ class _Times:
         return self.kernels.total(
             o for o in operations if not (in_place and isinstance(o, Stream) and o.kind == "accumulate")
         )
-
-
-def _chain(lists: Iterable[list[Segment]]) -> Iterator[Segment]:
-    for segments in lists:
-        yield from segments
 
 
 class _Places:

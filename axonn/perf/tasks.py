@@ -22,6 +22,8 @@ class Segment(NamedTuple):
 
 Interval = tuple[float, float]
 """Start and end, in seconds from the beginning of the task."""
+Turn = tuple[int, int]
+"""Lane, and which of its turns."""
 
 
 class TaskTime(NamedTuple):
@@ -32,6 +34,21 @@ class TaskTime(NamedTuple):
     computing: tuple[Interval, ...] = ()
     collectives: tuple[Interval, ...] = ()
     """From the issue of each to its result."""
+    computed_in: tuple[Turn, ...] = ()
+    """Turn of each of `computing`."""
+    issued_in: tuple[Turn, ...] = ()
+    """Turn of each of `collectives`."""
+    lanes: int = 1
+    layers: tuple[tuple[int, ...], ...] = ()
+    """By lane the layer whose collective ends each turn, counted from the first of the chunk, where it is known."""
+
+    def layer(self, turn: Turn) -> int:
+        """That of a turn; 0 where it is not known."""
+        return self.layers[turn[0]][turn[1]] if self.layers else 0
+
+    def shard(self, turn: Turn) -> int:
+        """The sub-shard of a turn, -1 where there is only one."""
+        return turn[0] if self.lanes > 1 else -1
 
 
 def joined(segments: Iterable[Segment]) -> list[Segment]:
@@ -67,25 +84,35 @@ def task_time(lanes: Sequence[Sequence[Segment]], *, slowdown: float = 1.0) -> T
     ready = [0.0] * len(lanes)
     computing: list[Interval] = []
     collectives: list[Interval] = []
-    begun = 0.0
+    computed_in: list[Turn] = []
+    issued_in: list[Turn] = []
     turns = max(map(len, lanes), default=0)
     for turn in range(turns):
         for lane, segments in enumerate(lanes):
             if turn >= len(segments):
                 continue
             if ready[lane] > now:
-                if now > begun:
-                    computing.append((begun, now))
                 waited += ready[lane] - now
-                begun = now = ready[lane]
+                now = ready[lane]
+            begun = now
             compute, exchange, beside = segments[turn]
             now = computed(now, compute, link, slowdown)
             if exchange > 0:
                 link = max(link, now) + exchange
                 collectives.append((now, link))
+                issued_in.append((lane, turn))
                 ready[lane] = link
             now = computed(now, beside, link, slowdown)
+            if now > begun:
+                computing.append((begun, now))
+                computed_in.append((lane, turn))
     end = max([now, *ready])
-    if now > begun:
-        computing.append((begun, now))
-    return TaskTime(end, waited + end - now, tuple(computing), tuple(collectives))
+    return TaskTime(
+        end,
+        waited + end - now,
+        tuple(computing),
+        tuple(collectives),
+        tuple(computed_in),
+        tuple(issued_in),
+        len(lanes),
+    )

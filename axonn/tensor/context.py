@@ -63,7 +63,10 @@ class TaskSpans:
     """First layer of the chunk."""
     chunk: int
     blocked: list[tuple[float, float]] = field(default_factory=list)
-    """When this rank waited for a collective with nothing else to compute, in order; nothing without spans."""
+    """When this rank waited for a collective with nothing else to compute, in order; nothing without spans. Of no
+    length where the next sub-shard began without."""
+    turns: list[int] = field(default_factory=list)
+    """The sub-shard that computed first, and those that went on after each of these; -1 where there is only one."""
 
 
 class Pending:
@@ -147,6 +150,15 @@ class TensorContext:
         finally:
             self._task = None
 
+    def begin_sub_shard(self) -> None:
+        """Say that the calling lane begins to compute its sub-shard of the task."""
+        task, lane = self._task, self.lanes.lane
+        if self.spans is not None and task is not None and lane is not None:
+            if task.turns:
+                now = SpanRecorder.now()
+                task.blocked.append((now, now))
+            task.turns.append(lane)
+
     def start_all_reduce(self, tensor: torch.Tensor, axis: TensorAxis | None, operation: Operation = "sum") -> Pending:
         """Start reducing contiguous `tensor` in place along `axis`."""
         group = self._group(axis)
@@ -176,7 +188,20 @@ class TensorContext:
         task = self._task
         if self.spans is None or task is None:
             return
+        lane = self.lanes.lane
+        shard = -1 if lane is None else lane
+        if not task.turns:
+            task.turns.append(shard)
         task.blocked.append((before, after))
+        task.turns.append(shard)
         # The backend's thread may say a moment later than this one that it is done.
         end = min(work.finished_at or after, after)
-        self.spans.add(SpanKind.TENSOR, started, end, microbatch=task.microbatch, layer=task.layer, chunk=task.chunk)
+        self.spans.add(
+            SpanKind.TENSOR,
+            started,
+            end,
+            microbatch=task.microbatch,
+            layer=task.layer,
+            chunk=task.chunk,
+            shard=shard,
+        )

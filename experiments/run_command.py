@@ -1,0 +1,205 @@
+"""The commands `axonn run` and `axonn predict`: points of an experiment, measured and predicted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from axonn.errors import AxonnError
+from experiments.console import ExperimentFile, command_line, console, launched_once, progress_bar
+
+if TYPE_CHECKING:
+    from axonn.perf.jitter import Jitter
+    from axonn.records import Record
+
+
+def run(
+    experiment_file: ExperimentFile,
+    list_points: Annotated[bool, typer.Option("--list", help="List the points and whether they are done.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and run nothing.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume/--fresh", help="Keep points that are done, or measure all anew.")
+    ] = True,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a point is given up.")] = 3600.0,
+) -> None:
+    """Measure the points of an experiment on this machine. What is done is kept; an interrupted run can be resumed."""
+    from experiments.definition import load_experiment
+    from experiments.runner import compare_losses, points_of, run_point
+
+    experiment = load_experiment(experiment_file)
+    if experiment.policy is None:
+        console.print(f"nothing to measure: {experiment_file} has neither measured nor runs", soft_wrap=True)
+        return
+    points = points_of(experiment)
+    tolerance = experiment.policy.loss_tolerance
+    if not (list_points or dry_run):
+        launched_once()
+    done = {p.name: r for p in points if resume and (r := p.finished_record()) is not None}
+    if list_points or dry_run:
+        for point in points:
+            state = "done" if point.name in done else "to do"
+            console.print(
+                f"{state:6} {point.name}: {point.ranks} rank(s), {point.config.steps} batches", soft_wrap=True
+            )
+        return
+    if not resume:
+        # So that a fresh measurement which is interrupted goes on where it was, and does not mix with the old one.
+        for point in points:
+            point.record_file.unlink(missing_ok=True)
+    missing = [p for p in points if p.name not in done]
+    if not missing:
+        newest = max(r.created or "" for r in done.values())
+        console.print(f"nothing to do: {len(points)} measured points, newest of {newest}; --fresh measures anew")
+        return
+    failures = 0
+    width = max(len(p.label) for p in points)
+    without: dict[str, str] = {}
+    with progress_bar() as progress:
+        all_points = progress.add_task(f"measuring {experiment.name}", total=len(points), completed=len(done))
+        for point in missing:
+            one = progress.add_task(f"  {point.label} {point.framework}", total=point.config.steps)
+            record = run_point(
+                point,
+                command=command_line(),
+                on_batch=lambda n, task=one: progress.update(task, completed=n),  # type: ignore[misc]
+                timeout_s=timeout,
+            )
+            progress.remove_task(one)
+            progress.advance(all_points)
+            if record.failure is not None and record.failure.cause == "unavailable":
+                without[f"{point.label} {record.ran.framework}"] = record.failure.detail
+            elif record.failure is None:
+                done[point.name] = record
+                console.print(
+                    f"{point.label:>{width}} {record.ran.framework:14} {record.batch_time_s:8.3f} s per batch, "
+                    f"loss {record.losses[-1]:.4f}"
+                )
+            else:
+                failures += 1
+                console.print(
+                    f"[red]{point.label} {record.ran.framework} failed ({record.failure.cause}): "
+                    f"{escape(record.failure.detail)}; see {record.run_folder}/log.txt[/red]",
+                    soft_wrap=True,
+                )
+    for name, reason in without.items():
+        console.print(f"[yellow]not run: {name}: {escape(reason)}[/yellow]", soft_wrap=True)
+    ordered = [(p, done[p.name]) for p in points if p.name in done]
+    for record in compare_losses(ordered, tolerance):
+        failures += 1
+        assert record.failure is not None
+        console.print(f"[red]{record.point} {record.ran.framework}: {record.failure.detail}[/red]", soft_wrap=True)
+    if failures:
+        raise AxonnError(f"{failures} of {len(points)} points failed; run again to repeat them alone")
+    if not ordered:
+        raise AxonnError("none of the points can run here")
+    console.print(
+        f"{len(ordered)} of {len(points)} points measured; losses of the same work agree within {tolerance:g} "
+        "(relative)"
+    )
+
+
+def predict(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Experiment file; with --validate: data sets of experiments/validation, by default all"),
+    ] = None,
+    *,
+    validate: Annotated[
+        bool, typer.Option("--validate", help="Hold the model against published measurements instead.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Predict anew even if nothing has changed.")] = False,
+    jitter: Annotated[
+        float | None,
+        typer.Option(help="Tasks and messages take random times with this relative deviation, for instance 0.1."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Batches that are simulated with --jitter.")] = 5,
+    spans: Annotated[Path | None, typer.Option(help="Folder for what each stage does when, point by point.")] = None,
+) -> None:
+    """Predict the points of an experiment at the published scale, or hold predictions against published sets."""
+    from axonn.perf.jitter import Jitter
+
+    if validate:
+        _validate(names or [], fresh=fresh)
+    elif names is None or len(names) != 1:
+        raise AxonnError("give one experiment file, for instance experiments/fig6.yaml, or --validate")
+    else:
+        noise = None if jitter is None else Jitter(relative=jitter, repeats=seeds)
+        _predict_experiment(Path(names[0]), fresh=fresh or spans is not None, jitter=noise, spans=spans)
+
+
+def _validate(names: list[str], *, fresh: bool) -> None:
+    from experiments import validation_tables as tables
+    from experiments.datasets import find_data_sets
+    from experiments.validate import RESULT, done_validation, fingerprint_of, points_of, validate_set, write_validation
+
+    paths = find_data_sets(names)
+    validation = None if fresh else done_validation(paths)
+    results = [] if validation is None else validation.sets
+    if validation is None:
+        with progress_bar() as progress:
+            task = progress.add_task("predicting", total=sum(map(points_of, paths)))
+
+            def on_point(label: str) -> None:
+                progress.update(task, description=label, advance=1)
+
+            results = [validate_set(path, on_point=on_point) for path in paths]
+    for result in results:
+        console.print(tables.set_table(result))
+        for line in tables.remarks(result):
+            console.print(escape(line), highlight=False)
+        if result.variants:
+            console.print(tables.variant_table(result))
+            for letter, meaning in tables.variant_names(result)[1:]:
+                console.print(f"{letter}: {escape(meaning)}", highlight=False)
+    console.print(tables.summary_table(results))
+    if any(result.goals for result in results):
+        console.print(tables.goal_table(results))
+    if validation is not None:
+        console.print(tables.fitted_table(validation.fitted))
+        console.print(f"nothing to do: {RESULT} was written on {validation.created}", soft_wrap=True)
+        return
+    validation = write_validation(results, command=command_line(), mark=fingerprint_of(paths))
+    console.print(tables.fitted_table(validation.fitted))
+    console.print(f"written to {RESULT}", soft_wrap=True)
+
+
+def _predict_experiment(experiment_file: Path, *, fresh: bool, jitter: Jitter | None, spans: Path | None) -> None:
+    from experiments.definition import load_experiment
+    from experiments.predictor import done_predictions, points_to_predict, predict_experiment
+
+    experiment = load_experiment(experiment_file)
+    if not experiment.predicts:
+        console.print(f"nothing to predict: {experiment_file} has neither predicted nor data_set", soft_wrap=True)
+        return
+    records = None if fresh else done_predictions(experiment, jitter)
+    if records is not None:
+        _show_spread(records)
+        console.print(f"nothing to do: {len(records)} points were predicted on {records[0].created}")
+        return
+    start = time.perf_counter()
+    with progress_bar() as progress:
+        task = progress.add_task("predicting", total=len(points_to_predict(experiment)[1]))
+        count = 0
+
+        def on_point(name: str) -> None:
+            nonlocal count
+            progress.update(task, description=f"predicting {name}", completed=count)
+            count += 1
+
+        records = predict_experiment(experiment, command=command_line(), on_point=on_point, jitter=jitter, spans=spans)
+        progress.update(task, description="predicted", completed=len(records))
+    _show_spread(records)
+    console.print(f"{len(records)} points predicted in {time.perf_counter() - start:.1f} s")
+
+
+def _show_spread(records: Sequence[Record]) -> None:
+    """Where the times are those of several batches."""
+    from experiments.validation_tables import spread_table
+
+    if all(record.batch_times_s for record in records):
+        console.print(spread_table(records))

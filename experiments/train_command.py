@@ -1,0 +1,109 @@
+"""The commands `axonn train` and `axonn export`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from axonn.errors import AxonnError
+from experiments.console import command_line, console, launched_once, warn
+
+
+def train(
+    config_file: Annotated[Path, typer.Argument(help="Training configuration (YAML)")],
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<name of the file>.")] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew, and remove the checkpoints of the run folder.")
+    ] = False,
+) -> None:
+    """Train a model as a configuration says; goes on from the newest checkpoint of the run folder if there is one."""
+    from axonn.config import TrainConfig, load_yaml
+    from axonn.data import make_data
+    from axonn.engine import microbatches_of
+    from axonn.grid import ProcessGrid
+    from experiments import training
+    from experiments.engine_framework import layers_of_chunks
+    from experiments.progress import TrainingProgress
+    from experiments.runner import RUNS
+
+    config = training.resolved(load_yaml(config_file, TrainConfig))
+    grid = ProcessGrid(**config.grid.model_dump())
+    # Everything that can be wrong is found here, before ranks start.
+    launched_once()
+    stages = layers_of_chunks(config)
+    count = microbatches_of(batch_size=config.batch_size, microbatch_size=config.microbatch_size, grid=grid)
+    data = make_data(config)
+    folder = out or RUNS / config_file.stem
+    session = training.prepare(config, folder, data=data, command=command_line(), fresh=fresh, warn=warn)
+    console.print(
+        f"{config.model.parameters / 1e6:.1f}M parameters, {grid.size} rank(s) ({grid}), {count} microbatch(es) per "
+        f"pipeline, layers per chunk {[len(s) for s in stages]}, {data.summary}"
+    )
+    if session.resume is not None:
+        if session.first >= config.steps:
+            console.print(f"nothing to do: {session.first} batches are done; raise steps, or start anew with --fresh")
+            return
+        console.print(f"going on after batch {session.first} from {session.resume.folder}", soft_wrap=True)
+    unit = config.model.sample_unit
+    try:
+        with TrainingProgress(console, folder, first=session.first, steps=config.steps, unit=unit) as progress:
+            record = training.train(session, fresh=fresh, on_batch=progress)
+    except KeyboardInterrupt:
+        _say_how_to_go_on(folder)
+        raise typer.Exit(130) from None
+    if record.failure is not None:
+        _say_how_to_go_on(folder)
+        raise AxonnError(f"{record.failure.detail}; {len(record.losses)} batches are kept in {folder}")
+    console.print(f"loss {record.losses[0]:.4f} -> {record.losses[-1]:.4f} in {len(record.losses)} batches; {folder}")
+    console.print(_time_of(record.batch_time_s, record.parts_s), soft_wrap=True)
+    if len(record.bytes_per_batch) > 1:
+        console.print(_sent_by_axis(record.bytes_per_batch), soft_wrap=True, highlight=False)
+
+
+def _say_how_to_go_on(folder: Path) -> None:
+    from axonn.checkpoint import latest
+    from experiments.loop import CHECKPOINTS
+
+    newest = latest(folder / CHECKPOINTS, read_all=False)
+    how = (
+        "there is no checkpoint: the next start begins anew (see the key 'checkpoints')"
+        if newest is None
+        else f"the newest checkpoint is of batch {newest.state.batches}; the same command goes on from there"
+    )
+    console.print(f"stopped; {how}", soft_wrap=True)
+
+
+def _time_of(seconds: float | None, parts: Mapping[str, float]) -> str:
+    """Where the time of a batch went, in one line."""
+    total = sum(parts.values())
+    shares = ", ".join(f"{name.replace('_', '-')} {part / total:.0%}" for name, part in parts.items() if part > 0)
+    return f"{seconds:.3f} s per batch" + (f": {shares}" if shares else "")
+
+
+def _sent_by_axis(sizes: Mapping[str, int]) -> str:
+    """What a rank sends for a batch, in one line."""
+    parts = ", ".join(f"{axis} {size:,}" for axis, size in sorted(sizes.items(), key=lambda item: -item[1]))
+    return f"bytes sent per batch by a rank, at most: {parts}"
+
+
+def export(
+    source: Annotated[Path, typer.Argument(help="Run folder (its newest checkpoint) or one checkpoint")],
+    out: Annotated[Path, typer.Option(help="File to write, for instance model.safetensors")],
+) -> None:
+    """Write the master weights of a checkpoint as one safetensors file, for initial_weights or other programs."""
+    from axonn.checkpoint import latest
+    from axonn.errors import CheckpointError
+    from axonn.weights import export_weights
+    from experiments.loop import CHECKPOINTS
+
+    checkpoint = source
+    if not (source / "state.json").exists():
+        found = latest(source / CHECKPOINTS, warn=warn)
+        if found is None:
+            raise CheckpointError(f"{source}: is neither a checkpoint nor a run folder with a good one")
+        checkpoint = found.folder
+    count = export_weights(checkpoint, out)
+    console.print(f"{count} parameters of {checkpoint} written to {out}", soft_wrap=True)

@@ -1,0 +1,207 @@
+"""Figure 3: what a batch is made of, without and with the memory optimisation. python -m plots.fig3 [--fresh]"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from axonn.records import Record
+from plots.figure import Content, FigureKind, main
+from plots.stacks import INSIDE, NAMES, WHOLE, Stack, draw_stacks, legend
+from plots.style import COLUMN_IN
+from plots.summary import group, typical
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PHASES = {"inter_layer": "inter-layer", "all_reduce": "all-reduce", "optimizer": "optimizer"}
+Row = dict[str, Any]
+
+
+def blocks(row: Row, bar_s: float) -> dict[str, float]:
+    """Seconds of every block of a bar of `bar_s`, from the bottom up; they add up to it.
+
+    The inter-layer phase of a published bar is one block. In a predicted one its compute, collectives and
+    point-to-point are means over the stages, and the bubble is what is left of it; what follows is that of the stage
+    that ends last. A measured bar has the parts of its spans, means over the ranks, and what no span explains.
+    """
+    parts, phases = row["parts_s"] or {}, row["phases_s"] or {}
+    if row["kind"] == "measured" and parts:
+        names = ("compute", "tensor", "point_to_point", "bubble", "all_reduce", "optimizer")
+        found = {name: parts.get(name, 0.0) for name in names}
+    elif set(PHASES) <= set(phases):
+        after = {name: phases[name] for name in ("all_reduce", "optimizer")}
+        inside = {
+            "compute": parts.get("compute", 0.0),
+            "tensor": parts.get("tensor_all_reduce", 0.0),
+            "point_to_point": parts.get("point_to_point", 0.0),
+        }
+        bubble = {"bubble": phases["inter_layer"] - sum(inside.values())}
+        found = (inside | bubble if parts else {WHOLE: phases[WHOLE]}) | after
+    else:
+        return {"undivided": bar_s}
+    found = {name: seconds for name, seconds in found.items() if seconds}
+    return found | {"unexplained": bar_s - sum(found.values())}
+
+
+def extras(content: Content, rows: list[Row]) -> dict[str, Any]:
+    """`parts`: the blocks of every bar in seconds; errors of predicted phases; what is unexplained of measured bars."""
+    runs = {key: typical(records) for key, records in group(content.measured).items()}
+    drawn: list[dict[str, Any]] = []
+    for row in rows:
+        # A bar is one run: of several repeats, the one that the row's parts are of.
+        run = runs.get((row["point"], row["framework"])) if row["kind"] == "measured" else None
+        bar_s = row["batch_time_s"] if run is None else run.batch_time_s
+        named = {name: row[name] for name in ("point", "framework", "kind")}
+        drawn.append(named | {"bar_s": bar_s, "parts": {} if bar_s is None else blocks(row, bar_s)})
+    published = {row["point"]: row["phases_s"] or {} for row in rows if row["kind"] == "published"}
+    return {
+        "parts": drawn,
+        "phase_errors_pct": {
+            row["point"]: {
+                phase: 100 * (seconds / published[row["point"]][phase] - 1)
+                for phase, seconds in (row["phases_s"] or {}).items()
+                if phase in published.get(row["point"], {})
+            }
+            for row in rows
+            if row["kind"] == "predicted"
+        },
+        "unexplained_pct": {
+            bar["point"]: 100 * bar["parts"]["unexplained"] / bar["bar_s"]
+            for bar in drawn
+            if bar["kind"] == "measured" and "unexplained" in bar["parts"]
+        },
+    }
+
+
+def _stacks(summary: dict[str, Any], order: Sequence[str]) -> list[Stack]:
+    """The bars of these points, in their order."""
+    found = [
+        Stack(
+            group=bar["point"], kind=bar["kind"], parts=bar["parts"], total=bar["bar_s"],
+            repeats=row.get("repeats_s", []), note=_extents(row["grid"]),
+        )
+        for bar, row in zip(summary["parts"], summary["rows"], strict=True)
+        if bar["parts"] and bar["point"] in order
+    ]  # fmt: skip
+    return sorted(found, key=lambda stack: order.index(stack.group))
+
+
+def _extents(grid: dict[str, int]) -> str:
+    """Of the pipeline and of its replicas, in words."""
+    counted = [(grid["inter"], "stage"), (grid["data"], "replica")]
+    return " x ".join(f"{n} {name}{'' if n == 1 else 's'}" for n, name in counted)
+
+
+def _points(summary: dict[str, Any], content: Content) -> tuple[list[str], list[str]]:
+    """Those at the published scale, and those of this machine, in the order in which they are drawn."""
+    at_scale = list(dict.fromkeys(r["point"] for r in summary["rows"] if r["kind"] != "measured"))
+    runs = content.experiment.runs
+    measured = [r["point"] for r in summary["rows"] if r["kind"] == "measured"]
+    here = list(dict.fromkeys([*([] if runs is None else runs.runs), *measured]))
+    return at_scale, [point for point in here if point not in at_scale]
+
+
+def draw(summary: dict[str, Any], content: Content) -> Figure:
+    """Two panels one above the other, as wide as a column, the names of the blocks between them."""
+    import matplotlib.pyplot as plt
+
+    at_scale, here = (_stacks(summary, points) for points in _points(summary, content))
+    figure, (upper, middle, lower) = plt.subplots(
+        3, 1, figsize=(COLUMN_IN, 7.0), height_ratios=[3.1, 1.0, 2.6], constrained_layout=True
+    )
+    draw_stacks(upper, at_scale, unit="s", grouped=True)
+    upper.set_ylabel("seconds per batch")
+    upper.set_title(_title(content.published), fontsize=8)
+    middle.axis("off")
+    legend(middle, [*at_scale, *here])
+    if here:
+        draw_stacks(lower, here, unit="ms", grouped=False)
+        lower.set_ylabel("milliseconds per batch")
+        asked = next(r.asked for r in content.measured if r.point == here[0].group)
+        lower.set_title(f"GPT of {asked.layers} layers on {asked.gpus} ranks of this machine (CPU)", fontsize=8)
+    else:
+        lower.axis("off")
+        lower.text(0.5, 0.5, "not measured on this machine", ha="center", transform=lower.transAxes)
+    figure.suptitle(fill(summary["title"], 50), fontsize=8.5)
+    return figure
+
+
+def _title(published: Sequence[Record]) -> str:
+    if not published:
+        return "At the published scale"
+    first = published[0]
+    model = first.asked.model.removeprefix("gpt-").upper()
+    return f"GPT {model} on {first.asked.gpus} GPUs of {first.machine.name.capitalize()}"
+
+
+def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType]:
+    """Published and predicted phases, what the predicted pipeline is made of, and the measured parts."""
+    rows = summary["rows"]
+    yield _phases(rows, summary["phase_errors_pct"])
+    for bar in summary["parts"]:
+        if bar["kind"] == "predicted":
+            said = ", ".join(f"{NAMES[name]} {bar['parts'][name]:.2f} s" for name in INSIDE if name in bar["parts"])
+            yield f"{escape(bar['point'])}, predicted inter-layer phase: {said}"
+    for row in rows:
+        if row["note"]:
+            yield f"{escape(row['point'])}, {row['kind']}: {escape(row['note'])}"
+    yield _measured(summary, _points(summary, content)[1])
+    for record in content.failures:
+        assert record.failure is not None
+        yield f"[red]{escape(record.point)} failed ({record.failure.cause}): {escape(record.failure.detail)}[/red]"
+
+
+def _table(title: str, *columns: str) -> Table:
+    """Numbers on the right, beginning with `columns` that are marked by a `>`."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in columns:
+        table.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", no_wrap=True)
+    return table
+
+
+def _phases(rows: Sequence[Row], errors: dict[str, dict[str, float]]) -> Table:
+    table = _table("Seconds of a batch by phase", "configuration", "phase", ">published", ">predicted", ">error")
+    by = {(row["kind"], row["point"]): row for row in rows}
+    for point in dict.fromkeys(row["point"] for row in rows if row["kind"] in ("published", "predicted")):
+        known, told = by.get(("published", point)), by.get(("predicted", point))
+        for i, (phase, name) in enumerate(PHASES.items()):
+            numbers = [None if row is None else (row["phases_s"] or {}).get(phase) for row in (known, told)]
+            error = _percent(errors.get(point, {}).get(phase))
+            table.add_row(escape(point) if i == 0 else "", name, *map(_seconds, numbers), error)
+        totals = [None if row is None else row["batch_time_s"] for row in (known, told)]
+        table.add_row("", "batch", *map(_seconds, totals), _percent(told and told["error_pct"]), end_section=True)
+    return table
+
+
+def _measured(summary: dict[str, Any], order: Sequence[str]) -> Table:
+    """Bars of these points, those at the published scale left out."""
+    table = _table("Measured: parts of a batch, mean over ranks and batches", "run and part", ">ms", ">of the batch")
+    bars = [pair for pair in zip(summary["parts"], summary["rows"], strict=True) if pair[0]["parts"]]
+    for bar, row in sorted((b for b in bars if b[0]["point"] in order), key=lambda b: order.index(b[0]["point"])):
+        times = row["repeats_s"]
+        table.add_row(f"{escape(bar['point'])} ({len(times)} of {1000 * min(times):.0f} to {1000 * max(times):.0f} ms)")
+        for name, seconds in bar["parts"].items():
+            table.add_row(f"  {NAMES[name]}", f"{1000 * seconds:.1f}", f"{100 * seconds / bar['bar_s']:.1f}%")
+        table.add_row("  batch", f"{1000 * bar['bar_s']:.1f}", "", end_section=True)
+    return table
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.1f}%"
+
+
+FIG3 = FigureKind(name="fig3", draw=draw, tables=tables, extras=extras)
+
+if __name__ == "__main__":
+    main(FIG3)

@@ -1,0 +1,392 @@
+"""Figure 7: weak scaling of tensor parallelism, our and Megatron-LM's scheme. python -m plots.fig7 [--fresh]"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from axonn.config import TrainConfig, UNetConfig
+from axonn.grid import AXES
+from axonn.perf.engine_strategy import strategy_of_config
+from axonn.perf.outline import outline_of
+from axonn.perf.sent import bytes_by_axis
+from experiments.datasets import FOLDER
+from experiments.definition import OURS, load_model
+from experiments.published import published_ratios
+from plots.figure import Content, FigureKind, main
+from plots.style import KINDS, PAGE_IN, colours
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SCHEME = "our engine with G_row = 1 (Megatron-LM's scheme)"
+OURS_2D = f"{OURS}, our tensor parallelism (row x col)"
+EVERYTHING = "+".join(AXES)
+"""Axis of what is sent to all ranks at once."""
+GB, MB = 1e9, 1e6
+SMALL = 6.0
+"""Points of what is written inside of a panel."""
+MARKERS = {OURS: "o", SCHEME: "^"}
+
+
+def extras(content: Content, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Speedups, published and predicted; grid and bytes of each GPU; bytes of each rank here, counted and modelled."""
+    sizes = {r.asked.model: r.asked.parameters for r in content.predicted}
+    shards = {(r.point, r.ran.framework): r.ran.overdecomposition for r in content.predicted}
+    per_gpu = [
+        {
+            "framework": r["framework"],
+            "model": r["model"],
+            "parameters": sizes[r["model"]],
+            "image_size": _image_size(r["model"]),
+            "gpus": r["gpus"],
+            "kind": r["kind"],
+            "batch_time_s": r["batch_time_s"],
+            "grid": r["grid"],
+            "microbatch_size": r["microbatch_size"],
+            "sub_shards": shards.get((r["point"], r["framework"])),
+            "tensor_bytes": sum(_of(r, axis) for axis in ("row", "col")),
+            "data_bytes": _of(r, "data"),
+            "chosen": r["note"],
+        }
+        for r in rows
+        if r["kind"] == "predicted"
+    ]
+    return {
+        "families": {
+            "main": "32 pixels: the rule of experiments/validation/poster-unet.yaml",
+            "other": "128 pixels: the other networks of these sizes that the suite ships",
+        },
+        "per_gpu": per_gpu,
+        "speedups": _speedups(content, per_gpu),
+        "bytes_here": _bytes_here(content, rows),
+    }
+
+
+def _image_size(model: str) -> int | None:
+    config = load_model(model)
+    return config.image_size if isinstance(config, UNetConfig) else None
+
+
+def _of(row: Mapping[str, Any], axis: str) -> int:
+    """Bytes along an axis; none where nothing was sent."""
+    return int((row["bytes_per_batch"] or {}).get(axis, 0))
+
+
+def _speedups(content: Content, per_gpu: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of our tensor parallelism over the scheme. A published one has no seconds, and is that of one network size."""
+    ratios = published_ratios(content.experiment)
+    found: list[dict[str, Any]] = [
+        {"kind": "published", "gpus": r.gpus, "model": "28B parameters", "value": r.value, "source": r.source}
+        for r in ratios
+    ]
+    published = {r.gpus: r.value for r in ratios}
+    times = {(r["framework"], r["model"], r["gpus"]): r["batch_time_s"] for r in per_gpu}
+    for (framework, model, gpus), seconds in times.items():
+        other = times.get((SCHEME, model, gpus))
+        if framework != OURS or other is None:
+            continue
+        value, known = other / seconds, published.get(gpus)
+        found.append(
+            {
+                "kind": "predicted",
+                "gpus": gpus,
+                "model": model,
+                "image_size": _image_size(model),
+                "value": value,
+                "published": known,
+                "error_pct": None if known is None else 100 * (value / known - 1),
+            }
+        )
+    return found
+
+
+def _bytes_here(content: Content, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """By measured point: bytes that a rank sends for a batch, as counted in the run and as the model has them."""
+    runs = content.experiment.runs
+    configs = {} if runs is None else runs.configs(where=content.experiment.name)
+    found = []
+    for row in rows:
+        if row["kind"] != "measured" or row["point"] not in configs:
+            continue
+        counted = {_axis(axis): size for axis, size in (row["bytes_per_batch"] or {}).items()}
+        modelled = modelled_bytes(configs[row["point"]])
+        agree = counted == modelled
+        found.append({"point": row["point"], "counted": counted, "modelled": modelled, "agree": agree})
+    return found
+
+
+def modelled_bytes(config: TrainConfig) -> dict[str, int]:
+    """What the communication model says that a rank sends for a batch, by axis."""
+    found = bytes_by_axis(outline_of(config.model), strategy_of_config(config), batch_size=config.batch_size)
+    return {_axis(axis): size for axis, size in found.items()}
+
+
+def _axis(name: str) -> str:
+    return "all" if name == EVERYTHING else name
+
+
+def draw(summary: dict[str, Any], content: Content) -> Figure:
+    """The published scale above: time, speedup, bytes; this machine below: time, bytes. As wide as a page."""
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    palette = dict(zip((OURS, SCHEME), colours(2), strict=True))
+    figure = plt.figure(figsize=(PAGE_IN, 5.6), constrained_layout=True)
+    grid = figure.add_gridspec(2, 6, height_ratios=(1.15, 1))
+    upper = [figure.add_subplot(grid[0, 2 * i : 2 * i + 2]) for i in range(3)]
+    lower = [figure.add_subplot(grid[1, 3 * i : 3 * i + 3]) for i in range(2)]
+    main_family = [r for r in summary["per_gpu"] if r["image_size"] == 32]
+    _draw_times(upper[0], main_family, palette)
+    _draw_speedups(upper[1], summary["speedups"], palette[OURS])
+    _draw_bytes(upper[2], main_family, palette)
+    _draw_here(lower, summary, content, palette)
+    for letter, axes in zip("abcde", [*upper, *lower], strict=True):
+        axes.set_title(f"({letter}) {axes.get_title()}", fontsize=7.5)
+        axes.tick_params(labelsize=6.5)
+        axes.xaxis.label.set_size(7)
+        axes.yaxis.label.set_size(7)
+    handles: list[Any] = [Patch(color=palette[OURS], label=OURS_2D), Patch(color=palette[SCHEME], label=SCHEME)]
+    handles += [
+        Line2D([], [], color="0.25", linestyle=KINDS["predicted"], marker="o", markersize=4, markerfacecolor="white",
+               label="predicted"),
+        Line2D([], [], color="black", marker="*", markersize=8, linewidth=0, label="published (a ratio, no time)"),
+        Line2D([], [], color="0.25", marker="_", markersize=8, linewidth=0, label="measured: runs (bar: median)"),
+    ]  # fmt: skip
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=3, fontsize=6.5, frameon=False, title=summary["title"],
+        title_fontsize=9,
+    )  # fmt: skip
+    return figure
+
+
+def _gpus_axis(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """GPUs, doubling, with the number of parameters below."""
+    names = {r["gpus"]: f"{r['gpus']}\n{_billions(r)}" for r in rows}
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(names), list(names.values()))
+    axes.minorticks_off()
+    if names:
+        axes.set_xlim(min(names) / 1.35, max(names) * 1.45)
+    axes.set_xlabel("A100 GPUs of Perlmutter, parameters")
+
+
+def _billions(row: Mapping[str, Any]) -> str:
+    """As the model's name has it."""
+    name = str(row["model"])
+    return name.split("-")[1].upper() if "-" in name else name.partition(" ")[0]
+
+
+def _draw_times(axes: Axes, rows: Sequence[Mapping[str, Any]], palette: Mapping[str, Any]) -> None:
+    for framework, marker in MARKERS.items():
+        points = sorted((r["gpus"], r["batch_time_s"]) for r in rows if r["framework"] == framework)
+        if points:
+            axes.plot(
+                *zip(*points, strict=True), KINDS["predicted"], color=palette[framework], marker=marker, markersize=5,
+                markerfacecolor="white", linewidth=1.2,
+            )  # fmt: skip
+    _gpus_axis(axes, rows)
+    axes.set_ylim(bottom=0)
+    axes.set(ylabel="seconds per batch", title="Batch time, predicted (32 pixels)")
+
+
+def _draw_speedups(axes: Axes, speedups: Sequence[Mapping[str, Any]], colour: Any) -> None:
+    """The published one is a single star; two families of networks are predicted, the second fainter."""
+    families = {32: ("32-pixel networks", "o", 1.0, 1.2), 128: ("128-pixel networks", "s", 0.55, 0.8)}
+    rows = [s for s in speedups if s["kind"] == "predicted"]
+    for size, (label, marker, alpha, width) in families.items():
+        points = sorted((s["gpus"], s["value"]) for s in rows if s["image_size"] == size)
+        if not points:
+            continue
+        axes.plot(
+            *zip(*points, strict=True), KINDS["predicted"], color=colour, marker=marker, markersize=4.5, alpha=alpha,
+            markerfacecolor="white", linewidth=width, zorder=3, label=f"{label}, predicted",
+        )  # fmt: skip
+        for gpus, value in points:
+            # Below the lower line and left of the upper one.
+            place, side = ((0, -10), "center") if size == 32 else ((-6, 0), "right")
+            axes.annotate(
+                f"{value:.2f}", (gpus, value), place, textcoords="offset points", fontsize=SMALL, ha=side,
+                color="0.15" if size == 32 else "0.4",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},
+            )  # fmt: skip
+    for s in speedups:
+        if s["kind"] == "published":
+            axes.plot([s["gpus"]], [s["value"]], "*", color="black", markersize=11, zorder=2)
+            axes.annotate(
+                f"{s['value']:g} published", (s["gpus"], s["value"]), (8, 7), textcoords="offset points",
+                fontsize=SMALL, ha="right",
+            )  # fmt: skip
+    axes.axhline(1, color="0.4", linewidth=0.8)
+    _gpus_axis(axes, [s for s in rows if s["image_size"] == 32] or speedups)
+    axes.set_ylim(0, 3)
+    axes.set(ylabel="times as fast as G_row = 1", title="Speedup over the scheme")
+    if rows:
+        axes.legend(fontsize=5.5, loc="lower left")
+
+
+def _draw_bytes(axes: Axes, rows: Sequence[Mapping[str, Any]], palette: Mapping[str, Any]) -> None:
+    """Pairs of stacked bars: along row and col below, along data (hatched) above; the grid over each."""
+    from matplotlib.patches import Patch
+
+    sizes = sorted({r["gpus"] for r in rows})
+    highest = max(((r["tensor_bytes"] + r["data_bytes"]) / GB for r in rows), default=1.0)
+    for row in rows:
+        at = sizes.index(row["gpus"]) + (-0.21 if row["framework"] == OURS else 0.21)
+        tensor, data = row["tensor_bytes"] / GB, row["data_bytes"] / GB
+        colour = palette[row["framework"]]
+        axes.bar(at, tensor, 0.38, color=colour, linewidth=0)
+        axes.bar(at, data, 0.38, bottom=tensor, facecolor="white", edgecolor=colour, hatch="//////", linewidth=0.5)
+        g = row["grid"]
+        axes.text(
+            at, tensor + data + 0.015 * highest, f"{g['data']} x {g['row']} x {g['col']}", fontsize=5.5, rotation=90,
+            ha="center", va="bottom",
+        )  # fmt: skip
+    named = {r["gpus"]: _billions(r) for r in rows}
+    axes.set_xticks(range(len(sizes)), [f"{gpus}\n{named[gpus]}" for gpus in sizes])
+    axes.set_ylim(0, 1.5 * highest)
+    axes.grid(visible=False, axis="x")
+    axes.set(
+        xlabel="A100 GPUs of Perlmutter, parameters",
+        ylabel="GB that a GPU sends per batch",
+        title="Bytes, predicted (32 pixels)",
+    )
+    handles = [
+        Patch(color="0.5", label="along row and col"),
+        Patch(facecolor="white", edgecolor="0.5", hatch="//////", label="along data"),
+        Patch(facecolor="none", edgecolor="none", label="over bars: data x row x col"),
+    ]
+    axes.legend(handles=handles, fontsize=5.5, loc="upper left", handlelength=1.4)
+
+
+def _draw_here(
+    panels: Sequence[Axes], summary: Mapping[str, Any], content: Content, palette: Mapping[str, Any]
+) -> None:
+    """By tensor grid: seconds, and bytes along row and col, counted (bars) and modelled (crosses)."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    times, sent = panels
+    rows = _measured(summary)
+    cores = content.measured[0].machine.cores if content.measured else None
+    where = "on this machine" + (f" ({cores} cores for all ranks)" if cores else "")
+    times.set(ylabel="seconds per batch", title=f"Batch time, measured {where}")
+    sent.set(ylabel="MB that a rank sends per batch", title="Communication, counted here and modelled")
+    if not rows:
+        for axes in panels:
+            axes.text(0.5, 0.5, "not measured on this machine", ha="center", transform=axes.transAxes, fontsize=7)
+        return
+    by_point = {b["point"]: b for b in summary["bytes_here"]}
+    shades = {"row": 1.0, "col": 0.45}
+    for i, row in enumerate(rows):
+        colour = palette[SCHEME if row["grid"]["row"] == 1 else OURS]
+        times.bar(i, row["batch_time_s"], 0.6, facecolor="white", edgecolor=colour, linewidth=1.2)
+        times.plot([i] * len(row["repeats_s"]), row["repeats_s"], "_", color=colour, markersize=11)
+        of = by_point.get(row["point"], {"counted": {}, "modelled": {}})
+        below = modelled = 0.0
+        for axis, alpha in shades.items():
+            size = of["counted"].get(axis, 0) / MB
+            sent.bar(i, size, 0.6, bottom=below, color=colour, alpha=alpha, linewidth=0)
+            below += size
+            modelled += of["modelled"].get(axis, 0) / MB
+        sent.plot([i], [modelled], "x", color="black", markersize=5)
+    labels = [f"{r['grid']['row']} x {r['grid']['col']}\n{r['gpus']} ranks" for r in rows]
+    millions = content.measured[0].asked.parameters / 1e6
+    for axes in panels:
+        axes.set_xlabel(f"G_row x G_col (the same U-Net of {millions:.1f}M parameters)")
+        axes.set_xticks(range(len(rows)), labels)
+        axes.grid(visible=False, axis="x")
+    times.set_ylim(0, 1.12 * max(max(r["repeats_s"]) for r in rows))
+    sent.set_ylim(0, 1.4 * max(sum(b["counted"].get(a, 0) for a in shades) for b in by_point.values()) / MB)
+    handles: list[Any] = [
+        Patch(color="0.3", label="along row, counted"),
+        Patch(color="0.3", alpha=shades["col"], label="along col, counted"),
+        Line2D([], [], color="black", marker="x", linewidth=0, markersize=5, label="communication model"),
+    ]
+    sent.legend(handles=handles, fontsize=5.5, loc="upper left", ncols=3, columnspacing=0.8, handlelength=1.2)
+
+
+def _measured(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of this machine, the scheme first among as many ranks."""
+    rows = [r for r in summary["rows"] if r["kind"] == "measured" and r["published_s"] is None]
+    return sorted(rows, key=lambda r: (r["gpus"], r["grid"]["row"]))
+
+
+def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType]:
+    """All panels in numbers."""
+    table = _table("At the published scale, predicted; GB that a GPU sends", "model", "GPUs", "")
+    for name in ("data x row\nx col", "micro-\nbatch", "s per\nbatch", "row\n+ col", "data", "speed\nup"):
+        table.add_column(name, justify="right", no_wrap=True)
+    speedups = {(s["model"], s["gpus"]): s["value"] for s in summary["speedups"] if s["kind"] == "predicted"}
+    previous = None
+    for row in sorted(summary["per_gpu"], key=lambda r: (r["image_size"] or 0, r["gpus"], r["framework"] != OURS)):
+        if previous not in (None, row["model"]):
+            table.add_section()
+        previous = row["model"]
+        g, shards = row["grid"], row["sub_shards"]
+        ours = row["framework"] == OURS
+        ratio = speedups.get((row["model"], row["gpus"]))
+        table.add_row(
+            row["model"],
+            str(row["gpus"]),
+            OURS if ours else "G_row=1",
+            f"{g['data']} x {g['row']} x {g['col']}",
+            f"{row['microbatch_size']}" + (f" / {shards}" if shards and shards > 1 else ""),
+            f"{row['batch_time_s']:.3f}",
+            f"{row['tensor_bytes'] / GB:.4g}",
+            f"{row['data_bytes'] / GB:.1f}",
+            f"{ratio:.2f}" if ours and ratio is not None else "",
+        )
+    yield table
+    for s in summary["speedups"]:
+        if s["kind"] == "published":
+            predicted = [p for p in summary["speedups"] if p["kind"] == "predicted" and p["gpus"] == s["gpus"]]
+            ways = ", ".join(f"{p['value']:.2f} with {p['model']} ({p['error_pct']:+.0f}%)" for p in predicted)
+            yield f"speedup on {s['gpus']} GPUs: published {s['value']:g} (a ratio, no time); predicted {ways or '-'}"
+    yield f"G_row=1: {SCHEME}; microbatch / sub-shards where there are 2"
+    here = _table("Measured here, the same work at every grid; MB that a rank sends", "G_row x G_col", "ranks")
+    for name in ("median\ns", "least", "most", "row\nMB", "col\nMB", "model"):
+        here.add_column(name, justify="right", no_wrap=True)
+    sent = {b["point"]: b for b in summary["bytes_here"]}
+    for row in _measured(summary):
+        b = sent.get(row["point"], {"counted": {}, "agree": False})
+        here.add_row(
+            f"{row['grid']['row']} x {row['grid']['col']}",
+            str(row["gpus"]),
+            f"{row['batch_time_s']:.3f}",
+            f"{min(row['repeats_s']):.3f}",
+            f"{max(row['repeats_s']):.3f}",
+            *(f"{b['counted'].get(axis, 0) / MB:.2f}" for axis in ("row", "col")),
+            "the same" if b["agree"] else "differs",
+        )
+    yield here
+    for record in content.failures:
+        assert record.failure is not None
+        yield f"[yellow]{escape(f'{record.point}: {record.failure.cause}: {record.failure.detail}')}[/yellow]"
+
+
+def _table(title: str, *names: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    return table
+
+
+def inputs(content: Content) -> list[Path]:
+    """Where the published ratio and the networks are."""
+    ratios = content.experiment.ratios
+    return [] if ratios is None else [FOLDER / f"{ratios}.yaml"]
+
+
+FIG7 = FigureKind(name="fig7", draw=draw, tables=tables, extras=extras, inputs=inputs)
+
+if __name__ == "__main__":
+    main(FIG7)

@@ -1,0 +1,252 @@
+"""What all figures of an experiment share: their records, what of them is missing, their files, and when to redraw.
+
+A figure is one file of experiments/ and one module of plots/ that says what its summary has beside the rows, draws it,
+and prints its tables. `make_figure` does the rest: points of every kind come from where that kind lives and nowhere
+else, so none is ever drawn as another; what is not there is named in the figure, in the summary and on the screen.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+from rich.markup import escape
+
+from axonn.errors import AxonnError, RecordError
+from axonn.records import Record, RecordKind, read_records
+from experiments import predictor, runner
+from experiments.definition import ROOT, Experiment, load_experiment
+from experiments.framework import load_framework
+from experiments.provenance import fingerprint, sources, this_machine
+from experiments.published import published_ratios, published_records
+from plots import style
+from plots.summary import key, mape, rows_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RESULTS = ROOT / "results"
+MOST_MISSING = 3
+"""Of the missing points, so many are named in the figure; all are in the summary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """The records of an experiment by kind. `missing`: what should be there and is not, each with the way to it."""
+
+    experiment: Experiment
+    published: list[Record]
+    predicted: list[Record]
+    measured: list[Record]
+    missing: list[str]
+
+    @property
+    def records(self) -> list[Record]:
+        return [*self.published, *self.predicted, *self.measured]
+
+    @property
+    def failures(self) -> list[Record]:
+        return [r for r in self.records if r.failure is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureKind:
+    """One figure. `extras`: what its summary has beside what all have; `draw`: from the summary, inside of the style.
+
+    `tables`: what is printed. `inputs`: files beside the records that it is drawn from, for the redraw; `lacks`: what
+    of them is not there, each with the way to it; `name` is that of the experiment's file.
+    """
+
+    name: str
+    draw: Callable[[dict[str, Any], Content], Figure]
+    tables: Callable[[dict[str, Any], Content], Iterable[RenderableType]]
+    extras: Callable[[Content, list[dict[str, Any]]], dict[str, Any]] = field(default=lambda content, rows: {})
+    inputs: Callable[[Content], Sequence[Path]] = field(default=lambda content: [])
+    lacks: Callable[[Content], Sequence[str]] = field(default=lambda content: [])
+    command: str = ""
+    """Default make reproduce-NAME."""
+
+
+def gather(experiment: Experiment) -> Content:
+    """All records of an experiment. A file that cannot be read, or a record of a kind that does not belong where it
+    lies, is missing and not drawn; so is every expected point without a record."""
+    missing: list[str] = []
+    predicted: list[Record] = []
+    if experiment.predicts:
+        predicted = _predicted(experiment, missing)
+    found = [r for r in _readable(runner.MEASURED, "measured", missing) if r.experiment == experiment.name]
+    work = {(label, load_framework(name).label): config for label, config, name in runner.measured_work(experiment)}
+    # Half way through measuring anew, what is left of an earlier configuration is no repeat of this one.
+    measured = [r for r in found if (config := work.get(key(r))) is None or runner.measures(r, config)]
+    repeats = experiment.policy.repeats if experiment.policy is not None else 1
+    for label, framework in work:
+        count = sum(key(r) == (label, framework) and _counts(r) for r in measured)
+        if count < repeats:
+            how = "is not measured" if not count else f"is measured {count} times of {repeats}"
+            missing.append(f"{label} {framework} {how}; run: axonn run experiments/{experiment.name}.yaml")
+    return Content(
+        experiment=experiment,
+        published=published_records(experiment),
+        predicted=predicted,
+        measured=measured,
+        missing=missing,
+    )
+
+
+def _counts(record: Record) -> bool:
+    """Whether there is nothing to repeat: it succeeded, or cannot be done here."""
+    return record.failure is None or record.failure.cause == "unavailable"
+
+
+def _predicted(experiment: Experiment, missing: list[str]) -> list[Record]:
+    path = predictor.predicted_file(experiment)
+    how = f"run: axonn predict experiments/{experiment.name}.yaml"
+    try:
+        found = _of_kind(read_records(path), "predicted", path, missing) if path.exists() else []
+    except RecordError as error:
+        missing.append(str(error))
+        found = []
+    there = {(r.point, r.ran.framework) for r in found}
+    for point in predictor.points_to_predict(experiment)[1]:
+        if (point.name, point.framework) not in there:
+            missing.append(f"{point.name} {point.framework} is not predicted; {how}")
+    return found
+
+
+def _readable(folder: Path, kind: RecordKind, missing: list[str]) -> list[Record]:
+    found: list[Record] = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found += _of_kind(read_records(path), kind, path, missing)
+        except RecordError as error:
+            missing.append(str(error))
+    return found
+
+
+def _of_kind(records: Iterable[Record], kind: RecordKind, path: Path, missing: list[str]) -> list[Record]:
+    kept = []
+    for record in records:
+        if record.kind == kind:
+            kept.append(record)
+        else:
+            missing.append(f"{path}: {record.point} is {record.kind} and lies among the {kind} ones; remove it")
+    return kept
+
+
+def summary_file(name: str) -> Path:
+    """Of the figure of this name."""
+    return RESULTS / name / "summary.json"
+
+
+def load_summary(name: str) -> dict[str, Any] | None:
+    """The summary on disk; None where there is none, or it is no summary."""
+    try:
+        found = json.loads(summary_file(name).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+    return found if isinstance(found, dict) and found.get("figure") == name else None
+
+
+def summarise(kind: FigureKind, content: Content) -> dict[str, Any]:
+    """What summary.json holds (DESIGN section 8)."""
+    experiment = content.experiment
+    rows = rows_of(content.published, [*content.predicted, *content.measured])
+    policy = experiment.policy
+    own = None if policy is None else {name: getattr(policy, name) for name in ("batches", "warmup_batches", "repeats")}
+    return {
+        "figure": experiment.name,
+        "title": experiment.title,
+        "about": experiment.about,
+        "differs": experiment.differs,
+        "rows": rows,
+        "mape_pct": mape(rows),
+        **kind.extras(content, rows),
+        "missing": content.missing,
+        "failures": [r.model_dump(mode="json", exclude_none=True) for r in content.failures],
+        "policy": None
+        if policy is None or own is None
+        else own
+        | {
+            "batch_time_s": "mean over the batches after warm-up; over repeats the median",
+            "loss_tolerance": policy.loss_tolerance,
+        },
+        "provenance": {
+            "command": kind.command or f"make reproduce-{kind.name}",
+            "machine": this_machine().model_dump(exclude_none=True),
+            "sources": sorted(
+                {r.source for r in [*content.published, *published_ratios(experiment)]}
+                | {reading.source for reading in experiment.readings.values()}
+            ),
+            "records": {
+                "published": experiment.published or experiment.data_set or experiment.ratios,
+                "predicted": sorted({r.source for r in content.predicted}),
+                "measured": sorted({str(r.run_folder) for r in content.measured if r.run_folder}),
+            },
+        },
+    }
+
+
+def make_figure(kind: FigureKind, *, fresh: bool = False, console: Console | None = None) -> int:
+    """Write plots/out/NAME.png and .svg and results/NAME/summary.json, unless they are newer than all that they are
+    made from; print the tables. Returns the exit status: 1 where something is missing."""
+    console = console or Console()
+    content = gather(load_experiment(ROOT / "experiments" / f"{kind.name}.yaml"))
+    content.missing.extend(kind.lacks(content))
+    files = [style.OUT / f"{kind.name}.{ending}" for ending in ("png", "svg")]
+    mark = fingerprint(
+        [[r.model_dump(mode="json") for r in content.records], content.missing],
+        [
+            *sources("plots/*.py", f"experiments/{kind.name}.yaml"),
+            *(ROOT / reading.file for reading in content.experiment.readings.values()),
+            *kind.inputs(content),
+        ],
+    )
+    summary = None if fresh or not all(f.exists() for f in files) else load_summary(kind.name)
+    if summary is None or summary.get("fingerprint") != mark:
+        summary = summarise(kind, content) | {"fingerprint": mark}
+        with style.styled(kind.name):
+            figure = kind.draw(summary, content)
+            say_missing(figure, content.missing)
+            style.save(figure, kind.name)
+        path = summary_file(kind.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    else:
+        console.print("nothing to do: the figure is newer than all its records")
+    for table in kind.tables(summary, content):
+        console.print(table, soft_wrap=isinstance(table, str))
+    for line in content.missing:
+        console.print(f"[yellow]missing: {escape(line)}[/yellow]", soft_wrap=True)
+    outputs = [*files, summary_file(kind.name)]
+    console.print(f"figure: {', '.join(str(f.relative_to(ROOT) if f.is_relative_to(ROOT) else f) for f in outputs)}")
+    return 1 if content.missing else 0
+
+
+def say_missing(figure: Figure, missing: Sequence[str]) -> None:
+    """Name what is not drawn at the foot of the figure."""
+    if not missing:
+        return
+    named = [line.partition(";")[0] for line in missing[:MOST_MISSING]]
+    if len(missing) > MOST_MISSING:
+        named.append(f"and {len(missing) - MOST_MISSING} more")
+    width = int(figure.get_figwidth() * 22)
+    text = "\n".join(part for line in named for part in wrap(f"missing: {line}", width))
+    figure.supxlabel(text, fontsize=5.5, color="firebrick")
+
+
+def main(kind: FigureKind, arguments: Sequence[str] | None = None) -> None:
+    """Command line of a figure's module: --fresh draws it anew."""
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        status = make_figure(kind, fresh="--fresh" in given)
+    except AxonnError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        status = 2
+    if status:
+        sys.exit(status)

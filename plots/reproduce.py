@@ -1,0 +1,94 @@
+"""All parts of the reproduction one after the other, then the report: python -m plots.reproduce TARGET...
+
+Each target of the Makefile is made by itself. One that fails is named at the end, and the others are made all the same;
+interrupted, the same command goes on, since every target keeps what it has finished.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.definition import ROOT
+
+INTERRUPTED = 130
+LAST = "report"
+"""Made in the end, whatever failed before it."""
+PATIENCE_S = 30.0
+"""For a child that was interrupted with us and stops its ranks."""
+
+
+class Terminated(KeyboardInterrupt):
+    """Stopped by SIGTERM, which reaches this process alone."""
+
+
+def make(target: str) -> int:
+    """Make one target; returns the exit status. Ctrl-C reaches the child, too, and is awaited there."""
+    command = [os.environ.get("MAKE", "make"), "--no-print-directory", "--keep-going", target]
+    with subprocess.Popen(command, cwd=ROOT) as child:
+        try:
+            return child.wait()
+        except KeyboardInterrupt as stopped:
+            try:
+                child.wait(0.0 if isinstance(stopped, Terminated) else PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                child.terminate()
+                child.wait()
+            raise
+
+
+def reproduce(targets: Sequence[str], *, run: Callable[[str], int] = make, console: Console | None = None) -> int:
+    """Make all targets and the report. Returns the exit status: 1 where one failed, 130 when interrupted."""
+    console = console or Console()
+    parts = [*targets, LAST]
+    done: list[tuple[str, int, float]] = []
+    for number, target in enumerate(parts, start=1):
+        console.rule(f"{number} of {len(parts)}: make {target}", align="left")
+        start = time.perf_counter()
+        try:
+            status = run(target)
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+        # A child that a signal ended has its negative.
+        if status in {INTERRUPTED, -signal.SIGINT, -signal.SIGTERM}:
+            console.print(
+                f"[yellow]interrupted in make {target}; {number - 1} of {len(parts)} parts are done. "
+                "make reproduce goes on where it was[/yellow]",
+                soft_wrap=True,
+            )
+            return INTERRUPTED
+        done.append((target, status, time.perf_counter() - start))
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for target, status, seconds in done:
+        said = "[green]done[/green]" if status == 0 else "[red]not complete[/red], see above"
+        table.add_row(f"make {target}", said, f"{seconds:.0f} s")
+    console.print(table)
+    failed = [target for target, status, _ in done if status]
+    if failed:
+        names = ", ".join(f"make {target}" for target in failed)
+        console.print(f"[red]not complete: {names}[/red]; make reproduce repeats these alone", soft_wrap=True)
+    return 1 if failed else 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def main() -> None:
+    targets = sys.argv[1:]
+    if not targets:
+        sys.exit("error: name the targets of the Makefile to make, or type: make reproduce")
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(reproduce(targets))
+
+
+if __name__ == "__main__":
+    main()
