@@ -154,6 +154,8 @@ class Record(StrictModel):
     tflops_formula: str | None = None
     tflops_per_gpu_without_recompute: float | None = None
     pct_peak: float | None = None
+    configuration: str | None = None
+    """Hash of the configuration that was run, where it was one of `axonn train`."""
     fingerprint: str | None = None
     """Hash of everything that the result depends on; a point is measured anew when it changes."""
     created: str | None = None

@@ -264,4 +264,5 @@ def ran_by(framework: Framework, config: TrainConfig) -> Ran:
         microbatch_size=config.microbatch_size,
         schedule=framework.schedule(config),
         microbatches=config.batch_size // (config.microbatch_size * config.grid.data),
+        overdecomposition=config.overdecomposition,
     )

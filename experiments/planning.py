@@ -133,11 +133,13 @@ def picked(plan: Plan, number: int) -> Choice:
 
 
 def default_batch(config: ModelConfig) -> int | None:
-    """The batch that the papers train a model with, if the experiments of the suite say so."""
+    """The batch that a model is published with, if an experiment of the suite has published points of it."""
     for path in sorted(HERE.glob("*.yaml")):
-        panel = load_experiment(path).predicted
-        if panel is not None and any(point.model == config.name for point in panel.points):
-            return panel.batch_size
+        experiment = load_experiment(path)
+        panel = experiment.predicted if experiment.published is not None else None
+        for point in () if panel is None else panel.points:
+            if point.model == config.name:
+                return point.batch_size or panel.batch_size
     return None
 
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from axonn.errors import ConfigError
+from axonn.errors import ConfigError, RecordError
 from axonn.perf.jitter import Jitter
 from axonn.perf.machine import MachineFile
 from axonn.perf.predict import Prediction
@@ -100,7 +100,12 @@ def fingerprint_of(experiment: Experiment, jitter: Jitter | None = None) -> str:
         for p in points
     ]
     return fingerprint(
-        {"points": plain, "spans": experiment.spans} | ({} if jitter is None else {"jitter": asdict(jitter)}),
+        {
+            "points": plain,
+            "spans": experiment.spans,
+            "machine": find_machine(machine).model_dump(mode="json"),
+        }
+        | ({} if jitter is None else {"jitter": asdict(jitter)}),
         sources(
             "axonn/perf/*.py",
             "axonn/schedules/*.py",
@@ -110,10 +115,12 @@ def fingerprint_of(experiment: Experiment, jitter: Jitter | None = None) -> str:
             "axonn/records.py",
             "axonn/trace.py",
             "axonn/unet_config.py",
+            "axonn/defaults.py",
+            "axonn/models/*.py",
             "experiments/cases.py",
             "experiments/planned.py",
+            "experiments/planning.py",
             "experiments/predictor.py",
-            f"experiments/machines/{machine}.yaml",
         ),
     )
 
@@ -123,7 +130,11 @@ def done_predictions(experiment: Experiment, jitter: Jitter | None = None) -> li
     path = predicted_file(experiment)
     if not path.exists():
         return None
-    records = read_records(path)
+    try:
+        records = read_records(path)
+    except RecordError:
+        # Of another schema, or cut: as if it were not there.
+        return None
     if not records or records[0].fingerprint != fingerprint_of(experiment, jitter):
         return None
     missing = experiment.spans and not all(r.run_folder and (ROOT / r.run_folder).exists() for r in records)

@@ -15,6 +15,9 @@ from typing import Any
 from axonn.records import Machine
 from experiments.definition import ROOT, available_cores
 
+THIS_MACHINE = "this machine"
+"""Name of the machine in records of runs that were not on a cluster."""
+
 
 def _version(package: str) -> str | None:
     try:
@@ -52,7 +55,7 @@ def this_machine() -> Machine:
     """The machine that this process runs on."""
     openmpi, mpich = _version("openmpi"), _version("mpich")
     return Machine(
-        name="this machine",
+        name=THIS_MACHINE,
         host=platform.node(),
         cpu=cpu_name(),
         cores=available_cores(),

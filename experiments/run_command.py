@@ -88,6 +88,9 @@ def run(
                 )
     for name, reason in without.items():
         console.print(f"[yellow]not run: {name}: {escape(reason)}[/yellow]", soft_wrap=True)
+    if experiment.runs is not None:
+        # There is no other framework that could take its place.
+        failures += len(without)
     ordered = [(p, done[p.name]) for p in points if p.name in done]
     for record in compare_losses(ordered, tolerance):
         failures += 1
@@ -135,10 +138,18 @@ def predict(
 def _validate(names: list[str], *, fresh: bool) -> None:
     from experiments import validation_tables as tables
     from experiments.datasets import find_data_sets
-    from experiments.validate import RESULT, done_validation, fingerprint_of, points_of, validate_set, write_validation
+    from experiments.validate import (
+        done_validation,
+        fingerprint_of,
+        points_of,
+        result_file,
+        validate_set,
+        write_validation,
+    )
 
     paths = find_data_sets(names)
-    validation = None if fresh else done_validation(paths)
+    file = result_file(names)
+    validation = None if fresh else done_validation(paths, result=file)
     results = [] if validation is None else validation.sets
     if validation is None:
         with progress_bar() as progress:
@@ -161,11 +172,11 @@ def _validate(names: list[str], *, fresh: bool) -> None:
         console.print(tables.goal_table(results))
     if validation is not None:
         console.print(tables.fitted_table(validation.fitted))
-        console.print(f"nothing to do: {RESULT} was written on {validation.created}", soft_wrap=True)
+        console.print(f"nothing to do: {file} was written on {validation.created}", soft_wrap=True)
         return
-    validation = write_validation(results, command=command_line(), mark=fingerprint_of(paths))
+    validation = write_validation(results, command=command_line(), path=file, mark=fingerprint_of(paths))
     console.print(tables.fitted_table(validation.fitted))
-    console.print(f"written to {RESULT}", soft_wrap=True)
+    console.print(f"written to {file}", soft_wrap=True)
 
 
 def _predict_experiment(experiment_file: Path, *, fresh: bool, jitter: Jitter | None, spans: Path | None) -> None:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from axonn.config import ModelConfig, TrainConfig, UNetConfig
-from axonn.errors import ConfigError
+from axonn.errors import ConfigError, RecordError
 from axonn.grid import ProcessGrid
 from axonn.phases import phases
 from axonn.records import Asked, Failure, Record, read_records, write_records
@@ -82,7 +82,11 @@ class Point:
         """The point's record, if it has one that succeeded and that nothing has changed since."""
         if not self.record_file.exists():
             return None
-        record = read_records(self.record_file)[0]
+        try:
+            record = read_records(self.record_file)[0]
+        except (RecordError, IndexError):
+            # Of another schema, or cut: as if it were not there.
+            return None
         return record if record.fingerprint == self.fingerprint and record.failure is None else None
 
 
@@ -150,9 +154,13 @@ def run_point(
 
 
 def measures(record: Record, config: TrainConfig) -> bool:
-    """Whether a record is of the work, the grid and the microbatch of a configuration."""
-    ran = record.ran
-    return (record.asked, ran.grid, ran.microbatch_size) == (_asked(config), config.grid, config.microbatch_size)
+    """Whether a record is of a run of this very configuration."""
+    return record.configuration == configuration_of(config)
+
+
+def configuration_of(config: TrainConfig) -> str:
+    """Hash of a configuration, for records."""
+    return fingerprint(config.model_dump(mode="json"), [])
 
 
 def _asked(config: TrainConfig) -> Asked:
@@ -201,7 +209,8 @@ def parts_of(folder: Path, config: TrainConfig, *, first: int, last: int) -> dic
 
     Empty where a rank took no spans.
     """
-    return _of_spans(spans_of(folder, config, first=first, last=last), last - first)["parts_s"]
+    spans = spans_of(folder, config, first=first, last=last)
+    return {name: value / (last - first) for name, value in breakdown(spans)._asdict().items()} if spans else {}
 
 
 def _of_spans(spans: list[Span], batches: int) -> dict[str, dict[str, float]]:
@@ -251,6 +260,7 @@ def _record(point: Point, framework: Framework, outcome: Outcome, command: str) 
         if mean is None
         else asked.flops(recompute=False) / mean / point.ranks / 1e12,
         fingerprint=point.fingerprint,
+        configuration=configuration_of(config),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         run_folder=str(point.folder.relative_to(ROOT)),
         failure=outcome.failure,

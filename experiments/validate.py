@@ -16,7 +16,7 @@ from axonn.perf.machine import Size
 from axonn.perf.naive import naive_constant, naive_predict
 from experiments.cases import PredictedCase, predict_case
 from experiments.datasets import DataSet, Quantity, Ratio, Variant, load_data_set, rules_for
-from experiments.definition import find_machine
+from experiments.definition import find_machine, slug
 from experiments.predictor import PREDICTED
 from experiments.provenance import commit, fingerprint, sources
 from experiments.validation_results import Goal, Row, SetResult, Validation, VariantRow, fitted_constants
@@ -61,16 +61,23 @@ def validate_set(path: Path, *, on_point: Callable[[str], None] = lambda label: 
 
 
 def fingerprint_of(paths: Sequence[Path]) -> str:
-    """Hash of the data sets, the machines, the models and the code that predicts."""
+    """Hash of the data sets, experiments whose points they may be, machines, models and the code that predicts."""
     code = sources("axonn/*.py", "axonn/perf/*.py", "axonn/schedules/*.py", "experiments/*.py")
-    described = sources("experiments/models/*.yaml", "experiments/machines/*.yaml")
+    described = sources(
+        "experiments/*.yaml", "experiments/models/*.yaml", "experiments/machines/*.yaml", "results/published/*.json"
+    )
     return fingerprint([p.name for p in paths], [*paths, *code, *(p for p in described if p.stem != "local")])
 
 
-def done_validation(paths: Sequence[Path]) -> Validation | None:
-    """What an earlier call for the same sets wrote, if nothing has changed since."""
+def result_file(names: Sequence[str]) -> Path:
+    """Of all sets, or of those that are named: these do not take the place of the whole."""
+    return RESULT.with_name(f"validation-{slug('-'.join(Path(n).stem for n in names))}.json") if names else RESULT
+
+
+def done_validation(paths: Sequence[Path], *, result: Path | None = None) -> Validation | None:
+    """What an earlier call for the same sets wrote to `result` (default `RESULT`), if nothing has changed since."""
     try:
-        found = Validation.model_validate_json(RESULT.read_bytes())
+        found = Validation.model_validate_json((result or RESULT).read_bytes())
     except (OSError, ValidationError):
         return None
     return found if found.fingerprint == fingerprint_of(paths) else None

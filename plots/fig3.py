@@ -15,7 +15,7 @@ from axonn.records import Record
 from plots.figure import Content, FigureKind, main
 from plots.stacks import INSIDE, NAMES, WHOLE, Stack, draw_stacks, legend
 from plots.style import COLUMN_IN
-from plots.summary import group, typical
+from plots.summary import group, here, typical
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,16 +103,16 @@ def _points(summary: dict[str, Any], content: Content) -> tuple[list[str], list[
     """Those at the published scale, and those of this machine, in the order in which they are drawn."""
     at_scale = list(dict.fromkeys(r["point"] for r in summary["rows"] if r["kind"] != "measured"))
     runs = content.experiment.runs
-    measured = [r["point"] for r in summary["rows"] if r["kind"] == "measured"]
-    here = list(dict.fromkeys([*([] if runs is None else runs.runs), *measured]))
-    return at_scale, [point for point in here if point not in at_scale]
+    measured = [r["point"] for r in summary["rows"] if here(r)]
+    local = list(dict.fromkeys([*([] if runs is None else runs.runs), *measured]))
+    return at_scale, [point for point in local if point not in at_scale]
 
 
 def draw(summary: dict[str, Any], content: Content) -> Figure:
     """Two panels one above the other, as wide as a column, the names of the blocks between them."""
     import matplotlib.pyplot as plt
 
-    at_scale, here = (_stacks(summary, points) for points in _points(summary, content))
+    at_scale, local = (_stacks(summary, points) for points in _points(summary, content))
     figure, (upper, middle, lower) = plt.subplots(
         3, 1, figsize=(COLUMN_IN, 7.0), height_ratios=[3.1, 1.0, 2.6], constrained_layout=True
     )
@@ -120,11 +120,11 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
     upper.set_ylabel("seconds per batch")
     upper.set_title(_title(content.published), fontsize=8)
     middle.axis("off")
-    legend(middle, [*at_scale, *here])
-    if here:
-        draw_stacks(lower, here, unit="ms", grouped=False)
+    legend(middle, [*at_scale, *local])
+    if local:
+        draw_stacks(lower, local, unit="ms", grouped=False)
         lower.set_ylabel("milliseconds per batch")
-        asked = next(r.asked for r in content.measured if r.point == here[0].group)
+        asked = next(r.asked for r in content.measured if r.point == local[0].group)
         lower.set_title(f"GPT of {asked.layers} layers on {asked.gpus} ranks of this machine (CPU)", fontsize=8)
     else:
         lower.axis("off")
@@ -153,9 +153,6 @@ def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType
         if row["note"]:
             yield f"{escape(row['point'])}, {row['kind']}: {escape(row['note'])}"
     yield _measured(summary, _points(summary, content)[1])
-    for record in content.failures:
-        assert record.failure is not None
-        yield f"[red]{escape(record.point)} failed ({record.failure.cause}): {escape(record.failure.detail)}[/red]"
 
 
 def _table(title: str, *columns: str) -> Table:

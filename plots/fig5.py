@@ -20,7 +20,7 @@ from experiments.definition import ROOT, load_model
 from plots import style
 from plots.figure import Content, FigureKind, main
 from plots.style import PAGE_IN
-from plots.summary import rows_of
+from plots.summary import here, rows_of
 from plots.timeline import ROW_IN, Legend, View, draw_rank, whole
 
 if TYPE_CHECKING:
@@ -58,18 +58,35 @@ def spans_of_row(content: Content, row: Row) -> list[Span]:
     return spans
 
 
-def inputs(content: Content) -> list[Path]:
-    """The span files; those that cannot be used become `content.missing`."""
-    found: list[Path] = []
-    for row in rows_of([], [*content.predicted, *content.measured]):
+def _rows(content: Content) -> list[Row]:
+    """Those that are drawn."""
+    rows = rows_of([], [*content.predicted, *content.measured])
+    return [row for kind in KINDS for row in _of_kind(content, rows, kind)]
+
+
+def lacks(content: Content) -> list[str]:
+    """Spans that are not there, or not those of their record."""
+    found = []
+    for row in _rows(content):
         try:
             spans_of_row(content, row)
         except RecordError as error:
-            content.missing.append(f"{error}")
-            continue
-        root = ROOT if row["kind"] == "predicted" else runner.ROOT
-        found += sorted((root / row["run_folder"]).glob("spans-*.parquet/[0-9]*.parquet"))
+            found.append(str(error))
     return found
+
+
+def inputs(content: Content) -> list[Path]:
+    """The span files, and the code that writes traces."""
+    found = [ROOT / "axonn" / "trace_events.py"]
+    for row in _rows(content):
+        root = ROOT if row["kind"] == "predicted" else runner.ROOT
+        found += sorted((root / (row["run_folder"] or "")).glob("spans-*.parquet/[0-9]*.parquet"))
+    return found
+
+
+def outputs(content: Content) -> list[Path]:
+    """The trace files."""
+    return [trace_file(kind) for kind in dict.fromkeys(row["kind"] for row in _rows(content))]
 
 
 def extras(content: Content, rows: list[Row]) -> dict[str, Any]:
@@ -103,7 +120,11 @@ def _of_kind(content: Content, rows: Sequence[Row], kind: str) -> list[Row]:
     points = [point.name for point in panel.points] if panel is not None else []
     order = [*points, *(runs.runs if runs is not None else ())]
     return sorted(
-        (row for row in rows if row["kind"] == kind and row["overlap_s"] and row["point"] in order),
+        (
+            row
+            for row in rows
+            if row["kind"] == kind and (kind == "predicted" or here(row)) and row["overlap_s"] and row["point"] in order
+        ),
         key=lambda row: order.index(row["point"]),
     )
 
@@ -181,10 +202,15 @@ def share_of(row: Row) -> str:
 
 
 def _versus(rows: Sequence[Row]) -> str:
-    """The second point with the first; both on the same grid."""
-    if len(rows) < 2 or rows[0]["grid"] != rows[1]["grid"]:
+    """The second point with the first, where they differ in the sub-shards alone."""
+    if len(rows) < 2 or rows[0]["grid"] != rows[1]["grid"] or rows[1]["sub_shards"] is None:
         return ""
-    return f"; with 1 sub-shard {share_of(rows[1])}"
+    return f"; with {_sub_shards(rows[1])} {share_of(rows[1])}"
+
+
+def _sub_shards(row: Row) -> str:
+    count = row["sub_shards"]
+    return f"{count} sub-shard{'' if count == 1 else 's'}"
 
 
 def draw(summary: dict[str, Any], content: Content) -> Figure:
@@ -199,7 +225,8 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
         row = predicted[0]
         grid = f"{row['grid']['row']} x {row['grid']['col']}"
         title = (
-            f"Predicted: GPT 10B on {row['gpus']} A100 of Perlmutter, grid {grid}, one of the GPUs (all do the same)\n"
+            f"Predicted: {row['model'].replace('-', ' ').upper()}, grid {grid}, {_sub_shards(row)}, one of "
+            f"{row['gpus']} GPUs of {str(row['machine']).capitalize()} (all do the same)\n"
             f"Hidden of the collectives, whole batch: {share_of(row)}{_versus(predicted)}\n"
         )
         model = load_model(row["model"])
@@ -216,7 +243,7 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
         one = [s for s in spans if s.step == shown]
         hidden = f"{share_of(row)}{_versus(measured)}"
         title = (
-            f"Measured: {row['model']} on {row['gpus']} ranks of this machine (CPU), batch {shown}\n"
+            f"Measured: {row['model']}, {_sub_shards(row)}, {row['gpus']} ranks of this machine (CPU), batch {shown}\n"
             f"Hidden of the collectives, mean of batches {steps[0]} to {steps[-1]}: {hidden}\n"
         )
         view = whole(one)
@@ -264,7 +291,7 @@ def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType
         yield f"{kind} trace, for chrome://tracing or ui.perfetto.dev: {path}"
 
 
-FIG5 = FigureKind(name="fig5", draw=draw, tables=tables, extras=extras, inputs=inputs)
+FIG5 = FigureKind(name="fig5", draw=draw, tables=tables, extras=extras, inputs=inputs, lacks=lacks, outputs=outputs)
 
 if __name__ == "__main__":
     main(FIG5)

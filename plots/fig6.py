@@ -7,12 +7,11 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
-from rich.markup import escape
 
 from experiments.provenance import this_machine
 from plots.figure import Content, FigureKind, main
 from plots.style import COLUMN_IN, KINDS, colours
-from plots.summary import measured_table, naive, not_run, published_table, wrong_orders
+from plots.summary import here, measured_table, naive, published_table, wrong_orders
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,10 +78,10 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
     ]  # fmt: skip
     upper.legend(handles=handles, fontsize=6.5, ncols=2, loc="upper left", handlelength=2.4)
 
-    here = [r for r in rows if r["kind"] == "measured" and r["published_s"] is None]
-    frameworks = list(dict.fromkeys(r["framework"] for r in here))
+    local = [r for r in rows if here(r)]
+    frameworks = list(dict.fromkeys(r["framework"] for r in local))
     for i, framework in enumerate(frameworks):
-        mine = sorted((r for r in here if r["framework"] == framework), key=lambda r: r["gpus"])
+        mine = sorted((r for r in local if r["framework"] == framework), key=lambda r: r["gpus"])
         # Side by side, so that points of nearly equal height are both seen.
         shift = 2 ** (0.06 * (i - (len(frameworks) - 1) / 2))
         x = [r["gpus"] * shift for r in mine]
@@ -93,21 +92,21 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
         for at, row in zip(x, mine, strict=True):
             repeats = row["repeats_s"]
             lower.plot([at] * len(repeats), repeats, "_", color=palette[framework], markersize=7, alpha=0.8)
-    if here:
-        ranks = sorted({r["gpus"] for r in here})
+    if local:
+        ranks = sorted({r["gpus"] for r in local})
         lower.set_xscale("log", base=2)
-        models = {r["gpus"]: r["model"] for r in here}
+        models = {r["gpus"]: r["model"] for r in local}
         lower.set_xticks(ranks, [f"{n}\n{models[n]}" for n in ranks])
         lower.set_xlim(ranks[0] / 1.3, ranks[-1] * 1.3)
         lower.minorticks_off()
-        lower.set_ylim(0, 1.3 * max(max(r["repeats_s"]) for r in here))
+        lower.set_ylim(0, 1.3 * max(max(r["repeats_s"]) for r in local))
         dash = Line2D(
             [], [], color="0.25", marker="_", linewidth=0, markersize=7, label="single run (mean of its batches)"
         )
         lower.legend(handles=[*lower.get_legend_handles_labels()[0], dash], fontsize=6.5, loc="lower left")
     else:
         lower.text(0.5, 0.5, "not measured on this machine", ha="center", transform=lower.transAxes)
-    cores = this_machine().cores
+    cores = local[0]["machine"].get("cores") if local else this_machine().cores
     lower.set(
         xlabel="ranks, model (gpt-layers x hidden)",
         ylabel="seconds per batch",
@@ -131,8 +130,6 @@ def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType
     for line in summary["wrong_orders"]["predicted"]:
         yield f"[yellow]wrong order: {line}[/yellow]"
     yield measured_table(rows, content.failures)
-    for line in not_run(content.failures):
-        yield f"[yellow]{escape(line)}[/yellow]"
 
 
 FIG6 = FigureKind(name="fig6", draw=draw, tables=tables, extras=extras)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from axonn.config import TrainConfig, UNetConfig
@@ -21,6 +20,7 @@ from experiments.definition import OURS, load_model
 from experiments.published import published_ratios
 from plots.figure import Content, FigureKind, main
 from plots.style import KINDS, PAGE_IN, colours
+from plots.summary import here
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,7 +114,7 @@ def _bytes_here(content: Content, rows: Sequence[Mapping[str, Any]]) -> list[dic
     configs = {} if runs is None else runs.configs(where=content.experiment.name)
     found = []
     for row in rows:
-        if row["kind"] != "measured" or row["point"] not in configs:
+        if not here(row) or row["point"] not in configs:
             continue
         counted = {_axis(axis): size for axis, size in (row["bytes_per_batch"] or {}).items()}
         modelled = modelled_bytes(configs[row["point"]])
@@ -316,7 +316,7 @@ def _draw_here(
 
 def _measured(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of this machine, the scheme first among as many ranks."""
-    rows = [r for r in summary["rows"] if r["kind"] == "measured" and r["published_s"] is None]
+    rows = [r for r in summary["rows"] if here(r)]
     return sorted(rows, key=lambda r: (r["gpus"], r["grid"]["row"]))
 
 
@@ -352,13 +352,13 @@ def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType
             ways = ", ".join(f"{p['value']:.2f} with {p['model']} ({p['error_pct']:+.0f}%)" for p in predicted)
             yield f"speedup on {s['gpus']} GPUs: published {s['value']:g} (a ratio, no time); predicted {ways or '-'}"
     yield f"G_row=1: {SCHEME}; microbatch / sub-shards where there are 2"
-    here = _table("Measured here, the same work at every grid; MB that a rank sends", "G_row x G_col", "ranks")
+    counted = _table("Measured here, the same work at every grid; MB that a rank sends", "G_row x G_col", "ranks")
     for name in ("median\ns", "least", "most", "row\nMB", "col\nMB", "model"):
-        here.add_column(name, justify="right", no_wrap=True)
+        counted.add_column(name, justify="right", no_wrap=True)
     sent = {b["point"]: b for b in summary["bytes_here"]}
     for row in _measured(summary):
         b = sent.get(row["point"], {"counted": {}, "agree": False})
-        here.add_row(
+        counted.add_row(
             f"{row['grid']['row']} x {row['grid']['col']}",
             str(row["gpus"]),
             f"{row['batch_time_s']:.3f}",
@@ -367,10 +367,7 @@ def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType
             *(f"{b['counted'].get(axis, 0) / MB:.2f}" for axis in ("row", "col")),
             "the same" if b["agree"] else "differs",
         )
-    yield here
-    for record in content.failures:
-        assert record.failure is not None
-        yield f"[yellow]{escape(f'{record.point}: {record.failure.cause}: {record.failure.detail}')}[/yellow]"
+    yield counted
 
 
 def _table(title: str, *names: str) -> Table:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import wrap
@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, RenderableType
 from rich.markup import escape
 
+from axonn.config import TrainConfig
 from axonn.errors import AxonnError, RecordError
 from axonn.records import Record, RecordKind, read_records
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment
 from experiments.framework import load_framework
-from experiments.provenance import fingerprint, sources, this_machine
+from experiments.provenance import THIS_MACHINE, fingerprint, sources, this_machine
 from experiments.published import published_ratios, published_records
 from plots import style
-from plots.summary import key, mape, rows_of
+from plots.summary import Key, failed, key, mape, not_run, rows_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +61,8 @@ class FigureKind:
     """One figure. `extras`: what its summary has beside what all have; `draw`: from the summary, inside of the style.
 
     `tables`: what is printed. `inputs`: files beside the records that it is drawn from, for the redraw; `lacks`: what
-    of them is not there, each with the way to it; `name` is that of the experiment's file.
+    of them is not there, each with the way to it; `outputs`: files that `draw` writes beside the picture; `name` is
+    that of the experiment's file.
     """
 
     name: str
@@ -69,6 +71,7 @@ class FigureKind:
     extras: Callable[[Content, list[dict[str, Any]]], dict[str, Any]] = field(default=lambda content, rows: {})
     inputs: Callable[[Content], Sequence[Path]] = field(default=lambda content: [])
     lacks: Callable[[Content], Sequence[str]] = field(default=lambda content: [])
+    outputs: Callable[[Content], Sequence[Path]] = field(default=lambda content: [])
     command: str = ""
     """Default make reproduce-NAME."""
 
@@ -80,28 +83,45 @@ def gather(experiment: Experiment) -> Content:
     predicted: list[Record] = []
     if experiment.predicts:
         predicted = _predicted(experiment, missing)
+    published = published_records(experiment)
     found = [r for r in _readable(runner.MEASURED, "measured", missing) if r.experiment == experiment.name]
     work = {(label, load_framework(name).label): config for label, config, name in runner.measured_work(experiment)}
-    # Half way through measuring anew, what is left of an earlier configuration is no repeat of this one.
-    measured = [r for r in found if (config := work.get(key(r))) is None or runner.measures(r, config)]
+    at_scale = {r.point for r in published} | set(_names_at_scale(experiment))
+    measured = [r for r in found if _belongs(r, work, at_scale)]
     repeats = experiment.policy.repeats if experiment.policy is not None else 1
     for label, framework in work:
-        count = sum(key(r) == (label, framework) and _counts(r) for r in measured)
+        mine = [r for r in measured if key(r) == (label, framework) and r.machine.name == THIS_MACHINE]
+        count = sum(_counts(r, experiment) for r in mine)
         if count < repeats:
             how = "is not measured" if not count else f"is measured {count} times of {repeats}"
             missing.append(f"{label} {framework} {how}; run: axonn run experiments/{experiment.name}.yaml")
     return Content(
         experiment=experiment,
-        published=published_records(experiment),
+        published=published,
         predicted=predicted,
         measured=measured,
         missing=missing,
     )
 
 
-def _counts(record: Record) -> bool:
-    """Whether there is nothing to repeat: it succeeded, or cannot be done here."""
-    return record.failure is None or record.failure.cause == "unavailable"
+def _names_at_scale(experiment: Experiment) -> list[str]:
+    return [p.name for p in predictor.points_to_predict(experiment)[1]] if experiment.predicts else []
+
+
+def _belongs(record: Record, work: Mapping[Key, TrainConfig], at_scale: Collection[str]) -> bool:
+    """Whether a measured record is of this experiment as it is now: of a configuration that it has for this machine
+    (what is left of an earlier one is no repeat of it), or of a point at the published scale, from a cluster."""
+    if record.machine.name != THIS_MACHINE:
+        return record.point in at_scale
+    config = work.get(key(record))
+    return config is not None and runner.measures(record, config)
+
+
+def _counts(record: Record, experiment: Experiment) -> bool:
+    """Whether there is nothing to repeat: it succeeded, or it is one of several frameworks and cannot be had here."""
+    if record.failure is None:
+        return True
+    return record.failure.cause == "unavailable" and experiment.measured is not None
 
 
 def _predicted(experiment: Experiment, missing: list[str]) -> list[Record]:
@@ -112,6 +132,8 @@ def _predicted(experiment: Experiment, missing: list[str]) -> list[Record]:
     except RecordError as error:
         missing.append(str(error))
         found = []
+    if found and found[0].fingerprint != predictor.fingerprint_of(experiment):
+        missing.append(f"the predictions are of other inputs than there are now; {how}")
     there = {(r.point, r.ran.framework) for r in found}
     for point in predictor.points_to_predict(experiment)[1]:
         if (point.name, point.framework) not in there:
@@ -207,7 +229,8 @@ def make_figure(kind: FigureKind, *, fresh: bool = False, console: Console | Non
             *kind.inputs(content),
         ],
     )
-    summary = None if fresh or not all(f.exists() for f in files) else load_summary(kind.name)
+    whole = all(f.exists() for f in [*files, *kind.outputs(content)])
+    summary = None if fresh or not whole else load_summary(kind.name)
     if summary is None or summary.get("fingerprint") != mark:
         summary = summarise(kind, content) | {"fingerprint": mark}
         with style.styled(kind.name):
@@ -221,6 +244,8 @@ def make_figure(kind: FigureKind, *, fresh: bool = False, console: Console | Non
         console.print("nothing to do: the figure is newer than all its records")
     for table in kind.tables(summary, content):
         console.print(table, soft_wrap=isinstance(table, str))
+    for line in [*failed(content.failures), *not_run(content.failures)]:
+        console.print(f"[yellow]{escape(line)}[/yellow]", soft_wrap=True)
     for line in content.missing:
         console.print(f"[yellow]missing: {escape(line)}[/yellow]", soft_wrap=True)
     outputs = [*files, summary_file(kind.name)]

@@ -9,7 +9,7 @@ from rich.console import RenderableType
 
 from plots.figure import Content, FigureKind, main
 from plots.style import COLUMN_IN, KINDS, colours
-from plots.summary import small_table
+from plots.summary import here, small_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,15 +27,13 @@ def extras(content: Content, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
     Seconds, bytes of the rank that keeps most, and percent.
     """
-    kept = {(r.kind, r.point): r.memory_parts.get(ACTIVATIONS.get(r.kind, "")) for r in content.records}
+    rows = [r for r in rows if r["kind"] == "predicted" or here(r)]
     limits, budgets = [], []
     for kind, model in dict.fromkeys((r["kind"], r["model"]) for r in rows):
         mine = [r for r in rows if (r["kind"], r["model"]) == (kind, model)]
         reference = next((r for r in mine if r["schedule"]["name"] == "1f1b"), None)
         own = [
-            _compared(
-                row, kept[kind, row["point"]], reference, None if reference is None else kept[kind, reference["point"]]
-            )
+            _compared(row, _kept(row), reference, None if reference is None else _kept(reference))
             for row in mine
             if row is not reference
         ]
@@ -45,6 +43,11 @@ def extras(content: Content, rows: list[dict[str, Any]]) -> dict[str, Any]:
             best = min(within, key=lambda x: x["batch_time_s"])
             budgets.append({key: best[key] for key in ("kind", "model", "limit", "G_inter", "over_1f1b_pct")})
     return {"limits": limits, "same_budget": budgets}
+
+
+def _kept(row: dict[str, Any]) -> int | None:
+    """Bytes of what is kept for backwards, where the record of the row says so."""
+    return (row["memory_parts"] or {}).get(ACTIVATIONS[row["kind"]])
 
 
 def _compared(
@@ -57,10 +60,12 @@ def _compared(
         "point": row["point"],
         "kind": row["kind"],
         "model": row["model"],
-        "limit": row["schedule"]["in_flight_limit"],
+        # Without one, the engine's default.
+        "limit": row["schedule"].get("in_flight_limit") or 2 * row["grid"]["inter"],
         "G_inter": row["grid"]["inter"],
         "batch_time_s": row["batch_time_s"],
         "activation_bytes": kept,
+        "activation_bytes_of_1f1b": budget,
         "over_1f1b_pct": None if base is None else 100 * (row["batch_time_s"] / base - 1),
         "repeats_over_1f1b_pct": [] if base is None else [100 * (t / base - 1) for t in spread],
         "spread_of_1f1b_pct": []
@@ -129,9 +134,7 @@ def _panels(
                 *zip(*kept, strict=True), KINDS[kind], color=colour, linewidth=1, label=_short(model),
                 **marker,
             )  # fmt: skip
-        budgets = {
-            x["activation_bytes"] / x["activations_over_1f1b"] / size for x in mine if x["activations_over_1f1b"]
-        }
+        budgets = {x["activation_bytes_of_1f1b"] / size for x in mine if x["activation_bytes_of_1f1b"]}
         for budget in budgets:
             memory.axhline(budget, color=colour, linewidth=0.6)
             memory.text(4.4, budget, "1F1B", ha="right", va="bottom", fontsize=5.5)

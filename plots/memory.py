@@ -11,7 +11,7 @@ from axonn.perf.memory import model_state_bytes
 from plots.figure import Content, FigureKind, main
 from plots.readings import read_reading
 from plots.style import COLUMN_IN, KINDS, colours
-from plots.summary import small_table
+from plots.summary import here, small_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +63,7 @@ def extras(content: Content, rows: list[dict[str, Any]]) -> dict[str, Any]:
             }
             for inter, phi in sorted(grids.items())
         ],
-        "allocated": [_allocated(row, parameters[row["model"]]) for row in rows if row["kind"] == "measured"],
+        "allocated": [_allocated(row, parameters[row["model"]]) for row in rows if here(row)],
     }
 
 

@@ -48,11 +48,16 @@ def local_file() -> Path:
     return calibrate.LOCAL
 
 
+LEAST_RANKS = 2
+"""With fewer nothing is sent, and the machine file's times are those of copies."""
+
+
 def lacks(content: Content) -> list[str]:
-    """Whether this machine was calibrated."""
+    """Whether this machine was calibrated, with ranks that have somebody to send to."""
     path = local_file()
     if path.exists():
-        return []
+        alone = load_machine(path).node.gpus.number < LEAST_RANKS
+        return ["messages of this machine are not measured: it was calibrated with a single rank"] if alone else []
     named = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     return [f"messages of this machine are not measured ({named} is not there); run: axonn calibrate --quick"]
 
@@ -89,6 +94,8 @@ def extras(content: Content, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _measured(machine: MachineFile) -> list[dict[str, Any]]:
     """Curves of this machine's file; all-reduces are Gloo's."""
+    if machine.node.gpus.number < LEAST_RANKS:
+        return []
     network = machine.network
     found = []
     for library, (name, where) in HERE.items():

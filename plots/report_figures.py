@@ -65,7 +65,8 @@ class Section:
 
 def names() -> list[str]:
     """Of all figures: the poster's, then every other experiment, then summaries that belong to none."""
-    own = {path.stem for path in (ROOT / "experiments").glob("*.yaml")}
+    # An experiment without a figure of its own is the user's.
+    own = {p.stem for p in (ROOT / "experiments").glob("*.yaml") if (ROOT / "plots" / f"{p.stem}.py").exists()}
     made = {path.parent.name for path in figure.RESULTS.glob("*/summary.json") if figure.load_summary(path.parent.name)}
     made.discard("baselines")
     return [*POSTER, *sorted((own | made) - set(POSTER))]

@@ -23,6 +23,7 @@ from plots.report_tables import (
     texts,
     words,
 )
+from plots.summary import here
 
 KINDS = ("published", "predicted", "measured")
 KNOWN = {
@@ -56,15 +57,15 @@ def _who(rows: Sequence[Mapping[str, Any]], *, gpus: str = "GPUs") -> list[Colum
 
 def tables_of(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
     """All tables of a figure: at the published scale, on this machine, of its own, and the details of every point."""
-    here = [r for r in rows if r.get("kind") == "measured" and r.get("published_s") is None]
-    local = {(r.get("point"), r.get("framework")) for r in here}
-    at_scale = [r for r in rows if r not in here and not (_key(r) in local and r.get("kind") == "predicted")]
+    mine = [r for r in rows if here(r)]
+    local = {(r.get("point"), r.get("framework")) for r in mine}
+    at_scale = [r for r in rows if r not in mine and not (_key(r) in local and r.get("kind") == "predicted")]
     beside = [r for r in rows if r.get("kind") == "predicted" and _key(r) in local]
     if at_scale:
         yield _scale_table(at_scale, mapping(summary.get("naive")))
         yield from _phases_table(at_scale)
-    if here:
-        yield _here_table(here, {_key(r): r for r in beside})
+    if mine:
+        yield _here_table(mine, {_key(r): r for r in beside})
     for key, value in summary.items():
         if key not in KNOWN and key not in WOVEN_IN:
             yield from rendered(str(key), value)

@@ -71,8 +71,6 @@ class Column:
     heading: str
     value: Callable[[Mapping[str, Any]], Any]
     form: Callable[[Sequence[Any]], Formatted]
-    keep: bool = False
-    """Even where no row has a value."""
 
 
 def table(
@@ -80,7 +78,7 @@ def table(
 ) -> Table:
     """Columns in which no row has a value are left out."""
     valued = [(c, [c.value(r) for r in rows]) for c in columns]
-    shown = [(c, values) for c, values in valued if c.keep or any(v is not None for v in values)]
+    shown = [(c, values) for c, values in valued if any(v is not None for v in values)]
     formed = [c.form(values) for c, values in shown]
     return Table(
         caption=caption,

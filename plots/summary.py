@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
@@ -11,6 +11,7 @@ from rich.table import Table
 
 from axonn.perf.naive import naive_constant, naive_predict
 from axonn.records import Record
+from experiments.provenance import THIS_MACHINE
 
 Key = tuple[str, str]
 """(point, framework)"""
@@ -40,6 +41,17 @@ def typical(records: Sequence[Record]) -> Record:
     return min(records, key=lambda r: abs((r.batch_time_s or 0.0) - middle))
 
 
+def _work(record: Record) -> tuple[str, int]:
+    return record.asked.model, record.asked.gpus
+
+
+def here(row: Mapping[str, Any]) -> bool:
+    """Whether a row was measured on this machine, and not on a cluster."""
+    machine = row.get("machine")
+    name = machine.get("name") if isinstance(machine, Mapping) else machine
+    return row.get("kind") == "measured" and name == THIS_MACHINE
+
+
 def rows_of(published: Sequence[Record], others: Sequence[Record]) -> list[dict[str, Any]]:
     """One row per kind, point and framework. Times are seconds; a repeated measurement counts with its median, and its
     parts, phases, overlap and bytes are those of the run nearest to it."""
@@ -50,6 +62,9 @@ def rows_of(published: Sequence[Record], others: Sequence[Record]) -> list[dict[
             first = typical(records)
             times = [r.batch_time_s for r in records if r.batch_time_s is not None]
             compared = reference.get(k) if kind != "published" else None
+            if compared is not None and _work(compared) != _work(first):
+                # Another model, or on other GPUs, under the same name.
+                compared = None
             known = None if compared is None else compared.batch_time_s
             # A published point may have nothing but phases.
             time = median(times) if times else None
@@ -66,6 +81,7 @@ def rows_of(published: Sequence[Record], others: Sequence[Record]) -> list[dict[
                 "error_pct": None if known is None or time is None else 100 * (time / known - 1),
                 "grid": first.ran.grid.model_dump(),
                 "microbatch_size": first.ran.microbatch_size,
+                "sub_shards": first.ran.overdecomposition,
                 "schedule": None if first.ran.schedule is None else first.ran.schedule.model_dump(exclude_none=True),
                 "parts_s": first.parts_s or None,
                 "phases_s": first.phases_s or None,
@@ -190,7 +206,7 @@ def measured_table(rows: Sequence[dict[str, Any]], failures: Sequence[Record]) -
     )
     for name in ("median", "least", "most", "ratio", "loss", "GFLOP/s"):
         table.add_column(name, justify="right")
-    mine = [r for r in rows if r["kind"] == "measured" and r["published_s"] is None]
+    mine = [r for r in rows if here(r)]
     ours = {(r["model"], r["gpus"]): r["batch_time_s"] for r in mine if r["framework"] == "AxoNN"}
     for row in sorted(mine, key=lambda r: (r["gpus"], r["framework"])):
         reference = ours.get((row["model"], row["gpus"]))
@@ -213,6 +229,15 @@ def measured_table(rows: Sequence[dict[str, Any]], failures: Sequence[Record]) -
             record.asked.model, str(record.asked.gpus), record.ran.framework, f"failed: {record.failure.cause}"
         )
     return table
+
+
+def failed(failures: Iterable[Record]) -> list[str]:
+    """A line for each run that failed."""
+    return [
+        f"failed: {r.point} {r.ran.framework}: {r.failure.cause}, {r.failure.detail}"
+        for r in failures
+        if r.failure is not None and r.failure.cause != "unavailable"
+    ]
 
 
 def not_run(failures: Sequence[Record]) -> list[str]:

@@ -112,9 +112,9 @@ def test_the_figure_says_what_the_spans_say(
             recorder.flush()
     content = gather(load_experiment(FIG5))
     assert content.missing == []
-    fig5.inputs(content)
-    assert [line.partition(":")[0] for line in content.missing] == ["gpt-4x384 1x2, 2 sub-shards"]
-    assert "are not those of its record" in content.missing[0]
+    (line,) = fig5.lacks(content)
+    assert line.startswith("gpt-4x384 1x2, 2 sub-shards:")
+    assert "are not those of its record" in line
 
 
 def test_published_facts_of_the_model() -> None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from rich.console import RenderableType
 
-from axonn.config import TrainConfig
-from axonn.records import Failure, Record, read_records, write_records
+from axonn.config import ScheduleConfig, TrainConfig
+from axonn.records import Failure, Machine, Record, read_records, write_records
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment
 from experiments.runner import Point, points_of
 from experiments.supervisor import Outcome
 from plots.figure import FigureKind, gather, load_summary, main, make_figure, summary_file
+from plots.summary import here, rows_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,7 +74,7 @@ def measured(
 Measured = list[tuple[Point, Record]]
 
 
-def change(point: Point, **update: Any) -> None:
+def change(point: Point, /, **update: Any) -> None:
     (record,) = read_records(point.record_file)
     write_records(point.record_file, [record.model_copy(update=update)])
 
@@ -117,25 +119,69 @@ def test_a_half_finished_run_is_named(experiment: Experiment, measured: Measured
 
 
 @pytest.mark.parametrize("cause", ["dead-rank", "unavailable"])
-def test_a_failed_run_is_missing_unless_it_cannot_be_done_here(
-    experiment: Experiment, measured: Measured, cause: Any
+def test_a_failed_run_is_missing_and_said(
+    experiment: Experiment, measured: Measured, cause: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Also one that our engine refuses: no other framework has its place."""
     point = measured[0][0]
-    change(point, batch_time_s=None, failure=Failure(cause=cause, detail="no"))
+    change(point, batch_time_s=None, failure=Failure(cause=cause, detail="the reason"))
     content = gather(experiment)
-    assert len(content.failures) == 1
-    assert len(content.missing) == (cause == "dead-rank")
+    assert len(content.failures) == len(content.missing) == 1
+    assert make_figure(KIND) == 1
+    assert "the reason" in capsys.readouterr().out
 
 
 def test_what_is_left_of_another_configuration_is_no_repeat_of_this_one(
     experiment: Experiment, measured: Measured
 ) -> None:
-    point, record = measured[0]
-    change(point, asked=record.asked.model_copy(update={"batch_size": 2 * record.asked.batch_size}))
-    change(measured[1][0], ran=record.ran.model_copy(update={"microbatch_size": 1}))
+    changed = experiment.runs.configs(where="test")[measured[0][0].label].model_copy(
+        update={"schedule": ScheduleConfig(in_flight_limit=1)}
+    )
+    change(measured[0][0], configuration=runner.configuration_of(changed))
+    # Of a run that has another name by now.
+    change(measured[1][0], point="as it was called")
     content = gather(experiment)
     assert len(content.measured) == len(measured) - 2
     assert ["is measured 2 times of 3" in line for line in content.missing] == [True, True]
+
+
+def test_records_of_a_cluster_belong_to_the_points_at_scale(experiment: Experiment, measured: Measured) -> None:
+    record, published = measured[0][1], gather(experiment).published[0]
+    machine = Machine(name="summit")
+    collected = record.model_copy(update={"machine": machine, "point": published.point, "asked": published.asked})
+    stray = record.model_copy(update={"machine": machine})
+    write_records(runner.MEASURED / "collected.json", [collected, stray])
+    content = gather(experiment)
+    assert collected in content.measured
+    assert stray not in content.measured
+    assert content.missing == []
+    rows = rows_of(content.published, content.measured)
+    (at_scale,) = [row for row in rows if row["kind"] == "measured" and not here(row)]
+    assert at_scale["published_s"] == published.batch_time_s
+    assert sum(map(here, rows)) == 3
+    # An error is of the same work only.
+    other = collected.model_copy(update={"asked": record.asked})
+    (row,) = [row for row in rows_of(content.published, [other]) if row["kind"] == "measured"]
+    assert row["published_s"] is row["error_pct"] is None
+
+
+def test_predictions_of_other_inputs_are_named(experiment: Experiment, measured: Measured) -> None:
+    path = predictor.predicted_file(experiment)
+    write_records(path, [r.model_copy(update={"fingerprint": "another"}) for r in read_records(path)])
+    (line,) = gather(experiment).missing
+    assert line == ("the predictions are of other inputs than there are now; run: axonn predict experiments/fig3.yaml")
+
+
+def test_what_is_of_another_schema_is_made_again(experiment: Experiment, measured: Measured) -> None:
+    point = measured[0][0]
+    assert predictor.done_predictions(experiment) is not None
+    assert point.finished_record() is not None
+    with_schema(point.record_file, "axonn-records/0")
+    with_schema(predictor.predicted_file(experiment), "axonn-records/0")
+    assert predictor.done_predictions(experiment) is None
+    assert point.finished_record() is None
+    write_records(point.record_file, [])
+    assert point.finished_record() is None
 
 
 def test_kinds_are_never_mixed(experiment: Experiment, measured: Measured) -> None:
@@ -174,6 +220,9 @@ def test_it_is_drawn_again_when_something_changed(
     assert not drawn()
     (elsewhere / "out" / "fig3.svg").unlink()
     assert drawn()
+    beside = replace(KIND, outputs=lambda content: [elsewhere / "out" / "beside.json"])
+    make_figure(beside)
+    assert "nothing to do" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("other", ['{"figure": "fig6", "fingerprint": "FINGERPRINT"}', '{"figure": "fig3"', "[]"])

@@ -155,6 +155,7 @@ def spans_of_batches(comm: MPI.Intracomm, grid: ProcessGrid, optimizer: Optimize
         return spans.spans
 
 
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs Linux's /proc/*/schedstat for its clock")
 @pytest.mark.parametrize(
     ("grid", "optimizer"),
     [(ProcessGrid(inter=2), "G_inter 2"), (ProcessGrid(data=2), "G_data 2, offloaded")],

@@ -84,11 +84,14 @@ def test_the_models_of_the_suite_have_the_parameters_in_their_name(path: Any) ->
     config = load_yaml(path, UNetConfig)
     assert config.name == path.stem
     assert count(built(config)) == config.parameters
-    size = config.name.removeprefix("unet-")
+    size, _, by_rule = config.name.removeprefix("unet-").partition("-")
     named = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
-    assert config.parameters == pytest.approx(named, rel=0.02)
+    # A rule that leaves only the width to choose, in steps of 64, meets the number less well.
+    assert config.parameters == pytest.approx(named, rel=0.05 if by_rule else 0.02)
     # The grids that the largest ones need.
-    UNet(config).check(ProcessGrid(row=4, col=4) if named > 1e9 else ProcessGrid(row=2, col=2))
+    # (The heads of those by rule are what their width makes them, and cannot always be cut over 4.)
+    large = ProcessGrid(row=4, col=2 if by_rule else 4)
+    UNet(config).check(large if named > 1e9 else ProcessGrid(row=2, col=2))
 
 
 def test_the_models_of_the_suite_go_from_a_million_to_28_billion_parameters() -> None:

@@ -181,16 +181,21 @@ def test_the_command_prints_one_table_per_set(
     for expected in ("tiny: Two models", "ipdps22-fig8: All-reduce", "k = 64", "All data sets", "network.p2p.mpi"):
         assert expected in output
     # The same again is read from the file, and printed alike.
-    before = (tmp_path / "validation.json").read_bytes()
+    file = tmp_path / "validation-tiny-ipdps22-fig8.json"
+    before = file.read_bytes()
+    # What holds all sets is not replaced by some.
+    assert not (tmp_path / "validation.json").exists()
     assert "written to" in output
     code, again, _ = axonn("predict", "--validate", str(tmp_path / "tiny.yaml"), "ipdps22-fig8")
     assert code == 0
     assert "nothing to do" in again
     assert "k = 64" in again
-    assert (tmp_path / "validation.json").read_bytes() == before
+    assert file.read_bytes() == before
+    sets = [tmp_path / "tiny.yaml", FOLDER / "ipdps22-fig8.yaml"]
+    assert done_validation(sets, result=file) is not None
     # With other sets, or another content of one, it is not the same.
-    assert done_validation([tmp_path / "tiny.yaml"]) is None
+    assert done_validation(sets[:1], result=file) is None
     write(tmp_path / "tiny.yaml", title="Another")
-    assert done_validation([tmp_path / "tiny.yaml", FOLDER / "ipdps22-fig8.yaml"]) is None
+    assert done_validation(sets, result=file) is None
     axonn.refuses("there is no data set 'fig8'; known are", "predict", "--validate", "fig8")
     axonn.refuses("give one experiment file", "predict")

@@ -119,7 +119,8 @@ class PipelineExecutor:
             self._between(free, spans)
 
     def _between(self, free: float, spans: SpanRecorder | None) -> None:
-        """Since `free`, the end of a task or of waiting, this rank has worked with messages alone."""
+        """Since `free`, the end of a task or of waiting, this rank has worked with messages alone; at the end of a
+        batch it has waited for the last of them to leave."""
         if spans is not None and self._transport is not None:
             spans.add(SpanKind.MESSAGES, free, spans.now())
 
