@@ -73,7 +73,7 @@ validate-published: $(READY) ## the model against all published sets (axonn pred
 validate-local: $(READY) ## predicted and measured batch times of 21 runs on this machine (calibrates; about 8 minutes)
 	@$(BIN)/python -m experiments.local_validation
 
-test: $(READY) ## the tests (about 23 minutes on 2 cores)
+test: $(READY) ## the tests (about 25 minutes on 2 cores)
 	@$(BIN)/python -m pytest
 
 test-full: $(READY) ## the tests with the full product of configurations (long)
