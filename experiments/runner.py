@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from axonn.config import ModelConfig, TrainConfig, UNetConfig
-from axonn.errors import ConfigError, RecordError
+from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
 from axonn.phases import phases
 from axonn.records import Asked, Failure, Record, read_records, write_records
@@ -82,12 +82,10 @@ class Point:
         """The point's record, if it has one that succeeded and that nothing has changed since."""
         if not self.record_file.exists():
             return None
-        try:
-            record = read_records(self.record_file)[0]
-        except (RecordError, IndexError):
-            # Of another schema, or cut: as if it were not there.
-            return None
-        return record if record.fingerprint == self.fingerprint and record.failure is None else None
+        # One of another schema is an error: what somebody measured is not overwritten.
+        record = next(iter(read_records(self.record_file)), None)
+        done = record is not None and record.fingerprint == self.fingerprint and record.failure is None
+        return record if done else None
 
 
 def points_of(experiment: Experiment) -> list[Point]:

@@ -13,6 +13,7 @@ import pytest
 from rich.console import RenderableType
 
 from axonn.config import ScheduleConfig, TrainConfig
+from axonn.errors import RecordError
 from axonn.records import Failure, Machine, Record, read_records, write_records
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment
@@ -172,14 +173,17 @@ def test_predictions_of_other_inputs_are_named(experiment: Experiment, measured:
     assert line == ("the predictions are of other inputs than there are now; run: axonn predict experiments/fig3.yaml")
 
 
-def test_what_is_of_another_schema_is_made_again(experiment: Experiment, measured: Measured) -> None:
+def test_predictions_of_another_schema_are_made_again_and_measurements_kept(
+    experiment: Experiment, measured: Measured
+) -> None:
     point = measured[0][0]
     assert predictor.done_predictions(experiment) is not None
     assert point.finished_record() is not None
     with_schema(point.record_file, "axonn-records/0")
     with_schema(predictor.predicted_file(experiment), "axonn-records/0")
     assert predictor.done_predictions(experiment) is None
-    assert point.finished_record() is None
+    with pytest.raises(RecordError, match="has schema"):
+        point.finished_record()
     write_records(point.record_file, [])
     assert point.finished_record() is None
 
