@@ -55,9 +55,9 @@ class Command:
     leaves: list[str]
 
 
-def render() -> str:
-    """The whole page."""
-    sections = [report_figures.section(name) for name in report_figures.names()]
+def render(sections: Sequence[Section] | None = None) -> str:
+    """The whole page. `sections`: of its figures, by default of all."""
+    sections = all_sections() if sections is None else sections
     poster = [s for s in sections if s.name in report_figures.POSTER]
     small = [s for s in sections if s.name not in report_figures.POSTER]
     schematics = [
@@ -85,6 +85,11 @@ def render() -> str:
         machines=machine_table(machines),
         commands=_commands(sections),
     )
+
+
+def all_sections() -> list[Section]:
+    """Of all figures, made or not."""
+    return [report_figures.section(name) for name in report_figures.names()]
 
 
 def marked(text: str) -> Markup:
@@ -157,11 +162,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path: Path = given.out or figure.RESULTS / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(render(), encoding="utf-8")
+    sections = all_sections()
+    temporary.write_text(render(sections), encoding="utf-8")
     temporary.replace(path)
-    made = [report_figures.section(name) for name in report_figures.names()]
     console = Console()
-    for section in made:
+    for section in sections:
         if not section.made:
             console.print(
                 f"not in the report: {section.heading}; run: {section.command}", highlight=False, soft_wrap=True

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -18,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from axonn.config import GPTConfig, GridConfig
 from axonn.records import Asked, Machine, Ran, Record, write_records
-from experiments.definition import ROOT
 from experiments.validate import write_validation
 from experiments.validation_results import Row, SetResult
-from plots import figure, report, report_extras, report_figures, report_tables, reproduce, style
+from plots import figure, report, report_extras, report_figures, report_tables, style
 
 VOID = {"meta", "link", "img", "br"}
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="{}pt" height="300pt"><rect width="90" height="90"/></svg>'
@@ -540,59 +533,3 @@ def test_in_print(opened: Opened) -> None:
     # Sections begin on pages of their own; there is nothing to click.
     assert sum(text.startswith("Figure") for text in pages) >= 3
     assert not any("Backtothetop" in text for text in pages)
-
-
-# All parts one after the other
-
-
-def test_all_parts_are_made_and_the_failed_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    made: list[str] = []
-
-    def run(target: str) -> int:
-        made.append(target)
-        return 2 if target == "reproduce-fig5" else 0
-
-    console = Console(width=200)
-    assert reproduce.reproduce(["reproduce-fig3", "reproduce-fig5", "schematics"], run=run, console=console) == 1
-    assert made == ["reproduce-fig3", "reproduce-fig5", "schematics", "report"]
-    out = capsys.readouterr().out
-    assert "2 of 4: make reproduce-fig5" in out
-    assert "not complete: make reproduce-fig5; make reproduce repeats these alone" in out
-    assert reproduce.reproduce(["schematics"], run=lambda target: 0, console=console) == 0
-
-
-def test_an_interrupt_stops_all_of_it(tmp_path: Path) -> None:
-    """Ctrl-C reaches the whole group of processes."""
-    fake = tmp_path / "make"
-    fake.write_text(f"#!/bin/sh\necho $3 >> {tmp_path}/made\n[ $3 = slow ] && exec sleep 60\nexit 0\n")
-    fake.chmod(0o755)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "plots.reproduce", "quick", "slow", "never"],
-        cwd=ROOT,
-        env={**os.environ, "MAKE": str(fake), "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    made = tmp_path / "made"
-    while process.poll() is None and (not made.exists() or "slow" not in made.read_text()):
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted in make slow; 1 of 4 parts are done" in " ".join(out.split())
-    assert "make reproduce goes on where it was" in " ".join(out.split())
-    assert made.read_text().split() == ["quick", "slow"]
-
-
-def test_the_makefile_makes_every_figure() -> None:
-    out = subprocess.run(
-        ["make", "--dry-run", "--old-file=.venv/.ready", "reproduce"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    experiments = [path.stem for path in (ROOT / "experiments").glob("*.yaml")]
-    assert len(experiments) >= 9
-    assert [name for name in experiments if f"reproduce-{name}" not in out.split()] == []
