@@ -123,8 +123,6 @@ def own_clock() -> Callable[[], float]:
     """Seconds, less those in which this thread could have run and another had its core (Linux says how many)."""
     delays = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
     clock = time.perf_counter
-    if not delays.exists():
-        return clock
     file = delays.open("rb", buffering=0)
 
     def now() -> float:
