@@ -17,7 +17,7 @@ OTHERS := ginter inflight memory messages loss
 .NOTPARALLEL:
 .PHONY: help install reproduce reproduce-others $(FIGURES:%=reproduce-%) $(OTHERS:%=reproduce-%) report schematics \
 	baselines compare-baselines clean-baselines calibrate validate-local validate-plan validate-published plan-published \
-	test test-full soak lint bench bench-link bench-tensor bench-schedules bench-optimizer clean
+	test test-full test-slurm soak lint bench bench-link bench-tensor bench-schedules bench-optimizer clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-21s %s\n", $$1, $$2 }'
@@ -73,11 +73,15 @@ validate-published: $(READY) ## the model against all published sets (axonn pred
 validate-local: $(READY) ## predicted and measured batch times of 21 runs on this machine (calibrates; about 8 minutes)
 	@$(BIN)/python -m experiments.local_validation
 
-test: $(READY) ## the tests (about 25 minutes on 2 cores)
-	@$(BIN)/python -m pytest
+# Two files at a time: many tests wait, or compute on one core.
+test: $(READY) ## the tests (about 17 minutes on 2 cores; WORKERS=4: on more)
+	@$(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadfile
 
 test-full: $(READY) ## the tests with the full product of configurations (long)
-	@$(BIN)/python -m pytest -m ''
+	@$(BIN)/python -m pytest -m 'not slurm' -n $(or $(WORKERS),2) --dist loadfile
+
+test-slurm: $(READY) ## jobs on a real Slurm cluster of four nodes on this machine (root; apt-get install slurm-wlm munge)
+	@$(BIN)/python -m pytest -m slurm tests/slurm
 
 soak: $(READY) ## kill training runs 50 times at random moments; every resumed one ends as if nothing had happened
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --times $(or $(TIMES),50) $(if $(SEED),--seed $(SEED))

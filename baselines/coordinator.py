@@ -20,7 +20,8 @@ from axonn.records import Failure
 from baselines.contenders import Device
 from experiments.definition import available_cores
 from experiments.metrics import BATCHES, Tail
-from experiments.supervisor import Outcome, supervise
+from experiments.outcome import Outcome
+from experiments.supervisor import supervise
 from experiments.turns import TurnTaking
 
 LEAST_ROUNDS = 4

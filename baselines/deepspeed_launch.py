@@ -13,11 +13,15 @@ from axonn.config import FloatType, OptimizerConfig
 from axonn.errors import ConfigError, LaunchError
 from axonn.perf.strategy import Strategy
 from experiments.framework import ClusterWork, Launch
+from experiments.trail import STOP
 
 CONFIG_FILE = "ds_config.json"
+CHECKPOINTS = "checkpoints"
 DATA = "tokens_text_document"
 """Prefix of the data where none is named."""
 _NEVER = 1_000_000
+_BYTES_PER_PARAMETER = 14
+"""Of a checkpoint in half precision: the parameter, and in float32 its master copy and Adam's two moments."""
 _VOCAB_MULTIPLE = 128
 """--make-vocab-size-divisible-by, its default: for each tensor-parallel rank."""
 _ORDER = ("inter", "data", "row", "col")
@@ -34,6 +38,7 @@ def launch_of(work: ClusterWork) -> Launch:
         command=["python", "-u", "pretrain_gpt.py", *flags(work)],
         files={CONFIG_FILE: json.dumps(settings(work), indent=2) + "\n"},
         notes=notes(work),
+        needs_data=True,
     )
 
 
@@ -41,7 +46,7 @@ def refusals(work: ClusterWork) -> list[str]:
     """What of `work` it does not do, and what to change."""
     strategy, grid = work.strategy, work.strategy.grid
     try:
-        strategy.check(work.model)
+        strategy.check(work.gpt)
         strategy.microbatches(work.batch_size)
     except ConfigError as error:
         return [str(error)]
@@ -51,7 +56,7 @@ def refusals(work: ClusterWork) -> list[str]:
     cases = {
         f"the grid has {ranks} ranks for {work.gpus} GPUs; make them equal": ranks != work.gpus,
         "it cuts matrices in one dimension; set grid.row to 1": grid.row > 1,
-        f"{grid.inter} stages need as many layers; lower grid.inter": grid.inter > work.model.layers,
+        f"{grid.inter} stages need as many layers; lower grid.inter": grid.inter > work.gpt.layers,
         f"it places ranks in the order {', '.join(_ORDER)}; set order so": _placed(strategy, strategy.order)
         != _placed(strategy, _ORDER),
         "its pipeline runs 1F1B with as many microbatches in flight as stages follow; set schedule: {name: 1f1b}": (
@@ -91,7 +96,7 @@ def _placed(strategy: Strategy, order: tuple[str, ...]) -> list[str]:
 
 def flags(work: ClusterWork) -> list[str]:
     """What `pretrain_gpt.py` is told."""
-    model, strategy, o = work.model, work.strategy, OptimizerConfig()
+    model, strategy, o = work.gpt, work.strategy, OptimizerConfig()
     clip = work.gradient_clipping or 0.0
     values: dict[str, object] = {
         "--tensor-model-parallel-size": strategy.grid.col,
@@ -125,6 +130,13 @@ def flags(work: ClusterWork) -> list[str]:
         "--make-vocab-size-divisible-by": _VOCAB_MULTIPLE,
         "--distributed-backend": "nccl",
         "--log-interval": 1,
+        # Between iterations its ranks look for the file by which a job is told to stop, save and end; started again,
+        # they go on from there.
+        "--kill-switch-file": STOP,
+        "--save": CHECKPOINTS,
+        "--load": CHECKPOINTS,
+        # Required with --save, and after the last iteration.
+        "--save-interval": work.steps + 1,
         "--zero-stage": _zero_stage(strategy),
         "--deepspeed_config": CONFIG_FILE,
     }
@@ -203,13 +215,16 @@ def settings(work: ClusterWork) -> dict[str, Any]:
 
 def notes(work: ClusterWork) -> list[str]:
     """What differs from what was asked for, and what has to be there."""
-    model, strategy = work.model, work.strategy
+    model, strategy = work.gpt, work.strategy
     multiple = _VOCAB_MULTIPLE * strategy.grid.col
     padded = -(-model.vocab // multiple) * multiple
     found = [
         "pretrain_gpt.py is that of github.com/deepspeedai/Megatron-DeepSpeed at 4efb479d: start it in its folder, "
         "with Apex installed; the first start compiles fused kernels, so it is no run to be timed.",
         "Weights are drawn by Megatron (normal, standard deviation 0.02); biases and norms have no weight decay.",
+        f"When the file {STOP} is there, it saves its state into {CHECKPOINTS} and ends, and a new start goes on from "
+        "there; each rank looks for itself, so that now and then one may wait for others that have seen it. It saves "
+        f"after the last iteration, too: about {model.parameters * _BYTES_PER_PARAMETER / 1e9:.0f} GB, of no use then.",
     ]
     if work.data is None:
         tokens = work.steps * work.batch_size * model.seq_len

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from axonn.records import Failure
-from baselines.iteration_lines import Iteration, is_done, iteration_of, memory_of, parameters_of, sizes_of
+from baselines.iteration_lines import Iteration, begins, is_done, iteration_of, memory_of, parameters_of, sizes_of
 from experiments.framework import PrintedRun
 from experiments.printed import failure_of, lines_of
 
@@ -48,6 +48,10 @@ class _Found:
     sizes: tuple[int, int] | None = None
     own: dict[tuple[int, int], int] = field(default_factory=dict)
     """Parameters by tensor rank and stage."""
+    starts: set[int] = field(default_factory=set)
+    """Numbers of the iterations that the starts of the run began with."""
+    begins: bool = False
+    """Whether the next iteration is one of them."""
     done: bool = False
     """Whether the training script said so."""
     ended: bool = False
@@ -57,6 +61,11 @@ class _Found:
         """Take in one line. What is not understood is ignored."""
         if (iteration := iteration_of(text)) is not None:
             self.iterations[iteration.number] = iteration
+            self.starts -= {iteration.number}
+            self.starts |= {iteration.number} if self.begins else set()
+            self.begins = False
+        elif begins(text):
+            self.begins = True
         elif (memory := memory_of(text)) is not None:
             self.memory = max(memory, self.memory or 0)
         elif (step := _STEPS.match(text)) is not None and (loss := _float(step[2])) is not None:
@@ -84,17 +93,17 @@ class _Found:
         """Of each reported iteration, the first included; without Megatron's lines and a pipeline DeepSpeed leaves the
         first two out, and counts from the start of a forward pass to the end of the step."""
         if self.iterations:
-            return [i.seconds for i in self.iterations.values()]
+            return [self.iterations[number].seconds for number in sorted(self.iterations)]
         if self.steps:
-            return [seconds for _, seconds in self.steps.values()]
+            return [self.steps[number][1] for number in sorted(self.steps)]
         return [self.batch_size / speed for speed in self.speeds.values() if self.batch_size and speed > 0]
 
     def losses(self) -> list[float]:
         """Those that are printed and finite."""
         printed = (
-            [i.loss for i in self.iterations.values() if i.loss is not None]
+            [i.loss for _, i in sorted(self.iterations.items()) if i.loss is not None]
             if self.iterations
-            else [loss for loss, _ in self.steps.values()]
+            else [loss for _, (loss, _) in sorted(self.steps.items())]
         )
         return [loss for loss in printed if math.isfinite(loss)]
 
@@ -124,7 +133,8 @@ def _float(text: str) -> float | None:
 
 
 def printed_run(lines: Iterable[str]) -> PrintedRun:
-    """What the output of a run says: of all ranks, perhaps interleaved, prefixed or cut short."""
+    """What the output of a run says: of all ranks, perhaps interleaved, prefixed or cut short; where a run was started
+    several times, that of its starts one after the other."""
     whole = list(lines)
     found = _Found()
     texts = [line.text for line in lines_of(whole)]
@@ -137,6 +147,7 @@ def printed_run(lines: Iterable[str]) -> PrintedRun:
     failure = found.diverged() or (None if found.done else failure_of(whole))
     return PrintedRun(
         seconds=found.seconds(),
+        starts=[place for place, number in enumerate(sorted(found.iterations)) if number in found.starts],
         losses=found.losses(),
         memory_bytes=found.memory if found.memory is not None else found.rough_memory,
         parameters=found.parameters(),

@@ -21,6 +21,7 @@ _PARAMETERS = re.compile(
     r"^ *> number of parameters on \(tensor, pipeline\) model parallel rank \((\d+), (\d+)\): ?(\d+)$"
 )
 _SIZES = re.compile(r"tensor-model-parallel size: (\d+), pipeline-model-parallel size: (\d+)\b")
+_BEGINS = re.compile(r"^ *training \.\.\.$")
 _DONE = re.compile(r"^ *\[(after training is done|exiting program at iteration \d+)\] datetime: ")
 
 
@@ -67,6 +68,11 @@ def iteration_of(text: str) -> Iteration | None:
         )
     except ValueError:
         return None
+
+
+def begins(text: str) -> bool:
+    """Whether rank 0 says that a start of the run is about to train its first iteration."""
+    return _BEGINS.match(text) is not None
 
 
 def memory_of(text: str) -> int | None:

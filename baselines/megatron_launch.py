@@ -17,6 +17,11 @@ VERSION = "core_v0.16.0"
 _VOCAB_UNIT = 128
 """Megatron-LM pads the vocabulary to multiples of this and of the tensor-parallel ranks."""
 _INITIAL_LOSS_SCALE = 65536
+_STOP_SIGNAL = "USR1"
+"""Open MPI's mpiexec and Slurm's srun hand it on to the ranks; TERM, its default, ends Open MPI's jobs."""
+_CHECKPOINTS = "checkpoints"
+_BYTES_PER_PARAMETER = 14
+"""Of a checkpoint in half precision: the parameter, and in float32 its master copy and Adam's two moments."""
 _ORDERS: dict[tuple[Axis, ...], list[str]] = {
     ("inter", "data", "col"): [],
     ("data", "inter", "col"): ["--use-tp-pp-dp-mapping"],
@@ -33,11 +38,22 @@ def launch_of(work: ClusterWork) -> Launch:
     """How to run `work`. Raises `LaunchError` for what Megatron-LM does not do, or would refuse to start."""
     _check_kind(work)
     _check_sizes(work)
-    flags = [*_model(work), *_parallelism(work), *_recompute(work), *_training(work), *_data(work), *_logging(work)]
+    flags = [
+        *_model(work),
+        *_parallelism(work),
+        *_recompute(work),
+        *_training(work),
+        *_data(work),
+        *_logging(work),
+        *_checkpoints(work),
+    ]
     split = [part for flag in flags for part in flag.split(" ", 1)]
     connections = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if work.strategy.grid.col > 1 else {}
     return Launch(
-        command=["python", "-u", "pretrain_gpt.py", *split], environment=connections, notes=list(_notes(work))
+        command=["python", "-u", "pretrain_gpt.py", *split],
+        environment=connections,
+        stop_signal=_STOP_SIGNAL,
+        notes=list(_notes(work)),
     )
 
 
@@ -84,7 +100,7 @@ def _check_kind(work: ClusterWork) -> None:
 
 def _check_sizes(work: ClusterWork) -> None:
     """What its arguments.py checks once the job has started."""
-    s, m, chunks = work.strategy, work.model, _chunks(work)
+    s, m, chunks = work.strategy, work.gpt, _chunks(work)
     g = s.grid
     ranks = g.data * g.inter * g.col
     if ranks != work.gpus:
@@ -131,7 +147,7 @@ def _mapping(work: ClusterWork) -> list[str]:
 
 
 def _model(work: ClusterWork) -> Iterator[str]:
-    m = work.model
+    m = work.gpt
     yield f"--num-layers {m.layers}"
     yield f"--hidden-size {m.hidden}"
     yield f"--num-attention-heads {m.heads}"
@@ -154,7 +170,7 @@ def _parallelism(work: ClusterWork) -> Iterator[str]:
         yield "--sequence-parallel"
     yield f"--pipeline-model-parallel-size {s.grid.inter}"
     if (chunks := _chunks(work)) > 1:
-        yield f"--num-layers-per-virtual-pipeline-stage {work.model.layers // (s.grid.inter * chunks)}"
+        yield f"--num-layers-per-virtual-pipeline-stage {work.gpt.layers // (s.grid.inter * chunks)}"
         if s.blocking_messages:
             yield "--no-overlap-p2p-communication"
     yield from _mapping(work)
@@ -202,21 +218,21 @@ def _data(work: ClusterWork) -> Iterator[str]:
         yield "--split 100,0,0"
     # It counts the tokenizer's own end of document.
     yield "--tokenizer-type NullTokenizer"
-    yield f"--vocab-size {work.model.vocab - 1}"
+    yield f"--vocab-size {work.gpt.vocab - 1}"
     yield f"--make-vocab-size-divisible-by {_vocab_unit(work)}"
 
 
 def _vocab_unit(work: ClusterWork) -> int:
     """The largest that leaves the vocabulary as it is; its default where none does."""
     unit = _VOCAB_UNIT
-    while unit > 1 and work.model.vocab % (unit * work.strategy.grid.col):
+    while unit > 1 and work.gpt.vocab % (unit * work.strategy.grid.col):
         unit //= 2
-    return unit if work.model.vocab % (unit * work.strategy.grid.col) == 0 else _VOCAB_UNIT
+    return unit if work.gpt.vocab % (unit * work.strategy.grid.col) == 0 else _VOCAB_UNIT
 
 
 def _padded_vocab(work: ClusterWork) -> int:
     unit = _vocab_unit(work) * work.strategy.grid.col
-    return -(-work.model.vocab // unit) * unit
+    return -(-work.gpt.vocab // unit) * unit
 
 
 def _logging(work: ClusterWork) -> Iterator[str]:
@@ -228,8 +244,18 @@ def _logging(work: ClusterWork) -> Iterator[str]:
     yield f"--eval-interval {work.steps + 1}"
 
 
+def _checkpoints(work: ClusterWork) -> Iterator[str]:
+    """It saves when it is told to end, and goes on from there when it is started again."""
+    yield f"--save {_CHECKPOINTS}"
+    yield f"--load {_CHECKPOINTS}"
+    # Required with --save, and after the last iteration.
+    yield f"--save-interval {work.steps + 1}"
+    yield "--exit-signal-handler"
+    yield f"--exit-signal SIG{_STOP_SIGNAL}"
+
+
 def _notes(work: ClusterWork) -> Iterator[str]:
-    s, m = work.strategy, work.model
+    s, m = work.strategy, work.gpt
     parts = s.partition_messages and not s.sequence_parallel
     yield (
         f"Flags of Megatron-LM {VERSION} (github.com/NVIDIA/Megatron-LM), which lies where the command is run. Runs "
@@ -255,5 +281,10 @@ def _notes(work: ClusterWork) -> Iterator[str]:
         yield f"--initial-loss-scale {_INITIAL_LOSS_SCALE}: from its default, 2**32, the first batches are skipped."
     if (padded := _padded_vocab(work)) != m.vocab:
         yield f"The vocabulary is padded from {m.vocab} to {padded}, which {s.grid.col} ranks can share."
+    yield (
+        f"Told by SIG{_STOP_SIGNAL}, it saves its state into {_CHECKPOINTS} and ends, and a new start goes on from "
+        f"there. It saves after the last iteration, too: about {m.parameters * _BYTES_PER_PARAMETER / 1e9:.0f} GB, "
+        "which are of no use then."
+    )
     if work.data is not None:
         yield f"{work.data}.bin and .idx hold tokens below {m.vocab - 1}; {m.vocab - 1} ends a document."

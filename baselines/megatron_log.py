@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from axonn.records import Failure
-from baselines.iteration_lines import Iteration, is_done, iteration_of, memory_of, parameters_of, sizes_of
+from baselines.iteration_lines import Iteration, begins, is_done, iteration_of, memory_of, parameters_of, sizes_of
 from experiments.framework import PrintedRun
 from experiments.printed import failure_of, lines_of
 
@@ -28,12 +28,21 @@ class _Found:
     own: dict[tuple[int, int], int] = field(default_factory=dict)
     """Parameters by tensor rank and stage."""
     untied: bool = False
+    starts: set[int] = field(default_factory=set)
+    """Numbers of the iterations that the starts of the run began with."""
+    begins: bool = False
+    """Whether the next iteration is one of them."""
     done: bool = False
 
     def feed(self, text: str) -> None:
         """Take in one line. What is not understood, or not whole, is ignored."""
         if (iteration := iteration_of(text)) is not None:
             self.iterations[iteration.number] = iteration
+            self.starts -= {iteration.number}
+            self.starts |= {iteration.number} if self.begins else set()
+            self.begins = False
+        elif begins(text):
+            self.begins = True
         elif (memory := memory_of(text)) is not None:
             self.memory = max(memory, self.memory or 0)
         elif (sizes := sizes_of(text)) is not None:
@@ -67,7 +76,8 @@ class _Found:
 
 
 def read_log(lines: Iterable[str]) -> PrintedRun:
-    """What the output of a run says: of all ranks, perhaps interleaved, prefixed or cut short.
+    """What the output of a run says: of all ranks, perhaps interleaved, prefixed or cut short; where a run was started
+    several times, that of its starts one after the other.
 
     Seconds and losses are means over the iterations since the line before; an iteration that the loss scale made it
     skip has no loss. Memory is the peak that PyTorch allocated. What ends a run that has said it is done is no failure.
@@ -84,6 +94,7 @@ def read_log(lines: Iterable[str]) -> PrintedRun:
     ordered = [found.iterations[number] for number in sorted(found.iterations)]
     return PrintedRun(
         seconds=[i.seconds for i in ordered],
+        starts=[place for place, i in enumerate(ordered) if i.number in found.starts],
         losses=[i.loss for i in ordered if i.loss is not None and math.isfinite(i.loss)],
         memory_bytes=found.memory,
         parameters=found.parameters(),

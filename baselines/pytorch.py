@@ -23,6 +23,7 @@ from baselines.pytorch_pipelining import (
 from baselines.pytorch_tensor import TorchTensorParallel, TorchTensorParallelWholeEmbedding
 from experiments.framework import Adapter, Capabilities, ClusterWork, Framework, Launch, PrintedRun
 from experiments.launched import data_of, launch_worker, read_run
+from experiments.trail import NEWEST
 
 
 class PyTorchAdapter(Adapter):
@@ -57,9 +58,7 @@ class PyTorchAdapter(Adapter):
         strategy = work.strategy.model_copy(update={"optimizer": "device", "clip_norm": False})
         data, notes = data_of(work)
         try:
-            config = config_of_strategy(
-                as_the_engine(strategy), work.model, batch_size=work.batch_size, steps=work.steps
-            )
+            config = config_of_strategy(as_the_engine(strategy), work.gpt, batch_size=work.batch_size, steps=work.steps)
         except ConfigError as error:
             raise LaunchError(f"{work.name} cannot be launched with PyTorch: {error}") from error
         optimizer = config.optimizer.model_copy(update={"clip_norm": work.gradient_clipping})
@@ -67,7 +66,11 @@ class PyTorchAdapter(Adapter):
         if (reason := self.framework(name).unavailable(config)) is not None:
             raise LaunchError(f"{work.name} cannot be launched with {self.name}/{name}: {reason}")
         processors = "the ranks compute on processors: they leave the GPUs of a node unused"
-        return launch_worker(f"{self.name}/{name}", config, notes=[processors, *notes])
+        anew = "it saves no state: a new start begins from the first batch"
+        # There is no checkpoint to be the newest; what an earlier start left is removed.
+        return launch_worker(
+            f"{self.name}/{name}", config, notes=[processors, anew, *notes], checkpoint=NEWEST, stoppable=True
+        )
 
     def read(self, lines: Iterable[str]) -> PrintedRun:
         return read_run(lines)

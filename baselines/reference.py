@@ -116,7 +116,7 @@ class ReferenceAdapter(Adapter):
             raise LaunchError(f"{work.name} cannot be launched with the reference implementation: {reason}")
         strategy = work.strategy
         config = TrainConfig(
-            model=work.model.model_copy(update={"tied_head": False, "dropout": 0.0, "attention_dropout": 0.0}),
+            model=work.gpt.model_copy(update={"tied_head": False, "dropout": 0.0, "attention_dropout": 0.0}),
             grid=strategy.grid,
             batch_size=work.batch_size,
             microbatch_size=strategy.microbatch_size,
@@ -132,6 +132,7 @@ class ReferenceAdapter(Adapter):
             command=["python", str(RANKS / kind.script), ".", kind.strategy],
             files={SPEC: spec_of(f"{self.name}/{kind.strategy}", config, device="cuda")},
             environment=stage_settings(starts),
+            mpi_on_device=True,
             notes=_notes(work, config),
         )
 
@@ -189,9 +190,9 @@ def _notes(work: ClusterWork, config: TrainConfig) -> list[str]:
             "the optimizer stays on the GPU: what 0.2.0 has left of its offloaded one asks for names that are gone; "
             f"parameters, gradients and moments of the largest stage take {largest * BYTES_PER_PARAMETER / 1e9:.1f} GB"
         )
-    if work.model.tied_head:
-        notes.append(f"the head is not tied to the embedding: {work.model.vocab * work.model.hidden:,} parameters more")
-    if work.model.dropout or work.model.attention_dropout:
+    if work.gpt.tied_head:
+        notes.append(f"the head is not tied to the embedding: {work.gpt.vocab * work.gpt.hidden:,} parameters more")
+    if work.gpt.dropout or work.gpt.attention_dropout:
         notes.append("there is no dropout")
     moved = [axis for axis in strategy.order if axis in ("data", "inter")]
     if strategy.grid.data > 1 and strategy.grid.inter > 1 and moved != ["data", "inter"]:

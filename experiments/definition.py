@@ -62,6 +62,8 @@ class PredictedPanel(StrictModel):
     batch_size: int = Field(ge=1)
     precision: str
     frameworks: dict[str, dict[str, Any]]
+    adapters: dict[str, str] = {}
+    """By which adapter a framework is launched on a cluster, where its label is no adapter's own."""
     planned: list[str] = []
     """Frameworks of whose points the planner chooses what is searched and not given (`experiments.planned`)."""
     points: list[PredictedPoint]
@@ -251,9 +253,9 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def measured_configs(panel: MeasuredPanel) -> list[TrainConfig]:
-    """The work of each measured rank count, smallest first."""
-    most = panel.max_ranks or available_cores()
+def measured_configs(panel: MeasuredPanel, *, most: int | None = None) -> list[TrainConfig]:
+    """The work of each measured rank count, smallest first, up to `most` (default: what the panel says)."""
+    most = most or panel.max_ranks or available_cores()
     counts = [1 << i for i in range(most.bit_length()) if 1 << i <= most]
     microbatches = max(panel.min_microbatches, panel.microbatches_per_rank * counts[-1])
     return [

@@ -11,7 +11,7 @@ from axonn.config import FloatType, ScheduleConfig, TrainConfig
 from axonn.data import make_data
 from axonn.defaults import sub_shards
 from axonn.engine import Engine, microbatches_of
-from axonn.errors import AxonnError, ConfigError, LaunchError
+from axonn.errors import AxonnError, LaunchError
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.stage import virtual_spans
 from axonn.models import make_model
@@ -32,6 +32,7 @@ from experiments.framework import (
     ResumableTrainer,
 )
 from experiments.launched import data_of, launch_worker, read_run
+from experiments.trail import NEWEST
 
 
 def layers_of_chunks(config: TrainConfig) -> list[range]:
@@ -149,7 +150,9 @@ class EngineAdapter(Adapter):
                 batch_size=work.batch_size,
                 steps=work.steps,
             )
-        except ConfigError as error:
+            # No weights are made for this.
+            layers_of_chunks(config)
+        except AxonnError as error:
             raise LaunchError(f"{work.name} cannot be launched with AxoNN: {error}") from error
         optimizer = config.optimizer.model_copy(update={"clip_norm": work.gradient_clipping})
         if different := differences(strategy):
@@ -158,6 +161,8 @@ class EngineAdapter(Adapter):
             self.name,
             config.model_copy(update={"optimizer": optimizer, "data": data}),
             notes=["the engine computes on processors so far: it leaves the GPUs of a node unused", *notes],
+            checkpoint=NEWEST,
+            stoppable=True,
         )
 
     def read(self, lines: Iterable[str]) -> PrintedRun:

@@ -16,7 +16,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from axonn.config import FloatType, GPTConfig, ScheduleConfig, TrainConfig
+from axonn.config import FloatType, GPTConfig, ModelConfig, ScheduleConfig, TrainConfig
 from axonn.engine import BatchResult
 from axonn.errors import LaunchError
 from axonn.parts import Part
@@ -154,7 +154,7 @@ class ClusterWork:
     """A configuration at a cluster's scale."""
 
     name: str
-    model: GPTConfig
+    model: ModelConfig
     strategy: Strategy
     batch_size: int
     steps: int
@@ -163,6 +163,13 @@ class ClusterWork:
     gradient_clipping: float | None = None
     data: str | None = None
     """Prefix of the tokenised data; None for synthetic tokens."""
+
+    @property
+    def gpt(self) -> GPTConfig:
+        """The model. Raises `LaunchError` where it is no GPT, which is all that other frameworks train."""
+        if not isinstance(self.model, GPTConfig):
+            raise LaunchError(f"{self.name}: the baselines train GPTs, and {self.model.name} is none; take ours for it")
+        return self.model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +181,12 @@ class Launch:
     files: Mapping[str, str] = field(default_factory=dict)
     """Contents of the files that it reads, by name; they lie where it is started."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    stop_signal: str | None = None
+    """Signal at which the ranks save what they have and end, where they do not look for a file `stop` instead."""
+    needs_data: bool = False
+    """Whether it has no synthetic data to do with."""
+    mpi_on_device: bool = False
+    """Whether MPI is given buffers that lie on GPUs."""
     notes: Sequence[str] = ()
     """What differs from the work that was asked for, or must be provided."""
 
@@ -184,6 +197,8 @@ class PrintedRun:
 
     seconds: Sequence[float] = ()
     """Of each reported iteration."""
+    starts: Sequence[int] = ()
+    """Places in `seconds` of the first iteration of each start, where the run says it: they warm up as the first."""
     losses: Sequence[float] = ()
     memory_bytes: int | None = None
     """Peak over the ranks that said it."""

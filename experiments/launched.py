@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from axonn.config import DataConfig, TrainConfig
+from axonn.config import DataConfig, TrainConfig, UNetConfig
 from axonn.errors import LaunchError
 from experiments.framework import ClusterWork, Launch, PrintedRun
 from experiments.metrics import BATCHES
@@ -29,8 +29,13 @@ def spec_of(
     checkpoint: str | None = None,
     turns: bool = False,
     device: str = "cpu",
+    stoppable: bool = False,
 ) -> str:
-    """Content of the `spec.json` of a run folder."""
+    """Content of the `spec.json` of a run folder.
+
+    `checkpoint`: the one to go on from, or `NEWEST`. `stoppable`: whether the ranks look for the file `STOP` after
+    every batch, and end with the status `STOPPED` when it is there.
+    """
     grid = config.grid
     spec = {
         "framework": framework,
@@ -39,27 +44,39 @@ def spec_of(
         "checkpoint": checkpoint,
         "turns": turns,
         "device": device,
+        "stoppable": stoppable,
     }
     return json.dumps(spec, indent=1)
 
 
-def launch_worker(framework: str, config: TrainConfig, *, device: str = "cpu", notes: Sequence[str] = ()) -> Launch:
-    """How every rank of `config` runs the worker of this suite. Raises `LaunchError` when its data cannot be read."""
+def launch_worker(
+    framework: str,
+    config: TrainConfig,
+    *,
+    device: str = "cpu",
+    notes: Sequence[str] = (),
+    checkpoint: str | None = None,
+    stoppable: bool = False,
+) -> Launch:
+    """How every rank of `config` runs the worker of this suite; `checkpoint` and `stoppable` as of `spec_of`."""
     provided = [
         "python is that of this suite's environment, and the folder in which it is started is one that all ranks see"
     ]
     return Launch(
         command=["python", "-m", "experiments.worker", "."],
-        files={SPEC: spec_of(framework, config, device=device)},
+        files={SPEC: spec_of(framework, config, checkpoint=checkpoint, device=device, stoppable=stoppable)},
         notes=[*notes, *provided, READ_LATER],
     )
 
 
 def data_of(work: ClusterWork) -> tuple[DataConfig, list[str]]:
-    """Where ranks of this suite find the tokens of `work`, and what is to be known of that.
+    """Where ranks of this suite find the tokens or images of `work`, and what is to be known of that.
 
     Raises `LaunchError` when a file of them would not hold the vocabulary.
     """
+    if isinstance(work.model, UNetConfig):
+        # What a site has as its data is text.
+        return DataConfig(), ["the images are scikit-learn's digits"]
     if work.data is None:
         return DataConfig(), ["the tokens are bytes of Python's own sources"]
     if work.model.vocab > LARGEST_TOKEN + 1:
@@ -86,13 +103,17 @@ def read_run(lines: Iterable[str]) -> PrintedRun:
         else:
             printed.append(line)
     ordered = [batches[step] for step in sorted(batches)]
-    finished = bool(states) and all(state["state"] == "done" for state in states)
+    said = {state["state"] for state in states}
+    finished = said == {"done"}
+    # What a launcher prints of the status with which they ended is no failure.
+    stopped = "stopped" in said and said <= {"stopped", "done"}
     return PrintedRun(
         seconds=[batch["seconds"] for batch in ordered],
+        starts=[place for place, batch in enumerate(ordered) if batch.get("first")],
         losses=[batch["loss"] for batch in ordered],
         memory_bytes=max((state["memory_bytes"] for state in states if "memory_bytes" in state), default=None),
         finished=finished,
-        failure=None if finished else failure_of([*_raised(states), *printed]),
+        failure=None if finished or stopped else failure_of([*_raised(states), *printed]),
     )
 
 

@@ -33,7 +33,7 @@ from experiments.calibrate import calibrate
 from experiments.definition import HERE, ROOT, available_cores
 from experiments.framework import load_framework, ran_by
 from experiments.provenance import this_machine
-from experiments.runner import parts_of, tflops_formula
+from experiments.run_record import parts_of, tflops_formula
 from experiments.supervisor import supervise
 
 RUNS_FILE = HERE / "calibration" / "validation.yaml"

@@ -10,18 +10,21 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
+import torch
+
 from axonn.checkpoint import CheckpointState, load, save
 from axonn.config import EvaluationConfig, TrainConfig
 from axonn.errors import ConfigError
+from axonn.grid import AXES
 from axonn.records import Asked
 from axonn.runtime import Runtime
 from axonn.trace import SpanRecorder
 from axonn.weights import import_weights
 from experiments.framework import ResumableTrainer, Trainer
 from experiments.metrics import BATCHES, EVALUATIONS, Row
-from experiments.trail import Turns
+from experiments.resumption import CHECKPOINTS
+from experiments.trail import STOP, Turns
 
-CHECKPOINTS = "checkpoints"
 _SPANS_IN_MEMORY = 50_000
 
 
@@ -29,8 +32,10 @@ class TrainingLoop:
     """Runs a trainer from one batch to another. Rank 0 writes the metrics.
 
     A batch takes the seconds from the last finished batch to it, evaluations, checkpoints and metrics left out. With
-    `turns` it waits for its turn before each batch, and a batch begins and ends when all ranks do. Raises `ConfigError`
-    when the configuration asks for what the trainer cannot do.
+    `turns` it waits for its turn before each batch, and a batch begins and ends when all ranks do, as with `stoppable`:
+    then it looks for the file `STOP` between two batches, which costs no batch time, and ends when it is there; a
+    trainer that can go on saves its state first. Raises `ConfigError` when the configuration asks for what the trainer
+    cannot do.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class TrainingLoop:
         spans: SpanRecorder,
         folder: Path,
         turns: Turns | None = None,
+        stoppable: bool = False,
     ) -> None:
         self._config = config
         self._trainer = trainer
@@ -49,6 +55,7 @@ class TrainingLoop:
         self._spans = spans
         self._folder = folder
         self._turns = turns
+        self._stoppable = stoppable
         self._full = trainer if isinstance(trainer, ResumableTrainer) else None
         asks = {
             "checkpoints": config.checkpoints,
@@ -80,8 +87,9 @@ class TrainingLoop:
         self._full.load_progress(state.progress)
         return state.batches
 
-    def run(self, first: int) -> None:
-        """Train the batches from `first` to the end of the configuration."""
+    def run(self, first: int) -> bool:
+        """Train the batches from `first` to the end of the configuration; whether it was stopped before that."""
+        stopped = False
         self._spans.step = first
         with ExitStack() as files:
             self._batches = self._open(files, BATCHES)
@@ -95,22 +103,40 @@ class TrainingLoop:
                     self._runtime.barrier()
                     before = time.perf_counter()
                 loss = self._trainer.train_batch(step)
-                if self._turns is not None:
+                if self._turns is not None or self._stoppable:
+                    # What this rank would wait for others while they agree on stopping belongs to the batch.
                     self._runtime.barrier()
                 now = time.perf_counter()
-                self._write(self._batches, self._row(step, loss, now - before))
+                self._write(
+                    self._batches, self._row(step, loss, now - before) | ({"first": True} if step == first else {})
+                )
                 if not math.isfinite(loss):
                     raise FloatingPointError(f"the loss of batch {step} is {loss}; lower optimizer.lr")
-                before = time.perf_counter() if self._between(step + 1) else now
+                stopped = self._stoppable and step + 1 < self._config.steps and self._told_to_stop()
+                interrupted = self._between(step + 1, stopped=stopped) or self._stoppable
+                before = time.perf_counter() if interrupted else now
                 if self._turns is not None:
                     self._turns.finish()
+                if stopped:
+                    break
             self._spans.flush()
+        return stopped
 
-    def _between(self, done: int) -> bool:
+    def _told_to_stop(self) -> bool:
+        """Rank 0 looks, since others may see a new file of a shared folder later."""
+        told = torch.zeros(1)
+        if self._runtime.rank == 0 and (self._folder / STOP).exists():
+            told += 1
+        collectives = self._runtime.collectives
+        collectives.all_reduce(told, collectives.axis_group(AXES)).wait()
+        return bool(told.item())
+
+    def _between(self, done: int, *, stopped: bool) -> bool:
         """What is to do after `done` batches; whether there was anything."""
         evaluation, checkpoints = self._config.evaluation, self._config.checkpoints
         evaluates = evaluation is not None and done % evaluation.every == 0
         saves = checkpoints is not None and (done % checkpoints.every == 0 or done == self._config.steps)
+        saves = saves or (stopped and self._full is not None)
         if evaluates:
             assert evaluation is not None
             self._evaluate(done, evaluation)
@@ -130,7 +156,7 @@ class TrainingLoop:
 
     def _save(self, done: int) -> None:
         assert self._full is not None
-        assert self._config.checkpoints is not None
+        checkpoints = self._config.checkpoints
         # Metrics are never behind the checkpoint that they belong to.
         for file in (self._batches, self._evaluations):
             if file is not None:
@@ -147,7 +173,8 @@ class TrainingLoop:
                 grid=self._config.grid.model_dump(),
                 data_digest=self._data_digest(),
             ),
-            keep=self._config.checkpoints.keep,
+            # One that was saved because the run was stopped takes the place of the one before.
+            keep=1 if checkpoints is None else checkpoints.keep,
         )
 
     def _data_digest(self) -> str | None:

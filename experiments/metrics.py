@@ -1,4 +1,9 @@
-"""The metrics of a run: files of one JSON object a line, written while it trains and read while they grow."""
+"""The metrics of a run: files of one JSON object a line, written while it trains and read while they grow.
+
+A run may have been started several times, each start going on from a checkpoint of the one before. The first row that
+a start writes into `BATCHES` has `"first": true`: that batch also warmed up what a new process warms up, so its time is
+none of the steady batches, wherever in the run it lies. No other row has the key.
+"""
 
 from __future__ import annotations
 

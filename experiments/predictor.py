@@ -19,7 +19,7 @@ from experiments.cases import PredictedCase, predict_case
 from experiments.datasets import FOLDER, Case, Open, case_of, load_data_set, rules_for
 from experiments.definition import HERE, OURS, ROOT, Experiment, find_machine, slug
 from experiments.provenance import commit, fingerprint, sources
-from experiments.runner import tflops_formula
+from experiments.run_record import tflops_formula
 
 PREDICTED = ROOT / "results" / "predicted"
 
@@ -163,7 +163,7 @@ def predict_experiment(
     records = []
     for point in points:
         on_point(f"{point.framework} {point.case.model.name} on {point.case.gpus} GPUs")
-        case, choice = _decided(point, machine)
+        case, choice = decided(point, machine)
         found = predict_case(
             case, machine, where=point.where, rules=point.rules, record=spans is not None, jitter=jitter
         )
@@ -185,8 +185,8 @@ def predict_experiment(
     return records
 
 
-def _decided(point: PointToPredict, machine: MachineFile) -> tuple[Case, list[str]]:
-    """The case with its whole strategy, and what the planner has to say of it."""
+def decided(point: PointToPredict, machine: MachineFile) -> tuple[Case, list[str]]:
+    """The case with its whole strategy, and what the planner has to say of it where that chooses."""
     if not point.planned:
         return point.case, []
     # The planner reads models of the engine, and so needs torch; predicting alone does not.

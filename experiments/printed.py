@@ -127,7 +127,9 @@ _TEXTS: list[tuple[str, _Weight, Cause]] = [
     (r"^(slurmstepd|srun).*\*\*\* (STEP|JOB) .*CANCELLED AT (?!.*DUE TO)", _Weight.TOLD, "interrupted"),
     (r"^srun: error: .*: tasks? .*: (Terminated|Interrupt)", _Weight.TOLD, "interrupted"),
     (r"Main process received SIG(TERM|INT)", _Weight.TOLD, "interrupted"),
-    (r"^\[exiting program after receiving SIGTERM", _Weight.TOLD, "interrupted"),
+    (r"^ *\[exiting program after receiving SIGTERM", _Weight.TOLD, "interrupted"),
+    # Megatron-DeepSpeed with --kill-switch-file.
+    (r"^ *\[Detected kill switch at ", _Weight.TOLD, "interrupted"),
 ]
 _NOTICES = [(re.compile(pattern), weight, cause) for pattern, weight, cause in _TEXTS]
 

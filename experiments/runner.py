@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from axonn.config import ModelConfig, TrainConfig, UNetConfig
+from axonn.config import TrainConfig
 from axonn.errors import ConfigError
-from axonn.grid import ProcessGrid
-from axonn.phases import phases
-from axonn.records import Asked, Failure, Record, read_records, write_records
-from axonn.trace import Span, breakdown, overlap, read_spans, span_files
+from axonn.records import Failure, Record, read_records, write_records
 from experiments.definition import ROOT, Experiment, measured_configs, slug
 from experiments.framework import Framework, load_framework, ran_by, version_of
+from experiments.outcome import Outcome
 from experiments.provenance import fingerprint, sources, this_machine
-from experiments.supervisor import Outcome, supervise
+from experiments.run_record import function_of, run_record, with_losses_compared
+from experiments.supervisor import supervise
 
 MEASURED = ROOT / "results" / "measured"
 RUNS = ROOT / "runs"
@@ -61,10 +59,7 @@ class Point:
     @property
     def function(self) -> str:
         """What is computed, however it is: points with the same have the same losses."""
-        c = self.config
-        plain = [v.model_dump(mode="json") for v in (c.model, c.data, c.precision)]
-        own = c.optimizer.model_dump(mode="json", exclude={"placement", "bsize", "k", "buckets_resident"})
-        return fingerprint([*plain, own, c.batch_size, c.seed], [])
+        return function_of(self.config)
 
     @property
     def name(self) -> str:
@@ -117,13 +112,13 @@ def points_of(experiment: Experiment) -> list[Point]:
     ]
 
 
-def measured_work(experiment: Experiment) -> list[tuple[str, TrainConfig, str]]:
-    """Label, configuration and framework of everything that is measured, once."""
+def measured_work(experiment: Experiment, *, most: int | None = None) -> list[tuple[str, TrainConfig, str]]:
+    """Label, configuration and framework of everything that is measured, once; a weak scaling up to `most` ranks."""
     if experiment.measured is not None:
         panel = experiment.measured
         return [
             (f"{config.model.name}-{config.grid.inter}r", config, name)
-            for config in measured_configs(panel)
+            for config in measured_configs(panel, most=most)
             for name in panel.frameworks
         ]
     if experiment.runs is not None:
@@ -151,115 +146,32 @@ def run_point(
     return record
 
 
-def measures(record: Record, config: TrainConfig) -> bool:
-    """Whether a record is of a run of this very configuration."""
-    return record.configuration == configuration_of(config)
-
-
-def configuration_of(config: TrainConfig) -> str:
-    """Hash of a configuration, for records."""
-    return fingerprint(config.model_dump(mode="json"), [])
-
-
-def _asked(config: TrainConfig) -> Asked:
-    ranks = ProcessGrid(**config.grid.model_dump()).size
-    return Asked.of(config.model, gpus=ranks, batch_size=config.batch_size, precision=config.precision.compute)
-
-
 def compare_losses(records: list[tuple[Point, Record]], tolerance: float) -> list[Record]:
     """Losses before times: a record whose losses differ from the first of the same function is made a failure.
 
     Returns the failures, which are written in place of the records.
     """
-    reference: dict[str, Record] = {}
+    compared = with_losses_compared([(point.function, record) for point, record in records], tolerance)
     failures = []
-    for point, record in records:
-        if record.failure is not None:
-            continue
-        first = reference.setdefault(point.function, record)
-        worst = max(
-            (abs(a - b) / abs(a) for a, b in zip(first.losses, record.losses, strict=True)),
-            default=math.inf,
-        )
-        if worst > tolerance:
-            failure = Failure(
-                cause="not-comparable",
-                detail=f"losses differ from those of {first.ran.framework} ({first.point}) by {worst:.1e}, "
-                f"more than {tolerance:.0e}",
-            )
-            changed = record.model_copy(update={"batch_time_s": None, "failure": failure})
+    for (point, record), changed in zip(records, compared, strict=True):
+        if changed is not record:
             write_records(point.record_file, [changed])
             failures.append(changed)
     return failures
 
 
-def spans_of(folder: Path, config: TrainConfig, *, first: int, last: int) -> list[Span]:
-    """Spans of all ranks in the batches from `first` to before `last`; none where a rank took none."""
-    grid = ProcessGrid(**config.grid.model_dump())
-    files = [span_files(folder / f"spans-{rank}.parquet", first_step=first) for rank in range(grid.size)]
-    if not all(files) or last <= first:
-        return []
-    return [s for own in files for file in own for s in read_spans(file) if first <= s.step < last]
-
-
-def parts_of(folder: Path, config: TrainConfig, *, first: int, last: int) -> dict[str, float]:
-    """Seconds of a batch by part, mean over ranks and over the batches from `first` to before `last`.
-
-    Empty where a rank took no spans.
-    """
-    spans = spans_of(folder, config, first=first, last=last)
-    return {name: value / (last - first) for name, value in breakdown(spans)._asdict().items()} if spans else {}
-
-
-def _of_spans(spans: list[Span], batches: int) -> dict[str, dict[str, float]]:
-    """What a record has of spans, for one batch."""
-    if not spans:
-        return {"parts_s": {}, "phases_s": {}, "overlap_s": {}}
-    found = {"parts_s": breakdown(spans)._asdict(), "overlap_s": overlap(spans)._asdict()}
-    of_one = {name: {key: value / batches for key, value in own.items()} for name, own in found.items()}
-    return of_one | {"phases_s": phases(spans)._asdict()}
-
-
-def tflops_formula(model: ModelConfig, *, recompute: bool) -> str:
-    """The formula of `axonn.records.Asked.flops` in words."""
-    name = "activation recompute" if recompute else "no recompute"
-    if isinstance(model, UNetConfig):
-        return f"{4 if recompute else 3} x forward of convolutions and matrix products ({name})"
-    return f"{96 if recompute else 72}bslh^2(1+s/6h)+6bshV ({name})"
-
-
 def _record(point: Point, framework: Framework, outcome: Outcome, command: str) -> Record:
-    config = point.config
-    times = outcome.batch_times_s[point.warmup :]
-    mean = sum(times) / len(times) if times and outcome.failure is None else None
-    asked = _asked(config)
-    return Record(
-        kind="measured",
+    return run_record(
+        point.config,
+        outcome,
+        folder=point.folder,
+        warmup=point.warmup,
         experiment=point.experiment,
         point=point.label,
-        asked=asked,
-        ran=ran_by(framework, config),
+        ran=ran_by(framework, point.config),
         machine=this_machine(),
         source=command,
-        batch_time_s=mean,
-        batch_times_s=outcome.batch_times_s,
-        warmup_batches=point.warmup,
-        losses=outcome.losses,
-        **_of_spans(
-            [] if mean is None else spans_of(point.folder, config, first=point.warmup, last=config.steps),
-            config.steps - point.warmup,
-        ),
-        memory_bytes=outcome.memory_bytes,
-        memory_parts=outcome.memory_parts,
-        memory_of_all=outcome.memory_of_all,
-        bytes_per_batch=outcome.bytes_per_batch,
-        tflops_formula=None if mean is None else tflops_formula(config.model, recompute=False),
-        tflops_per_gpu_without_recompute=None
-        if mean is None
-        else asked.flops(recompute=False) / mean / point.ranks / 1e12,
         fingerprint=point.fingerprint,
-        configuration=configuration_of(config),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         run_folder=str(point.folder.relative_to(ROOT)),
-        failure=outcome.failure,
     )

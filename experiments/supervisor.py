@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from axonn.checkpoint import Checkpoint
 from axonn.config import TrainConfig
@@ -21,27 +18,15 @@ from axonn.launch import find_mpiexec, mpiexec_command, rank_environment
 from axonn.records import Failure
 from experiments.framework import load_framework
 from experiments.launched import spec_of
-from experiments.metrics import BATCHES, EVALUATIONS, Tail, cut_rows, read_rows
+from experiments.metrics import BATCHES, Tail
+from experiments.outcome import Outcome, outcome_of, rank_state
+from experiments.resumption import forget_batches
 from experiments.trail import SPEC, SUPERVISOR
 
 SILENCE_S = 20.0
 """A rank that has not touched its heartbeat for so long is taken for dead or stopped."""
 _POLL_S = 0.1
 _GRACE_S = 3.0
-
-
-@dataclass
-class Outcome:
-    """What came of a run: the finished batches in any case, and why it ended early if it did."""
-
-    batch_times_s: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    memory_bytes: int | None = None
-    memory_parts: dict[str, int] = field(default_factory=dict)
-    memory_of_all: dict[str, int] = field(default_factory=dict)
-    bytes_per_batch: dict[str, int] = field(default_factory=dict)
-    """This and the two before: see `axonn.records.Record`."""
-    failure: Failure | None = None
 
 
 def supervise(
@@ -97,41 +82,18 @@ def supervise(
         finally:
             _end(process)
     failure = failure or _failure_after_exit(process.returncode, folder, ranks)
-    batches = read_rows(folder / BATCHES)
-    states = [_state(folder, rank) for rank in range(ranks)]
-    most_sent: dict[str, int] = {}
-    for state in states:
-        for axis, size in state.get("bytes_per_batch", {}).items():
-            most_sent[axis] = max(size, most_sent.get(axis, 0))
-    kept: list[dict[str, int]] = [state["memory"] for state in states if state.get("memory")]
-    return Outcome(
-        batch_times_s=[b["seconds"] for b in batches],
-        losses=[b["loss"] for b in batches],
-        memory_bytes=max((state["memory_bytes"] for state in states if "memory_bytes" in state), default=None),
-        memory_parts={part: max(parts[part] for parts in kept) for part in (kept[0] if kept else {})},
-        memory_of_all={part: sum(parts[part] for parts in kept) for part in (kept[0] if kept else {})},
-        bytes_per_batch=most_sent,
-        failure=failure,
-    )
+    return outcome_of(folder, ranks, failure)
 
 
 def _clear(folder: Path, resume: Checkpoint | None) -> None:
     """Remove what an earlier run left and this one does not go on with."""
     for stale in folder.glob("rank-*"):
         stale.unlink()
+    forget_batches(folder, after=0 if resume is None else resume.state.batches)
     if resume is None:
-        for stale in [*folder.glob("spans-*"), *folder.glob("log-*.txt"), folder / BATCHES, folder / EVALUATIONS]:
-            if stale.is_dir():
-                shutil.rmtree(stale)
-            else:
-                stale.unlink(missing_ok=True)
-        return
-    done = resume.state.batches
-    cut_rows(folder / BATCHES, lambda row: row["step"] < done)
-    cut_rows(folder / EVALUATIONS, lambda row: row["batches"] <= done)
-    for stale in folder.glob("spans-*.parquet/*.parquet"):
-        if stale.stem.isdecimal() and int(stale.stem) >= done:
+        for stale in folder.glob("log-*.txt"):
             stale.unlink()
+        return
     log = folder / "log.txt"
     if log.exists():
         log.rename(folder / f"log-{len(list(folder.glob('log-*.txt'))) + 1}.txt")
@@ -160,7 +122,7 @@ def _watch(
         for rank in range(ranks):
             beat = folder / f"rank-{rank}.alive"
             silent = time.time() - beat.stat().st_mtime if beat.exists() else 0.0
-            if silent > SILENCE_S and _state(folder, rank).get("state") == "started":
+            if silent > SILENCE_S and rank_state(folder, rank).get("state") == "started":
                 return Failure(
                     cause="dead-rank", rank=rank, detail=f"rank {rank} gave no sign of life for {silent:.0f} s"
                 )
@@ -170,7 +132,7 @@ def _watch(
 
 
 def _failure_after_exit(code: int, folder: Path, ranks: int) -> Failure | None:
-    states = {rank: _state(folder, rank) for rank in range(ranks)}
+    states = {rank: rank_state(folder, rank) for rank in range(ranks)}
     failed = sorted((s["time"], rank) for rank, s in states.items() if s.get("state") == "failed")
     killed = _killed_rank(folder, code, ranks)
     if killed is not None:
@@ -214,8 +176,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def _state(folder: Path, rank: int) -> dict[str, Any]:
-    path = folder / f"rank-{rank}.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}

@@ -21,6 +21,12 @@ SUPERVISOR = "AXONN_SUPERVISOR"
 """Variable with the process id of the supervisor, on whose machine the ranks run."""
 SPEC = "spec.json"
 """What the supervisor asks for: framework, configuration and how to run it."""
+STOP = "stop"
+"""A file by which ranks that may be stopped are told to save what they have and to end."""
+NEWEST = "newest"
+"""As the checkpoint of a spec: go on from the newest of the run folder, if there is one."""
+STOPPED = 75
+"""Exit status of ranks that ended because they were told to: the job is not finished (EX_TEMPFAIL of sysexits.h)."""
 TRAIN, END = b"1", b"0"
 """What a turn says: train a batch, or come to the end."""
 
@@ -32,12 +38,13 @@ def set_state(folder: Path, rank: int, state: str, **details: Any) -> None:
     temporary.replace(folder / f"rank-{rank}.json")
 
 
-def leave_trail(folder: Path, rank: int, train: Callable[[], None]) -> None:
-    """Run `train`, saying from the start that this rank lives, and why it ends if it fails."""
+def leave_trail(folder: Path, rank: int, train: Callable[[], int | None]) -> int:
+    """Run `train`, saying from the start that this rank lives, and why it ends if it fails; the exit status that it
+    returns, 0 for None."""
     set_state(folder, rank, "started")
     threading.Thread(target=_heartbeat, args=(folder, rank), daemon=True).start()
     try:
-        train()
+        return train() or 0
     except BaseException as error:
         set_state(folder, rank, "failed", cause=_cause(error), detail=f"{type(error).__name__}: {error}")
         traceback.print_exc()

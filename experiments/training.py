@@ -31,9 +31,10 @@ from axonn.weights import check_weights
 from experiments.framework import Framework, load_framework, ran_by
 from experiments.loop import CHECKPOINTS
 from experiments.metrics import BATCHES, read_rows
+from experiments.outcome import Outcome
 from experiments.provenance import this_machine
-from experiments.runner import parts_of, tflops_formula
-from experiments.supervisor import Outcome, supervise
+from experiments.run_record import parts_of, tflops_formula
+from experiments.supervisor import supervise
 
 FRAMEWORK = "axonn"
 _MAY_CHANGE = {

@@ -12,10 +12,11 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from experiments.trail import SPEC, Turns, leave_trail, set_state
+from experiments.trail import NEWEST, SPEC, STOPPED, Turns, leave_trail, set_state
 
 
-def _train(folder: Path, rank: int) -> None:
+def _train(folder: Path, rank: int) -> int:
+    """Trains as the folder's spec says; the exit status."""
     import torch
 
     from axonn.config import TrainConfig, validate
@@ -25,11 +26,12 @@ def _train(folder: Path, rank: int) -> None:
     from axonn.traffic import Traffic, sent_by_axis
     from experiments.framework import InProcessFramework, ResumableTrainer, load_framework
     from experiments.loop import TrainingLoop
+    from experiments.resumption import newest_checkpoint
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     spec = json.loads((folder / SPEC).read_text())
     config = validate(spec["config"], TrainConfig, where=f"{folder}/{SPEC}")
-    checkpoint = None if spec["checkpoint"] is None else Path(spec["checkpoint"])
+    named = None if spec["checkpoint"] is None else Path(spec["checkpoint"])
     framework = load_framework(spec["framework"])
     assert isinstance(framework, InProcessFramework)
     turns = Turns(folder, rank) if spec["turns"] else None
@@ -37,24 +39,35 @@ def _train(folder: Path, rank: int) -> None:
     traffic: list[Traffic] = []
     with connect(ProcessGrid(**config.grid.model_dump()), transport=config.transport) as runtime:
         spans = SpanRecorder(rank, clock_offset=runtime.clock_offset, folder=folder / f"spans-{rank}.parquet")
+        # Before any rank has spans in the folder.
+        checkpoint = newest_checkpoint(folder) if spec["checkpoint"] == NEWEST else named
         with framework.trainer(config, runtime, spans if turns is None else None) as trainer:
-            loop = TrainingLoop(config, trainer, runtime=runtime, spans=spans, folder=folder, turns=turns)
-            loop.run(loop.start(checkpoint))
+            loop = TrainingLoop(
+                config,
+                trainer,
+                runtime=runtime,
+                spans=spans,
+                folder=folder,
+                turns=turns,
+                stoppable=spec["stoppable"],
+            )
+            stopped = loop.run(loop.start(checkpoint))
             if isinstance(trainer, ResumableTrainer):
                 memory |= trainer.memory()
                 traffic += trainer.traffic()
+        set_state(
+            folder,
+            rank,
+            "stopped" if stopped else "done",
+            # Linux counts resident memory in KiB.
+            memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            memory=memory,
+            bytes_per_batch=sent_by_axis(traffic),
+            traffic=[asdict(part) for part in traffic],
+        )
+        # A launcher may end all ranks as soon as one has ended with another status than 0.
         runtime.barrier()
-    # Linux counts resident memory in KiB.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    set_state(
-        folder,
-        rank,
-        "done",
-        memory_bytes=peak,
-        memory=memory,
-        bytes_per_batch=sent_by_axis(traffic),
-        traffic=[asdict(part) for part in traffic],
-    )
+    return STOPPED if stopped else 0
 
 
 def main() -> None:
@@ -62,7 +75,7 @@ def main() -> None:
 
     folder = Path(sys.argv[1])
     rank, _ = launched_as()
-    leave_trail(folder, rank, lambda: _train(folder, rank))
+    sys.exit(leave_trail(folder, rank, lambda: _train(folder, rank)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from axonn.records import Record
+from experiments.provenance import THIS_MACHINE
 from plots.figure import Content, FigureKind, main
 from plots.stacks import INSIDE, NAMES, WHOLE, Stack, draw_stacks, legend
 from plots.style import COLUMN_IN
-from plots.summary import group, here, typical
+from plots.summary import device_of, elsewhere, here, machine_of, repeats_of, typical
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,13 +53,15 @@ def blocks(row: Row, bar_s: float) -> dict[str, float]:
 
 def extras(content: Content, rows: list[Row]) -> dict[str, Any]:
     """`parts`: the blocks of every bar in seconds; errors of predicted phases; what is unexplained of measured bars."""
-    runs = {key: typical(records) for key, records in group(content.measured).items()}
+    runs = {key: typical(records) for key, records in repeats_of(content.measured).items()}
     drawn: list[dict[str, Any]] = []
     for row in rows:
         # A bar is one run: of several repeats, the one that the row's parts are of.
-        run = runs.get((row["point"], row["framework"])) if row["kind"] == "measured" else None
+        run = None
+        if row["kind"] == "measured":
+            run = runs.get((row["point"], row["framework"], machine_of(row), row.get("batch_size")))
         bar_s = row["batch_time_s"] if run is None else run.batch_time_s
-        named = {name: row[name] for name in ("point", "framework", "kind")}
+        named = {name: row[name] for name in ("point", "framework", "kind")} | _where(row)
         drawn.append(named | {"bar_s": bar_s, "parts": {} if bar_s is None else blocks(row, bar_s)})
     published = {row["point"]: row["phases_s"] or {} for row in rows if row["kind"] == "published"}
     return {
@@ -73,24 +76,38 @@ def extras(content: Content, rows: list[Row]) -> dict[str, Any]:
             if row["kind"] == "predicted"
         },
         "unexplained_pct": {
-            bar["point"]: 100 * bar["parts"]["unexplained"] / bar["bar_s"]
+            " on ".join([bar["point"], *_where(bar).values()]): 100 * bar["parts"]["unexplained"] / bar["bar_s"]
             for bar in drawn
             if bar["kind"] == "measured" and "unexplained" in bar["parts"]
         },
     }
 
 
-def _stacks(summary: dict[str, Any], order: Sequence[str]) -> list[Stack]:
-    """The bars of these points, in their order."""
+def _where(row: Mapping[str, Any]) -> dict[str, str]:
+    """The machine, of what was measured on another than this one."""
+    if row["kind"] != "measured" or here(row) or "machine" not in row:
+        return {}
+    return {"machine": machine_of(row)}
+
+
+def _stacks(summary: dict[str, Any], order: Sequence[str], wanted: Callable[[Row], bool]) -> list[Stack]:
+    """The bars of these points that are wanted, in their order."""
     found = [
         Stack(
             group=bar["point"], kind=bar["kind"], parts=bar["parts"], total=bar["bar_s"],
-            repeats=row.get("repeats_s", []), note=_extents(row["grid"]),
+            repeats=_repeats(row), note=_extents(row["grid"]),
+            label="\n".join([bar["kind"], *_where(row).values()]),
         )
         for bar, row in zip(summary["parts"], summary["rows"], strict=True)
-        if bar["parts"] and bar["point"] in order
+        if bar["parts"] and bar["point"] in order and wanted(row)
     ]  # fmt: skip
     return sorted(found, key=lambda stack: order.index(stack.group))
+
+
+def _repeats(row: Row) -> list[float]:
+    """A cluster's only run is the bar itself."""
+    times: list[float] = row.get("repeats_s", [])
+    return [] if _where(row) and len(times) < 2 else times
 
 
 def _extents(grid: dict[str, int]) -> str:
@@ -112,23 +129,38 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
     """Two panels one above the other, as wide as a column, the names of the blocks between them."""
     import matplotlib.pyplot as plt
 
-    at_scale, local = (_stacks(summary, points) for points in _points(summary, content))
-    figure, (upper, middle, lower) = plt.subplots(
-        3, 1, figsize=(COLUMN_IN, 7.0), height_ratios=[3.1, 1.0, 2.6], constrained_layout=True
+    points, here_points = _points(summary, content)
+    at_scale = _stacks(summary, points, lambda row: not here(row))
+    local = _stacks(summary, here_points, here)
+    others = elsewhere(summary["rows"])
+    beside = [
+        _stacks(summary, here_points, lambda row, own=own: row in own)  # type: ignore[misc]
+        for own in others.values()
+    ]
+    figure, (upper, middle, lower, *more) = plt.subplots(
+        3 + len(others),
+        1,
+        figsize=(COLUMN_IN, 7.0 + 2.7 * len(others)),
+        height_ratios=[3.1, 1.0, 2.6, *[2.6] * len(others)],
+        constrained_layout=True,
     )
     draw_stacks(upper, at_scale, unit="s", grouped=True)
     upper.set_ylabel("seconds per batch")
     upper.set_title(_title(content.published), fontsize=8)
     middle.axis("off")
-    legend(middle, [*at_scale, *local])
+    legend(middle, [*at_scale, *local, *(stack for own in beside for stack in own)])
     if local:
         draw_stacks(lower, local, unit="ms", grouped=False)
         lower.set_ylabel("milliseconds per batch")
-        asked = next(r.asked for r in content.measured if r.point == local[0].group)
+        asked = next(r.asked for r in content.measured if r.point == local[0].group and r.machine.name == THIS_MACHINE)
         lower.set_title(f"GPT of {asked.layers} layers on {asked.gpus} ranks of this machine (CPU)", fontsize=8)
     else:
         lower.axis("off")
         lower.text(0.5, 0.5, "not measured on this machine", ha="center", transform=lower.transAxes)
+    for axes, stacks, ((machine, batch), own) in zip(more, beside, others.items(), strict=True):
+        draw_stacks(axes, stacks, unit="ms", grouped=False)
+        axes.set_ylabel("milliseconds per batch")
+        axes.set_title(f"{own[0]['gpus']} ranks of {machine}, batch {batch}\n({device_of(own)})", fontsize=8)
     figure.suptitle(fill(summary["title"], 50), fontsize=8.5)
     return figure
 
@@ -152,7 +184,14 @@ def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType
     for row in rows:
         if row["note"]:
             yield f"{escape(row['point'])}, {row['kind']}: {escape(row['note'])}"
-    yield _measured(summary, _points(summary, content)[1])
+    points, local = _points(summary, content)
+    yield _measured(summary, local, "Measured", here)
+    on = dict.fromkeys(machine_of(row) for row in rows if row["kind"] == "measured" and row["point"] in points)
+    for machine in on:
+        wanted = lambda row, machine=machine: row["kind"] == "measured" and machine_of(row) == machine  # noqa: E731
+        yield _measured(summary, points, f"Measured on {machine} at the published scale", wanted)
+    for (machine, batch), own in elsewhere(rows).items():
+        yield _measured(summary, local, f"Measured on {machine}, batch {batch}", lambda row, own=own: row in own)  # type: ignore[misc]
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -177,10 +216,11 @@ def _phases(rows: Sequence[Row], errors: dict[str, dict[str, float]]) -> Table:
     return table
 
 
-def _measured(summary: dict[str, Any], order: Sequence[str]) -> Table:
+def _measured(summary: dict[str, Any], order: Sequence[str], title: str, wanted: Callable[[Row], bool]) -> Table:
     """Bars of these points, those at the published scale left out."""
-    table = _table("Measured: parts of a batch, mean over ranks and batches", "run and part", ">ms", ">of the batch")
-    bars = [pair for pair in zip(summary["parts"], summary["rows"], strict=True) if pair[0]["parts"]]
+    table = _table(f"{title}: parts of a batch, mean over ranks and batches", "run and part", ">ms", ">of the batch")
+    pairs = zip(summary["parts"], summary["rows"], strict=True)
+    bars = [(bar, row) for bar, row in pairs if bar["parts"] and wanted(row)]
     for bar, row in sorted((b for b in bars if b[0]["point"] in order), key=lambda b: order.index(b[0]["point"])):
         times = row["repeats_s"]
         table.add_row(f"{escape(bar['point'])} ({len(times)} of {1000 * min(times):.0f} to {1000 * max(times):.0f} ms)")

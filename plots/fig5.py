@@ -17,10 +17,11 @@ from axonn.trace import Overlap, Span, SpanKind, overlap, read_spans, span_files
 from axonn.trace_events import write_trace
 from experiments import runner
 from experiments.definition import ROOT, load_model
+from experiments.run_record import spans_of
 from plots import style
 from plots.figure import Content, FigureKind, main
 from plots.style import PAGE_IN
-from plots.summary import here, rows_of
+from plots.summary import elsewhere, here, machine_of, rows_of
 from plots.timeline import ROW_IN, Legend, View, draw_rank, whole
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def spans_of_row(content: Content, row: Row) -> list[Span]:
         assert runs is not None
         config = runs.configs(where=content.experiment.name)[row["point"]]
         first, last = runs.warmup_batches, config.steps
-        spans = runner.spans_of(runner.ROOT / folder, config, first=first, last=last)
+        spans = spans_of(runner.ROOT / folder, config, first=first, last=last)
         batches = last - first
     if not spans:
         raise RecordError(f"{row['point']} has no spans in {folder}; make them again with --fresh")
@@ -92,12 +93,14 @@ def outputs(content: Content) -> list[Path]:
 def extras(content: Content, rows: list[Row]) -> dict[str, Any]:
     """How much of the collectives of each row ran under compute, in seconds of a batch, and the trace files."""
     shares = []
-    for row in [row for kind in KINDS for row in _of_kind(content, rows, kind)]:
+    others = [row for own in elsewhere(rows).values() for row in own if row["overlap_s"]]
+    for row in [*(row for kind in KINDS for row in _of_kind(content, rows, kind)), *others]:
         found = Overlap(**row["overlap_s"])
         shares.append(
             {key: row[key] for key in ("kind", "point", "framework", "batch_time_s")}
             | found._asdict()
             | {"hidden_share": found.hidden_share, "reached": found.reached}
+            | ({"machine": machine_of(row)} if row in others else {})
         )
     return {
         "overlap": shares,
@@ -281,7 +284,7 @@ def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType
         table.add_column(name, justify="right")
     for row in summary["overlap"]:
         table.add_row(
-            row["kind"],
+            " on ".join(filter(None, (row["kind"], row.get("machine")))),
             row["point"],
             *(f"{row[name]:.3f}" for name in ("batch_time_s", "collective", "hidden")),
             f"{row['hidden_share']:.1%}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +12,16 @@ from rich.console import RenderableType
 from experiments.provenance import this_machine
 from plots.figure import Content, FigureKind, main
 from plots.style import COLUMN_IN, KINDS, colours
-from plots.summary import here, measured_table, naive, published_table, wrong_orders
+from plots.summary import device_of, elsewhere, here, machine_of, measured_tables, naive, published_table, wrong_orders
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MARKERS = {"AxoNN": "o", "DeepSpeed": "s", "Megatron-LM": "^", "PyTorch 1F1B": "D"}
 OTHER_MARKERS = "vP<>Xp"
+MEASURED_LINES = (KINDS["measured"], (0, (3, 1, 1, 1)), (0, (5, 1, 1, 1, 1, 1)))
+"""Of the first machine whose measured points are drawn at the published scale, of the second, of the third."""
 
 
 def extras(content: Content, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -35,29 +39,63 @@ def _markers(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def draw(summary: dict[str, Any], content: Content) -> Figure:
-    """Two panels one above the other, as wide as a column."""
+    """The published scale above; below, a panel for this machine and for each other one. As wide as a column."""
     import matplotlib.pyplot as plt
-    from matplotlib.lines import Line2D
 
     rows = summary["rows"]
     markers = _markers(rows)
-    palette = dict(zip(markers, colours(len(markers)), strict=True))
-    figure, (upper, lower) = plt.subplots(2, 1, figsize=(COLUMN_IN, 5.6), constrained_layout=True)
+    looks = Looks(markers=markers, palette=dict(zip(markers, colours(len(markers)), strict=True)))
+    local = [r for r in rows if here(r)]
+    cores = local[0]["machine"].get("cores") if local else this_machine().cores
+    panels = [(f"On this machine ({cores} cores, CPU)", local)]
+    for (machine, batch), own in elsewhere(rows).items():
+        panels.append((f"On {machine}, batch {batch}\n({device_of(own)})", own))
+    if len(panels) > 1:
+        panels = [(title, own) for title, own in panels if own]
+    figure, axes = plt.subplots(
+        1 + len(panels), 1, figsize=(COLUMN_IN, 2.8 * (1 + len(panels))), constrained_layout=True
+    )
+    _draw_at_scale(axes[0], [r for r in rows if r["kind"] == "published" or r["published_s"] is not None], looks)
+    for lower, (title, own) in zip(axes[1:], panels, strict=True):
+        _draw_measured(lower, own, looks)
+        lower.set(xlabel="ranks, model (gpt-layers x hidden)", ylabel="seconds per batch", title=title)
+    figure.suptitle(summary["title"], fontsize=9)
+    return figure
 
-    at_scale = [r for r in rows if r["kind"] == "published" or r["published_s"] is not None]
+
+@dataclass(frozen=True, kw_only=True)
+class Looks:
+    """Marker and colour by framework."""
+
+    markers: dict[str, str]
+    palette: dict[str, Any]
+
+
+def _draw_at_scale(upper: Axes, at_scale: Sequence[dict[str, Any]], looks: Looks) -> None:
+    """A line for each framework and kind; of measured points, for each machine."""
+    from matplotlib.lines import Line2D
+
+    machines = list(dict.fromkeys(machine_of(r) for r in at_scale if r["kind"] == "measured"))
+    lines: dict[tuple[str, str], Any] = {(kind, ""): line for kind, line in KINDS.items() if kind != "measured"}
+    lines |= dict(zip((("measured", name) for name in machines), cycle(MEASURED_LINES), strict=False))
+
+    def points(kind: str, machine: str, framework: str | None = None) -> list[tuple[int, float]]:
+        return [
+            (r["gpus"], r["batch_time_s"])
+            for r in at_scale
+            if r["kind"] == kind and framework in (None, r["framework"]) and machine in ("", machine_of(r))
+        ]
+
     for framework in dict.fromkeys(r["framework"] for r in at_scale):
-        for kind, line in KINDS.items():
-            points = [
-                (r["gpus"], r["batch_time_s"]) for r in at_scale if (r["framework"], r["kind"]) == (framework, kind)
-            ]
-            if points:
+        for (kind, machine), line in lines.items():
+            if drawn := points(kind, machine, framework):
                 upper.plot(
-                    *zip(*sorted(points), strict=True),
-                    line,
-                    color=palette[framework],
-                    marker=markers[framework],
+                    *zip(*sorted(drawn), strict=True),
+                    linestyle=line,
+                    color=looks.palette[framework],
+                    marker=looks.markers[framework],
                     markersize=5,
-                    markerfacecolor=palette[framework] if kind == "published" else "white",
+                    markerfacecolor=looks.palette[framework] if kind == "published" else "white",
                     linewidth=1.1,
                 )
     names = {r["gpus"]: r["model"].removeprefix("gpt-").upper() for r in at_scale}
@@ -65,55 +103,56 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
     upper.set_xticks(list(names), [f"{gpus}\n{name}" for gpus, name in names.items()])
     upper.minorticks_off()
     upper.set_ylim(bottom=0)
+    if machines:
+        # Above the points there is room for the names of machines.
+        upper.set_ylim(top=1.4 * max(r["batch_time_s"] for r in at_scale))
     upper.set(xlabel="GPUs of Summit, model", ylabel="seconds per batch", title="At the published scale")
     used = list(dict.fromkeys(r["framework"] for r in at_scale))
-    kinds = [k for k in KINDS if any(r["kind"] == k for r in at_scale)]
-    handles = [Line2D([], [], color=palette[f], marker=markers[f], markersize=5, linewidth=0, label=f) for f in used]
+    handles = [
+        Line2D([], [], color=looks.palette[f], marker=looks.markers[f], markersize=5, linewidth=0, label=f)
+        for f in used
+    ]
     handles += [
         Line2D(
-            [], [], color="0.25", linestyle=KINDS[k], marker="o", markersize=4, label=k,
-            markerfacecolor="0.25" if k == "published" else "white",
+            [], [], color="0.25", linestyle=line, marker="o", markersize=4,
+            label=f"{kind} on {machine}" if machine else kind,
+            markerfacecolor="0.25" if kind == "published" else "white",
         )
-        for k in kinds
+        for (kind, machine), line in lines.items() if points(kind, machine)
     ]  # fmt: skip
     upper.legend(handles=handles, fontsize=6.5, ncols=2, loc="upper left", handlelength=2.4)
 
-    local = [r for r in rows if here(r)]
+
+def _draw_measured(lower: Axes, local: Sequence[dict[str, Any]], looks: Looks) -> None:
+    """The small points of one machine, by ranks."""
+    from matplotlib.lines import Line2D
+
+    if not local:
+        lower.text(0.5, 0.5, "not measured on this machine", ha="center", transform=lower.transAxes)
+        return
     frameworks = list(dict.fromkeys(r["framework"] for r in local))
     for i, framework in enumerate(frameworks):
         mine = sorted((r for r in local if r["framework"] == framework), key=lambda r: r["gpus"])
         # Side by side, so that points of nearly equal height are both seen.
         shift = 2 ** (0.06 * (i - (len(frameworks) - 1) / 2))
         x = [r["gpus"] * shift for r in mine]
+        colour = looks.palette[framework]
         lower.plot(
-            x, [r["batch_time_s"] for r in mine], KINDS["measured"], color=palette[framework], linewidth=1.1,
-            marker=markers[framework], markersize=5, markerfacecolor="white", label=f"{framework}, measured",
+            x, [r["batch_time_s"] for r in mine], KINDS["measured"], color=colour, linewidth=1.1,
+            marker=looks.markers[framework], markersize=5, markerfacecolor="white", label=f"{framework}, measured",
         )  # fmt: skip
         for at, row in zip(x, mine, strict=True):
             repeats = row["repeats_s"]
-            lower.plot([at] * len(repeats), repeats, "_", color=palette[framework], markersize=7, alpha=0.8)
-    if local:
-        ranks = sorted({r["gpus"] for r in local})
-        lower.set_xscale("log", base=2)
-        models = {r["gpus"]: r["model"] for r in local}
-        lower.set_xticks(ranks, [f"{n}\n{models[n]}" for n in ranks])
-        lower.set_xlim(ranks[0] / 1.3, ranks[-1] * 1.3)
-        lower.minorticks_off()
-        lower.set_ylim(0, 1.3 * max(max(r["repeats_s"]) for r in local))
-        dash = Line2D(
-            [], [], color="0.25", marker="_", linewidth=0, markersize=7, label="single run (mean of its batches)"
-        )
-        lower.legend(handles=[*lower.get_legend_handles_labels()[0], dash], fontsize=6.5, loc="lower left")
-    else:
-        lower.text(0.5, 0.5, "not measured on this machine", ha="center", transform=lower.transAxes)
-    cores = local[0]["machine"].get("cores") if local else this_machine().cores
-    lower.set(
-        xlabel="ranks, model (gpt-layers x hidden)",
-        ylabel="seconds per batch",
-        title=f"On this machine ({cores} cores, CPU)",
-    )
-    figure.suptitle(summary["title"], fontsize=9)
-    return figure
+            lower.plot([at] * len(repeats), repeats, "_", color=colour, markersize=7, alpha=0.8)
+    ranks = sorted({r["gpus"] for r in local})
+    lower.set_xscale("log", base=2)
+    models = {r["gpus"]: r["model"] for r in local}
+    lower.set_xticks(ranks, [f"{n}\n{models[n]}" for n in ranks])
+    lower.set_xlim(ranks[0] / 1.3, ranks[-1] * 1.3)
+    lower.minorticks_off()
+    lower.set_ylim(0, 1.3 * max(max(r["repeats_s"]) for r in local))
+    dash = Line2D([], [], color="0.25", marker="_", linewidth=0, markersize=7, label="single run (mean of its batches)")
+    lower.legend(handles=[*lower.get_legend_handles_labels()[0], dash], fontsize=6.5, loc="lower left")
 
 
 def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType]:
@@ -129,7 +168,7 @@ def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType
     )
     for line in summary["wrong_orders"]["predicted"]:
         yield f"[yellow]wrong order: {line}[/yellow]"
-    yield measured_table(rows, content.failures)
+    yield from measured_tables(rows, content.failures)
 
 
 FIG6 = FigureKind(name="fig6", draw=draw, tables=tables, extras=extras)

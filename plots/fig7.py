@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -17,10 +18,11 @@ from axonn.perf.outline import outline_of
 from axonn.perf.sent import bytes_by_axis
 from experiments.datasets import FOLDER
 from experiments.definition import OURS, load_model
+from experiments.provenance import THIS_MACHINE
 from experiments.published import published_ratios
 from plots.figure import Content, FigureKind, main
 from plots.style import KINDS, PAGE_IN, colours
-from plots.summary import here
+from plots.summary import at_scale, device_of, elsewhere, here, machine_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,12 +116,13 @@ def _bytes_here(content: Content, rows: Sequence[Mapping[str, Any]]) -> list[dic
     configs = {} if runs is None else runs.configs(where=content.experiment.name)
     found = []
     for row in rows:
-        if not here(row) or row["point"] not in configs:
+        if row["kind"] != "measured" or row["point"] not in configs:
             continue
         counted = {_axis(axis): size for axis, size in (row["bytes_per_batch"] or {}).items()}
         modelled = modelled_bytes(configs[row["point"]])
         agree = counted == modelled
-        found.append({"point": row["point"], "counted": counted, "modelled": modelled, "agree": agree})
+        where = {} if here(row) else {"machine": machine_of(row)}
+        found.append({"point": row["point"], "counted": counted, "modelled": modelled, "agree": agree} | where)
     return found
 
 
@@ -140,16 +143,22 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
     from matplotlib.patches import Patch
 
     palette = dict(zip((OURS, SCHEME), colours(2), strict=True))
-    figure = plt.figure(figsize=(PAGE_IN, 5.6), constrained_layout=True)
-    grid = figure.add_gridspec(2, 6, height_ratios=(1.15, 1))
+    others = elsewhere(summary["rows"])
+    figure = plt.figure(figsize=(PAGE_IN, 5.6 + 2.5 * len(others)), constrained_layout=True)
+    grid = figure.add_gridspec(2 + len(others), 6, height_ratios=(1.15, 1, *[1] * len(others)))
     upper = [figure.add_subplot(grid[0, 2 * i : 2 * i + 2]) for i in range(3)]
-    lower = [figure.add_subplot(grid[1, 3 * i : 3 * i + 3]) for i in range(2)]
+    lower = [figure.add_subplot(grid[1 + j, 3 * i : 3 * i + 3]) for j in range(1 + len(others)) for i in range(2)]
     main_family = [r for r in summary["per_gpu"] if r["image_size"] == 32]
     _draw_times(upper[0], main_family, palette)
+    _draw_measured_times(upper[0], main_family, summary["rows"], palette)
     _draw_speedups(upper[1], summary["speedups"], palette[OURS])
     _draw_bytes(upper[2], main_family, palette)
-    _draw_here(lower, summary, content, palette)
-    for letter, axes in zip("abcde", [*upper, *lower], strict=True):
+    _draw_here(lower[:2], summary, content, palette)
+    for i, ((machine, _), own) in enumerate(others.items(), start=1):
+        panels = lower[2 * i : 2 * i + 2]
+        _title_here(panels, f"on {machine} ({device_of(own)})", "there")
+        _draw_small(panels, own, _sent(summary, machine), content, palette)
+    for letter, axes in zip(ascii_lowercase, [*upper, *lower], strict=False):
         axes.set_title(f"({letter}) {axes.get_title()}", fontsize=7.5)
         axes.tick_params(labelsize=6.5)
         axes.xaxis.label.set_size(7)
@@ -196,6 +205,28 @@ def _draw_times(axes: Axes, rows: Sequence[Mapping[str, Any]], palette: Mapping[
     _gpus_axis(axes, rows)
     axes.set_ylim(bottom=0)
     axes.set(ylabel="seconds per batch", title="Batch time, predicted (32 pixels)")
+
+
+def _draw_measured_times(
+    axes: Axes, drawn: Sequence[Mapping[str, Any]], rows: Sequence[dict[str, Any]], palette: Mapping[str, Any]
+) -> None:
+    """Of clusters, beside the predicted ones of the same networks."""
+    models = {r["model"] for r in drawn}
+    mine = [r for r in rows if r["kind"] == "measured" and at_scale(rows, r) and r["model"] in models]
+    machines = list(dict.fromkeys(machine_of(r) for r in mine))
+    for framework, marker in MARKERS.items():
+        for machine in machines:
+            points = sorted(
+                (r["gpus"], r["batch_time_s"]) for r in mine if (r["framework"], machine_of(r)) == (framework, machine)
+            )
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True), KINDS["measured"], color=palette[framework], marker=marker,
+                    markersize=5, markerfacecolor="white", linewidth=1.2,
+                )  # fmt: skip
+    if machines:
+        axes.set(title=f"Batch time (32 pixels): dashed predicted,\ndotted measured on {', '.join(machines)}")
+        axes.set_ylim(bottom=0, top=1.08 * max(r["batch_time_s"] for r in [*drawn, *mine]))
 
 
 def _draw_speedups(axes: Axes, speedups: Sequence[Mapping[str, Any]], colour: Any) -> None:
@@ -270,21 +301,41 @@ def _draw_bytes(axes: Axes, rows: Sequence[Mapping[str, Any]], palette: Mapping[
 def _draw_here(
     panels: Sequence[Axes], summary: Mapping[str, Any], content: Content, palette: Mapping[str, Any]
 ) -> None:
+    """What this machine measured."""
+    rows = _measured(summary)
+    cores = next((r.machine.cores for r in content.measured if r.machine.name == THIS_MACHINE), None)
+    _title_here(panels, "on this machine" + (f" ({cores} cores for all ranks)" if cores else ""), "here")
+    if not rows:
+        for axes in panels:
+            axes.text(0.5, 0.5, "not measured on this machine", ha="center", transform=axes.transAxes, fontsize=7)
+        return
+    _draw_small(panels, rows, _sent(summary, None), content, palette)
+
+
+def _title_here(panels: Sequence[Axes], where: str, counted: str) -> None:
+    times, sent = panels
+    times.set(ylabel="seconds per batch", title=f"Batch time, measured {where}")
+    sent.set(ylabel="MB that a rank sends per batch", title=f"Communication, counted {counted} and modelled")
+
+
+def _sent(summary: Mapping[str, Any], machine: str | None) -> dict[str, Mapping[str, Any]]:
+    """Bytes by point, of runs on this machine (None) or another."""
+    return {b["point"]: b for b in summary["bytes_here"] if b.get("machine") == machine}
+
+
+def _draw_small(
+    panels: Sequence[Axes],
+    rows: Sequence[Mapping[str, Any]],
+    by_point: Mapping[str, Mapping[str, Any]],
+    content: Content,
+    palette: Mapping[str, Any],
+) -> None:
     """By tensor grid: seconds, and bytes along row and col, counted (bars) and modelled (crosses)."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     times, sent = panels
-    rows = _measured(summary)
-    cores = content.measured[0].machine.cores if content.measured else None
-    where = "on this machine" + (f" ({cores} cores for all ranks)" if cores else "")
-    times.set(ylabel="seconds per batch", title=f"Batch time, measured {where}")
-    sent.set(ylabel="MB that a rank sends per batch", title="Communication, counted here and modelled")
-    if not rows:
-        for axes in panels:
-            axes.text(0.5, 0.5, "not measured on this machine", ha="center", transform=axes.transAxes, fontsize=7)
-        return
-    by_point = {b["point"]: b for b in summary["bytes_here"]}
+    rows = sorted(rows, key=lambda r: (r["gpus"], r["grid"]["row"]))
     shades = {"row": 1.0, "col": 0.45}
     for i, row in enumerate(rows):
         colour = palette[SCHEME if row["grid"]["row"] == 1 else OURS]
@@ -299,7 +350,7 @@ def _draw_here(
             modelled += of["modelled"].get(axis, 0) / MB
         sent.plot([i], [modelled], "x", color="black", markersize=5)
     labels = [f"{r['grid']['row']} x {r['grid']['col']}\n{r['gpus']} ranks" for r in rows]
-    millions = content.measured[0].asked.parameters / 1e6
+    millions = next(r.asked.parameters for r in content.measured if r.asked.model == rows[0]["model"]) / 1e6
     for axes in panels:
         axes.set_xlabel(f"G_row x G_col (the same U-Net of {millions:.1f}M parameters)")
         axes.set_xticks(range(len(rows)), labels)
@@ -355,11 +406,13 @@ def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType
     counted = _table("Measured here, the same work at every grid; MB that a rank sends", "G_row x G_col", "ranks")
     for name in ("median\ns", "least", "most", "row\nMB", "col\nMB", "model"):
         counted.add_column(name, justify="right", no_wrap=True)
-    sent = {b["point"]: b for b in summary["bytes_here"]}
-    for row in _measured(summary):
-        b = sent.get(row["point"], {"counted": {}, "agree": False})
+    sent = {(b["point"], b.get("machine")): b for b in summary["bytes_here"]}
+    others = [row for own in elsewhere(summary["rows"]).values() for row in own]
+    for row in [*_measured(summary), *others]:
+        machine = None if here(row) else machine_of(row)
+        b = sent.get((row["point"], machine), {"counted": {}, "agree": False})
         counted.add_row(
-            f"{row['grid']['row']} x {row['grid']['col']}",
+            f"{row['grid']['row']} x {row['grid']['col']}" + (f" on {machine}" if machine else ""),
             str(row["gpus"]),
             f"{row['batch_time_s']:.3f}",
             f"{min(row['repeats_s']):.3f}",

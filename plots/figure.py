@@ -26,6 +26,7 @@ from experiments.definition import ROOT, Experiment, load_experiment
 from experiments.framework import load_framework
 from experiments.provenance import THIS_MACHINE, fingerprint, sources, this_machine
 from experiments.published import published_ratios, published_records
+from experiments.run_record import configuration_of, measures
 from plots import style
 from plots.summary import Key, failed, key, mape, not_run, rows_of
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESULTS = ROOT / "results"
+LARGEST = 4096
+"""Ranks of the largest cluster on which a small weak scaling may have been measured."""
 MOST_MISSING = 3
 """Of the missing points, so many are named in the figure; all are in the summary."""
 
@@ -87,7 +90,8 @@ def gather(experiment: Experiment) -> Content:
     found = [r for r in _readable(runner.MEASURED, "measured", missing) if r.experiment == experiment.name]
     work = {(label, load_framework(name).label): config for label, config, name in runner.measured_work(experiment)}
     at_scale = {r.point for r in published} | set(_names_at_scale(experiment))
-    measured = [r for r in found if _belongs(r, work, at_scale)]
+    others = _work_elsewhere(experiment) if any(r.machine.name != THIS_MACHINE for r in found) else {}
+    measured = [r for r in found if _belongs(r, work, at_scale, others)]
     repeats = experiment.policy.repeats if experiment.policy is not None else 1
     for label, framework in work:
         mine = [r for r in measured if key(r) == (label, framework) and r.machine.name == THIS_MACHINE]
@@ -108,13 +112,30 @@ def _names_at_scale(experiment: Experiment) -> list[str]:
     return [p.name for p in predictor.points_to_predict(experiment)[1]] if experiment.predicts else []
 
 
-def _belongs(record: Record, work: Mapping[Key, TrainConfig], at_scale: Collection[str]) -> bool:
+def _work_elsewhere(experiment: Experiment) -> dict[Key, set[str]]:
+    """Hashes of the configurations that the experiment has for other machines: of a weak scaling there are as many as
+    there are sizes of machines."""
+    sizes = [1 << i for i in range(LARGEST.bit_length())] if experiment.measured is not None else [None]
+    hashes: dict[str, str] = {}
+    found: dict[Key, set[str]] = {}
+    for most in sizes:
+        for label, config, name in runner.measured_work(experiment, most=most):
+            same = f"{most} {label}"
+            hashes[same] = hashes.get(same) or configuration_of(config)
+            found.setdefault((label, load_framework(name).label), set()).add(hashes[same])
+    return found
+
+
+def _belongs(
+    record: Record, work: Mapping[Key, TrainConfig], at_scale: Collection[str], others: Mapping[Key, Collection[str]]
+) -> bool:
     """Whether a measured record is of this experiment as it is now: of a configuration that it has for this machine
-    (what is left of an earlier one is no repeat of it), or of a point at the published scale, from a cluster."""
+    (what is left of an earlier one is no repeat of it), or of one that it has for a cluster, or of a point at the
+    published scale, from a cluster."""
     if record.machine.name != THIS_MACHINE:
-        return record.point in at_scale
+        return record.point in at_scale or record.configuration in others.get(key(record), ())
     config = work.get(key(record))
-    return config is not None and runner.measures(record, config)
+    return config is not None and measures(record, config)
 
 
 def _counts(record: Record, experiment: Experiment) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
+from experiments.provenance import THIS_MACHINE
 from plots.figure import Content, FigureKind, main
 from plots.readings import column, read_reading
 from plots.style import COLUMN_IN, KINDS, colours
@@ -27,7 +28,8 @@ WIDTHS = (2.6, 1.9, 1.3, 0.8, 0.5)
 def extras(content: Content, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Losses of every run and their relative differences from the serial one; the published curves, and how far apart
     they are at their first point and later on."""
-    losses = {r.point: r.losses for r in content.measured if r.failure is None}
+    mine = [r for r in content.measured if r.machine.name == THIS_MACHINE]
+    losses = {r.point: r.losses for r in mine if r.failure is None}
     serial = losses.get(SERIAL, [])
     differences = {
         point: [abs(a - b) / abs(a) for a, b in zip(serial, own, strict=False)]

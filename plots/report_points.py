@@ -23,7 +23,7 @@ from plots.report_tables import (
     texts,
     words,
 )
-from plots.summary import here
+from plots.summary import here, machine_of
 
 KINDS = ("published", "predicted", "measured")
 KNOWN = {
@@ -60,16 +60,40 @@ def tables_of(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
     mine = [r for r in rows if here(r)]
     local = {(r.get("point"), r.get("framework")) for r in mine}
     at_scale = [r for r in rows if r not in mine and not (_key(r) in local and r.get("kind") == "predicted")]
+    elsewhere = _elsewhere(rows)
+    if len(elsewhere) > 1 or any(_small(rows, r) for own in elsewhere.values() for r in own):
+        # Of several machines, or of other points than the published: each has a table of its own.
+        at_scale = [r for r in at_scale if r.get("kind") != "measured"]
+    else:
+        elsewhere = {}
     beside = [r for r in rows if r.get("kind") == "predicted" and _key(r) in local]
     if at_scale:
         yield _scale_table(at_scale, mapping(summary.get("naive")))
         yield from _phases_table(at_scale)
     if mine:
         yield _here_table(mine, {_key(r): r for r in beside})
+    for title, own in elsewhere.items():
+        yield _here_table(own, {}, title=title)
     for key, value in summary.items():
         if key not in KNOWN and key not in WOVEN_IN:
             yield from rendered(str(key), value)
     yield from _details(rows, parts="parts" not in summary)
+
+
+def _small(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> bool:
+    """Whether a measured row is of none of the published or predicted points."""
+    return all(_key(other) != _key(row) for other in rows if other.get("kind") != "measured")
+
+
+def _elsewhere(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """What was measured on other machines, by the title of its table: machine, and batch of what is small."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row.get("kind") == "measured" and not here(row):
+            batch = f", batch {row.get('batch_size')}" if _small(rows, row) and row.get("batch_size") else ""
+            scale = "" if _small(rows, row) else ", at the published scale"
+            found.setdefault(f"Measured on {machine_of(row)}{scale}{batch}: time of a batch", []).append(row)
+    return found
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -111,9 +135,11 @@ def _scale_table(rows: Sequence[Mapping[str, Any]], naive: Mapping[str, Any]) ->
     machines = ", ".join(
         dict.fromkeys(str(r["machine"]).capitalize() for r in rows if isinstance(r.get("machine"), str))
     )
+    measured = dict.fromkeys(machine_of(r) for r in rows if r.get("kind") == "measured" and r.get("machine"))
     notes = (
         [] if any(is_number(r.get("published")) for r in merged) else ["No batch time is published for these points."]
     )
+    notes += [f"Measured on {name}." for name in measured]
     return table(
         f"At the published scale ({machines}): time of a batch" if machines else "Time of a batch",
         merged,
@@ -150,8 +176,13 @@ def _phases_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
     yield table("Phases of a batch", merged, [*who, *_compared(merged)])
 
 
-def _here_table(rows: Sequence[Mapping[str, Any]], predicted: Mapping[tuple[Any, Any], Mapping[str, Any]]) -> Table:
-    """Measured on the machine at hand; ratios to our engine on the same model and ranks."""
+def _here_table(
+    rows: Sequence[Mapping[str, Any]],
+    predicted: Mapping[tuple[Any, Any], Mapping[str, Any]],
+    *,
+    title: str = "Measured on the machine at hand: time of a batch",
+) -> Table:
+    """Measured on one machine; ratios to our engine on the same model and ranks."""
     rows = sorted(rows, key=lambda r: (str(type(r.get("gpus"))), r.get("gpus") or 0))
     ours = {(r.get("model"), r.get("gpus")): r.get("batch_time_s") for r in rows if r.get("framework") == "AxoNN"}
     compared = len({r.get("framework") for r in rows}) > 1
@@ -179,7 +210,7 @@ def _here_table(rows: Sequence[Mapping[str, Any]], predicted: Mapping[tuple[Any,
 
     form = seconds_like(t for r in rows for t in (r.get("batch_time_s"), repeats(r, max), expected(r)))
     return table(
-        "Measured on the machine at hand: time of a batch",
+        title,
         rows,
         [
             *_who(rows, gpus="ranks"),

@@ -61,6 +61,8 @@ class Stack:
     """A last line of the group's label."""
     repeats: list[float] = field(default_factory=list)
     """Batch times of single runs, drawn as circles."""
+    label: str = ""
+    """Below the bar in a group; default its kind."""
 
     @property
     def drawn(self) -> dict[str, float]:
@@ -76,21 +78,23 @@ def draw_stacks(axes: Axes, stacks: Sequence[Stack], *, unit: str, grouped: bool
     top = 1.2 * scale * max((max([s.total, *s.repeats]) for s in stacks), default=1.0)
     places: dict[str, list[float]] = {}
     x = 0.0
+    # More than two bars in a group stand closer.
+    crowded = grouped and len(stacks) > 2 * len({s.group for s in stacks})
     for i, stack in enumerate(stacks):
         if i:
             x += 1.0 if stack.group == stacks[i - 1].group else 1.15
         places.setdefault(stack.group, []).append(x)
         reached = _draw_stack(axes, x, stack, scale=scale, decimals=decimals, top=top)
         axes.text(
-            x, reached + 0.02 * top, f"{_number(scale * stack.total, decimals)} {unit}", ha="center", fontsize=7,
-            fontweight="bold",
+            x, reached + 0.02 * top, f"{_number(scale * stack.total, decimals)} {unit}", ha="center",
+            fontsize=5.5 if crowded else 7, fontweight="bold",
         )  # fmt: skip
     labels = {s.group: _wrapped(", ".join(filter(None, (s.group, s.note))), 48 // len(places)) for s in stacks}
-    ticks = [s.kind if grouped else labels[s.group] for s in stacks]
-    axes.set_xticks([x for own in places.values() for x in own], ticks, fontsize=6.5)
+    ticks = [(s.label or s.kind) if grouped else labels[s.group] for s in stacks]
+    axes.set_xticks([x for own in places.values() for x in own], ticks, fontsize=5 if crowded else 6.5)
     for name, own in places.items() if grouped else ():
         axes.text(
-            sum(own) / len(own), -0.13, labels[name], ha="center", va="top", fontsize=6.5,
+            sum(own) / len(own), -0.15 if crowded else -0.13, labels[name], ha="center", va="top", fontsize=6.5,
             transform=axes.get_xaxis_transform(),
         )  # fmt: skip
     axes.set_xlim(-0.6, x + 0.75)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
@@ -52,16 +52,60 @@ def here(row: Mapping[str, Any]) -> bool:
     return row.get("kind") == "measured" and name == THIS_MACHINE
 
 
+def machine_of(row: Mapping[str, Any]) -> str:
+    """Name of the machine of a row."""
+    machine = row.get("machine")
+    return str(machine.get("name") if isinstance(machine, Mapping) else machine)
+
+
+def at_scale(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> bool:
+    """Whether a row is of a point that is published or predicted, too, and was not measured on this machine."""
+    there = {(r["point"], r["framework"]) for r in rows if r["kind"] != "measured"}
+    return row["kind"] != "measured" or (not here(row) and (row["point"], row["framework"]) in there)
+
+
+def elsewhere(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int | None], list[dict[str, Any]]]:
+    """What was measured small on other machines, by machine and batch: times of different work are told apart. Runs of
+    one machine with different batches belong to different sizes of it."""
+    found: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
+    for row in rows:
+        if not at_scale(rows, row) and not here(row):
+            found.setdefault((machine_of(row), row.get("batch_size")), []).append(row)
+    return dict(sorted(found.items(), key=lambda pair: (pair[0][0], pair[0][1] or 0)))
+
+
+def device_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the ranks of these rows, of one machine, computed on."""
+    device = str(rows[0]["machine"].get("device") or "device not known")
+    return "CPU" if device == "cpu" else device
+
+
+def measured_key(record: Record) -> tuple[str, str, str, int | None]:
+    """What repeats of one another share: point, framework, machine, and of other machines the batch."""
+    mine = record.machine.name == THIS_MACHINE
+    return *key(record), record.machine.name, None if mine else record.asked.batch_size
+
+
+def repeats_of(records: Iterable[Record]) -> dict[tuple[str, str, str, int | None], list[Record]]:
+    """Measured records that succeeded, by `measured_key`."""
+    found: dict[tuple[str, str, str, int | None], list[Record]] = {}
+    for record in records:
+        if record.failure is None and record.kind == "measured":
+            found.setdefault(measured_key(record), []).append(record)
+    return found
+
+
 def rows_of(published: Sequence[Record], others: Sequence[Record]) -> list[dict[str, Any]]:
     """One row per kind, point and framework. Times are seconds; a repeated measurement counts with its median, and its
     parts, phases, overlap and bytes are those of the run nearest to it."""
     reference = {key(r): r for r in published}
     rows = []
     for kind in ("published", "predicted", "measured"):
-        for k, records in group(r for r in [*published, *others] if r.kind == kind).items():
+        own = [r for r in [*published, *others] if r.kind == kind]
+        for records in (repeats_of(own) if kind == "measured" else group(own)).values():
             first = typical(records)
             times = [r.batch_time_s for r in records if r.batch_time_s is not None]
-            compared = reference.get(k) if kind != "published" else None
+            compared = reference.get(key(first)) if kind != "published" else None
             if compared is not None and _work(compared) != _work(first):
                 # Another model, or on other GPUs, under the same name.
                 compared = None
@@ -101,6 +145,8 @@ def rows_of(published: Sequence[Record], others: Sequence[Record]) -> list[dict[
                     "final_loss": first.losses[-1] if first.losses else None,
                     "machine": first.machine.model_dump(exclude_none=True),
                 }
+                if first.machine.name != THIS_MACHINE:
+                    row["batch_size"] = first.asked.batch_size
             rows.append(row)
     return rows
 
@@ -122,7 +168,7 @@ def wrong_orders(rows: Sequence[dict[str, Any]], kind: str) -> list[str]:
     mine = [r for r in rows if r["kind"] == kind and r["published_s"] is not None]
     for a in mine:
         for b in mine:
-            same = a["model"] == b["model"] and a["gpus"] == b["gpus"]
+            same = (a["model"], a["gpus"], machine_of(a)) == (b["model"], b["gpus"], machine_of(b))
             if same and a["published_s"] * (1 + DISTINCT) < b["published_s"] and a["batch_time_s"] >= b["batch_time_s"]:
                 found.append(f"{a['model']}: {a['framework']} is published faster than {b['framework']}, not {kind} so")
     return found
@@ -171,11 +217,13 @@ def small_table(title: str, first: str, *numbers: str) -> Table:
 
 def published_table(rows: Sequence[dict[str, Any]], constant: dict[str, Any]) -> Table:
     """Published, predicted and, where a cluster's records were collected, measured times at the published scale."""
-    collected = any(r["kind"] == "measured" and r["published_s"] is not None for r in rows)
+    at_scale = [r for r in rows if r["kind"] == "measured" and r["published_s"] is not None]
+    machines = list(dict.fromkeys(machine_of(r) for r in at_scale))
     table = _table("At the published scale: seconds per batch", "model", "GPUs", "framework")
-    for name in ("published", "predicted", "error", *(["measured"] if collected else []), "constant", "error"):
+    for name in ("published", "predicted", "error", *(f"measured,\n{name}" for name in machines), "constant", "error"):
         table.add_column(name, justify="right")
-    by = {(r["kind"], r["model"], r["gpus"], r["framework"]): r for r in rows}
+    by = {(r["kind"], r["model"], r["gpus"], r["framework"]): r for r in rows if r["kind"] != "measured"}
+    measured = {(machine_of(r), r["model"], r["gpus"], r["framework"]): r for r in rows if r["kind"] == "measured"}
     flat = {(r["model"], r["gpus"], r["framework"]): r for r in constant["rows"]}
     previous = None
     for row in (r for r in rows if r["kind"] == "published"):
@@ -184,7 +232,7 @@ def published_table(rows: Sequence[dict[str, Any]], constant: dict[str, Any]) ->
             table.add_section()
         previous = row["model"]
         predicted = by.get(("predicted", *where))
-        measured = by.get(("measured", *where))
+        runs = [measured.get((name, *where)) for name in machines]
         table.add_row(
             str(row["model"]),
             str(row["gpus"]),
@@ -192,21 +240,26 @@ def published_table(rows: Sequence[dict[str, Any]], constant: dict[str, Any]) ->
             f"{row['batch_time_s']:.1f}",
             "-" if predicted is None else f"{predicted['batch_time_s']:.1f}",
             "-" if predicted is None else f"{predicted['error_pct']:+.1f}%",
-            *(["-" if measured is None else f"{measured['batch_time_s']:.1f}"] if collected else []),
+            *("-" if run is None else f"{run['batch_time_s']:.1f}" for run in runs),
             f"{flat[where]['batch_time_s']:.1f}",
             f"{flat[where]['error_pct']:+.1f}%",
         )
     return table
 
 
-def measured_table(rows: Sequence[dict[str, Any]], failures: Sequence[Record]) -> Table:
-    """Measured times on this machine, with the spread of the repeats and the ratio to our engine."""
-    table = _table(
-        "On this machine: seconds per batch (ratio to AxoNN; GFLOP/s per rank)", "model", "ranks", "framework"
-    )
+def measured_tables(rows: Sequence[dict[str, Any]], failures: Sequence[Record]) -> Iterator[Table]:
+    """Measured times on this machine, with the spread of the repeats and the ratio to our engine; a table for each
+    other machine that has small points."""
+    mine = [r for r in failures if r.machine.name == THIS_MACHINE]
+    yield _measured_table("On this machine", [r for r in rows if here(r)], mine)
+    for (machine, batch), own in elsewhere(rows).items():
+        yield _measured_table(f"On {machine} ({device_of(own)}), batch {batch}", own, [])
+
+
+def _measured_table(where: str, mine: Sequence[dict[str, Any]], failures: Sequence[Record]) -> Table:
+    table = _table(f"{where}: seconds per batch (ratio to AxoNN; GFLOP/s per rank)", "model", "ranks", "framework")
     for name in ("median", "least", "most", "ratio", "loss", "GFLOP/s"):
         table.add_column(name, justify="right")
-    mine = [r for r in rows if here(r)]
     ours = {(r["model"], r["gpus"]): r["batch_time_s"] for r in mine if r["framework"] == "AxoNN"}
     for row in sorted(mine, key=lambda r: (r["gpus"], r["framework"])):
         reference = ours.get((row["model"], row["gpus"]))
@@ -234,10 +287,14 @@ def measured_table(rows: Sequence[dict[str, Any]], failures: Sequence[Record]) -
 def failed(failures: Iterable[Record]) -> list[str]:
     """A line for each run that failed."""
     return [
-        f"failed: {r.point} {r.ran.framework}: {r.failure.cause}, {r.failure.detail}"
+        f"failed: {r.point} {r.ran.framework}{_on(r)}: {r.failure.cause}, {r.failure.detail}"
         for r in failures
         if r.failure is not None and r.failure.cause != "unavailable"
     ]
+
+
+def _on(record: Record) -> str:
+    return "" if record.machine.name == THIS_MACHINE or record.kind != "measured" else f" on {record.machine.name}"
 
 
 def not_run(failures: Sequence[Record]) -> list[str]:

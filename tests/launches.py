@@ -9,28 +9,35 @@ import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from axonn.config import GPTConfig
 from axonn.launch import mpiexec_command, rank_environment
-from experiments.cluster_work import case_work, cluster_work
-from experiments.datasets import find_data_sets, load_data_set, rules_for
-from experiments.definition import HERE, ROOT, load_experiment
+from experiments.cluster_work import cluster_work
+from experiments.datasets import case_of, find_data_sets, load_data_set, rules_for
+from experiments.definition import HERE, ROOT, PredictedPanel, PredictedPoint, load_experiment
 from experiments.framework import ClusterWork, Launch, load_adapter
 
 GOLDENS = Path(__file__).parent / "goldens" / "launch"
 
 
+def point_work(panel: PredictedPanel, point: PredictedPoint, **options: Any) -> ClusterWork:
+    """Of a point of an experiment file."""
+    return cluster_work(case_of(panel, point), machine=panel.machine, name=point.name, **options)
+
+
 def published(framework: str) -> Iterator[ClusterWork]:
     """The work of a framework's points: those of fig6.yaml, and the GPTs of all published data sets."""
     panel = load_experiment(HERE / "fig6.yaml").predicted
-    yield from (cluster_work(panel, point) for point in panel.points if point.framework == framework)
+    assert panel is not None
+    yield from (point_work(panel, point) for point in panel.points if point.framework == framework)
     for path in find_data_sets():
         data, cases = load_data_set(path)
         # A set of an experiment has its points; where a rule fixes what is open, the configuration is not published.
         for case in cases if data.points else ():
             own = (case.group or "AxoNN") == framework and isinstance(case.model, GPTConfig)
             if own and not list(rules_for(data, case)):
-                yield case_work(data, case)
+                yield cluster_work(case, machine=data.machine, name=f"{data.name}: {case.label}")
 
 
 def as_text(launch: Launch) -> str:

@@ -247,7 +247,10 @@ def test_different_losses_stop_a_comparison() -> None:
         Paired([[1.0], [1.0]], [[2.0], [float("nan")]], [None] * 2, [[]] * 2).check_losses()
 
 
-def test_what_is_written_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_written_says_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bench", "--quick"])
     rows = [{"contender": "a", "batch_s": 1.25, "reached": True}, {"contender": "b", "note": None}]
     path = save("x", rows, quick=True, folder=tmp_path, settings={"rounds": 2})
     assert path.name == "x-quick.json"
@@ -256,7 +259,7 @@ def test_what_is_written_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureF
     assert content["rows"] == rows
     assert content["settings"] == {"rounds": 2}
     assert {"command", "created", "machine", "quick"} <= content.keys()
-    assert "pytest" in content["command"]
+    assert content["command"].endswith(" --quick")
     show("title", rows, make_console())
     printed = capsys.readouterr().out
     assert "batch s" in printed

@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 
 from axonn.records import Failure, Machine, Record, read_records, write_records
-from experiments.cluster_work import cluster_work, record_of
+from experiments.cluster_work import record_of
 from experiments.definition import HERE, load_experiment
 from experiments.framework import ClusterWork, PrintedRun
-from tests.launches import published
+from tests.launches import point_work, published
 
 SECONDS = [90.0, *(10.0 + i for i in range(10))]
 
 
 def work() -> ClusterWork:
     panel = load_experiment(HERE / "fig6.yaml").predicted
-    return cluster_work(panel, next(point for point in panel.points if point.framework == "DeepSpeed"))
+    assert panel is not None
+    return point_work(panel, next(point for point in panel.points if point.framework == "DeepSpeed"))
 
 
 def record(**changes: Any) -> Record:
@@ -60,6 +61,22 @@ def test_a_run_that_is_not_whole_is_a_failure(changes: dict[str, Any], said: str
     assert found.failure is not None
     assert found.failure.detail == said
     assert found.tflops_per_gpu is None
+
+
+def test_iterations_that_warm_up_alone_are_a_failure() -> None:
+    made = record_of(
+        work(),
+        PrintedRun(seconds=SECONDS, losses=[9.0] * 11, finished=True),
+        framework="DeepSpeed",
+        version="deepspeed 0.5",
+        machine=Machine(name="summit"),
+        source="job 17",
+        experiment="fig6",
+        new_starts=range(1, 11),
+    )
+    assert made.batch_time_s is None
+    assert made.failure is not None
+    assert made.failure.detail == "no batch but those that warm up: the first 1 and the first of each new start"
 
 
 def test_every_published_point_of_a_baseline_can_be_a_record() -> None:

@@ -18,7 +18,7 @@ from axonn.records import Failure
 from baselines.contenders import Contender
 from baselines.coordinator import Condition, Group, Lost, Measured, RanksJob, take_turns
 from experiments.link import why_no_link
-from experiments.supervisor import Outcome
+from experiments.outcome import Outcome
 from tests.rank_pool import ROOT
 
 LINK = Condition(name="link", kbit=1000)

@@ -1,4 +1,7 @@
-"""The launch of Megatron-DeepSpeed says all of a strategy, or refuses it; published configurations beside goldens."""
+"""The launch of Megatron-DeepSpeed says all of a strategy, or refuses it; published configurations beside goldens.
+
+`python -m tests.test_deepspeed_launch` writes the goldens anew.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,13 @@ from axonn.errors import LaunchError
 from axonn.perf.strategy import Strategy
 from baselines.deepspeed import DeepSpeedAdapter
 from baselines.deepspeed_launch import CONFIG_FILE
-from experiments.cluster_work import cluster_work
 from experiments.definition import ROOT, PredictedPanel, PredictedPoint, load_experiment
 from experiments.framework import ClusterWork, Launch
-from tests.launches import check_goldens
+from experiments.trail import STOP
+from tests.launches import check_goldens, point_work, write_goldens
 
 PANEL = load_experiment(ROOT / "experiments" / "fig6.yaml").predicted
+assert PANEL is not None
 PUBLISHED = [point for point in PANEL.points if point.framework == "DeepSpeed"]
 
 
@@ -28,7 +32,7 @@ def test_published_configurations_are_launched_as_their_goldens_say() -> None:
 
 @pytest.mark.parametrize("point", PUBLISHED, ids=lambda point: point.model)
 def test_the_batch_of_the_file_is_the_product_that_deepspeed_checks(point: PredictedPoint) -> None:
-    work = cluster_work(PANEL, point)
+    work = point_work(PANEL, point)
     launch = DeepSpeedAdapter().launch(work)
     settings, flags = json.loads(launch.files[CONFIG_FILE]), flags_of(launch)
     product = settings["train_micro_batch_size_per_gpu"] * settings["gradient_accumulation_steps"]
@@ -98,6 +102,13 @@ def test_what_it_cannot_do_is_refused_by_name(strategy: dict[str, Any], said: st
     with pytest.raises(LaunchError, match="Megatron-DeepSpeed cannot run small-8") as caught:
         DeepSpeedAdapter().launch(work_of(strategy))
     assert said in str(caught.value)
+
+
+def test_it_saves_when_the_stop_file_is_there_and_goes_on() -> None:
+    flags = flags_of(DeepSpeedAdapter().launch(work_of()))
+    assert flags["--kill-switch-file"] == STOP
+    assert flags["--save"] == flags["--load"]
+    assert int(flags["--save-interval"]) > int(flags["--train-iters"]), "none in between"
 
 
 def test_a_grid_of_other_size_and_more_stages_than_layers_are_refused() -> None:
@@ -181,17 +192,17 @@ def test_a_unet_has_no_launch() -> None:
         frameworks={"DeepSpeed": PLAIN},
         points=[PredictedPoint(framework="DeepSpeed", model="unet-3.5b", gpus=8, strategy={})],
     )
-    with pytest.raises(LaunchError, match="is none; choose a GPT point"):
-        cluster_work(panel, panel.points[0])
+    with pytest.raises(LaunchError, match="is none; take ours"):
+        DeepSpeedAdapter().launch(point_work(panel, panel.points[0]))
 
 
 def test_work_of_a_point_has_the_steps_of_the_papers_and_the_nodes_of_the_machine() -> None:
-    work = cluster_work(PANEL, PUBLISHED[0])
+    work = point_work(PANEL, PUBLISHED[0])
     assert (work.name, work.steps, work.gpus, work.gpus_per_node, work.batch_size) == ("gpt-12b-48", 11, 48, 6, 16384)
-    assert cluster_work(PANEL, PUBLISHED[0], steps=3, data="x").steps == 3
+    assert point_work(PANEL, PUBLISHED[0], steps=3, data="x").steps == 3
     off = PUBLISHED[0].model_copy(update={"gpus": 96})
     with pytest.raises(LaunchError, match="48 ranks for 96 GPUs"):
-        cluster_work(PANEL, off)
+        point_work(PANEL, off)
 
 
 def test_every_field_of_a_strategy_has_been_thought_of() -> None:
@@ -213,3 +224,7 @@ def test_every_field_of_a_strategy_has_been_thought_of() -> None:
     }
     of_the_offloaded_optimizer = {"bsize", "k", "buckets_resident"}
     assert set(Strategy.model_fields) == flagged | in_file | refused | of_the_offloaded_optimizer
+
+
+if __name__ == "__main__":
+    write_goldens("deepspeed", "DeepSpeed")

@@ -312,5 +312,5 @@ def test_a_real_run_of_zero() -> None:
 
 
 def test_nothing_and_anything_else_give_nothing() -> None:
-    assert read([]) == PrintedRun(seconds=[], losses=[])
+    assert read([]) == PrintedRun(seconds=[], losses=[], starts=[])
     assert read(["iteration |", "iteration 1/ 2 |", "\x00", "lm loss: 3 |", "|" * 200]) == read([])

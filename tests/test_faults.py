@@ -19,7 +19,8 @@ import experiments.supervisor
 from axonn.config import DataConfig, GridConfig, OptimizerConfig
 from axonn.errors import LaunchError
 from experiments import definition, runner
-from experiments.supervisor import Outcome, supervise
+from experiments.outcome import Outcome
+from experiments.supervisor import supervise
 from tests.command_line import CommandLine, tiny
 from tests.soak import soak
 

@@ -14,8 +14,8 @@ from axonn.records import Failure, Record, read_records, write_records
 from axonn.trace import SpanKind, SpanRecorder
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment
+from experiments.outcome import Outcome
 from experiments.runner import Point, points_of
-from experiments.supervisor import Outcome
 from plots import fig3
 from plots.figure import gather, make_figure, summarise
 

@@ -14,8 +14,8 @@ from axonn.perf.tensor_grid import best_tensor_grid, widths_of
 from axonn.trace import Overlap, SpanKind, SpanRecorder, overlap, read_spans, span_files
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment, load_model
+from experiments.outcome import Outcome
 from experiments.runner import points_of
-from experiments.supervisor import Outcome
 from plots import fig5
 from plots.figure import gather, make_figure
 

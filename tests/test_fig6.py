@@ -15,8 +15,8 @@ from baselines.pytorch_pipelining import TorchPipelining
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment, measured_configs
 from experiments.framework import load_framework
+from experiments.outcome import Outcome
 from experiments.runner import Point, compare_losses, points_of
-from experiments.supervisor import Outcome
 from plots import fig6
 from plots.figure import make_figure
 from plots.summary import not_run, rows_of, wrong_orders

@@ -15,9 +15,9 @@ from axonn.unet_config import UNetConfig
 from experiments import planned, predictor, runner
 from experiments.datasets import FOLDER, load_data_set
 from experiments.definition import OURS, ROOT, Experiment, load_experiment, load_model
+from experiments.outcome import Outcome
 from experiments.published import published_ratios, published_records
 from experiments.runner import points_of
-from experiments.supervisor import Outcome
 from plots import fig7
 from plots.fig7 import SCHEME, modelled_bytes
 from plots.figure import gather, make_figure

@@ -17,8 +17,9 @@ from axonn.errors import RecordError
 from axonn.records import Failure, Machine, Record, read_records, write_records
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment
+from experiments.outcome import Outcome
+from experiments.run_record import configuration_of
 from experiments.runner import Point, points_of
-from experiments.supervisor import Outcome
 from plots.figure import FigureKind, gather, load_summary, main, make_figure, summary_file
 from plots.summary import here, rows_of
 
@@ -138,7 +139,7 @@ def test_what_is_left_of_another_configuration_is_no_repeat_of_this_one(
     changed = experiment.runs.configs(where="test")[measured[0][0].label].model_copy(
         update={"schedule": ScheduleConfig(in_flight_limit=1)}
     )
-    change(measured[0][0], configuration=runner.configuration_of(changed))
+    change(measured[0][0], configuration=configuration_of(changed))
     # Of a run that has another name by now.
     change(measured[1][0], point="as it was called")
     content = gather(experiment)
@@ -150,7 +151,7 @@ def test_records_of_a_cluster_belong_to_the_points_at_scale(experiment: Experime
     record, published = measured[0][1], gather(experiment).published[0]
     machine = Machine(name="summit")
     collected = record.model_copy(update={"machine": machine, "point": published.point, "asked": published.asked})
-    stray = record.model_copy(update={"machine": machine})
+    stray = record.model_copy(update={"machine": machine, "configuration": "of another experiment"})
     write_records(runner.MEASURED / "collected.json", [collected, stray])
     content = gather(experiment)
     assert collected in content.measured

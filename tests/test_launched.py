@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -13,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from axonn.config import GPTConfig, TrainConfig, validate
+from axonn.config import GPTConfig, TrainConfig, UNetConfig, validate
 from axonn.errors import LaunchError
 from axonn.perf.strategy import Strategy
 from experiments.definition import ROOT
 from experiments.engine_framework import EngineAdapter
 from experiments.framework import ClusterWork
-from experiments.launched import read_run
+from experiments.launched import data_of, read_run
 from experiments.supervisor import supervise
 from tests.command_line import tiny
 from tests.launches import check_goldens, files_of, published, run_launch, write_goldens
@@ -66,6 +67,16 @@ def test_the_engine_trains_what_is_asked_for() -> None:
     assert config.optimizer.placement == "device"
     assert config.data.path is None
     assert config_of(work(data="corpus/text_document")).data.path == "corpus/text_document.bin"
+
+
+@pytest.mark.parametrize("data", [None, "corpus/text_document"])
+def test_a_unet_is_given_images(data: str | None) -> None:
+    model = UNetConfig(
+        name="tiny", image_size=8, channels=1, width=8, multipliers=(1,), blocks=1, head_channels=8, groups=8
+    )
+    found, notes = data_of(dataclasses.replace(work(data=data), model=model))
+    assert found.path is None
+    assert notes == ["the images are scikit-learn's digits"]
 
 
 def config_of_spec(text: str) -> TrainConfig:

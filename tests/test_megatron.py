@@ -13,7 +13,8 @@ from axonn.config import TrainConfig, validate
 from axonn.errors import LaunchError
 from baselines.megatron import MegatronAdapter
 from baselines.megatron_here import ENVIRONMENT
-from experiments.supervisor import Outcome, supervise
+from experiments.outcome import Outcome
+from experiments.supervisor import supervise
 
 STEPS = 6
 BOUND = 1e-5

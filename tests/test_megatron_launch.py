@@ -1,12 +1,16 @@
 """Launches of Megatron-LM: the published configurations as goldens, and what it would refuse is refused before.
 
-All goldens have been put through `parse_args`, `validate_args` and `core_transformer_config_from_args` of Megatron-LM's
-own megatron/training/arguments.py at core_v0.16.0, which took them.
+All goldens, before they had the options of checkpoints, have been put through `parse_args`, `validate_args` and
+`core_transformer_config_from_args` of Megatron-LM's own megatron/training/arguments.py at core_v0.16.0, which took
+them.
+
+`python -m tests.test_megatron_launch` writes the goldens anew.
 """
 
 from __future__ import annotations
 
 import re
+import signal
 from typing import Any
 
 import pytest
@@ -15,11 +19,11 @@ from axonn.config import validate
 from axonn.errors import LaunchError
 from axonn.perf.strategy import Strategy
 from baselines.megatron import MegatronAdapter
-from experiments.cluster_work import case_work, cluster_work
+from experiments.cluster_work import cluster_work
 from experiments.datasets import find_data_sets, load_data_set
 from experiments.definition import HERE, load_experiment, load_model
 from experiments.framework import ClusterWork
-from tests.launches import GOLDENS, as_text
+from tests.launches import GOLDENS, as_text, point_work
 
 FOLDER = GOLDENS / "megatron"
 OTHERS = ("ipdps22-fig5", "ipdps22-fig6", "ipdps22-fig8", "ipdps22-fig9", "poster-unet")
@@ -29,8 +33,9 @@ OTHERS = ("ipdps22-fig5", "ipdps22-fig6", "ipdps22-fig8", "ipdps22-fig9", "poste
 def published() -> dict[str, ClusterWork]:
     """Every published configuration of Megatron-LM, by the name of its golden."""
     panel = load_experiment(HERE / "fig6.yaml").predicted
+    assert panel is not None
     works = {
-        f"fig6-{point.model}-{point.gpus}": cluster_work(panel, point)
+        f"fig6-{point.model}-{point.gpus}": point_work(panel, point)
         for point in panel.points
         if point.framework == "Megatron-LM"
     }
@@ -41,7 +46,9 @@ def published() -> dict[str, ClusterWork]:
         for case in cases:
             if case.group in ("Megatron-LM", "one stage", "several stages", "full recomputation", "present work"):
                 label = re.sub(r"[^a-z0-9]+", "-", case.label.lower())
-                works[f"{data.name}-{label}"] = case_work(data, case)
+                works[f"{data.name}-{label}"] = cluster_work(
+                    case, machine=data.machine, name=f"{data.name}: {case.label}"
+                )
     return works
 
 
@@ -122,6 +129,16 @@ def test_every_setting_reaches_a_flag() -> None:
     assert not absent & set(asked)
 
 
+def test_it_saves_when_it_is_told_to_end_and_goes_on_from_there() -> None:
+    launch = MegatronAdapter().launch(work({"grid": {"inter": 2}}))
+    asked = flags(work({"grid": {"inter": 2}}))
+    assert asked["--save"] == asked["--load"] == "checkpoints"
+    assert "--exit-signal-handler" in asked
+    # Its option takes the name of a member of Python's `signal.Signals`.
+    assert asked["--exit-signal"] == signal.Signals[f"SIG{launch.stop_signal}"].name
+    assert int(asked["--save-interval"] or 0) > int(asked["--train-iters"] or 0), "none in between"
+
+
 def test_replicas_may_be_the_slowest_axis() -> None:
     asked = work({"grid": {"data": 2, "inter": 4}, "order": ["data", "inter", "row", "col"]})
     assert "--use-tp-pp-dp-mapping" in flags(asked)
@@ -168,5 +185,12 @@ def test_a_grid_of_other_ranks_is_refused() -> None:
 
 def test_a_unet_is_refused() -> None:
     data, cases = load_data_set(find_data_sets(["poster-unet"])[0])
+    of_unet = next(iter(cases[1].candidates(data.open[-1], "test")))[1]
+    work = cluster_work(of_unet, machine=data.machine)
     with pytest.raises(LaunchError, match="is none"):
-        case_work(data, cases[0])
+        MegatronAdapter().launch(work)
+
+
+if __name__ == "__main__":
+    for name, asked in WORKS.items():
+        (FOLDER / f"{name}.txt").write_text(as_text(MegatronAdapter().launch(asked)), encoding="utf-8")

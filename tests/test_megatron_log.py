@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from baselines.deepspeed import DeepSpeedAdapter
 from baselines.megatron import MegatronAdapter
 from experiments.framework import PrintedRun
 
@@ -104,3 +106,28 @@ def test_a_run_whose_iterations_were_all_skipped_has_no_result() -> None:
     assert len(run.seconds) == 1
     assert run.failure is not None
     assert run.failure.cause == "nan"
+
+
+@pytest.mark.parametrize("reader", [MegatronAdapter().read, DeepSpeedAdapter().read])
+def test_several_starts_are_one_run_of_what_was_said_last(reader: Callable[[list[str]], PrintedRun]) -> None:
+    def line(number: int, milliseconds: float) -> str:
+        return (
+            f" iteration {number:8d}/       4 | elapsed time per iteration (ms): {milliseconds} | "
+            "lm loss: 2.0E+00 | number of skipped iterations: 0 | number of nan iterations: 0 |"
+        )
+
+    # Told to stop after 3 iterations, of which the checkpoint has 2.
+    told = "[exiting program after receiving SIGTERM.] datetime: 2026-01-01 00:00:00 "
+    first = ["training ...", line(1, 9000.0), line(2, 2000.0), line(3, 2500.0), told]
+    cut = reader(first)
+    assert (list(cut.starts), cut.finished) == ([0], False)
+    assert cut.failure is not None
+    assert cut.failure.cause == "interrupted"
+    run = reader([*first, "training ...", line(3, 8000.0), line(4, 2100.0), "[after training is done] datetime: x"])
+    assert list(run.seconds) == pytest.approx([9.0, 2.0, 8.0, 2.1])
+    assert list(run.starts) == [0, 2]
+    assert (run.finished, run.failure) == (True, None)
+    # Begun anew from the first: nothing of the first start is left.
+    run = reader([*first, "training ...", line(1, 7000.0), line(2, 2200.0), line(3, 2300.0), line(4, 2400.0)])
+    assert list(run.seconds) == pytest.approx([7.0, 2.2, 2.3, 2.4])
+    assert list(run.starts) == [0]

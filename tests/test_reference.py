@@ -16,7 +16,8 @@ from axonn.perf.strategy import Strategy
 from baselines.foreign import stage_starts
 from baselines.reference import ENVIRONMENT, ReferenceAdapter
 from experiments.framework import ClusterWork, load_framework
-from experiments.supervisor import Outcome, supervise
+from experiments.outcome import Outcome
+from experiments.supervisor import supervise
 from tests.launches import run_launch
 
 BOUND = 1e-5

@@ -13,9 +13,9 @@ from axonn.config import TrainConfig
 from experiments import calibrate, runner
 from experiments.calibration.describe import write_machine
 from experiments.definition import ROOT, find_machine, load_experiment
+from experiments.outcome import Outcome
 from experiments.predictor import predict_experiment
 from experiments.runner import points_of
-from experiments.supervisor import Outcome
 from plots import ginter, inflight, loss, memory, messages
 from plots.figure import FigureKind, make_figure
 from tests.command_line import CommandLine

@@ -32,7 +32,9 @@ from experiments.framework import ResumableTrainer
 from experiments.loop import CHECKPOINTS, TrainingLoop
 from experiments.metrics import BATCHES, EVALUATIONS, read_rows
 from experiments.progress import TrainingProgress
-from experiments.runner import parts_of
+from experiments.resumption import newest_checkpoint
+from experiments.run_record import parts_of
+from experiments.trail import STOP
 from tests.command_line import TEXT, CommandLine
 
 # --- the loop, with a trainer of one number
@@ -88,11 +90,11 @@ def small(**changes: Any) -> TrainConfig:
     return validate(values | changes, TrainConfig, where="test")
 
 
-def loop_of(config: TrainConfig, trainer: Any, folder: Path) -> TrainingLoop:
+def loop_of(config: TrainConfig, trainer: Any, folder: Path, *, stoppable: bool = False) -> TrainingLoop:
     collectives = SerialCollectives(ProcessGrid(), 0)
     runtime = Runtime(rank=0, transport=None, collectives=collectives, clock_offset=0.0)
     spans = SpanRecorder(0, folder=folder / "spans-0.parquet")
-    return TrainingLoop(config, trainer, runtime=runtime, spans=spans, folder=folder)
+    return TrainingLoop(config, trainer, runtime=runtime, spans=spans, folder=folder, stoppable=stoppable)
 
 
 def test_the_loop_saves_evaluates_and_writes_every_batch(tmp_path: Path) -> None:
@@ -148,6 +150,89 @@ def test_a_loop_that_is_interrupted_goes_on(tmp_path_factory: pytest.TempPathFac
         whole_run.train_batch(step)
     assert trainer.weight == whole_run.weight
     assert [row["step"] for row in read_rows(folder / BATCHES)] == list(range(7))
+
+
+class Stops(OneNumber):
+    """The file `stop` comes while it trains a batch."""
+
+    def __init__(self, folder: Path, at: int) -> None:
+        super().__init__()
+        self._folder, self._at = folder, at
+
+    def train_batch(self, step: int) -> float:
+        if step == self._at:
+            (self._folder / STOP).touch()
+        return super().train_batch(step)
+
+
+@pytest.mark.parametrize("checkpoints", [None, {"every": 2, "keep": 2}])
+@pytest.mark.parametrize("at", [0, 3, 6])
+def test_a_loop_is_stopped_after_the_batch_and_goes_on(tmp_path: Path, at: int, checkpoints: Any) -> None:
+    config = small(checkpoints=checkpoints)
+    first = loop_of(config, Stops(tmp_path, at), tmp_path, stoppable=True)
+    assert first.run(first.start(None)) is (at < 6), "a run that is stopped after its last batch is done"
+    (tmp_path / STOP).unlink()
+    trainer = OneNumber()
+    second = loop_of(config, trainer, tmp_path, stoppable=True)
+    newest = newest_checkpoint(tmp_path)
+    if at == 6 and checkpoints is None:
+        assert newest is None, "nothing was asked for"
+        return
+    assert newest is not None
+    assert second.start(newest) == at + 1
+    assert not second.run(at + 1)
+    whole = OneNumber()
+    for step in range(7):
+        whole.train_batch(step)
+    assert trainer.weight == whole.weight
+    rows = read_rows(tmp_path / BATCHES)
+    assert [row["step"] for row in rows] == list(range(7))
+    assert [row["step"] for row in rows if "first" in row] == sorted({0, min(at + 1, 6)} if at < 6 else {0})
+    kept = sorted(int(path.name[5:]) for path in (tmp_path / CHECKPOINTS).iterdir())
+    assert kept == ([at + 1] if checkpoints is None else [6, 7])
+
+
+def test_only_a_stoppable_loop_looks(tmp_path: Path) -> None:
+    assert not loop_of(small(), Stops(tmp_path, 2), tmp_path).run(0)
+    assert len(read_rows(tmp_path / BATCHES)) == 7
+
+
+def test_a_framework_without_a_state_just_ends(tmp_path: Path) -> None:
+    class Plain:
+        def train_batch(self, step: int) -> float:
+            (tmp_path / STOP).touch()
+            return 1.0
+
+    assert loop_of(small(), Plain(), tmp_path, stoppable=True).run(0)
+    assert len(read_rows(tmp_path / BATCHES)) == 1
+    assert not (tmp_path / CHECKPOINTS).exists()
+    assert newest_checkpoint(tmp_path) is None
+    assert read_rows(tmp_path / BATCHES) == []
+
+
+def test_looking_costs_no_batch_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only looking moves."""
+    now = 0.0
+
+    def look(self: TrainingLoop) -> bool:
+        nonlocal now
+        now += 100.0
+        return False
+
+    monkeypatch.setattr(TrainingLoop, "_told_to_stop", look)
+    monkeypatch.setattr("experiments.loop.time.perf_counter", lambda: now + 1e-3)
+    trainer = OneNumber()
+    trained = trainer.train_batch
+
+    def train_batch(step: int) -> float:
+        nonlocal now
+        now += 1.0
+        return trained(step)
+
+    monkeypatch.setattr(trainer, "train_batch", train_batch)
+    loop_of(small(), trainer, tmp_path, stoppable=True).run(0)
+    assert now == 607.0
+    assert [row["seconds"] for row in read_rows(tmp_path / BATCHES)] == pytest.approx([1.0] * 7)
 
 
 def test_a_loss_that_is_not_a_number_is_not_saved(tmp_path: Path) -> None:

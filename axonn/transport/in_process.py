@@ -39,7 +39,9 @@ class InProcessWorld:
     def __init__(self, size: int, *, order_seed: int | None = None) -> None:
         self.size = size
         self._random = None if order_seed is None else random.Random(order_seed)
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
+        # One for each rank, so that passing the baton on wakes nobody else.
+        self._my_turn = [threading.Condition(self._lock) for _ in range(size)]
         self._turn = 0
         self._ready: list[Callable[[], bool]] = [lambda: True] * size
         self._waits_for = [""] * size
@@ -68,7 +70,7 @@ class InProcessWorld:
             except BaseException as error:
                 self._failure = self._failure or error
             finally:
-                with self._condition:
+                with self._lock:
                     self._live.discard(rank)
                     self._pass_on(rank)
 
@@ -84,7 +86,7 @@ class InProcessWorld:
 
     def until(self, rank: int, ready: Callable[[], bool], what: str) -> None:
         """Let the others run until `ready()`; `what` says what `rank` waits for."""
-        with self._condition:
+        with self._lock:
             self._ready[rank] = ready
             self._waits_for[rank] = what
             self._pass_on(rank)
@@ -96,8 +98,8 @@ class InProcessWorld:
         return self._random is not None and self._random.random() < 0.3
 
     def _take_baton(self, rank: int) -> None:
-        with self._condition:
-            self._condition.wait_for(lambda: self._turn == rank or self._failure is not None)
+        with self._lock:
+            self._my_turn[rank].wait_for(lambda: self._turn == rank or self._failure is not None)
         if self._failure is not None:
             raise _Stopped
 
@@ -109,7 +111,8 @@ class InProcessWorld:
         elif self._live and self._failure is None:
             waits = "; ".join(f"rank {r} waits for {self._waits_for[r]}" for r in sorted(self._live))
             self._failure = DeadlockError(f"no rank can go on: {waits}")
-        self._condition.notify_all()
+        for woken in [self._turn] if self._failure is None else range(self.size):
+            self._my_turn[woken].notify_all()
 
 
 class InProcessTransport(Transport):

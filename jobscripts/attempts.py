@@ -1,0 +1,91 @@
+"""Starts of a job: their folders in the order in which they began, how each ended, and whether all batches are done."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from experiments.metrics import BATCHES
+
+ENDED = "ended.json"
+STARTED = "started.txt"
+
+
+def attempts(job: Path) -> list[Path]:
+    """Folders of the starts of a job, the newest last."""
+    return in_order(job.glob("run/attempt-*"))
+
+
+def in_order(starts: Iterable[Path]) -> list[Path]:
+    """Attempts in the order in which they started, as they say it themselves: copied files have other times.
+
+    One that had no time to say it stands by the time of its folder.
+    """
+
+    def started(path: Path) -> tuple[float, float, str]:
+        changed = path.stat().st_mtime
+        try:
+            text = (path / STARTED).read_text(encoding="utf-8", errors="replace").strip()
+            # Whole seconds: of two starts in the same one, the folders know more.
+            said = datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
+        except (OSError, ValueError):
+            said = float(int(changed))
+        return said, changed, path.name
+
+    return sorted(starts, key=started)
+
+
+def newest_attempt(job: Path) -> Path | None:
+    """Folder of the last start of a job."""
+    return next(reversed(attempts(job)), None)
+
+
+def id_of(attempt: Path) -> str:
+    """Of the job; a second start of the same has a number behind it."""
+    return attempt.name.removeprefix("attempt-").partition("-")[0]
+
+
+def attempt_of(job: str, attempt: Path | None) -> bool:
+    """Whether this attempt is that of the job with this id."""
+    return attempt is not None and id_of(attempt) == job
+
+
+def reason_of(attempt: Path | None) -> str | None:
+    """How an attempt ended, in its own words; None where it did not say."""
+    if attempt is None or not (attempt / ENDED).exists():
+        return None
+    try:
+        return str(json.loads((attempt / ENDED).read_text(encoding="utf-8"))["reason"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def steps_of(job: Path) -> int | None:
+    """How many batches a job is to do; None where its work cannot be read."""
+    try:
+        content = json.loads((job / "work.json").read_text(encoding="utf-8"))
+        return int(content["small"]["config"]["steps"] if "small" in content else content["work"]["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def rows_of(job: Path) -> list[bytes] | None:
+    """Of the batches that our own ranks did; None for other frameworks. A row that is being written is none yet."""
+    path = job / "run" / BATCHES
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else None
+
+
+def all_done(job: Path) -> bool:
+    """Whether our own ranks did every batch of a job, whatever happened when it ended; not where the last loss is no
+    number."""
+    rows, steps = rows_of(job), steps_of(job)
+    if not rows or steps is None or len(rows) < steps:
+        return False
+    try:
+        loss = float(json.loads(rows[-1])["loss"])
+    except (ValueError, KeyError, TypeError):
+        return False
+    return not math.isnan(loss)

@@ -1,0 +1,337 @@
+"""What jobs left, as records: times where a run is whole, otherwise a failure with its cause."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from axonn.config import GPTConfig, StrictModel, TrainConfig, UNetConfig, validate
+from axonn.errors import AxonnError, ConfigError, RecordError
+from axonn.perf.strategy import Strategy
+from axonn.records import Failure, Record, write_records
+from experiments import runner
+from experiments.cluster_work import SmallWork, record_of
+from experiments.definition import ROOT, find_machine, load_experiment, slug
+from experiments.framework import ClusterWork, PrintedRun, load_adapter, load_framework, ran_by
+from experiments.outcome import Outcome, outcome_of, steady
+from experiments.run_record import function_of, left_by_ranks, readable_spans, run_record, with_losses_compared
+from experiments.trail import SPEC
+from jobscripts.attempts import attempts, in_order
+from jobscripts.described import Described, described
+from jobscripts.endings import failure_of_job, not_yet
+from jobscripts.generate import SCHEMA, JobEntry, Manifest, changed_files, hash_of, load_manifest
+from jobscripts.submission import Standing, standings
+
+RECORD = "record.json"
+"""In the run folder: the record of the run, the same as among the results."""
+SUMS = "sha256.txt"
+"""In the folder of an attempt: what sha256sum printed of files of the run folder when it ended."""
+_TOLERANCE = 1e-4
+"""Of losses, where the experiment is not there to say it."""
+Work = ClusterWork | SmallWork
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """Of one job: its record, or why it has none. `broken`: what it left cannot be read."""
+
+    entry: JobEntry
+    record: Record | None
+    why: str = ""
+    broken: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What there is to read of a job that ended. `starts`: folders of its attempts, the first one first."""
+
+    manifest: Manifest
+    standing: Standing
+    folder: Path
+    work: Work
+    starts: list[Path]
+    command: str
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def spec(self) -> dict[str, Any] | None:
+        """What our own ranks were started with; None for a framework with ranks of its own."""
+        path = self.folder / SPEC
+        return json.loads(path.read_bytes()) if f"{self.folder.name}/{SPEC}" in self.standing.entry.files else None
+
+    def about(self) -> Described:
+        spec = self.spec
+        return described(
+            self.starts, machine=self.manifest.machine, on_cpu=spec is not None and spec["device"] == "cpu"
+        )
+
+
+def collect(folder: Path, *, results: Path, command: str) -> list[Collected]:
+    """A record of each job that ended, written into `results` and into its run folder; what waits or runs has none yet.
+
+    A job whose files were changed, or cannot be read, is said to be `broken` and keeps none of the others. Raises
+    `RecordError` for a folder that axonn jobs did not write.
+    """
+    manifest = load_manifest(folder)
+    found: list[tuple[Collected, Work | None]] = []
+    for standing in standings(folder):
+        entry = standing.entry
+        try:
+            found.append(_collected(manifest, standing, folder, command))
+        except AxonnError as error:
+            found.append(
+                (Collected(entry=entry, record=None, why="; ".join(str(error).splitlines()), broken=True), None)
+            )
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            why = f"{folder / entry.name}: what it left cannot be read: {type(error).__name__}: {error}"
+            found.append((Collected(entry=entry, record=None, why=why, broken=True), None))
+    compared = _losses_compared(manifest, found)
+    for one in compared:
+        if one.record is not None:
+            name = f"{manifest.experiment}-{slug(manifest.machine)}-{one.entry.name}-{_mark(manifest, one.entry)}.json"
+            write_records(results / name, [one.record])
+            if (run := folder / one.entry.name / "run").is_dir():
+                write_records(run / RECORD, [one.record])
+    return compared
+
+
+def _mark(manifest: Manifest, entry: JobEntry) -> str:
+    """Of what was written with which command: other folders have other records, copies of a folder the same."""
+    said = json.dumps([manifest.command, entry.files], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:8]
+
+
+def _collected(manifest: Manifest, standing: Standing, folder: Path, command: str) -> tuple[Collected, Work | None]:
+    entry = standing.entry
+    job = folder / entry.name
+    _check_files(folder, entry)
+    if (why := not_yet(standing)) is not None:
+        return Collected(entry=entry, record=None, why=why), None
+    work = work_of(job / "work.json", manifest, entry)
+    run = _Run(
+        manifest=manifest, standing=standing, folder=job, work=work, starts=in_order(attempts(job)), command=command
+    )
+    record = _small_record(run, work) if isinstance(work, SmallWork) else _published_record(run, work)
+    return Collected(entry=entry, record=record), work
+
+
+def _check_files(folder: Path, entry: JobEntry) -> None:
+    """Raises `RecordError` for files that are not those that axonn jobs wrote, or that the job left."""
+    if changed := changed_files(folder, entry.files):
+        path = folder / changed[0]
+        how = "not what axonn jobs wrote (its sha256 differs)" if path.exists() else "gone"
+        raise RecordError(f"{path} is {how}: what ran is not known; put it back, or write the jobs anew and run them")
+    run = folder / entry.name / "run"
+    for path, expected in _copies(run, entry):
+        if hash_of(path) != expected:
+            raise RecordError(
+                f"{path} is not what axonn jobs wrote (its sha256 differs): what ran is not known; put it back, or "
+                "submit the job again"
+            )
+    starts = in_order(attempts(run.parent))
+    for start in starts:
+        for path, expected in _sums(start, newest=start == starts[-1]):
+            if not path.is_file() or hash_of(path) != expected:
+                raise RecordError(
+                    f"{path} is not what the job left (its sha256 differs): what was measured is not known; put it "
+                    "back, or submit the job again"
+                )
+
+
+def _copies(run: Path, entry: JobEntry) -> Iterator[tuple[Path, str]]:
+    """Copies in the run folder of what was written for the job, with the sha256 that they should have."""
+    for name, expected in entry.files.items():
+        own = name.partition("/")[2]
+        for path in (run / own, *run.glob(f"attempt-*/{own}")):
+            if path.is_file():
+                yield path, expected
+
+
+def _sums(start: Path, *, newest: bool) -> Iterator[tuple[Path, str]]:
+    """Files of the run folder with the sha256 that they had when an attempt ended; a later one changes all but those of
+    the attempt's own folder."""
+    path = start / SUMS
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for line in lines:
+        expected, _, name = line.partition(" ")
+        name = name.strip().removeprefix("*").removeprefix("./")
+        if name.startswith("/") or ".." in name.split("/"):
+            raise RecordError(f"{path}: {name} is no file of the run folder; submit the job again")
+        if len(expected) == 64 and name and (newest or name.startswith(f"{start.name}/")):
+            yield start.parent / name, expected
+
+
+def work_of(path: Path, manifest: Manifest, entry: JobEntry) -> Work:
+    """What a job was written for. Raises `RecordError` where its file says something else than the manifest."""
+    try:
+        content = json.loads(path.read_bytes())
+        said = {name: content[name] for name in ("schema", "adapter", "framework", "machine")}
+        plain = content["small"] if "small" in content else content["work"]
+        asked = {"schema": SCHEMA, "adapter": entry.adapter, "framework": entry.framework, "machine": manifest.machine}
+        for name, value in asked.items():
+            if said[name] != value:
+                raise RecordError(
+                    f"{path}: says {name} '{said[name]}', and the manifest '{value}'; write the jobs anew"
+                )
+        if "small" in content:
+            config = validate(plain["config"], TrainConfig, where=f"{path}: config")
+            return SmallWork(**{**plain, "framework": entry.adapter, "config": config})
+        kind: type[StrictModel] = UNetConfig if plain["model"].get("kind") == "unet" else GPTConfig
+        model = validate(plain["model"], kind, where=f"{path}: model")
+        strategy = validate(plain["strategy"], Strategy, where=f"{path}: strategy")
+        return ClusterWork(**{**plain, "model": model, "strategy": strategy})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecordError(
+            f"{path}: is no work of a job ({type(error).__name__}: {error}); write the jobs anew with axonn jobs"
+        ) from error
+
+
+def _small_record(run: _Run, work: SmallWork) -> Record:
+    """As axonn run makes it of such a run."""
+    outcome = _outcome(run, work.config)
+    about = run.about()
+    record = run_record(
+        work.config,
+        outcome,
+        folder=run.path,
+        warmup=work.warmup_batches,
+        point=work.name,
+        ran=ran_by(load_framework(work.framework), work.config).model_copy(
+            update={"version": about.version(work.framework.partition("/")[0])}
+        ),
+        **_said(run, about),
+    )
+    return _with_peak(record, run.manifest.machine, about)
+
+
+def _published_record(run: _Run, work: ClusterWork) -> Record:
+    """Of a point at the published scale: what its output says, and more where the ranks were our own."""
+    spec, about = run.spec, run.about()
+    outcome = config = None
+    if spec is not None:
+        config = validate(spec["config"], TrainConfig, where=str(run.folder / SPEC))
+        outcome = _outcome(run, config)
+        printed = PrintedRun(
+            seconds=outcome.batch_times_s,
+            losses=outcome.losses,
+            memory_bytes=outcome.memory_bytes,
+            failure=outcome.failure,
+        )
+        new_starts = outcome.new_starts
+    else:
+        printed, new_starts = _printed(run)
+        printed = replace(printed, failure=_failure(run, printed.failure, printed.seconds))
+    said = _said(run, about)
+    record = record_of(
+        work,
+        printed,
+        framework=run.standing.entry.framework,
+        version=about.version(run.standing.entry.adapter),
+        machine=said.pop("machine"),
+        source=said.pop("source"),
+        experiment=said.pop("experiment"),
+        new_starts=new_starts,
+    )
+    if config is not None and outcome is not None:
+        timed = record.failure is None
+        batches = steady(len(outcome.batch_times_s), record.warmup_batches, new_starts) if timed else []
+        said |= left_by_ranks(config, outcome, folder=run.path, batches=batches)
+    return _with_peak(record.model_copy(update=said), run.manifest.machine, about)
+
+
+def _outcome(run: _Run, config: TrainConfig) -> Outcome:
+    """What our own ranks left; the states are those of the newest start."""
+    g = config.grid
+    adapter = load_adapter(run.standing.entry.adapter.partition("/")[0])
+    output = _lines(run.starts[-1] / "output.txt") if run.starts else []
+    states = [line for path in sorted(run.path.glob("rank-*.json")) for line in _lines(path)]
+    printed = adapter.read([*states, *output])
+    found = outcome_of(run.path, g.data * g.inter * g.row * g.col)
+    failure = _failure(run, printed.failure, found.batch_times_s)
+    if failure is None and (unreadable := readable_spans(run.path, config)) is not None:
+        raise RecordError(
+            f"{unreadable}; remove the file to have the record without its parts, or submit the job again"
+        )
+    return replace(found, failure=failure)
+
+
+def _printed(run: _Run) -> tuple[PrintedRun, list[int]]:
+    """Iterations of all attempts, a later one's in place of an earlier one's, and those with which an attempt went on.
+
+    How it ended is said by the newest attempt alone.
+    """
+    adapter = load_adapter(run.standing.entry.adapter)
+    lines: list[str] = []
+    last, both, new_starts = PrintedRun(), PrintedRun(), []
+    for start in run.starts:
+        own = _lines(start / "output.txt")
+        lines += own
+        last, both = adapter.read(own), adapter.read(lines)
+        if last.seconds and len(both.seconds) > len(last.seconds):
+            new_starts.append(len(both.seconds) - len(last.seconds))
+    said = [start for start in both.starts if start > 0]
+    return replace(both, failure=last.failure, finished=last.finished), said or new_starts
+
+
+def _failure(run: _Run, said: Failure | None, seconds: Any) -> Failure | None:
+    """Why there is no time; None for a run with all its batches, whatever happened when it ended."""
+    if len(seconds) >= run.work.steps and (said is None or said.cause != "nan"):
+        return None
+    return failure_of_job(run.standing, said, done=len(seconds), steps=run.work.steps, job=run.folder)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+
+
+def _said(run: _Run, about: Described) -> dict[str, Any]:
+    """What a record has beside the run."""
+    path = run.path.resolve()
+    return {
+        "experiment": run.manifest.experiment,
+        "machine": about.machine,
+        "source": run.command,
+        "created": about.created,
+        "run_folder": str(path.relative_to(runner.ROOT) if path.is_relative_to(runner.ROOT) else path),
+    }
+
+
+def _with_peak(record: Record, machine: str, about: Described) -> Record:
+    """With the share of the peak, where the ranks computed on GPUs whose peak is known."""
+    rate = record.tflops_per_gpu or record.tflops_per_gpu_without_recompute
+    if rate is None or about.machine.device == "cpu":
+        return record
+    try:
+        peak = find_machine(machine).gpu.peak.si
+    except ConfigError:
+        return record
+    return record.model_copy(update={"pct_peak": 100 * rate * 1e12 / peak})
+
+
+def _losses_compared(manifest: Manifest, found: list[tuple[Collected, Work | None]]) -> list[Collected]:
+    """Of small work, as axonn run compares it."""
+    small = [
+        (i, function_of(work.config), one.record)
+        for i, (one, work) in enumerate(found)
+        if isinstance(work, SmallWork) and one.record is not None
+    ]
+    records = with_losses_compared([(function, record) for _, function, record in small], _tolerance(manifest))
+    collected = [one for one, _ in found]
+    for (i, _, _), record in zip(small, records, strict=True):
+        collected[i] = replace(collected[i], record=record)
+    return collected
+
+
+def _tolerance(manifest: Manifest) -> float:
+    try:
+        policy = load_experiment(ROOT / "experiments" / f"{manifest.experiment}.yaml").policy
+    except ConfigError:
+        return _TOLERANCE
+    return _TOLERANCE if policy is None else policy.loss_tolerance

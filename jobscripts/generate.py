@@ -1,0 +1,341 @@
+"""Job scripts of an experiment for a machine: what is written, and a manifest with a hash of every file.
+
+The same experiment, site and versions give the same bytes: nothing here reads a clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError, TemplateSyntaxError
+from pydantic import AfterValidator, Field, ValidationError
+
+from axonn.config import StrictModel
+from axonn.errors import ConfigError, RecordError
+from experiments.cluster_work import SmallWork
+from experiments.framework import ClusterWork, Launch
+from experiments.trail import STOPPED
+from jobscripts.launchers import Launcher
+from jobscripts.schedulers import Resources, Scheduler
+from jobscripts.site import Site, as_shell, as_words, in_quotes
+from jobscripts.system import System
+
+TEMPLATES = Path(__file__).parent / "templates"
+MANIFEST = "manifest.json"
+SCHEMA = "axonn-jobs/1"
+_CHANGED_BY_SETUP = ("PATH", "LD_LIBRARY_PATH")
+"""What modules and activated environments set, beside what the job exports."""
+
+
+_OF_EVERY_JOB = ("job.sh", "rank.sh", "work.json")
+
+
+def is_plain(name: str) -> bool:
+    """Whether it can be the name of a file or folder, here and in every shell."""
+    return re.fullmatch(r"[A-Za-z0-9._-]+", name) is not None and name not in {".", ".."}
+
+
+def _checked_name(name: str) -> str:
+    if not is_plain(name):
+        raise ValueError(f"{name!r} is no name of a folder: it may have letters, digits, '.', '_' and '-'")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_checked_name)]
+
+
+class JobEntry(StrictModel):
+    """One job of a manifest. `files`: sha256 of each, by its path from the manifest."""
+
+    name: Name
+    point: str
+    framework: str
+    """Label, as in records."""
+    adapter: str
+    nodes: int
+    gpus: int
+    node_hours: float
+    """At most."""
+    files: dict[str, str]
+
+    def model_post_init(self, context: Any) -> None:
+        if missing := [name for name in _OF_EVERY_JOB if f"{self.name}/{name}" not in self.files]:
+            raise ValueError(f"the files of {self.name} lack {', '.join(missing)}")
+        for path in self.files:
+            folder, _, name = path.partition("/")
+            if folder != self.name or not is_plain(name):
+                raise ValueError(f"{path!r} is no file of the job {self.name}")
+
+
+class Manifest(StrictModel):
+    """All jobs of a folder."""
+
+    schema_: Literal["axonn-jobs/1"] = Field(default="axonn-jobs/1", alias="schema")
+    experiment: Name
+    machine: Name
+    scheduler: str
+    launcher: str
+    command: str
+    jobs: list[JobEntry]
+    files: dict[str, str] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A point to be run on a cluster. `adapter`: name of the adapter; of small work, of the framework."""
+
+    name: str
+    framework: str
+    adapter: str
+    work: ClusterWork | SmallWork
+    launch: Launch
+    resources: Resources
+
+
+def write_jobs(
+    jobs: Sequence[Job],
+    folder: Path,
+    *,
+    experiment: str,
+    command: str,
+    system: System,
+    site: Site,
+    scheduler: Scheduler,
+    launcher: Launcher,
+    templates: Path | None = None,
+) -> Manifest:
+    """Write every job into a folder of its own, a script that submits all, and the manifest.
+
+    `templates`: a folder with changed copies of ours, which stand in for those that it lacks. Raises `ConfigError`
+    when the folder has other files, so that nothing of the user's is overwritten, and where a template or a name is
+    wrong; then nothing is written.
+    """
+    _check_names(jobs, experiment=experiment, machine=system.machine)
+    _check_free(folder, jobs)
+    environment = _environment(templates)
+    contents: dict[str, str] = {}
+    entries = []
+    for job in jobs:
+        files = _files_of(job, environment, system=system, site=site, scheduler=scheduler, launcher=launcher)
+        contents |= {f"{job.name}/{name}": content for name, content in files.items()}
+        entries.append(
+            JobEntry(
+                name=job.name,
+                point=job.work.name,
+                framework=job.framework,
+                adapter=job.adapter,
+                nodes=job.resources.nodes,
+                gpus=job.work.gpus,
+                node_hours=round(job.resources.node_hours, 3),
+                files={f"{job.name}/{name}": _hash(content) for name, content in sorted(files.items())},
+            )
+        )
+    submit = shlex.join(scheduler.submit("job.sh"))
+    everything = _rendered(environment, "submit-all.sh.j2", jobs=[j.name for j in jobs], submit=submit)
+    manifest = Manifest(
+        experiment=experiment,
+        machine=system.machine,
+        scheduler=scheduler.name,
+        launcher=launcher.name,
+        command=command,
+        jobs=entries,
+        files={"submit-all.sh": _hash(everything)},
+    )
+    text = json.dumps(manifest.model_dump(mode="json", by_alias=True), indent=1)
+    for name, content in {**contents, "submit-all.sh": everything, MANIFEST: text + "\n"}.items():
+        _write(folder / name, content)
+    return manifest
+
+
+def _environment(folder: Path | None) -> Environment:
+    """Templates of `folder`, and ours where it has none of that name."""
+    ours = sorted(path.name for path in TEMPLATES.glob("*.j2"))
+    if folder is not None and not any((folder / name).is_file() for name in ours):
+        raise ConfigError(f"{folder}: has no template; copy what you want to change of {TEMPLATES}: {', '.join(ours)}")
+    return Environment(
+        loader=FileSystemLoader([*([] if folder is None else [folder]), TEMPLATES]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+
+
+def _rendered(environment: Environment, name: str, **values: Any) -> str:
+    try:
+        return environment.get_template(name).render(values)
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"{error.filename}, line {error.lineno}: {error.message}; correct the template") from error
+    except TemplateError as error:
+        raise ConfigError(
+            f"{name}: {error.message}; what a template may use is in the one that comes with the suite"
+        ) from error
+
+
+def _check_names(jobs: Iterable[Job], *, experiment: str, machine: str) -> None:
+    """Raises `ConfigError` for what would be no name of a file, or a line of its own in a script."""
+    for what, name in [("experiment", experiment), ("machine", machine), *(("job", job.name) for job in jobs)]:
+        if not is_plain(name):
+            raise ConfigError(f"{what} {name!r}: name it with letters, digits, '.', '_' and '-' alone")
+    for job in jobs:
+        for label in (job.work.name, job.framework):
+            if any(unicodedata.category(letter) in {"Cc", "Zl", "Zp"} for letter in label):
+                raise ConfigError(f"{job.name}: the label {label!r} has control characters; write it in one line")
+        if wrong := [name for name in job.launch.files if not is_plain(name)]:
+            raise ConfigError(f"{job.name}: its launch has a file {wrong[0]!r}; give it a plain name")
+
+
+def title_of(job: Job) -> str:
+    """In one line, whatever its labels have."""
+    size = f"{_count(job.work.gpus, 'rank')}, {_count(job.resources.nodes, 'node')}"
+    return " ".join(f"{job.framework}: {job.work.name} on {size}".split())
+
+
+def _check_free(folder: Path, jobs: Iterable[Job]) -> None:
+    if not folder.exists():
+        return
+    ours = {MANIFEST, "submit-all.sh", *(job.name for job in jobs)}
+    if (folder / MANIFEST).exists():
+        ours |= {entry.name for entry in load_manifest(folder).jobs}
+    if strangers := sorted(path.name for path in folder.iterdir() if path.name not in ours):
+        raise ConfigError(f"{folder}: has other files ({', '.join(strangers[:3])}); choose an empty folder with --out")
+    started = [path.parent.name for path in folder.glob("*/run")]
+    if started:
+        raise ConfigError(f"{folder}: {', '.join(sorted(started)[:3])} ran already; choose another folder with --out")
+
+
+def _files_of(
+    job: Job, environment: Environment, *, system: System, site: Site, scheduler: Scheduler, launcher: Launcher
+) -> dict[str, str]:
+    """Contents by name."""
+    common: dict[str, Any] = {
+        "OMP_NUM_THREADS": job.resources.cores_per_rank,
+        **system.environment,
+        **(system.mpi_on_device if job.launch.mpi_on_device else {}),
+        **job.launch.environment,
+    }
+    # The site's own may use each other, so they keep their order.
+    exports = {name: common[name] for name in sorted(common) if name not in site.environment} | site.environment
+    described = sorted({*exports, "MASTER_ADDR", "MASTER_PORT"})
+    # The machine's options are those of its own launcher.
+    own = system.launcher_options if launcher.name == system.launcher else []
+    options = [word for option in [*own, *site.launcher_options] for word in shlex.split(option)]
+    forwarded = launcher.forwarded(sorted({*described, *_CHANGED_BY_SETUP, "ATTEMPT"}))
+    body = {
+        **scheduler.variables,
+        "nodes": scheduler.variables["nodes"] + (" | tail -n +2" if launcher.launch_node else ""),
+        "title": title_of(job),
+        "directives": scheduler.directives(job.resources),
+        "modules": [as_words(names.split()) for names in site.modules],
+        "setup": site.setup,
+        "exports": as_shell(exports),
+        "variables": "|".join(described),
+        "grace": job.resources.warn_seconds // 2,
+        "stop_signal": job.launch.stop_signal,
+        "stopped": STOPPED,
+        "files": sorted(job.launch.files),
+        "command": as_words([*launcher.command(job.resources, options), *forwarded]),
+    }
+    program = site.programs.get(job.adapter)
+    rank = {
+        "clocks": system.clocks,
+        "variables": launcher.variables,
+        "program": None if program is None else in_quotes(program),
+        "command": as_words([*site.container, *_placed(job.launch.command, program)]),
+    }
+    work = {
+        "schema": SCHEMA,
+        "adapter": job.adapter,
+        "framework": job.framework,
+        "machine": system.machine,
+        "notes": list(job.launch.notes),
+        **_plain(job.work),
+    }
+    return {
+        "job.sh": _rendered(environment, "job.sh.j2", **body),
+        "rank.sh": _rendered(environment, "rank.sh.j2", **rank),
+        "work.json": json.dumps(work, indent=1) + "\n",
+        **job.launch.files,
+    }
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def is_script(word: str) -> bool:
+    """Whether a word of a launch is a script that lies in the folder of its framework."""
+    return word.endswith(".py") and "/" not in word
+
+
+def _placed(command: Sequence[str], program: str | None) -> list[str]:
+    """The command with its script in the program's folder."""
+    if program is None:
+        return list(command)
+    return [f"$program/{word}" if is_script(word) else word for word in command]
+
+
+def _plain(work: ClusterWork | SmallWork) -> dict[str, Any]:
+    """As JSON; which kind it is, is its key."""
+    if isinstance(work, SmallWork):
+        config = work.config.model_dump(mode="json")
+        return {"small": {"name": work.name, "config": config, "warmup_batches": work.warmup_batches}}
+    return {
+        "work": {
+            "name": work.name,
+            "model": work.model.model_dump(mode="json"),
+            "strategy": work.strategy.model_dump(mode="json"),
+            "batch_size": work.batch_size,
+            "steps": work.steps,
+            "gpus": work.gpus,
+            "gpus_per_node": work.gpus_per_node,
+            "gradient_clipping": work.gradient_clipping,
+            "data": work.data,
+        }
+    }
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Of a folder that `write_jobs` wrote. Raises `RecordError` naming what is wrong."""
+    path = folder / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read: {error}; is this the folder that axonn jobs wrote?") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise RecordError(f"{path}: '{place}': {first['msg']}; write the jobs anew with axonn jobs") from error
+
+
+def changed_files(folder: Path, files: Mapping[str, str]) -> list[str]:
+    """Those that are not what the manifest says, or are gone."""
+    found = []
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file() or hash_of(path) != expected:
+            found.append(name)
+    return found
+
+
+def _write(path: Path, content: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+
+
+def hash_of(path: Path) -> str:
+    """sha256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _hash(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()

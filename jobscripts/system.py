@@ -1,0 +1,85 @@
+"""How jobs are run on a machine: its scheduler, its launcher, and what its ranks need in their environment.
+
+One file of jobscripts/systems for each machine of experiments/machines; a site file goes over it.
+"""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from axonn.config import StrictModel, load_yaml
+from axonn.errors import ConfigError
+
+FOLDER = Path(__file__).parent / "systems"
+
+
+class System(StrictModel):
+    """What all users of a machine share."""
+
+    machine: str
+    """Its name in records. Published points are checked against the machine of this name in experiments/machines."""
+    scheduler: str
+    launcher: str
+    needs: list[str] = []
+    """Keys of the site file without which the scheduler takes no job."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """What the ranks compute on; for cpu no GPUs are asked for."""
+    ranks_per_node: int | None = Field(default=None, ge=1)
+    """Default: a rank for each GPU of a node."""
+    nodes: int | None = Field(default=None, ge=1)
+    """As many as a job may have. Default: all of the machine."""
+    cores_per_rank: int = Field(ge=1)
+    """Cores that a rank has to itself."""
+    constraint: str | None = None
+    options: list[str] = []
+    """For the scheduler."""
+    launcher_options: list[str] = []
+    environment: dict[str, str] = {}
+    mpi_on_device: dict[str, str] = {}
+    """Further environment of what gives MPI buffers that lie on GPUs."""
+    provide: dict[str, str] = {}
+    """What a site file has to bring, by a word that its modules, setup or environment then have; else it is said."""
+    queue_is: Literal["partition", "qos"] = "partition"
+    """What users of a Slurm machine mean by a queue: a partition, or a quality of service."""
+    clocks: str | None = None
+    """Command that prints the state of a node's GPUs."""
+    source: str
+    """Where these settings come from."""
+
+    @field_validator("options", "launcher_options")
+    @classmethod
+    def _are_options(cls, value: list[str]) -> list[str]:
+        for option in value:
+            if not (option.startswith("-") and option.isprintable()):
+                raise ValueError(f"{option!r} is no option; write one a line, as '--exclusive' or '-R rusage[mem=1]'")
+        return value
+
+    @field_validator("environment", "mpi_on_device")
+    @classmethod
+    def _are_lines(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, text in value.items():
+            if not re.fullmatch(r"[A-Za-z_]\w*", name, flags=re.ASCII):
+                raise ValueError(f"{name!r} is no name of a variable")
+            if not text.isprintable():
+                raise ValueError(f"{name}: {text!r} is more than one line, or has control characters")
+        return value
+
+
+def systems() -> list[str]:
+    """Machines that jobs can be written for."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_system(name: str) -> System:
+    """Of a machine by name, or a file by path. Raises `ConfigError` with the nearest name."""
+    path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
+    if not path.exists():
+        near = get_close_matches(name, systems(), n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"there is no machine '{name}' to write jobs for; {hint}known are {', '.join(systems())}")
+    return load_yaml(path, System)
