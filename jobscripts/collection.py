@@ -12,7 +12,7 @@ from typing import Any
 from axonn.config import GPTConfig, StrictModel, TrainConfig, UNetConfig, validate
 from axonn.errors import AxonnError, ConfigError, RecordError
 from axonn.perf.strategy import Strategy
-from axonn.records import Failure, Record, write_records
+from axonn.records import Failure, Record, read_records, write_records
 from experiments import runner
 from experiments.cluster_work import SmallWork, record_of
 from experiments.definition import ROOT, find_machine, load_experiment, slug
@@ -20,8 +20,8 @@ from experiments.framework import ClusterWork, PrintedRun, load_adapter, load_fr
 from experiments.outcome import Outcome, outcome_of, steady
 from experiments.run_record import function_of, left_by_ranks, readable_spans, run_record, with_losses_compared
 from experiments.trail import SPEC
-from jobscripts.attempts import attempts, in_order
-from jobscripts.described import Described, described
+from jobscripts.attempts import ENDED, attempts, in_order
+from jobscripts.described import Described, changes, described
 from jobscripts.endings import failure_of_job, not_yet
 from jobscripts.generate import SCHEMA, JobEntry, Manifest, changed_files, hash_of, load_manifest
 from jobscripts.submission import Standing, standings
@@ -37,12 +37,14 @@ Work = ClusterWork | SmallWork
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
-    """Of one job: its record, or why it has none. `broken`: what it left cannot be read."""
+    """Of one job: its record, or why it has none. `broken`: what it left cannot be read; `hidden`: its failure is not
+    among the results, which keep the time of an earlier run."""
 
     entry: JobEntry
     record: Record | None
     why: str = ""
     broken: bool = False
+    hidden: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +68,19 @@ class _Run:
         path = self.folder / SPEC
         return json.loads(path.read_bytes()) if f"{self.folder.name}/{SPEC}" in self.standing.entry.files else None
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether its ranks compute on processors."""
+        return (spec := self.spec) is not None and spec["device"] == "cpu"
+
     def about(self) -> Described:
-        spec = self.spec
-        return described(
-            self.starts, machine=self.manifest.machine, on_cpu=spec is not None and spec["device"] == "cpu"
-        )
+        return described(self.starts, machine=self.manifest.machine, on_cpu=self.on_cpu)
+
+    def noted(self, record: Record) -> Record:
+        """The record with what changed between the starts."""
+        adapter = self.standing.entry.adapter.partition("/")[0]
+        said = changes(self.starts, adapter=adapter, machine=self.manifest.machine, on_cpu=self.on_cpu)
+        return record.model_copy(update={"note": "; ".join(filter(None, (record.note, said))) or None})
 
 
 def collect(folder: Path, *, results: Path, command: str) -> list[Collected]:
@@ -93,13 +103,24 @@ def collect(folder: Path, *, results: Path, command: str) -> list[Collected]:
             why = f"{folder / entry.name}: what it left cannot be read: {type(error).__name__}: {error}"
             found.append((Collected(entry=entry, record=None, why=why, broken=True), None))
     compared = _losses_compared(manifest, found)
-    for one in compared:
+    for i, one in enumerate(compared):
         if one.record is not None:
             name = f"{manifest.experiment}-{slug(manifest.machine)}-{one.entry.name}-{_mark(manifest, one.entry)}.json"
-            write_records(results / name, [one.record])
+            if one.record.failure is not None and _has_time(results / name):
+                compared[i] = replace(one, hidden=True)
+            else:
+                write_records(results / name, [one.record])
             if (run := folder / one.entry.name / "run").is_dir():
                 write_records(run / RECORD, [one.record])
     return compared
+
+
+def _has_time(path: Path) -> bool:
+    """Whether a run was whole before, in a copy of the folder or before it was submitted anew: no failure hides it."""
+    try:
+        return all(record.failure is None for record in read_records(path))
+    except RecordError:
+        return False
 
 
 def _mark(manifest: Manifest, entry: JobEntry) -> str:
@@ -119,7 +140,7 @@ def _collected(manifest: Manifest, standing: Standing, folder: Path, command: st
         manifest=manifest, standing=standing, folder=job, work=work, starts=in_order(attempts(job)), command=command
     )
     record = _small_record(run, work) if isinstance(work, SmallWork) else _published_record(run, work)
-    return Collected(entry=entry, record=record), work
+    return Collected(entry=entry, record=run.noted(record)), work
 
 
 def _check_files(folder: Path, entry: JobEntry) -> None:
@@ -158,6 +179,10 @@ def _sums(start: Path, *, newest: bool) -> Iterator[tuple[Path, str]]:
     """Files of the run folder with the sha256 that they had when an attempt ended; a later one changes all but those of
     the attempt's own folder."""
     path = start / SUMS
+    if (start / ENDED).exists() and not path.is_file():
+        raise RecordError(
+            f"{path} is gone: whether what the job left was changed is not known; put it back, or submit the job again"
+        )
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     for line in lines:
         expected, _, name = line.partition(" ")

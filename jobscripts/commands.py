@@ -183,6 +183,7 @@ def collect(folder: JobFolder) -> None:
             said, colour = one.why, "red" if one.broken else ""
         elif record.failure is not None:
             said, colour = f"{record.failure.cause}: {record.failure.detail}", "red"
+            said += "; the results keep the time of an earlier run" if one.hidden else ""
         else:
             said, colour = f"{record.batch_time_s:.3f} s per batch", ""
         console.print(f"{one.entry.name}: {said}", style=colour, markup=False, highlight=False, soft_wrap=True)

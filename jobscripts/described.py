@@ -59,6 +59,20 @@ def described(starts: Sequence[Path], *, machine: str, on_cpu: bool) -> Describe
     )
 
 
+def changes(starts: Sequence[Path], *, adapter: str, machine: str, on_cpu: bool) -> str | None:
+    """What the attempts of a run do not have in common, in words; of one that did not write it, nothing is known."""
+    each = [described([start], machine=machine, on_cpu=on_cpu) for start in starts]
+    had = {
+        "commit": [one.machine.commit for one in each],
+        "device": [one.machine.device for one in each],
+        "Python": [one.machine.python for one in each],
+        "versions": [one.version(adapter) if one.packages else None for one in each],
+    }
+    distinct = {name: list(dict.fromkeys(filter(None, values))) for name, values in had.items()}
+    said = [f"{name} {', then '.join(values)}" for name, values in distinct.items() if len(values) > 1]
+    return f"its starts differ: {'; '.join(said)}" if said else None
+
+
 def _gpu(lines: Sequence[str]) -> str | None:
     """Name of the first GPU, of what nvidia-smi printed: index, name, clocks."""
     for line in lines:

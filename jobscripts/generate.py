@@ -85,7 +85,8 @@ class Manifest(StrictModel):
     launcher: str
     command: str
     jobs: list[JobEntry]
-    files: dict[str, str] = {}
+    files: dict[Name, str] = {}
+    """sha256 of those that are of no job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +139,7 @@ def write_jobs(
                 files={f"{job.name}/{name}": _hash(content) for name, content in sorted(files.items())},
             )
         )
-    submit = shlex.join(scheduler.submit("job.sh"))
+    submit = shlex.join(scheduler.submit("job.sh")) + (" < job.sh" if scheduler.reads_script else "")
     everything = _rendered(environment, "submit-all.sh.j2", jobs=[j.name for j in jobs], submit=submit)
     manifest = Manifest(
         experiment=experiment,
@@ -243,12 +244,14 @@ def _files_of(
         "stop_signal": job.launch.stop_signal,
         "stopped": STOPPED,
         "files": sorted(job.launch.files),
+        "inside": "".join(f"{word} " for word in [as_words(site.container)] if word),
         "command": as_words([*launcher.command(job.resources, options), *forwarded]),
     }
     program = site.programs.get(job.adapter)
     rank = {
         "clocks": system.clocks,
         "variables": launcher.variables,
+        "sees_one_gpu": system.sees_one_gpu and job.resources.gpus_per_node > 0 and launcher.name == system.launcher,
         "program": None if program is None else in_quotes(program),
         "command": as_words([*site.container, *_placed(job.launch.command, program)]),
     }

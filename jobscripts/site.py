@@ -10,14 +10,24 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from axonn.config import StrictModel, load_yaml
 from axonn.errors import ConfigError
 
 _TIME = re.compile(r"(\d+):([0-5]\d)(?::([0-5]\d))?")
+
+
+def _checked_option(text: str) -> str:
+    if not (text.startswith("-") and text.isprintable()):
+        raise ValueError(f"{text!r} is no option; write one a line, as '--exclusive' or '-R rusage[mem=1]'")
+    return text
+
+
+Option = Annotated[str, AfterValidator(_checked_option)]
+"""Of a scheduler or a launcher, as on its command line: no second line comes into a script with it."""
 
 
 class Site(StrictModel):
@@ -33,9 +43,9 @@ class Site(StrictModel):
     """Of one job, hours:minutes or hours:minutes:seconds."""
     warn: str = "0:05"
     """So long before the wall limit a job is told to save what it has; a batch and a checkpoint have half of it."""
-    options: list[str] = []
+    options: list[Option] = []
     """Further options for the scheduler, one each, as on its command line."""
-    launcher_options: list[str] = []
+    launcher_options: list[Option] = []
     """Further options for what starts the ranks, as on its command line."""
     modules: list[str] = []
     """Loaded in this order, after the ones that are there were removed."""
@@ -58,16 +68,8 @@ class Site(StrictModel):
     @field_validator("account", "queue", "constraint")
     @classmethod
     def _is_word(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"\S+", value):
-            raise ValueError(f"'{value}' is not one word, which is all that a scheduler takes here")
-        return value
-
-    @field_validator("options")
-    @classmethod
-    def _are_options(cls, value: list[str]) -> list[str]:
-        for option in value:
-            if not re.fullmatch(r"-.*", option):
-                raise ValueError(f"'{option}' is no option; write one a line, as '--exclusive' or '-R rusage[mem=1]'")
+        if value is not None and not (re.fullmatch(r"\S+", value) and value.isprintable()):
+            raise ValueError(f"{value!r} is not one word, which is all that a scheduler takes here")
         return value
 
     @field_validator("data")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from jobscripts.schedulers import Scheduler, State, Status, load_scheduler
 
 SUBMITTED = "submitted.json"
 """Ids of every job that was handed in, by its name, the newest last."""
+LOCK = ".lock"
+"""In the run folder: locked as long as a job's script lives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,7 @@ def to_submit(folder: Path, *, only: Sequence[str] = (), again: bool = False) ->
                 f"{entry.name} may still wait or run as job {standing.id}, and the scheduler does not answer "
                 f"({standing.silence}); submit when it does"
             )
-        if changed := changed_files(folder, entry.files):
+        if changed := changed_files(folder, entry.files | manifest.files):
             raise LaunchError(f"{folder / changed[0]} was changed since axonn jobs wrote it; write the jobs anew")
         found.append(entry.name)
     return found
@@ -131,8 +134,9 @@ def _submit(
     done: list[tuple[str, str]] = []
     ended = {one.entry.name for one in standings(folder) if one.finished} if again else set()
     for name in names:
-        aside = _put_aside(folder / name / "run") if name in ended else None
+        aside = None
         try:
+            aside = _put_aside(folder / name / "run") if name in ended else None
             job = _hand_in(scheduler, folder / name)
         except LaunchError as error:
             if aside is not None and not (folder / name / "run").exists():
@@ -158,9 +162,19 @@ def _check_names(manifest: Manifest, only: Sequence[str]) -> None:
 
 
 def _put_aside(run: Path) -> Path | None:
-    """A finished run's folder under another name, so that the job begins anew."""
+    """A finished run's folder under another name, so that the job begins anew.
+
+    Raises `LaunchError` while a start, perhaps one by hand, is at work in it.
+    """
     if not run.exists():
         return None
+    with contextlib.suppress(FileNotFoundError), open(run / LOCK, "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LaunchError(f"a start of this job still runs in {run}; wait for its end, or cancel it") from error
+        except OSError:
+            pass  # A file system without locks.
     number = 1
     while (path := run.with_name(f"run-{number}")).exists():
         number += 1
@@ -172,7 +186,8 @@ def _hand_in(scheduler: Scheduler, folder: Path) -> str:
     command = scheduler.submit("job.sh")
     before = attempts(folder)
     try:
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        with open(folder / "job.sh" if scheduler.reads_script else os.devnull, "rb") as script:
+            result = subprocess.run(command, cwd=folder, stdin=script, capture_output=True, text=True, check=False)
     except OSError as error:
         raise LaunchError(
             f"{command[0]} cannot be started: {error}; is this a node where jobs are submitted?"

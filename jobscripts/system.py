@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 
 from axonn.config import StrictModel, load_yaml
 from axonn.errors import ConfigError
+from jobscripts.site import Option
 
 FOLDER = Path(__file__).parent / "systems"
 
@@ -36,9 +37,11 @@ class System(StrictModel):
     cores_per_rank: int = Field(ge=1)
     """Cores that a rank has to itself."""
     constraint: str | None = None
-    options: list[str] = []
+    options: list[Option] = []
     """For the scheduler."""
-    launcher_options: list[str] = []
+    launcher_options: list[Option] = []
+    sees_one_gpu: bool = False
+    """Whether these options leave each rank a GPU that it alone sees, whatever its number on the node."""
     environment: dict[str, str] = {}
     mpi_on_device: dict[str, str] = {}
     """Further environment of what gives MPI buffers that lie on GPUs."""
@@ -50,14 +53,6 @@ class System(StrictModel):
     """Command that prints the state of a node's GPUs."""
     source: str
     """Where these settings come from."""
-
-    @field_validator("options", "launcher_options")
-    @classmethod
-    def _are_options(cls, value: list[str]) -> list[str]:
-        for option in value:
-            if not (option.startswith("-") and option.isprintable()):
-                raise ValueError(f"{option!r} is no option; write one a line, as '--exclusive' or '-R rusage[mem=1]'")
-        return value
 
     @field_validator("environment", "mpi_on_device")
     @classmethod

@@ -15,7 +15,7 @@ from experiments.definition import ROOT, load_experiment
 from experiments.framework import load_adapter, load_framework
 from experiments.launched import launch_worker
 from experiments.runner import measured_work
-from jobscripts.generate import Job, write_jobs
+from jobscripts.generate import Job, hash_of, write_jobs
 from jobscripts.launchers import load_launcher
 from jobscripts.schedulers import Resources, load_scheduler
 from jobscripts.site import Site
@@ -110,6 +110,7 @@ def attempt(
     if reason is not None:
         said = json.dumps({"job": str(number), "status": status, "reason": reason}) + "\n"
         (path / "ended.json").write_text(said if ended is None else ended)
+        (path / "sha256.txt").write_text(f"{hash_of(path / 'output.txt')}  {path.name}/output.txt\n")
     old(folder)
     return path
 

@@ -464,7 +464,10 @@ def test_a_log_may_be_cut_anywhere(tmp_path_factory: pytest.TempPathFactory, whi
     if which != "axonn":
         job = fig6_published({"megatron": "Megatron-LM", "deepspeed": "DeepSpeed"}[which], which)
     folder = written(base / "jobs", [job], machine="four-nodes" if which == "axonn" else "summit")
-    path = attempt(folder, job, output="\n".join([*START, *printed(11), DONE]) + "\n") / "output.txt"
+    start = attempt(folder, job, output="\n".join([*START, *printed(11), DONE]) + "\n")
+    path = start / "output.txt"
+    # The job's own sums are of what was cut.
+    (start / "sha256.txt").write_text("")
     if which == "axonn":
         path = trail(folder, job) / "batches.jsonl"
     whole = only(folder)
@@ -486,7 +489,7 @@ def test_a_log_may_be_cut_anywhere(tmp_path_factory: pytest.TempPathFactory, whi
 
 
 @FEW
-@given(names=st.sets(st.sampled_from(["output.txt", "started.txt", "versions.txt", "nodes.txt", "ended.json", "."])))
+@given(names=st.sets(st.sampled_from(["sha256.txt", "started.txt", "versions.txt", "nodes.txt", "ended.json", "."])))
 def test_what_is_missing_of_an_attempt_costs_no_more_than_that(names: set[str]) -> None:
     with tempfile.TemporaryDirectory() as place:
         job = small_job("tiny-1r", "axonn", tiny(inter=1, steps=11))
@@ -502,10 +505,54 @@ def test_what_is_missing_of_an_attempt_costs_no_more_than_that(names: set[str]) 
         if "." in names:
             assert found.record is None
             assert found.why == "was not submitted"
+        elif "sha256.txt" in names and "ended.json" not in names:
+            assert found.broken
+            assert "sha256.txt is gone: whether what the job left was changed is not known" in found.why
         else:
             assert found.record is not None
             assert found.record.batch_time_s == 1.0
             assert (found.record.created is None) == ("started.txt" in names)
+
+
+def test_a_failure_hides_no_time_of_an_earlier_run(small: Small) -> None:
+    folder, job = small
+    attempt(folder, job)
+    trail(folder, job)
+    whole = only(folder)
+    copy = folder.with_name("copy")
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / job.name / "run")
+    attempt(copy, job, reason="failed", status=1)
+    (failed,) = gather(copy)
+    assert failed.record is not None
+    assert failed.record.failure is not None
+    assert failed.hidden
+    (path,) = (folder.parent / "measured").glob("*.json")
+    assert read_records(path) == [whole]
+    # The next time is one again.
+    attempt(copy, job, number=2)
+    trail(copy, job)
+    (later,) = gather(copy)
+    assert not later.hidden
+    assert read_records(path) == [later.record]
+
+
+def test_starts_that_differ_are_named(small: Small) -> None:
+    folder, job = small
+    first = attempt(folder, job, number=1, reason="wall-limit", status=75)
+    attempt(folder, job, number=2)
+    trail(folder, job)
+    assert only(folder).note is None
+    (first / "commit.txt").write_text("ba9876543210\n")
+    (first / "versions.txt").write_text("Python 3.12.1\naxonn-reproduction==0.1.0\ntorch==2.5.0\n")
+    note = only(folder).note
+    assert note is not None
+    assert "its starts differ: commit ba9876543210, then 0123456789ab; Python 3.12.1, then 3.11.4" in note
+    assert "torch 2.5.0, then" in note
+    # Of a start that could not write it, nothing is known.
+    (first / "commit.txt").unlink()
+    (first / "versions.txt").unlink()
+    assert only(folder).note is None
 
 
 def test_no_jobs_at_all(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments.definition import HERE, load_experiment
+from experiments.definition import HERE, ROOT, load_experiment
 from jobscripts.launchers import launcher_names
 from jobscripts.points import Planned, node_hours, plan_jobs
 from jobscripts.schedulers import scheduler_names
+from jobscripts.site import load_site
 from jobscripts.system import load_system, systems
-from tests.cluster_jobs import FEW, planned, planned_small, site, write
+from tests.cluster_jobs import FEW, few, planned, planned_small, site, write
 from tests.scheduler_options import read_script, requested
 
 # The ranks of fig5 and fig7 do not fill Summit's nodes of 6 GPUs (tests of refusals have fig5).
@@ -40,6 +42,18 @@ def check_shell(folder: Path) -> None:
     # SC1091: what the site's setup reads is on the cluster.
     checked = subprocess.run([shellcheck, "--exclude=SC1091", *scripts], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout
+
+
+def test_the_site_file_of_the_readme(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(# my-site.yaml\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "my-site.yaml").write_text(text)
+    own, system = load_site(tmp_path / "my-site.yaml"), load_system("summit")
+    own.require(system.needs, where="README.md", machine="summit")
+    plan = plan_jobs(few("fig6"), system=system, site=own)
+    plan.require(own, where="README.md")
+    assert plan.warnings == []
+    write(plan, tmp_path / "jobs", machine="summit", own=own)
+    check_shell(tmp_path / "jobs")
 
 
 def check_requests(plan: Planned, folder: Path, *, launcher: str, scheduler: str) -> None:

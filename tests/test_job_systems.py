@@ -68,6 +68,11 @@ def test_frontier(tmp_path: Path) -> None:
     assert {script.step[name][0] for name in ("--gpus-per-task", "--gpu-bind")} == {"1", "closest"}
     assert (script.step["--cpus-per-task"], exports["OMP_NUM_THREADS"], exports["FI_CXI_ATS"]) == (["7"], "7", "0")
     assert script.job["--partition"] == ["regular"]
+    rank = (tmp_path / "gpt-12b-48-deepspeed" / "rank.sh").read_text()
+    # Only now is its one GPU the first; one rank of a node prints the clocks before.
+    assert rank.index('if [ "$LOCAL_RANK" -eq 0 ]') < rank.index("export LOCAL_RANK=0\n") < rank.index("cd run")
+    script_of("perlmutter", "gpt-12b-48-deepspeed", tmp_path / "all GPUs")
+    assert "LOCAL_RANK=0" not in (tmp_path / "all GPUs" / "gpt-12b-48-deepspeed" / "rank.sh").read_text()
 
 
 @pytest.mark.parametrize(("machine", "word"), [("frontier", "rccl"), ("perlmutter", "nccl")])

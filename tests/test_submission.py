@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from axonn.errors import LaunchError, RecordError
 from jobscripts.generate import MANIFEST, JobEntry, Manifest, hash_of
 from jobscripts.schedulers import load_scheduler
-from jobscripts.submission import SUBMITTED, standings, submit, submitted, to_submit
+from jobscripts.submission import LOCK, SUBMITTED, standings, submit, submitted, to_submit
 from jobscripts.watching import changes
 from tests.command_line import CommandLine
 
@@ -235,6 +236,19 @@ def test_a_finished_job_that_is_submitted_again_begins_anew(slurm: Site) -> None
         assert (job / f"run-{number}" / f"attempt-{number}" / "ended.json").exists()
 
 
+def test_a_job_does_not_begin_anew_while_a_start_of_it_is_at_work(slurm: Site) -> None:
+    slurm.prints("squeue", "")
+    slurm.ended("first", "1", "finished")
+    slurm.remember(first=["1"])
+    run = slurm.folder / "first" / "run"
+    with open(run / LOCK, "w") as script:
+        fcntl.flock(script, fcntl.LOCK_EX)
+        with pytest.raises(LaunchError, match=r"a start of this job still runs in .*/first/run; wait for its end"):
+            submit(slurm.folder, only=["first"], again=True)
+    assert run.exists()
+    assert len(submit(slurm.folder, only=["first"], again=True)) == 1
+
+
 def test_two_submit_at_once_hand_in_nothing_twice(slurm: Site) -> None:
     def second(name: str, job: str) -> None:
         with pytest.raises(LaunchError, match="another axonn submit is at work"):
@@ -297,7 +311,11 @@ def test_refusals(slurm: Site) -> None:
 
 def test_lsf_takes_jobs_and_forgets_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site(tmp_path, monkeypatch, "lsf")
-    site.program("bsub", 'n=$(ls "$LOG" | wc -l); touch "$LOG/$n"; echo "Job <$n> is submitted to queue <batch>."')
+    # Whatever a site set, it reads the lines of a script that comes in.
+    read = 'read -r word name; [ "$word" = echo ] || exit 1; '
+    site.program(
+        "bsub", read + 'n=$(ls "$LOG" | wc -l); touch "$LOG/$n"; echo "Job <$n> is submitted to queue <batch>."'
+    )
     assert submit(site.folder, only=["first", "second"]) == [("first", "0"), ("second", "1")]
     site.program("bjobs", "echo '1|RUN|a|b|c|0:25 L|-|-'; echo 'Job <0> is not found' >&2; exit 255")
     site.program("bhist", "echo 'No matching job found' >&2; exit 255")

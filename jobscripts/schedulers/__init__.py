@@ -68,6 +68,8 @@ class Scheduler(ABC):
     """Shell in a running job: id, nodes (a command that prints the name of each node once), submitted_from."""
     unknown_job: ClassVar[str] = ""
     """What is printed when a job that is asked for is long gone: that, too, is an answer."""
+    reads_script: ClassVar[bool] = False
+    """Whether `submit` takes the script from its standard input."""
     runs_at_once: ClassVar[bool] = False
     """Whether `submit` is the run itself, which ends when the job does."""
 

@@ -50,6 +50,8 @@ class Lsf(Scheduler):
     }
 
     unknown_job = "is not found"
+    # Of a script that is named bsub reads no #BSUB lines, but where a site set LSB_BSUB_PARSE_SCRIPT.
+    reads_script = True
 
     def directives(self, resources: Resources) -> list[str]:
         r = resources
@@ -69,7 +71,7 @@ class Lsf(Scheduler):
         return [f"#BSUB {line}" for line in [*lines, *r.options]]
 
     def submit(self, script: str) -> list[str]:
-        return ["bsub", script]
+        return ["bsub"]
 
     def job_id(self, printed: str) -> str:
         match = re.search(r"Job <(\d+)> is submitted", printed)

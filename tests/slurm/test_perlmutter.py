@@ -16,6 +16,7 @@ from jobscripts.points import plan_jobs
 from jobscripts.schedulers import load_scheduler
 from jobscripts.site import Site
 from jobscripts.system import load_system
+from tests import cluster_jobs
 from tests.slurm.cluster import PERLMUTTER, Cluster, cluster, unavailable
 
 pytestmark = pytest.mark.slurm
@@ -75,11 +76,18 @@ def test_scripts_are_accepted(perlmutter: Cluster, tmp_path: Path, site: str) ->
         assert "to start at" in said
 
 
-def test_every_size_of_figure_7_is_accepted(perlmutter: Cluster, tmp_path: Path) -> None:
-    # Its own points take minutes to plan; their jobs differ from these in their nodes alone.
-    (script, *_) = scripts("fig5", tmp_path, SITES["partition"])
-    for nodes in (8, 16, 32, 64, 1536):
-        assert tested(perlmutter, script, f"--nodes={nodes}")[0] == 0
+@pytest.mark.parametrize("experiment", ["fig3", "fig6", "fig7"])
+def test_scripts_of_every_framework_are_accepted(perlmutter: Cluster, tmp_path: Path, experiment: str) -> None:
+    plan = cluster_jobs.planned(experiment, "perlmutter")
+    cluster_jobs.write(plan, tmp_path, machine="perlmutter")
+    assert plan.jobs
+    for job in plan.jobs:
+        code, said = tested(perlmutter, tmp_path / job.name / "job.sh")
+        assert code == 0, f"{job.name}: {said}"
+        assert f"on nodes n[1-{job.resources.nodes}]" in said
+    # Figure 7's larger points differ in their nodes alone; all of them take minutes to plan.
+    for nodes in (32, 64, 1536):
+        assert tested(perlmutter, tmp_path / plan.jobs[0].name / "job.sh", f"--nodes={nodes}")[0] == 0
 
 
 @pytest.mark.parametrize(

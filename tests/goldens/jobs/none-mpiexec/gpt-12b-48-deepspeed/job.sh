@@ -80,8 +80,8 @@ export MASTER_ADDR MASTER_PORT ATTEMPT
 # What this run is, for whoever finds its folder.
 hostname > "$attempt/nodes.txt"
 date --utc +%FT%TZ > "$attempt/started.txt"
-{ python --version; python -m pip list --format=freeze; } > "$attempt/versions.txt" 2>&1
-python -c "from experiments.provenance import commit; print(commit() or '')" > "$attempt/commit.txt" 2>/dev/null
+{ apptainer exec --nv "--bind=$HOME/data:/data" 'my image.sif' python --version; apptainer exec --nv "--bind=$HOME/data:/data" 'my image.sif' python -m pip list --format=freeze; } > "$attempt/versions.txt" 2>&1
+apptainer exec --nv "--bind=$HOME/data:/data" 'my image.sif' python -c "from experiments.provenance import commit; print(commit() or '')" > "$attempt/commit.txt" 2>/dev/null
 (module list) > "$attempt/modules.txt" 2>&1
 env | grep -E '^(A_NOTE|LD_LIBRARY_PATH|MASTER_ADDR|MASTER_PORT|OMP_NUM_THREADS|PAMI_ENABLE_STRIPING|PAMI_IBV_ADAPTER_AFFINITY|PAMI_IBV_DEVICE_NAME|PAMI_IBV_DEVICE_NAME_1|ROOT)=' | sort > "$attempt/environment.txt"
 cp job.sh rank.sh work.json "$attempt/"
@@ -112,9 +112,9 @@ fi
 if [ "$status" -eq 75 ] && [ "$reason" = "failed" ]; then
     reason="cancelled"
 fi
+# By which axonn collect sees whether what the run left was changed since; there before it is said that the run ended.
+(cd run && sha256sum batches.jsonl rank-*.json "${attempt#run/}/output.txt") > "$attempt/sha256.txt" 2>/dev/null
 # Whole or not at all, whenever this script is killed.
 printf '{"job": "%s", "status": %d, "reason": "%s"}\n' "$job" "$status" "$reason" > "$attempt/.ended.json"
 mv "$attempt/.ended.json" "$attempt/ended.json"
-# By which axonn collect sees whether what the run left was changed since.
-(cd run && sha256sum batches.jsonl rank-*.json "${attempt#run/}/output.txt") > "$attempt/sha256.txt" 2>/dev/null
 exit "$status"

@@ -98,8 +98,8 @@ export MASTER_ADDR MASTER_PORT ATTEMPT
 # What this run is, for whoever finds its folder.
 scontrol show hostnames "$SLURM_JOB_NODELIST" > "$attempt/nodes.txt"
 date --utc +%FT%TZ > "$attempt/started.txt"
-{ python --version; python -m pip list --format=freeze; } > "$attempt/versions.txt" 2>&1
-python -c "from experiments.provenance import commit; print(commit() or '')" > "$attempt/commit.txt" 2>/dev/null
+{ apptainer exec --nv "--bind=$HOME/data:/data" 'my image.sif' python --version; apptainer exec --nv "--bind=$HOME/data:/data" 'my image.sif' python -m pip list --format=freeze; } > "$attempt/versions.txt" 2>&1
+apptainer exec --nv "--bind=$HOME/data:/data" 'my image.sif' python -c "from experiments.provenance import commit; print(commit() or '')" > "$attempt/commit.txt" 2>/dev/null
 (module list) > "$attempt/modules.txt" 2>&1
 env | grep -E '^(A_NOTE|CUDA_DEVICE_MAX_CONNECTIONS|FI_CXI_RDZV_EAGER_SIZE|FI_CXI_RDZV_GET_MIN|FI_CXI_RDZV_THRESHOLD|LD_LIBRARY_PATH|MASTER_ADDR|MASTER_PORT|NCCL_CROSS_NIC|NCCL_NET|NCCL_NET_GDR_LEVEL|NCCL_SOCKET_IFNAME|OMP_NUM_THREADS|ROOT)=' | sort > "$attempt/environment.txt"
 cp job.sh rank.sh work.json "$attempt/"
@@ -128,9 +128,9 @@ fi
 if [ "$status" -eq 75 ] && [ "$reason" = "failed" ]; then
     reason="cancelled"
 fi
+# By which axonn collect sees whether what the run left was changed since; there before it is said that the run ended.
+(cd run && sha256sum batches.jsonl rank-*.json "${attempt#run/}/output.txt") > "$attempt/sha256.txt" 2>/dev/null
 # Whole or not at all, whenever this script is killed.
 printf '{"job": "%s", "status": %d, "reason": "%s"}\n' "$job" "$status" "$reason" > "$attempt/.ended.json"
 mv "$attempt/.ended.json" "$attempt/ended.json"
-# By which axonn collect sees whether what the run left was changed since.
-(cd run && sha256sum batches.jsonl rank-*.json "${attempt#run/}/output.txt") > "$attempt/sha256.txt" 2>/dev/null
 exit "$status"
