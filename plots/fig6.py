@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 MARKERS = {"AxoNN": "o", "DeepSpeed": "s", "Megatron-LM": "^", "PyTorch 1F1B": "D"}
 OTHER_MARKERS = "vP<>Xp"
-MEASURED_LINES = (KINDS["measured"], (0, (3, 1, 1, 1)), (0, (5, 1, 1, 1, 1, 1)))
-"""Of the first machine whose measured points are drawn at the published scale, of the second, of the third."""
+MEASURED_LINES = (KINDS["measured"], (0, (3, 1, 1, 1)), (0, (7, 2)), (0, (1, 3)))
+FILLINGS = ("none", "left", "top", "right")
+"""Line and markers of the first machine whose measured points are drawn at the published scale, and of the others."""
 
 
 def extras(content: Content, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -78,6 +79,13 @@ def _draw_at_scale(upper: Axes, at_scale: Sequence[dict[str, Any]], looks: Looks
     machines = list(dict.fromkeys(machine_of(r) for r in at_scale if r["kind"] == "measured"))
     lines: dict[tuple[str, str], Any] = {(kind, ""): line for kind, line in KINDS.items() if kind != "measured"}
     lines |= dict(zip((("measured", name) for name in machines), cycle(MEASURED_LINES), strict=False))
+    fillings = dict(zip(machines, cycle(FILLINGS), strict=False))
+
+    def filled(kind: str, machine: str, colour: Any) -> dict[str, Any]:
+        filling = fillings.get(machine, "none")
+        if kind == "published" or filling == "none":
+            return {"markerfacecolor": colour if kind == "published" else "white"}
+        return {"fillstyle": filling, "markerfacecolor": colour, "markerfacecoloralt": "white"}
 
     def points(kind: str, machine: str, framework: str | None = None) -> list[tuple[int, float]]:
         return [
@@ -95,18 +103,16 @@ def _draw_at_scale(upper: Axes, at_scale: Sequence[dict[str, Any]], looks: Looks
                     color=looks.palette[framework],
                     marker=looks.markers[framework],
                     markersize=5,
-                    markerfacecolor=looks.palette[framework] if kind == "published" else "white",
                     linewidth=1.1,
+                    **filled(kind, machine, looks.palette[framework]),
                 )
     names = {r["gpus"]: r["model"].removeprefix("gpt-").upper() for r in at_scale}
     upper.set_xscale("log", base=2)
     upper.set_xticks(list(names), [f"{gpus}\n{name}" for gpus, name in names.items()])
     upper.minorticks_off()
     upper.set_ylim(bottom=0)
-    if machines:
-        # Above the points there is room for the names of machines.
-        upper.set_ylim(top=1.4 * max(r["batch_time_s"] for r in at_scale))
-    upper.set(xlabel="GPUs of Summit, model", ylabel="seconds per batch", title="At the published scale")
+    ranks = "GPUs" if machines else "GPUs of Summit"
+    upper.set(xlabel=f"{ranks}, model", ylabel="seconds per batch", title="At the published scale")
     used = list(dict.fromkeys(r["framework"] for r in at_scale))
     handles = [
         Line2D([], [], color=looks.palette[f], marker=looks.markers[f], markersize=5, linewidth=0, label=f)
@@ -115,11 +121,13 @@ def _draw_at_scale(upper: Axes, at_scale: Sequence[dict[str, Any]], looks: Looks
     handles += [
         Line2D(
             [], [], color="0.25", linestyle=line, marker="o", markersize=4,
-            label=f"{kind} on {machine}" if machine else kind,
-            markerfacecolor="0.25" if kind == "published" else "white",
+            label=f"{kind} on {machine}" if machine else kind, **filled(kind, machine, "0.25"),
         )
         for (kind, machine), line in lines.items() if points(kind, machine)
     ]  # fmt: skip
+    if machines:
+        # Above the points there is room for the names of machines.
+        upper.set_ylim(top=max(r["batch_time_s"] for r in at_scale) / (1 - 0.05 * len(handles)))
     upper.legend(handles=handles, fontsize=6.5, ncols=2, loc="upper left", handlelength=2.4)
 
 

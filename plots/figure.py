@@ -283,7 +283,12 @@ def say_missing(figure: Figure, missing: Sequence[str]) -> None:
         named.append(f"and {len(missing) - MOST_MISSING} more")
     width = int(figure.get_figwidth() * 22)
     text = "\n".join(part for line in named for part in wrap(f"missing: {line}", width))
-    figure.supxlabel(text, fontsize=5.5, color="firebrick")
+    # A legend without a title is at the foot too, and takes the words in.
+    if foot := next((legend for legend in figure.legends if not legend.get_title().get_text()), None):
+        foot.set_title(text, prop={"size": 5.5})
+        foot.get_title().set(color="firebrick", multialignment="center")
+    else:
+        figure.supxlabel(text, fontsize=5.5, color="firebrick")
 
 
 def main(kind: FigureKind, arguments: Sequence[str] | None = None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.text import Text
 
 from axonn.config import TrainConfig
 from axonn.records import Asked, Machine, Ran, Record, write_records
@@ -18,7 +19,7 @@ from experiments.published import published_records
 from experiments.run_record import configuration_of
 from experiments.runner import measured_work
 from plots import fig3, fig5, fig6, fig7, report_points
-from plots.figure import FigureKind, gather, make_figure, summarise
+from plots.figure import FigureKind, gather, make_figure, say_missing, summarise
 from plots.summary import elsewhere as other_machines
 from plots.summary import here, rows_of, wrong_orders
 
@@ -155,3 +156,19 @@ def test_figures_5_and_7_name_the_machine(elsewhere: Path, capsys: pytest.Captur
     assert "2 x 2 on four-nodes" in capsys.readouterr().out
     found = summarise(fig5.FIG5, gather(load("fig5")))
     assert [(s["kind"], s["machine"]) for s in found["overlap"]] == [("measured", "four-nodes")] * 2
+
+
+def test_what_is_missing_does_not_cover_the_legend() -> None:
+    from matplotlib.figure import Figure
+
+    for at_the_foot in (True, False):
+        figure = Figure(figsize=(4, 3), layout="constrained")
+        figure.subplots().plot([0, 1], label="a line")
+        place, title = ("outside lower center", None) if at_the_foot else ("outside upper center", "Title")
+        legend = figure.legend(loc=place, title=title)
+        say_missing(figure, ["a point is not measured; run it"])
+        figure.draw_without_rendering()
+        (words,) = figure.findobj(lambda found: isinstance(found, Text) and "missing: a point" in found.get_text())
+        entry = legend.get_texts()[0].get_window_extent()
+        assert not words.get_window_extent().overlaps(entry)
+        assert (legend.get_title() is words) == at_the_foot
