@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/bash
 #BSUB -J gpt-12b-48-axonn
 #BSUB -nnodes 8
 #BSUB -W 2:30

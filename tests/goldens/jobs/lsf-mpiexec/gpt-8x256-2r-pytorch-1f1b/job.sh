@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/bash
 #BSUB -J gpt-8x256-2r-pytorch-1f1b
 #BSUB -nnodes 1
 #BSUB -W 2:30

@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/bash
 # What every job does, whatever the scheduler; the lines above are the scheduler's.
 # PyTorch 1F1B: gpt-8x256-2r on 2 ranks, 1 node
 set -uo pipefail

@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/bash
 # What every job does, whatever the scheduler; the lines above are the scheduler's.
 # DeepSpeed: gpt-12b-48 on 48 ranks, 8 nodes
 set -uo pipefail

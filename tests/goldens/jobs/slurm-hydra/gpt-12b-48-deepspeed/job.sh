@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/bash
 #SBATCH --job-name=gpt-12b-48-deepspeed
 #SBATCH --nodes=12
 #SBATCH --ntasks-per-node=4
