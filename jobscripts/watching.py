@@ -50,16 +50,23 @@ def why(standing: Standing) -> str:
 
 
 def table(folder: Path, found: Sequence[Standing]) -> Table:
-    """A row for each job."""
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("job", "id", "state", "reason", "batches", "since", "wall time left"):
-        made.add_column(name, justify="right" if name in ("batches", "wall time left") else "left", overflow="fold")
+    """A row for each job, a column for whatever at least one has something to say of."""
+    rows = []
     for one in found:
         done, steps = batches(folder, one.entry)
         count = f"{done} of {steps}" if steps is not None else str(done)
         status = one.status
         since, left = (status.since, status.left) if status is not None else (None, None)
-        made.add_row(one.entry.name, one.id or "", said(one), why(one), count, _shortened(since), left or "")
+        rows.append((one.entry.name, one.id or "", said(one), why(one), count, _shortened(since), left or ""))
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    names = ("job", "id", "state", "reason", "batches", "since", "wall time left")
+    shown = [i for i in range(len(names)) if any(row[i] for row in rows)]
+    for i in shown:
+        made.add_column(
+            names[i], justify="right" if names[i] in ("batches", "wall time left") else "left", overflow="fold"
+        )
+    for row in rows:
+        made.add_row(*(row[i] for i in shown))
     return made
 
 

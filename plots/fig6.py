@@ -112,7 +112,9 @@ def _draw_at_scale(upper: Axes, at_scale: Sequence[dict[str, Any]], looks: Looks
     upper.minorticks_off()
     upper.set_ylim(bottom=0)
     ranks = "GPUs" if machines else "GPUs of Summit"
-    upper.set(xlabel=f"{ranks}, model", ylabel="seconds per batch", title="At the published scale")
+    upper.set(
+        xlabel=f"{ranks}, model", ylabel="seconds per batch", title="At the published scale" + _on_processors(at_scale)
+    )
     used = list(dict.fromkeys(r["framework"] for r in at_scale))
     handles = [
         Line2D([], [], color=looks.palette[f], marker=looks.markers[f], markersize=5, linewidth=0, label=f)
@@ -129,6 +131,13 @@ def _draw_at_scale(upper: Axes, at_scale: Sequence[dict[str, Any]], looks: Looks
         # Above the points there is room for the names of machines.
         upper.set_ylim(top=max(r["batch_time_s"] for r in at_scale) / (1 - 0.05 * len(handles)))
     upper.legend(handles=handles, fontsize=6.5, ncols=2, loc="upper left", handlelength=2.4)
+
+
+def _on_processors(at_scale: Sequence[dict[str, Any]]) -> str:
+    """A line that names what was measured on processors beside others' GPUs; nothing where there is none."""
+    found = [r for r in at_scale if r["kind"] == "measured" and device_of([r]) == "CPU"]
+    who = dict.fromkeys(f"{r['framework']} on {machine_of(r)}" for r in found)
+    return f"\n({', '.join(who)}: measured on CPUs)" if who else ""
 
 
 def _draw_measured(lower: Axes, local: Sequence[dict[str, Any]], looks: Looks) -> None:

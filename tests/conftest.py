@@ -2,14 +2,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import settings
 
-from tests.command_line import CommandLine
+from tests.command_line import CommandLine, tiny
 from tests.every_rank import run_ranks  # noqa: F401  A fixture of several files.
 from tests.rank_pool import RankPool
+
+if TYPE_CHECKING:
+    from jobscripts.generate import Job
 
 torch.set_num_threads(1)
 # No test fails because a machine is slow.
@@ -45,3 +49,12 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(style, "OUT", tmp_path / "out")
     (tmp_path / "results" / "predicted").mkdir(parents=True)
     return tmp_path
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> tuple[Path, Job]:
+    """One small job of two ranks that was written, and nothing more."""
+    from tests.jobs_left import small_job, written
+
+    job = small_job("tiny-2r", "axonn", tiny(inter=2, steps=11))
+    return written(tmp_path / "jobs", [job]), job

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from axonn.records import Record
 from axonn.trace import Span, SpanKind, SpanRecorder
 from experiments.cluster_work import SmallWork, cluster_work
 from experiments.datasets import case_of
@@ -15,12 +16,18 @@ from experiments.definition import ROOT, load_experiment
 from experiments.framework import load_adapter, load_framework
 from experiments.launched import launch_worker
 from experiments.runner import measured_work
+from jobscripts.collection import Collected, collect
 from jobscripts.generate import Job, hash_of, write_jobs
 from jobscripts.launchers import load_launcher
 from jobscripts.schedulers import Resources, load_scheduler
 from jobscripts.site import Site
 from jobscripts.system import System
+from tests.test_deepspeed_printed import iteration
 
+DONE = "[after training is done] datetime: 2026-07-10 05:47:31 "
+"""The last line of Megatron-LM and Megatron-DeepSpeed."""
+Small = tuple[Path, Job]
+"""Of the fixture `small`: the folder, and its one job."""
 LONG_AGO = 1_700_000_000
 """No file of a job that ended is fresh."""
 FIG6 = load_experiment(ROOT / "experiments" / "fig6.yaml")
@@ -166,3 +173,21 @@ def with_spans(folder: Path, job: Job) -> None:
 
 def span(rank: int, kind: SpanKind, step: int, start: float, end: float) -> Span:
     return Span(rank, kind, step, microbatch=0, layer=0, direction=-1, start=start, end=end)
+
+
+def gather(folder: Path) -> list[Collected]:
+    """Records go beside the folder."""
+    return collect(folder, results=folder.parent / "measured", command="axonn collect jobs")
+
+
+def only(folder: Path) -> Record:
+    """Of the one job."""
+    (found,) = gather(folder)
+    assert found.record is not None, found.why
+    return found.record
+
+
+def printed(count: int, *, first: int = 1, last: int = 11) -> list[str]:
+    """As Megatron-LM and Megatron-DeepSpeed print iterations: 90 seconds, then 10 and a second more each."""
+    times = [90.0, *(10.0 + i for i in range(last - 1))]
+    return [iteration(i + 1, times[i], f"{9 - i / 10:.6E}", last=last) for i in range(first - 1, count)]

@@ -136,6 +136,15 @@ def test_figure_6_has_a_panel_for_each_machine(elsewhere: Path, capsys: pytest.C
         assert any(f"Measured {text}" in title for title in titles)
 
 
+def test_figure_6_says_what_processors_measured_beside_gpus(elsewhere: Path) -> None:
+    records = at_scale("fig6", "summit")
+    ours = [r for r in records if r.ran.framework == "AxoNN"]
+    on = ours[0].machine.model_copy(update={"device": "cpu"})
+    keep([*(r for r in records if r not in ours), *(r.model_copy(update={"machine": on}) for r in ours)])
+    _, words = drawn(fig6.FIG6, elsewhere)
+    assert "(AxoNN on summit: measured on CPUs)" in words
+
+
 def test_figure_3_has_bars_for_each_machine(elsewhere: Path) -> None:
     keep([*small("fig3", "this machine"), *small("fig3", "four-nodes", seconds=0.25), *at_scale("fig3", "summit")])
     summary, words = drawn(fig3.FIG3, elsewhere)
