@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -176,7 +177,10 @@ def _serially(case: Case) -> tuple[dict[str, torch.Tensor], _Given]:
     layer = case.serial().to(torch.float64)
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter.copy_(random(Input(tuple(parameter.shape))))
+            # Of the scale that layers have: with larger weights a softmax of attention saturates, and its gradient is
+            # what rounding leaves of differences.
+            scale = math.sqrt(parameter.shape[1:].numel())
+            parameter.copy_(random(Input(tuple(parameter.shape))) / scale)
     given = _Given({name: p.detach().clone() for name, p in layer.named_parameters()}, [])
     found = {}
     for step in range(BACKWARDS):
