@@ -166,6 +166,50 @@ class TorchCollectives(Collectives):
         return _TorchWork(work, tensor)
 
 
+class _StagedWork(Work):
+    """A collective of Gloo on `staged`, host memory, that belongs into `tensor`."""
+
+    def __init__(self, work: Any, staged: torch.Tensor, tensor: torch.Tensor) -> None:
+        self._work: Any = work
+        self._staged = staged
+        self._tensor = tensor
+
+    def wait(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+            self._tensor.copy_(self._staged, non_blocking=True)
+
+
+class StagedCollectives(TorchCollectives):
+    """Collectives of GPU tensors through host memory, over Gloo: for ranks that share a GPU, which NCCL refuses.
+
+    A collective starts once its tensor has been computed, for which the host waits, and runs beside what is computed
+    next. With tensors of a CPU, which are staged all the same, it can be tested anywhere.
+    """
+
+    def _all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation) -> Work:
+        staged = _to_host(tensor)
+        op = dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX
+        return _StagedWork(dist.all_reduce(staged, op=op, group=group.handle, async_op=True), staged, tensor)
+
+    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: Group) -> Work:
+        staged = torch.empty(output.shape, dtype=output.dtype, pin_memory=output.is_cuda)
+        work = dist.all_gather_into_tensor(
+            staged.view(-1), _to_host(tensor).view(-1), group=group.handle, async_op=True
+        )
+        return _StagedWork(work, staged, output)
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory, complete; under CUDA the host waits for this copy and what is before it, no more."""
+    staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    staged.copy_(tensor, non_blocking=True)
+    if tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).record_event().synchronize()
+    return staged
+
+
 class SerialCollectives(Collectives):
     """The only rank there is: nothing to reduce, nothing to count."""
 

@@ -83,8 +83,6 @@ class Engine:
     ) -> None:
         model.check(grid)
         self.device = torch.device("cpu") if device is None else device
-        if self.device.type != "cpu":
-            raise ConfigError(f"the engine runs on 'cpu'; device '{self.device}' is not supported yet")
         if grid.inter > 1 and transport is None:
             raise ConfigError(f"G_inter = {grid.inter} needs a transport for the messages between stages")
         if grid.size > 1 and collectives is None:

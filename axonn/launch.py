@@ -17,6 +17,8 @@ LAUNCHERS = (
     ("RANK", "WORLD_SIZE"),
 )
 """Variables in which launchers tell a process its rank and the number of ranks."""
+LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "LOCAL_RANK")
+"""Variables in which they tell it its number on its node."""
 
 
 def find_mpiexec() -> str:
@@ -56,7 +58,7 @@ def rank_environment(base: Mapping[str, str], *, threads: int = 1) -> dict[str, 
 
     What an outer launcher says about this process is left out: the ranks are those of their own launcher.
     """
-    outer = {name for names in LAUNCHERS for name in names}
+    outer = {name for names in LAUNCHERS for name in names} | set(LOCAL_RANKS)
     env = {name: value for name, value in base.items() if name not in outer}
     env.update(
         OMP_NUM_THREADS=str(threads),

@@ -6,13 +6,14 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from axonn.collectives import Collectives, SerialCollectives, TorchCollectives
+from axonn.collectives import Collectives, SerialCollectives, StagedCollectives, TorchCollectives
+from axonn.devices import are_shared, identity
 from axonn.errors import LaunchError
 from axonn.grid import AXES, ProcessGrid
 from axonn.launch import LAUNCHERS
@@ -35,6 +36,8 @@ class Runtime:
     collectives: Collectives
     clock_offset: float
     """Seconds to add to this rank's clock to get rank 0's."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where this rank computes."""
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -62,14 +65,18 @@ def connect(
 ) -> Iterator[Runtime]:
     """Connect this process to the other ranks of `grid`, over `comm` or all ranks of the job.
 
-    Messages between stages go over MPI or over `torch.distributed`; `device` is where their tensors lie. Raises
-    `GridError` when the grid does not fit the ranks and `LaunchError` when there is no MPI or it does not see the ranks
-    that were launched.
+    Messages between stages go over MPI or over `torch.distributed`; `device` is where this rank computes (default: the
+    CPU). Collectives go over NCCL where every rank has a GPU of its own, and else over Gloo: NCCL refuses two ranks on
+    one GPU, so ranks that share one exchange everything through host memory. Raises `GridError` when the grid does not
+    fit the ranks and `LaunchError` when there is no MPI or it does not see the ranks that were launched.
     """
+    device = device or torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     size = launched_as()[1] if comm is None else comm.Get_size()
     grid.check_world(size)
     if size == 1:
-        yield Runtime(rank=0, transport=None, collectives=SerialCollectives(grid, 0), clock_offset=0.0)
+        yield Runtime(rank=0, transport=None, collectives=SerialCollectives(grid, 0), clock_offset=0.0, device=device)
         return
     try:
         from mpi4py import MPI
@@ -90,8 +97,15 @@ def connect(
     rank = world.Get_rank()
     store = _rendezvous(world, timeout_s)
     timeout = timedelta(seconds=timeout_s)
+    shared = device.type == "cuda" and are_shared(world.allgather(identity(device)))
+    if shared and transport == "torch":
+        raise LaunchError(
+            "several ranks share a GPU, where NCCL, which transport 'torch' sends messages with, refuses to run; take "
+            "transport 'mpi', or as many GPUs as ranks"
+        )
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and not shared else "gloo"
     with ExitStack() as cleanup:
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         cleanup.callback(dist.destroy_process_group)
         messages: Transport
         if transport == "torch":
@@ -103,14 +117,22 @@ def connect(
             from axonn.transport.mpi import MPITransport
             from axonn.transport.staging import path_for
 
-            messages = MPITransport(world, path=path_for(device or torch.device("cpu")))
+            messages = MPITransport(world, path=path_for(device))
         cleanup.callback(messages.close)
         yield Runtime(
             rank=rank,
             transport=messages,
-            collectives=TorchCollectives(grid, rank),
+            collectives=collectives_of(grid, rank, device, shared=shared),
             clock_offset=_clock_offset(world),
+            device=device,
         )
+
+
+def collectives_of(grid: ProcessGrid, rank: int, device: torch.device, *, shared: bool) -> Collectives:
+    """Collectives of tensors on `device`, which other ranks may share; `torch.distributed` is initialised for it."""
+    if shared:
+        return StagedCollectives(grid, rank)
+    return TorchCollectives(grid, rank, device_type=device.type)
 
 
 def _rendezvous(world: MPI.Intracomm, timeout_s: float) -> Any:

@@ -64,6 +64,7 @@ class EngineTrainer(ResumableTrainer):
             precision=config.precision,
             activation_checkpointing=config.activation_checkpointing,
             overdecomposition=config.overdecomposition,
+            device=runtime.device,
             seed=config.seed,
             steps=config.steps,
             spans=spans,

@@ -10,6 +10,7 @@ from torch.optim.adamw import adamw
 
 from axonn.collectives import Collectives
 from axonn.config import OptimizerConfig, PrecisionConfig
+from axonn.device_timeline import Timeline
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.stage import ParameterSpec
@@ -18,7 +19,6 @@ from axonn.optim.learning_rate import learning_rate
 from axonn.optim.loss_scale import LossScale
 from axonn.optim.reduction import GradientReduction, Reduction
 from axonn.optim.state import Bucket, OffloadedState, OptimizerState, ResidentState
-from axonn.optim.timeline import Timeline
 from axonn.parts import Part
 from axonn.trace import SpanKind, SpanRecorder
 

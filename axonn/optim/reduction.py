@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from axonn.collectives import Collectives, Group, Operation, Work
+from axonn.device_timeline import Moment, SideStream, Timeline
 from axonn.errors import ConfigError
 from axonn.grid import AXES, Axis, ProcessGrid
 from axonn.optim.flat import Chunk, Entry, FlatParameters, pieces
-from axonn.optim.timeline import Moment, SideStream, Timeline
 from axonn.trace import SpanKind
 
 _NORM_AXES: tuple[Axis, ...] = ("inter", "row", "col")

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from axonn.config import OptimizerConfig, PrecisionConfig
+from axonn.device_timeline import Moment, Timeline
 from axonn.optim.flat import FlatParameters
-from axonn.optim.timeline import Moment, Timeline
 from axonn.trace import SpanKind
 
 

@@ -1,0 +1,74 @@
+"""Which device a rank computes on, and whether ranks have one to themselves."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+import torch
+
+from axonn.errors import ConfigError
+from axonn.launch import LOCAL_RANKS
+
+DeviceType = Literal["cpu", "cuda"]
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+
+def device_type(asked: str) -> DeviceType:
+    """What "auto" (the GPUs where there are any), "cpu" or "cuda" means on this machine.
+
+    Raises `ConfigError` for another name, and for "cuda" where PyTorch finds no GPU.
+    """
+    if asked not in get_args(DeviceChoice):
+        raise ConfigError(f"unknown device '{asked}'; known are {', '.join(get_args(DeviceChoice))}")
+    if asked == "cpu":
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if asked == "auto":
+        return "cpu"
+    why = "it sees none" if torch.version.cuda or torch.version.hip else "this build of it is for processors alone"
+    raise ConfigError(
+        f"device 'cuda' needs a GPU that PyTorch {torch.__version__} can use, and {why}; take device 'cpu', or see "
+        "axonn doctor"
+    )
+
+
+def local_rank(environment: Mapping[str, str] | None = None) -> int:
+    """Number of this process on its node as the launcher's environment says; 0 without a launcher."""
+    env = os.environ if environment is None else environment
+    return next((int(env[name]) for name in LOCAL_RANKS if name in env), 0)
+
+
+def rank_device(asked: str, environment: Mapping[str, str] | None = None) -> torch.device:
+    """The device of this rank: the ranks of a node take its GPUs in turn, so that several share one where there are
+    more ranks. A launcher that shows each rank one GPU alone is met as well. Raises `ConfigError` as `device_type`."""
+    if device_type(asked) == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank(environment) % torch.cuda.device_count())
+
+
+def identity(device: torch.device) -> str:
+    """A name of the device that no other device of the job has; of a CPU, that of its host."""
+    host = socket.gethostname()
+    if device.type != "cuda":
+        return host
+    properties = torch.cuda.get_device_properties(device)
+    return f"{host}/{getattr(properties, 'uuid', device.index)}"
+
+
+def are_shared(identities: Sequence[str]) -> bool:
+    """Whether two ranks have the same device, given `identity` of all of them."""
+    return len(set(identities)) < len(identities)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most bytes that this process has had allocated on a GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+
+    # Linux counts resident memory in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
