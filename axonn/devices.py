@@ -36,6 +36,16 @@ def device_type(asked: str) -> DeviceType:
     )
 
 
+def usable(device: torch.device | None) -> torch.device:
+    """`device` (default: the CPU) with its number. Raises `ConfigError` where it cannot be had."""
+    if device is None or device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise ConfigError(f"the engine computes on 'cpu' or 'cuda', not on '{device}'")
+    device_type("cuda")
+    return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+
 def local_rank(environment: Mapping[str, str] | None = None) -> int:
     """Number of this process on its node as the launcher's environment says; 0 without a launcher."""
     env = os.environ if environment is None else environment

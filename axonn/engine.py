@@ -12,6 +12,8 @@ import torch
 from axonn.collectives import Collectives, Group, SerialCollectives
 from axonn.config import OptimizerConfig, PrecisionConfig
 from axonn.defaults import checkpoint_blocks, sub_shards
+from axonn.device_timeline import Reading, Timeline
+from axonn.devices import usable
 from axonn.errors import ConfigError, GridError
 from axonn.grid import AXES, ProcessGrid
 from axonn.initial import fill
@@ -82,7 +84,7 @@ class Engine:
         spans: SpanRecorder | None = None,
     ) -> None:
         model.check(grid)
-        self.device = torch.device("cpu") if device is None else device
+        self.device = usable(device)
         if grid.inter > 1 and transport is None:
             raise ConfigError(f"G_inter = {grid.inter} needs a transport for the messages between stages")
         if grid.size > 1 and collectives is None:
@@ -103,7 +105,8 @@ class Engine:
         self._world = self._collectives.axis_group(AXES)
         precision = precision or PrecisionConfig()
         dtype = getattr(torch, precision.compute)
-        self._context = TensorContext(grid, rank, self._collectives, seed=seed, spans=spans)
+        self._timeline = Timeline(self.device, spans)
+        self._context = TensorContext(grid, rank, self._collectives, seed=seed, timeline=self._timeline)
         self.virtual_spans = virtual_spans(model, self.layout)
         self.chunks: list[Chunk] = []
         """The modules of this rank."""
@@ -123,7 +126,7 @@ class Engine:
 
         def initialise(name: str, part: torch.Tensor) -> None:
             initial = model.initial(name)
-            fill(part, initial, name=name, seed=seed, placement=placed[name], grid=grid, here=self.here)
+            fill(part, initial, name=name, seed=seed, placement=placed[name], grid=grid, here=self.here, on=self.device)
 
         self._optimizer = ModelOptimizer(
             self.specs,
@@ -133,8 +136,7 @@ class Engine:
             config=optimizer or OptimizerConfig(),
             precision=precision,
             initialise=initialise,
-            device=self.device,
-            spans=spans,
+            timeline=self._timeline,
             steps=steps,
             ties=sorted(set(tied_stages(model, self.virtual_spans, self.layout).values())),
         )
@@ -151,8 +153,7 @@ class Engine:
             transport=transport if grid.inter > 1 else None,
             microbatch_size=microbatch_size,
             dtype=dtype,
-            device=self.device,
-            spans=spans,
+            timeline=self._timeline,
         )
 
     @property
@@ -184,8 +185,10 @@ class Engine:
         """
         self._meter.start()
         loss = self._run_pipeline(inputs, targets)
-        result = self._optimizer.step(self.batches)
+        step = self._optimizer.begin_step(self.batches)
+        # Where the host waits for the device, once in a batch.
         value = loss.wait()
+        result = step.wait()
         self._meter.stop()
         self.batches += 1
         if self.spans is not None:
@@ -207,7 +210,7 @@ class Engine:
     def evaluate_batch(self, inputs: Inputs | None, targets: torch.Tensor | None) -> float:
         """Mean loss of a batch on every rank, without changing anything."""
         self._check_rows(inputs, targets)
-        batch = Batch(inputs, targets, step=self.batches, samples=self.shard(self.batches))
+        batch = self._batch(inputs, targets)
         with nullcontext() if self.spans is None else self.spans.paused():
             local = self._executor.evaluate(self.microbatches, batch)
             return self._mean_loss(local).wait()
@@ -245,21 +248,23 @@ class Engine:
     def _run_pipeline(self, inputs: Inputs | None, targets: torch.Tensor | None) -> _Loss:
         """Forward and backward of the batch; the loss is still on its way to the other ranks."""
         self._check_rows(inputs, targets)
-        start = SpanRecorder.now()
+        start = self._timeline.now()
         self._optimizer.zero()
-        if self.spans is not None:
-            self.spans.add(SpanKind.OPTIMIZER, start, self.spans.now())
+        self._timeline.span(SpanKind.OPTIMIZER, start, self._timeline.now())
         scale = self._optimizer.loss_scale / (self.microbatches * self.grid.data)
-        batch = Batch(inputs, targets, step=self.batches, samples=self.shard(self.batches))
+        batch = self._batch(inputs, targets)
         local = self._executor.train(self._new_schedule(), batch, loss_scale=scale)
         # A stage that is done early reduces and updates while the others still run backwards.
         return self._mean_loss(local)
+
+    def _batch(self, inputs: Inputs | None, targets: torch.Tensor | None) -> Batch:
+        return Batch(inputs, targets, step=self.batches, samples=self.shard(self.batches), device=self.device)
 
     def _mean_loss(self, local: torch.Tensor | None) -> _Loss:
         # The ranks of a stage have the same loss, which counts once.
         counts = self.here.row == self.here.col == 0
         mean = local / (self.microbatches * self.grid.data) if local is not None and counts else None
-        return _Loss(mean, self._collectives, self._world, self.spans)
+        return _Loss(mean, self._collectives, self._world, self.spans, self.device)
 
     def _new_schedule(self) -> StageSchedule:
         return make_schedule(
@@ -286,11 +291,16 @@ class _Loss:
     """The sum over all ranks of their part of the loss, under way."""
 
     def __init__(
-        self, local: torch.Tensor | None, collectives: Collectives, world: Group, spans: SpanRecorder | None
+        self,
+        local: torch.Tensor | None,
+        collectives: Collectives,
+        world: Group,
+        spans: SpanRecorder | None,
+        device: torch.device,
     ) -> None:
-        self._value = torch.zeros(1, dtype=torch.float64)
+        self._value = torch.zeros(1, dtype=torch.float64, device=device)
         if local is not None:
-            self._value[0] = local
+            self._value.copy_(local)
         self._spans = spans if len(world.ranks) > 1 else None
         self._work = collectives.all_reduce(self._value, world)
 
@@ -300,4 +310,4 @@ class _Loss:
         if self._spans is not None:
             # A single number: what takes time is the ranks that are not done yet.
             self._spans.add(SpanKind.IDLE, start, self._spans.now())
-        return float(self._value)
+        return Reading(self._value).wait()[0]

@@ -39,10 +39,12 @@ def fill(
     placement: Placement | None = None,
     grid: ProcessGrid | None = None,
     here: Coordinates | None = None,
+    on: torch.device | None = None,
 ) -> None:
     """Fill `tensor`, the part of parameter `name` that the rank at `here` of `grid` holds; the whole by default.
 
-    Element i of the whole parameter (in row-major order) is value i of the stream called `name`.
+    Element i of the whole parameter (in row-major order) is value i of the stream called `name`. `on`: where values are
+    computed, by default where `tensor` lies; devices may differ in the last bit of a normal value.
     """
     if isinstance(initial, Constant):
         tensor.fill_(initial.value)
@@ -52,7 +54,7 @@ def fill(
     key = stream_key(seed, name)
     for local, whole in placement.pieces(grid, here or grid.coordinates(0)):
         part = tensor[local] if local else tensor.view(1)
-        index = Indices(placement.shape or (1,), whole or (slice(0, 1),))
+        index = Indices(placement.shape or (1,), whole or (slice(0, 1),), device=on or tensor.device)
         rows = max(1, AT_ONCE // max(1, prod(part.shape[1:])))
         for start in range(0, part.shape[0], rows):
             block = part[start : start + rows]

@@ -12,6 +12,7 @@ from torch import nn
 
 from axonn.collectives import Call, Collectives, SerialCollectives
 from axonn.config import OptimizerConfig, PrecisionConfig
+from axonn.device_timeline import Timeline
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.stage import ParameterSpec
 from axonn.optim.model_optimizer import ModelMemory, ModelOptimizer, StepResult
@@ -164,8 +165,7 @@ def make_optimizer(
         config=case.config,
         precision=PrecisionConfig(**PRECISIONS[case.precision]),
         initialise=initialise_part,
-        device=CPU,
-        spans=spans,
+        timeline=Timeline(CPU, spans),
         ties=[(0, case.inter - 1)] if case.tied and case.inter > 1 else [],
     )
     return optimizer, specs

@@ -123,7 +123,7 @@ def check(case: Case, recorded: list[Recorded]) -> None:
     kinds = 3 if "zero-bubble" in case.schedule else 2
     for rank, found in enumerate(recorded):
         model = modelled(case, found)
-        assert as_modelled(found.step.collectives) == model.step(rank, skipped=not found.applied), rank
+        assert as_modelled(found.step.collectives) == model.step(rank), rank
         assert as_modelled(found.evaluation.collectives) == model.evaluation(rank), rank
         assert found.step.messages == as_recorded(model.messages(rank)), rank
         assert found.evaluation.messages == as_recorded(model.messages(rank, training=False)), rank

@@ -38,7 +38,7 @@ def engine_in(world: InProcessWorld, case: Case, rank: int) -> Engine:
         ({"grid": ProcessGrid(row=5)}, GridError, r"hidden \(24\) of .* along row = 5; .* work: G_row=6, G_col=1"),
         ({"overdecomposition": 5}, GridError, "into more sub-shards than its 2 rows"),
         ({"rank": 1}, GridError, "rank 1 is not in the grid"),
-        ({"device": torch.device("cuda")}, ConfigError, "device 'cuda' is not supported yet"),
+        ({"device": torch.device("cuda")}, ConfigError, "device 'cuda' needs a GPU"),
         ({"schedule": ScheduleSpec(name="none")}, ConfigError, "unknown schedule 'none'"),
         ({"batch_size": 9}, GridError, "batch_size 9 is not a multiple"),
     ],

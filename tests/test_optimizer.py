@@ -14,6 +14,7 @@ from torch import nn
 
 from axonn.collectives import Call, Collectives, Group, Operation, SerialCollectives, Work
 from axonn.config import LearningRateConfig, OptimizerConfig, PrecisionConfig
+from axonn.device_timeline import Timeline
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.stage import ParameterSpec
@@ -58,7 +59,7 @@ def simple_optimizer(specs: list[ParameterSpec], precision: PrecisionConfig, **o
         config=OptimizerConfig(**options),
         precision=precision,
         initialise=initialise,
-        device=CPU,
+        timeline=Timeline(CPU, None),
     )
 
 

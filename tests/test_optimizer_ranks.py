@@ -16,6 +16,7 @@ from torch import nn
 
 from axonn.collectives import Call, Collectives
 from axonn.config import OptimizerConfig, PrecisionConfig
+from axonn.device_timeline import Timeline
 from axonn.grid import AXES, Axis, ProcessGrid
 from axonn.inter_layer.stage import ParameterSpec
 from axonn.optim.model_optimizer import ModelOptimizer
@@ -238,7 +239,7 @@ def mixed_optimizer(collectives: Collectives, **options: Any) -> tuple[ModelOpti
         config=OptimizerConfig(**options),
         precision=PrecisionConfig(),
         initialise=ones,
-        device=CPU,
+        timeline=Timeline(CPU, None),
     )
     return optimizer, parameters
 

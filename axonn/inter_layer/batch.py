@@ -13,14 +13,22 @@ Inputs = torch.Tensor | Tensors
 class Batch:
     """The inputs and targets of one rank's pipeline, where it has them, and the losses that have come of them.
 
-    `samples` are the global numbers of the rows, in batch number `step`.
+    `samples` are the global numbers of the rows, in batch number `step`. Computed on `device`, to which the host copies
+    without waiting.
     """
 
     def __init__(
-        self, inputs: Inputs | None, targets: torch.Tensor | None, *, step: int, samples: Sequence[int]
+        self,
+        inputs: Inputs | None,
+        targets: torch.Tensor | None,
+        *,
+        step: int,
+        samples: Sequence[int],
+        device: torch.device,
     ) -> None:
-        self._inputs = () if inputs is None else (inputs,) if isinstance(inputs, torch.Tensor) else inputs
-        self._targets = targets
+        given = () if inputs is None else (inputs,) if isinstance(inputs, torch.Tensor) else inputs
+        self._inputs = tuple(_on(device, tensor) for tensor in given)
+        self._targets = None if targets is None else _on(device, targets)
         self._samples = samples
         self.step = step
         self.losses: dict[int, torch.Tensor] = {}
@@ -46,6 +54,13 @@ class Batch:
     def loss(self) -> torch.Tensor | None:
         """Sum of the losses in the order of the microbatches; None where none was computed."""
         return torch.stack([self.losses[m] for m in sorted(self.losses)]).sum() if self.losses else None
+
+
+def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.device.type == device.type:
+        return tensor
+    # From memory that can be paged out a copy would have the host wait.
+    return (tensor.pin_memory() if tensor.device.type == "cpu" else tensor).to(device, non_blocking=True)
 
 
 def cut_rows(rows: int, parts: int) -> list[range]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
 
+from axonn.device_timeline import Moment, Timeline
 from axonn.errors import GridError
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.agreement import Agreement
@@ -18,6 +21,11 @@ from axonn.tensor import TensorContext
 from axonn.tensors import TensorSpec
 from axonn.trace import SpanKind, SpanRecorder
 from axonn.transport import Address, Edge, Message, Transport
+
+_TASKS_AHEAD = 1
+"""How many tasks the host gives a GPU beside the one that it does: what is launched late would leave it idle."""
+_LOOK_S = 50e-6
+"""Between two looks for messages while the GPU computes."""
 
 
 class PipelineExecutor:
@@ -40,8 +48,7 @@ class PipelineExecutor:
         transport: Transport | None,
         microbatch_size: int,
         dtype: torch.dtype,
-        device: torch.device,
-        spans: SpanRecorder | None,
+        timeline: Timeline,
     ) -> None:
         self._model = model
         self._layout = layout
@@ -62,10 +69,12 @@ class PipelineExecutor:
         ]
         self._transport = transport
         self._agreement = Agreement(grid, rank, transport)
-        self._spans = spans
+        self._timeline = timeline
+        self._given: deque[Moment] = deque()
+        """When the tasks that the device may still have to do are done, in order; nothing on a CPU."""
         self._microbatch_size = microbatch_size
         self._dtype = dtype
-        self._device = device
+        self._device = timeline.device
         self._edges = {direction: self._edges_of(direction) for direction in Direction}
         self._announce()
         self._active_bytes = 0
@@ -83,7 +92,7 @@ class PipelineExecutor:
         Returns the sum of losses (a scalar without a graph, not scaled) where the network ends, None elsewhere.
         """
         self._expect(schedule.microbatches, *Direction)
-        self._drive(schedule, lambda task: self._train(task, batch, loss_scale), self._spans)
+        self._drive(schedule, lambda task: self._train(task, batch, loss_scale), self._timeline.spans)
         return batch.loss()
 
     @torch.no_grad()
@@ -102,6 +111,7 @@ class PipelineExecutor:
         while not schedule.done:
             if transport is not None:
                 self._take(transport.poll(), schedule)
+            self._catch_up(schedule)
             task = self._agreement.next_task(schedule)
             self._between(free, spans)
             if task is None:
@@ -109,6 +119,7 @@ class PipelineExecutor:
                 free = SpanRecorder.now()
                 continue
             outgoing = self._timed(task, run, spans)
+            self._gave()
             free = SpanRecorder.now()
             local = self._hand_on(task, outgoing)
             schedule.finished(task)
@@ -117,6 +128,25 @@ class PipelineExecutor:
         if transport is not None:
             transport.flush()
             self._between(free, spans)
+
+    def _gave(self) -> None:
+        """The device has been given one more task."""
+        if self._device.type != "cpu":
+            self._given.append(self._timeline.now())
+
+    def _catch_up(self, schedule: StageSchedule) -> None:
+        """Wait until the device has at most `_TASKS_AHEAD` tasks to do, taking messages meanwhile.
+
+        So what is next is decided by what has arrived when the device comes to it, and not long before.
+        """
+        while len(self._given) > _TASKS_AHEAD:
+            if self._given[0].passed:
+                self._given.popleft()
+            elif self._transport is None:
+                self._given.popleft().synchronize()
+            else:
+                time.sleep(_LOOK_S)
+                self._take(self._transport.poll(), schedule)
 
     def _between(self, free: float, spans: SpanRecorder | None) -> None:
         """Since `free`, the end of a task or of waiting, this rank has worked with messages alone; at the end of a
@@ -208,15 +238,16 @@ class PipelineExecutor:
         """Run a task and record when it computed, which is when it did not wait for a collective of the tensor axes."""
         if spans is None:
             return run(task)
-        start = spans.now()
+        timeline = self._timeline
+        start = timeline.now()
         layer = self._chunks[task.chunk].module.span.start
         with self._context.task(microbatch=task.microbatch, layer=layer, chunk=task.chunk) as inside:
             outgoing = run(task)
         begins = [start, *(end for _, end in inside.blocked)]
-        ends = [*(begin for begin, _ in inside.blocked), spans.now()]
+        ends = [*(begin for begin, _ in inside.blocked), timeline.now()]
         kind = SpanKind(task.kind.label)
         for begin, end, shard in zip(begins, ends, inside.turns or [-1], strict=True):
-            spans.add(kind, begin, end, microbatch=task.microbatch, layer=layer, chunk=task.chunk, shard=shard)
+            timeline.span(kind, begin, end, microbatch=task.microbatch, layer=layer, chunk=task.chunk, shard=shard)
         return outgoing
 
     def _evaluate(self, task: Task, batch: Batch) -> Tensors:

@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 
 from axonn.collectives import Collectives
 from axonn.config import OptimizerConfig, PrecisionConfig
-from axonn.device_timeline import Timeline
+from axonn.device_timeline import Reading, Timeline
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.stage import ParameterSpec
@@ -20,7 +20,7 @@ from axonn.optim.loss_scale import LossScale
 from axonn.optim.reduction import GradientReduction, Reduction
 from axonn.optim.state import Bucket, OffloadedState, OptimizerState, ResidentState
 from axonn.parts import Part
-from axonn.trace import SpanKind, SpanRecorder
+from axonn.trace import SpanKind
 
 
 class StepResult(NamedTuple):
@@ -33,6 +33,37 @@ class StepResult(NamedTuple):
     gradient_norm: float | None
     learning_rate: float
     loss_scale: float
+
+
+class Step:
+    """A step that the device has been given."""
+
+    def __init__(
+        self,
+        finish: Callable[[bool], None],
+        *,
+        overflow: torch.Tensor | None,
+        norm: torch.Tensor | None,
+        learning_rate: float,
+        loss_scale: float,
+    ) -> None:
+        self._finish = finish
+        self._overflow = None if overflow is None else Reading(overflow)
+        self._norm = None if norm is None else Reading(norm)
+        self._learning_rate = learning_rate
+        self._loss_scale = loss_scale
+
+    def wait(self) -> StepResult:
+        """What came of it, when the device has done it. To be called once."""
+        overflow = self._overflow is not None and self._overflow.wait() != [0.0]
+        norm = None if self._norm is None else self._norm.wait()[0]
+        self._finish(overflow)
+        return StepResult(
+            applied=not overflow,
+            gradient_norm=None if overflow else norm,
+            learning_rate=self._learning_rate,
+            loss_scale=self._loss_scale,
+        )
 
 
 class ModelMemory(NamedTuple):
@@ -53,11 +84,12 @@ class ModelMemory(NamedTuple):
 class ModelOptimizer:
     """AdamW on the parameters of `specs`, in step with the optimizers of the other ranks of `grid`.
 
-    The parameters, whose storage may be on the meta device or of any content, become views of one buffer on `device`,
-    and their gradients of another. `initialise(name, tensor)` fills master weights, which parameters are rounded from;
-    where the master type is the compute type, the parameters are the masters. The caller multiplies the loss with
-    `loss_scale` and divides it by the number of microbatches in the whole batch, so that gradients of the replicas
-    add up to that of the mean. `steps`: batches of the run, where a decay of the learning rate ends by default.
+    The parameters, whose storage may be on the meta device or of any content, become views of one buffer on the
+    device of `timeline`, and their gradients of another. `initialise(name, tensor)` fills master weights, which
+    parameters are rounded from; where the master type is the compute type, the parameters are the masters. The caller
+    multiplies the loss with `loss_scale` and divides it by the number of microbatches in the whole batch, so that
+    gradients of the replicas add up to that of the mean. `steps`: batches of the run, where a decay of the learning
+    rate ends by default.
     `ties`: the stages of each parameter of the model that several stages hold, the same list on every rank.
     Raises `ConfigError` for a parameter of another type or a decay without an end.
     """
@@ -72,8 +104,7 @@ class ModelOptimizer:
         config: OptimizerConfig,
         precision: PrecisionConfig,
         initialise: Callable[[str, torch.Tensor], None],
-        device: torch.device,
-        spans: SpanRecorder | None = None,
+        timeline: Timeline,
         steps: int | None = None,
         ties: Sequence[tuple[int, ...]] = (),
     ) -> None:
@@ -82,7 +113,8 @@ class ModelOptimizer:
         self._here = grid.coordinates(rank)
         self._config = config
         self._steps = steps
-        self._timeline = Timeline(device, spans)
+        device = timeline.device
+        self._timeline = timeline
         self._flat = FlatParameters(specs, grid=grid, precision=precision, device=device)
         self._state: OptimizerState
         if config.placement == "offloaded":
@@ -122,50 +154,62 @@ class ModelOptimizer:
 
     def step(self, batch: int) -> StepResult:
         """Reduce the gradients of batch number `batch` and update the parameters. `.grad` is used up by it."""
+        return self.begin_step(batch).wait()
+
+    def begin_step(self, batch: int) -> Step:
+        """As `step`, but the host does not wait for the device. Wait for what is returned before anything else."""
         rate = learning_rate(self._config, batch, self._steps)
         scale = self._scale.value
         self._reduction.complete_locally()
-        # One answer for all ranks before anything is reduced or updated, so that none is ahead of the others.
-        largest = torch.finfo(self._flat.gradients.dtype).max
-        overflow = self._scale.watched and self._reduction.overflow(largest=largest, replicas=self._replicas)
-        self._scale.update(overflow=overflow)
-        norm = None
-        if not overflow:
-            norm = self._reduce_and_update(rate, scale)
-        self._timeline.flush()
-        return StepResult(applied=not overflow, gradient_norm=norm, learning_rate=rate, loss_scale=scale)
-
-    def _reduce_and_update(self, rate: float, scale: float) -> float | None:
+        overflow = None
+        if self._scale.watched:
+            # One answer for all ranks before anything is reduced or updated, so that none is ahead of the others.
+            largest = torch.finfo(self._flat.gradients.dtype).max
+            overflow = self._reduction.overflow(largest=largest, replicas=self._replicas)
         reductions = self._reduction.start()
+        factor: float | torch.Tensor = 1.0 / scale
         norm = None
-        factor = 1.0 / scale
         if self._config.clip_norm is not None:
             for reduction in reductions:
                 reduction.wait()
-            norm = self._reduction.norm(self._config.bsize) / scale
-            # As torch.nn.utils.clip_grad_norm_; in this order NaN stays NaN.
-            factor *= min(self._config.clip_norm / (norm + 1e-6), 1.0)
+            norm = self._reduction.norm(self._config.bsize).div_(scale)
+            # As torch.nn.utils.clip_grad_norm_; NaN stays NaN.
+            factor = factor * (self._config.clip_norm / (norm + 1e-6)).clamp_(max=1.0)
         self._updates += 1
-        self._update(reductions, rate, factor)
-        return norm
+        self._update(reductions, rate, factor, overflow)
+        return Step(self._finish, overflow=overflow, norm=norm, learning_rate=rate, loss_scale=scale)
 
-    def _update(self, reductions: Sequence[Reduction], rate: float, factor: float) -> None:
+    def _finish(self, overflow: bool) -> None:
+        """What the host learns of a step only when the device has done it."""
+        self._scale.update(overflow=overflow)
+        self._updates -= overflow
+        self._timeline.flush()
+
+    def _update(
+        self,
+        reductions: Sequence[Reduction],
+        rate: float,
+        factor: float | torch.Tensor,
+        overflow: torch.Tensor | None,
+    ) -> None:
         """Each chunk's buckets as soon as the chunk is reduced; copies of state run ahead, across chunks."""
         buckets = self._state.stream([part for chunk in self._chunks for part in chunk.buckets])
         for chunk, reduction in zip(self._chunks, reductions, strict=True):
             reduction.wait()
             start = self._timeline.now()
             for part in chunk.buckets:
-                self._update_bucket(part, next(buckets), rate, factor)
+                self._update_bucket(part, next(buckets), rate, factor, overflow)
             self._timeline.span(SpanKind.OPTIMIZER, start, self._timeline.now())
         # Exhausted only now is the last bucket copied out.
         next(buckets, None)
 
-    def _update_bucket(self, part: slice, bucket: Bucket, rate: float, factor: float) -> None:
+    def _update_bucket(
+        self, part: slice, bucket: Bucket, rate: float, factor: float | torch.Tensor, overflow: torch.Tensor | None
+    ) -> None:
         gradient = self._flat.gradients[part]
         if bucket.gradient is not None:
             gradient = bucket.gradient.copy_(gradient)
-        if factor != 1.0:
+        if isinstance(factor, torch.Tensor) or factor != 1.0:
             gradient.mul_(factor)
         adamw(
             [bucket.master],
@@ -175,6 +219,8 @@ class ModelOptimizer:
             [],
             [self._updates_before.fill_(self._updates - 1)],
             fused=True,
+            # Where it is 1, nothing changes.
+            found_inf=None if overflow is None else overflow.view(()),
             amsgrad=False,
             beta1=self._config.betas[0],
             beta2=self._config.betas[1],

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from axonn.collectives import Collectives, Group, Operation, Work
-from axonn.device_timeline import Moment, SideStream, Timeline
+from axonn.device_timeline import Moment, Timeline
 from axonn.errors import ConfigError
 from axonn.grid import AXES, Axis, ProcessGrid
 from axonn.optim.flat import Chunk, Entry, FlatParameters, pieces
@@ -24,7 +24,6 @@ class Reduction:
         self,
         work: Work | None,
         started: Moment,
-        wire: SideStream,
         timeline: Timeline,
         before: Reduction | None = None,
         *,
@@ -32,7 +31,6 @@ class Reduction:
     ) -> None:
         self._work = work
         self._started = started
-        self._wire = wire
         self._timeline = timeline
         self._before = before
         self._kind = kind
@@ -49,11 +47,8 @@ class Reduction:
         if self._work is None:
             self._finished = self._started
             return self._finished
-        with self._wire:
-            self._work.wait()
-            # What finished before the one ahead of it had the wire to itself no time at all.
-            self._finished = self._timeline.later(start, self._timeline.at(self._work.finished_at))
-        self._finished.wait()
+        # What finished before the one ahead of it had the wire to itself no time at all.
+        self._finished = self._timeline.later(start, self._timeline.result_of(self._work))
         self._timeline.span(self._kind, start, self._finished)
         return self._finished
 
@@ -79,7 +74,6 @@ class GradientReduction:
         self._chunks = chunks
         self._collectives = collectives
         self._timeline = timeline
-        self._wire = timeline.side_stream()
         self._groups: dict[tuple[Axis, ...], Group] = {}
         for chunk in chunks:
             if chunk.axes and chunk.axes not in self._groups:
@@ -114,9 +108,10 @@ class GradientReduction:
             ]
         )
 
-    def overflow(self, *, largest: float, replicas: int) -> bool:
-        """Whether on any rank a gradient is not finite or so large that the sum of `replicas` like it may exceed
-        `largest`. So no all-reduce can overflow where this says no. All ranks get the same answer."""
+    def overflow(self, *, largest: float, replicas: int) -> torch.Tensor:
+        """float32 [1], on the device: 1 where on any rank a gradient is not finite or so large that the sum of
+        `replicas` like it may exceed `largest`, else 0. So no all-reduce can overflow where this says 0. All ranks get
+        the same answer."""
         flag = torch.zeros(1, dtype=torch.float32, device=self._flat.gradients.device)
         if self._flat.elements:
             low, high = torch.aminmax(self._flat.gradients)
@@ -124,10 +119,11 @@ class GradientReduction:
             # NaN compares as false.
             flag.copy_(~(peak <= largest))
         self._agree(flag, self._world, "max")
-        return bool(flag.item())
+        return flag
 
-    def norm(self, length: int) -> float:
-        """Norm of the reduced gradient of the whole model, each parameter counted once, from parts of `length`."""
+    def norm(self, length: int) -> torch.Tensor:
+        """float64 [1], on the device: norm of the reduced gradient of the whole model, each parameter counted once,
+        from parts of `length`."""
         gradients = self._flat.gradients
         # Half types add up in float32, the parts in float64.
         dtype = torch.promote_types(gradients.dtype, torch.float32)
@@ -140,14 +136,14 @@ class GradientReduction:
         if parts:
             total += torch.stack(parts).double().square().sum()
         self._agree(total, self._model, "sum")
-        return float(total.sqrt().item())
+        return total.sqrt_()
 
     def _agree(self, value: torch.Tensor, group: Group | None, operation: Operation) -> None:
         if group is not None:
             started = self._timeline.now()
             work = self._collectives.all_reduce(value, group, operation)
             # A single number: what takes time is the ranks that are not done yet.
-            Reduction(work, started, self._wire, self._timeline, kind=SpanKind.IDLE).wait()
+            Reduction(work, started, self._timeline, kind=SpanKind.IDLE).wait()
 
     def _start(self, parts: Sequence[tuple[Group | None, torch.Tensor]]) -> list[Reduction]:
         reductions: list[Reduction] = []
@@ -155,7 +151,7 @@ class GradientReduction:
             started = self._timeline.now()
             work = None if group is None else self._collectives.all_reduce(gradient, group)
             before = reductions[-1] if reductions else None
-            reductions.append(Reduction(work, started, self._wire, self._timeline, before))
+            reductions.append(Reduction(work, started, self._timeline, before))
         return reductions
 
 

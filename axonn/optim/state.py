@@ -107,15 +107,18 @@ class OffloadedState(OptimizerState):
         self, flat: FlatParameters, precision: PrecisionConfig, config: OptimizerConfig, timeline: Timeline
     ) -> None:
         device = flat.parameters.device
-        super().__init__(flat, precision, home=torch.device("cpu"), pinned=device.type == "cuda")
+        super().__init__(flat, precision, home=torch.device("cpu"), pinned=device.type != "cpu")
         self._timeline = timeline
-        self._copies = timeline.side_stream()
+        # A link carries both ways at once.
+        self._inwards, self._outwards = timeline.side_stream(), timeline.side_stream()
         bsize = min(config.bsize, flat.elements)
 
         def empty() -> torch.Tensor:
             return torch.empty(bsize, dtype=self.dtype, device=device)
 
         self._slots = [[empty() for _ in self.stored] for _ in range(config.buckets_resident)]
+        self._left: list[Moment | None] = [None] * len(self._slots)
+        """When what each slot last held was out of it."""
         self._gradients = [empty() for _ in self._slots] if self.converts_gradients else []
 
     def stream(self, parts: Sequence[slice]) -> Iterator[Bucket]:
@@ -137,22 +140,28 @@ class OffloadedState(OptimizerState):
         return Bucket(master, slot[-2], slot[-1], gradient)
 
     def _load(self, part: slice, number: int) -> Moment:
-        """Copy in; on the stream of copies, so after the store that frees the slot."""
-        with self._copies:
+        """Copy in, once the slot's last store is done, and so every store before it: also that of this part."""
+        slot = number % len(self._slots)
+        left = self._left[slot]
+        with self._inwards:
+            if left is not None:
+                left.wait()
             start = self._timeline.now()
-            for there, here in zip(self.stored, self._slots[number % len(self._slots)], strict=True):
+            for there, here in zip(self.stored, self._slots[slot], strict=True):
                 here[: part.stop - part.start].copy_(there[part], non_blocking=True)
             end = self._timeline.now()
         self._timeline.span(SpanKind.COPY, start, end)
         return end
 
     def _store(self, part: slice, number: int, computed: Moment) -> None:
-        with self._copies:
+        slot = number % len(self._slots)
+        with self._outwards:
             computed.wait()
             start = self._timeline.now()
-            for there, here in zip(self.stored, self._slots[number % len(self._slots)], strict=True):
+            for there, here in zip(self.stored, self._slots[slot], strict=True):
                 there[part].copy_(here[: part.stop - part.start], non_blocking=True)
             end = self._timeline.now()
+        self._left[slot] = end
         self._timeline.span(SpanKind.COPY, start, end)
 
     def memory(self) -> StateBytes:
@@ -160,7 +169,7 @@ class OffloadedState(OptimizerState):
         return StateBytes(state=0, gradients=0, buckets=_bytes(slots + self._gradients), host=_bytes(self.stored))
 
     def settle(self) -> None:
-        self._copies.synchronize()
+        self._outwards.synchronize()
 
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> int:

@@ -137,13 +137,10 @@ class Training:
         """Per pipeline."""
         return self.batch_size // (self.grid.data * self.microbatch_size)
 
-    def step(self, rank: int, *, skipped: bool = False) -> Counter[Collective]:
-        """What `rank` issues to train on one batch. `skipped`: gradients overflow, and nothing is updated."""
+    def step(self, rank: int) -> Counter[Collective]:
+        """What `rank` issues to train on one batch, also where gradients overflow and nothing is updated."""
         found = self._pipeline(rank, training=True) + self._loss_of_batch()
-        found += self._flag() + self._tied(rank)
-        if not skipped:
-            found += self._gradients(rank) + self._norm(rank)
-        return found
+        return found + self._flag() + self._tied(rank) + self._gradients(rank) + self._norm(rank)
 
     def evaluation(self, rank: int) -> Counter[Collective]:
         """What `rank` issues to evaluate one batch."""

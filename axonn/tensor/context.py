@@ -13,10 +13,11 @@ from typing import Literal, NamedTuple
 import torch
 
 from axonn.collectives import Collectives, Group, Operation, SerialCollectives, Work
+from axonn.device_timeline import Moment, Timeline
 from axonn.errors import ConfigError, GridError
 from axonn.grid import ProcessGrid
 from axonn.tensor.interleave import Lanes
-from axonn.trace import SpanKind, SpanRecorder
+from axonn.trace import SpanKind
 
 TensorAxis = Literal["row", "col"]
 
@@ -62,7 +63,7 @@ class TaskSpans:
     layer: int
     """First layer of the chunk."""
     chunk: int
-    blocked: list[tuple[float, float]] = field(default_factory=list)
+    blocked: list[tuple[Moment, Moment]] = field(default_factory=list)
     """When this rank waited for a collective with nothing else to compute, in order; nothing without spans. Of no
     length where the next sub-shard began without."""
     turns: list[int] = field(default_factory=list)
@@ -74,7 +75,7 @@ class Pending:
 
     def __init__(self, issue: Callable[[], Work] | None, context: TensorContext) -> None:
         self._context = context
-        self._started = SpanRecorder.now()
+        self._started = context.timeline.now() if context.timed else None
         self._work = None if issue is None else issue()
 
     def wait(self) -> None:
@@ -98,7 +99,7 @@ class TensorContext:
         collectives: Collectives | None = None,
         *,
         seed: int = 0,
-        spans: SpanRecorder | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         if collectives is None:
             if grid.tensor > 1:
@@ -107,8 +108,8 @@ class TensorContext:
         self.grid = grid
         self.here = grid.coordinates(rank)
         self.seed = seed
-        self.spans = spans
-        self.lanes = Lanes()
+        self.timeline = timeline or Timeline(torch.device("cpu"), None)
+        self.lanes = Lanes(self.timeline.device)
         self.positions = Positions()
         self._task: TaskSpans | None = None
         self._collectives = collectives
@@ -153,9 +154,9 @@ class TensorContext:
     def begin_sub_shard(self) -> None:
         """Say that the calling lane begins to compute its sub-shard of the task."""
         task, lane = self._task, self.lanes.lane
-        if self.spans is not None and task is not None and lane is not None:
+        if self.timed and task is not None and lane is not None:
             if task.turns:
-                now = SpanRecorder.now()
+                now = self.timeline.now()
                 task.blocked.append((now, now))
             task.turns.append(lane)
 
@@ -181,13 +182,19 @@ class TensorContext:
     def _group(self, axis: TensorAxis | None) -> Group | None:
         return None if axis is None else self._groups.get(axis)
 
-    def _finish(self, work: Work, started: float) -> None:
-        before = SpanRecorder.now()
-        work.wait()
-        after = SpanRecorder.now()
-        task = self._task
-        if self.spans is None or task is None:
+    @property
+    def timed(self) -> bool:
+        """Whether collectives are recorded now."""
+        return self.timeline.timed and self._task is not None
+
+    def _finish(self, work: Work, started: Moment | None) -> None:
+        task, timeline = self._task, self.timeline
+        if task is None or started is None:
+            work.wait()
             return
+        before = timeline.now()
+        finished = timeline.result_of(work)
+        after = timeline.now()
         lane = self.lanes.lane
         shard = -1 if lane is None else lane
         if not task.turns:
@@ -195,11 +202,12 @@ class TensorContext:
         task.blocked.append((before, after))
         task.turns.append(shard)
         # The backend's thread may say a moment later than this one that it is done.
-        end = min(work.finished_at or after, after)
-        self.spans.add(
+        if finished.event is None and finished.at > after.at:
+            finished = after
+        timeline.span(
             SpanKind.TENSOR,
             started,
-            end,
+            finished,
             microbatch=task.microbatch,
             layer=task.layer,
             chunk=task.chunk,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -25,9 +26,11 @@ class _Stopped(BaseException):
 
 
 class Lanes:
-    """Runs functions in turns. One object per rank, used by one thread at a time; `close` ends its threads."""
+    """Runs functions in turns, on `device` (default: the CPU). One object per rank, used by one thread at a time;
+    `close` ends its threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device or torch.device("cpu")
         self._workers: list[_Worker] = []
         weakref.finalize(self, _close, self._workers)
         self._turns: list[threading.Lock] = []
@@ -48,13 +51,16 @@ class Lanes:
         Whether gradients are recorded is as in the calling thread.
         """
         if len(functions) == 1 or self.lane is not None:
-            return [function() for function in functions]
+            with _own_thread():
+                return [function() for function in functions]
         lanes = len(functions)
         self._turns = [_held() for _ in range(lanes)]
         self._live = [True] * lanes
         self._failure = None
         results: list[Any] = [None] * lanes
         enabled = torch.is_grad_enabled()
+        # All lanes give their work to the caller's stream: its order is that of the turns.
+        stream = None if self._device.type == "cpu" else torch.cuda.current_stream(self._device)
 
         def body(lane: int) -> None:
             if lane:
@@ -62,9 +68,8 @@ class Lanes:
             self._mine.lane = lane
             try:
                 if self._failure is None:
-                    # A backward must run in its lane's thread, not in one per device, which a waiting lane would stop.
-                    own_thread = torch.autograd.set_multithreading_enabled(False)
-                    with torch.set_grad_enabled(enabled), own_thread:
+                    same_stream = nullcontext() if stream is None else torch.cuda.stream(stream)
+                    with torch.set_grad_enabled(enabled), _own_thread(), same_stream:
                         results[lane] = functions[lane]()
             except _Stopped:
                 pass
@@ -114,6 +119,12 @@ def _close(workers: list[_Worker]) -> None:
     for worker in workers:
         worker.close()
     workers.clear()
+
+
+def _own_thread() -> AbstractContextManager[object]:
+    """Inside of the block a backward runs in the thread that calls it, which knows its lane and its position, and not
+    in autograd's thread of a GPU, which a waiting lane would stop."""
+    return torch.autograd.set_multithreading_enabled(False)
 
 
 def _held() -> threading.Lock:

@@ -95,7 +95,7 @@ class StagedPath(Path):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._gpu = device.type == "cuda"
+        self._gpu = device.type != "cpu"
         self._stream = torch.cuda.Stream(device) if self._gpu else None  # type: ignore[no-untyped-call]
 
     def outgoing(self, tensors: Tensors) -> tuple[Tensors, Callable[[], bool]]:

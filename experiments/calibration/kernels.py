@@ -15,6 +15,7 @@ from torch import nn
 from axonn.accumulation import add_gradient, add_product
 from axonn.collectives import SerialCollectives
 from axonn.config import OptimizerConfig, OptimizerPlacement, PrecisionConfig
+from axonn.device_timeline import Timeline
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.stage import ParameterSpec
 from axonn.optim.model_optimizer import ModelOptimizer
@@ -212,7 +213,7 @@ def _optimizer(placement: OptimizerPlacement, elements: int, bench: Bench) -> fl
         config=OptimizerConfig(placement=placement, bsize=elements),
         precision=PrecisionConfig.model_validate(str(dtype).removeprefix("torch.")),
         initialise=_fill,
-        device=torch.device("cpu"),
+        timeline=Timeline(torch.device("cpu"), None),
     )
     assert parameter.grad is not None
 
