@@ -221,6 +221,8 @@ class _Noted(TorchDispatchMode):
     @staticmethod
     def _refuse_to_wait(name: str, tensors: Sequence[torch.Tensor], args: Any, kwargs: Any) -> None:
         if not name.startswith(("aten.copy_", "aten._to_copy")):
+            if len({t.device for t in tensors if t.dim()}) > 1:
+                raise RuntimeError(f"{name} has operands on two different devices")
             return
         devices = {t.device for t in tensors} | {kwargs.get("device") or tensors[0].device}
         asynchronous = kwargs.get("non_blocking", False) or (len(args) > 2 and args[2] is True)

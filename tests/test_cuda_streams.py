@@ -3,6 +3,7 @@ but for the numbers of the batch."""
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from axonn.device_timeline import Moment, Reading, Timeline
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
 from axonn.models import make_model
+from axonn.optim.pinned import pinned_zeros
 from axonn.schedules import Direction, ScheduleSpec
 from axonn.trace import SpanRecorder
 from axonn.transport import Address, Decision, Edge, Message, Transport
@@ -199,6 +201,48 @@ def test_a_reading_is_there_when_its_copy_is(monkeypatch: pytest.MonkeyPatch) ->
         assert gpu.waits == 0
         assert len(reading.wait()) == 2
         assert gpu.waits == 1
+
+
+class Cudart:
+    """`torch.cuda.cudart()`, with room to lock `limit` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.locked: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        if sum(self.locked.values()) + size > self.limit:
+            return 2
+        self.locked[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.locked[address]
+        return 0
+
+
+def test_host_state_is_locked_where_it_lies_until_nothing_refers_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cudart(limit=1000)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    zeros = pinned_zeros(200, torch.float32)
+    assert cuda.locked == {zeros.data_ptr(): 800}
+    view = zeros[100:]
+    del zeros
+    gc.collect()
+    assert len(cuda.locked) == 1
+    made = torch.zeros
+    asked: list[bool] = []
+
+    def zeros_of(*sizes: int, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        asked.append(pin_memory)
+        return made(*sizes, **options)
+
+    monkeypatch.setattr(torch, "zeros", zeros_of)
+    assert pinned_zeros(200, torch.float32).tolist() == [0.0] * 200
+    assert asked == [False, True]
+    del view
+    gc.collect()
+    assert cuda.locked == {}
 
 
 def test_spans_of_a_gpu_are_recorded_when_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import torch
 from axonn.config import OptimizerConfig, PrecisionConfig
 from axonn.device_timeline import Moment, Timeline
 from axonn.optim.flat import FlatParameters
+from axonn.optim.pinned import pinned_zeros
 from axonn.trace import SpanKind
 
 
@@ -41,14 +42,16 @@ class OptimizerState(ABC):
     `master` is the buffer of the parameters themselves where these have the master type.
     """
 
-    def __init__(self, flat: FlatParameters, precision: PrecisionConfig, *, home: torch.device, pinned: bool) -> None:
+    def __init__(self, flat: FlatParameters, precision: PrecisionConfig, *, home: torch.device) -> None:
         self._flat = flat
         self.dtype: torch.dtype = getattr(torch, precision.master_type)
         self.has_own_master = self.dtype != flat.parameters.dtype
         self.converts_gradients = self.dtype != flat.gradients.dtype
 
         def zeros() -> torch.Tensor:
-            return torch.zeros(flat.elements, dtype=self.dtype, device=home, pin_memory=pinned)
+            if home.type == flat.parameters.device.type:
+                return torch.zeros(flat.elements, dtype=self.dtype, device=home)
+            return pinned_zeros(flat.elements, self.dtype)
 
         self.master = zeros() if self.has_own_master else flat.parameters
         self.exp_avg = zeros()
@@ -76,7 +79,7 @@ class ResidentState(OptimizerState):
     """Everything on the device, with a whole copy of the gradients where these must be converted."""
 
     def __init__(self, flat: FlatParameters, precision: PrecisionConfig) -> None:
-        super().__init__(flat, precision, home=flat.parameters.device, pinned=False)
+        super().__init__(flat, precision, home=flat.parameters.device)
         self._gradient = torch.empty_like(self.exp_avg) if self.converts_gradients else None
 
     def stream(self, parts: Sequence[slice]) -> Iterator[Bucket]:
@@ -107,7 +110,7 @@ class OffloadedState(OptimizerState):
         self, flat: FlatParameters, precision: PrecisionConfig, config: OptimizerConfig, timeline: Timeline
     ) -> None:
         device = flat.parameters.device
-        super().__init__(flat, precision, home=torch.device("cpu"), pinned=device.type != "cpu")
+        super().__init__(flat, precision, home=torch.device("cpu"))
         self._timeline = timeline
         # A link carries both ways at once.
         self._inwards, self._outwards = timeline.side_stream(), timeline.side_stream()
