@@ -118,8 +118,9 @@ class Engine:
                 limit=first.limit,
                 chunks=self.layout.chunks,
             )
+            # Without storage: the optimizer gives all parameters one.
             self.chunks.append(
-                Chunk(model, span, context=self._context, dtype=dtype, device=self.device, recompute=recompute)
+                Chunk(model, span, context=self._context, dtype=dtype, device=torch.device("meta"), recompute=recompute)
             )
         self.specs: list[ParameterSpec] = parameter_specs(model, self.chunks, self.virtual_spans, self.layout)
         placed = {spec.name: spec.placement for spec in self.specs}

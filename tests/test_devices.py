@@ -14,7 +14,11 @@ from axonn.errors import ConfigError
 from axonn.grid import AXES, ProcessGrid
 from axonn.launch import LAUNCHERS, LOCAL_RANKS, rank_environment
 from axonn.runtime import connect
+from axonn.transport.mpi import MPITransport
+from axonn.transport.staging import StagedPath
+from tests.comparing import check_every_rank
 from tests.rank_pool import RankPool
+from tests.training import Case, Outcome, train
 
 
 @pytest.mark.parametrize(
@@ -60,6 +64,23 @@ def test_ranks_do_not_take_the_place_that_an_outer_launcher_gave_this_process() 
 
 def test_memory_of_a_process_without_gpu_is_what_is_resident() -> None:
     assert peak_bytes(torch.device("cpu")) > 10_000_000
+
+
+STAGED = Case(data=2, inter=2, col=2, microbatches=4, sub_shards=2, steps=3, clip=0.05)
+
+
+def train_through_host_memory(comm: Any, case: Case) -> Outcome:
+    """A job of the rank pool: everything takes the way that it takes where ranks share a GPU."""
+    with connect(case.grid, comm=comm) as runtime:
+        transport = MPITransport(comm, path=StagedPath(torch.device("cpu")))
+        try:
+            return train(case, runtime.rank, transport, StagedCollectives(case.grid, runtime.rank))
+        finally:
+            transport.close()
+
+
+def test_training_through_host_memory_equals_serial_training_on_every_rank(pool: RankPool) -> None:
+    check_every_rank(STAGED, pool.run(train_through_host_memory, STAGED, ranks=STAGED.grid.size))
 
 
 def _staged(comm: Any, grid: ProcessGrid) -> list[list[float]]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from axonn.collectives import Call, Collectives
 from axonn.config import GPTConfig, ModelConfig, OptimizerConfig, PrecisionConfig, UNetConfig
+from axonn.devices import rank_device
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
 from axonn.initial import fill
@@ -84,6 +85,7 @@ class Case:
     """Train on one batch again and again, so that the loss falls."""
     loss_scale: float | None = None
     """Where a dynamic one begins."""
+    device: Literal["cpu", "cuda"] = "cpu"
 
     @property
     def grid(self) -> ProcessGrid:
@@ -178,6 +180,7 @@ def make_engine(case: Case, rank: int, transport: Transport | None, collectives:
         precision=case.precision or PrecisionConfig(compute=case.dtype),  # type: ignore[arg-type]
         activation_checkpointing=case.recompute,
         overdecomposition=case.sub_shards,
+        device=rank_device(case.device),
         seed=SEED,
         spans=SpanRecorder(rank),
     )
@@ -187,7 +190,7 @@ def train_step(engine: Engine, case: Case, step: int, outcome: Outcome) -> None:
     """Evaluate a batch, train on it, and note what this rank sees of both."""
     rows = engine.shard(0)
     whole, whole_targets = batch_of(case, step)
-    inputs = tuple(t[rows.start : rows.stop] for t in _tuple(whole))
+    inputs: Any = tuple(t[rows.start : rows.stop] for t in _tuple(whole))
     targets = whole_targets[rows.start : rows.stop]
     # A rank is given only what it is meant to need.
     shard = inputs if engine.is_first_stage else None, targets if engine.is_last_stage else None
@@ -206,8 +209,9 @@ def train_step(engine: Engine, case: Case, step: int, outcome: Outcome) -> None:
         outcome.changed_by_skipped_steps |= {n for n, m in masters.items() if not torch.equal(m, outcome.masters[n])}
     outcome.losses.append(result.loss)
     outcome.norms.append(result.gradient_norm)
-    outcome.gradients.append({s.name: s.parameter.grad.clone() for s in engine.specs if s.parameter.grad is not None})
-    outcome.parameters = {s.name: s.parameter.detach().clone() for s in engine.specs}
+    gradients = {s.name: s.parameter.grad for s in engine.specs if s.parameter.grad is not None}
+    outcome.gradients.append({name: gradient.to("cpu", copy=True) for name, gradient in gradients.items()})
+    outcome.parameters = {s.name: s.parameter.detach().to("cpu", copy=True) for s in engine.specs}
     outcome.placements = {s.name: s.placement for s in engine.specs}
     outcome.held = engine.held_microbatches
 
@@ -228,8 +232,8 @@ def train(case: Case, rank: int, transport: Transport | None, collectives: Colle
 
 def _masters(engine: Engine) -> dict[str, torch.Tensor]:
     prefix = "master."
-    state = engine.state_tensors()
-    return {n.removeprefix(prefix): part.tensor.clone() for n, part in state.items() if n.startswith(prefix)}
+    parts = {n: part.tensor for n, part in engine.state_tensors().items() if n.startswith(prefix)}
+    return {name.removeprefix(prefix): tensor.to("cpu", copy=True) for name, tensor in parts.items()}
 
 
 def _state(engine: Engine) -> dict[str, torch.Tensor | None]:
@@ -247,7 +251,7 @@ def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 def train_over_mpi(comm: Any, case: Case) -> Outcome:
     """A job of the rank pool."""
-    with connect(case.grid, comm=comm, transport=case.transport) as runtime:
+    with connect(case.grid, comm=comm, transport=case.transport, device=rank_device(case.device)) as runtime:
         return train(case, runtime.rank, runtime.transport, runtime.collectives)
 
 

@@ -84,18 +84,23 @@ class FlatParameters:
         self.shared_gradients.zero_()
 
 
-def cut(flat: FlatParameters, *, bsize: int, k: int | None) -> list[Chunk]:
+LARGEST_BUCKET = 1 << 28
+"""Elements that are updated at once at most."""
+
+
+def cut(flat: FlatParameters, *, bsize: int, k: int | None, few: bool = False) -> list[Chunk]:
     """Chunks of `k` buckets of `bsize` elements, in order; None makes one chunk of all that is reduced together.
 
-    A chunk ends where the axes of the reduction change, so the last bucket of a chunk may be smaller.
+    A chunk ends where the axes of the reduction change, so the last bucket of a chunk may be smaller. With `few` a
+    chunk is one bucket, and what is not reduced one chunk: each costs a GPU some launches.
     """
     chunks = []
     for axes, group in groupby(flat.entries, key=lambda entry: entry.axes):
         entries = list(group)
         whole = slice(entries[0].where.start, entries[-1].where.stop)
-        length = (whole.stop - whole.start) if k is None else k * bsize
+        length = (whole.stop - whole.start) if k is None or (few and not axes) else k * bsize
         for part in pieces(whole, length):
-            chunks.append(Chunk(axes, part, tuple(pieces(part, bsize))))
+            chunks.append(Chunk(axes, part, tuple(pieces(part, LARGEST_BUCKET if few else bsize))))
     return chunks
 
 

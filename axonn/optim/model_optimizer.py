@@ -124,7 +124,9 @@ class ModelOptimizer:
         for entry in self._flat.entries:
             initialise(entry.spec.name, entry.view(self._state.master))
         self._round_masters()
-        self._chunks = cut(self._flat, bsize=config.bsize, k=config.k)
+        # A CPU's bits depend on where buckets begin, and are to be those of offloaded state.
+        few = config.placement == "device" and device.type != "cpu"
+        self._chunks = cut(self._flat, bsize=config.bsize, k=config.k, few=few)
         self._reduction = GradientReduction(
             self._flat, self._chunks, ties=ties, grid=grid, rank=rank, collectives=collectives, timeline=self._timeline
         )

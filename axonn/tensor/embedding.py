@@ -119,7 +119,13 @@ class _Embedding(torch.autograd.Function):
                 unused = here == padding if unused is None else unused | (here == padding)
             if unused is not None:
                 rows = rows.masked_fill(unused.reshape(-1, 1), 0)
-            weight_gradient.index_add_(0, here.reshape(-1), rows.to(weight_gradient.dtype))
+            if weight_gradient.is_cpu:
+                weight_gradient.index_add_(0, here.reshape(-1), rows.to(weight_gradient.dtype))
+                return
+            # A GPU would add the rows of a token one by one, each sum rounded to the gradient's type. This adds them
+            # up in float32, in an order of their own.
+            sums = torch.ops.aten.embedding_dense_backward(rows, here.reshape(-1), len(weight_gradient), -1, False)
+            weight_gradient.add_(sums)
 
         if ctx.needs_input_grad[1] and ctx.queue is not None:
             ctx.queue.add(lambda: add_rows(weight, accumulate))
