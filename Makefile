@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FRESH_FLAG := $(if $(FRESH),--fresh)
+DEVICE_FLAG := $(if $(DEVICE),--device $(DEVICE))
 QUICK_FLAG := $(if $(QUICK),--quick)
 COMPARISON := results/baselines$(if $(QUICK),/quick)$(if $(LINK),/link)
 
@@ -38,7 +39,7 @@ report: $(READY) ## results/report.html alone, from what is there
 
 reproduce-fig3: ## what a batch is made of, without and with the memory optimisation: published, predicted, measured here
 reproduce-fig5: ## the trace of tensor parallelism: predicted, and measured here, with Perfetto traces
-reproduce-fig6: ## weak scaling: published, predicted, and measured here (FRESH=1 measures anew)
+reproduce-fig6: ## weak scaling: published, predicted, and measured here (FRESH=1 measures anew; DEVICE=cuda on GPUs)
 reproduce-fig7: ## weak scaling of U-Nets: our tensor parallelism and Megatron-LM's scheme
 reproduce-ginter: ## pipeline phase over G_inter: published, predicted
 reproduce-inflight: ## in-flight limit of the message-driven schedule beside 1F1B: predicted, and measured here
@@ -54,11 +55,11 @@ experiments/machines/local.yaml: | $(READY)
 
 $(FIGURES:%=reproduce-%) $(OTHERS:%=reproduce-%): reproduce-%: $(READY)
 	@$(BIN)/axonn predict experiments/$*.yaml $(FRESH_FLAG)
-	@status=0; $(BIN)/axonn run experiments/$*.yaml $(FRESH_FLAG) || status=$$?; \
+	@status=0; $(BIN)/axonn run experiments/$*.yaml $(FRESH_FLAG) $(DEVICE_FLAG) || status=$$?; \
 		test $$status -eq 130 || $(BIN)/python -m plots.$* $(FRESH_FLAG) || status=$$?; exit $$status
 
 compare-baselines: $(READY) ## AxoNN and other frameworks on the same work (QUICK=1; LINK=1; RANKS=4; OPTIONS='--kinds tensor')
-	@status=0; $(BIN)/python -m baselines.compare --out $(COMPARISON) $(QUICK_FLAG) $(if $(LINK),--link) $(if $(RANKS),--ranks $(RANKS)) $(OPTIONS) || status=$$?; \
+	@status=0; $(BIN)/python -m baselines.compare --out $(COMPARISON) $(QUICK_FLAG) $(if $(LINK),--link) $(if $(RANKS),--ranks $(RANKS)) $(DEVICE_FLAG) $(OPTIONS) || status=$$?; \
 		test $$status -gt 1 || $(BIN)/python -m plots.baselines $(COMPARISON)/summary.json || status=$$?; exit $$status
 
 schematics: $(READY) ## the grid, the schedule and a layer of a configuration as pictures (CONFIG=my.yaml)

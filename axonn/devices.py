@@ -36,6 +36,16 @@ def device_type(asked: str) -> DeviceType:
     )
 
 
+def ranks_on(device: DeviceType, ranks: int) -> str:
+    """In words, where the ranks of a job on this machine compute."""
+    said = f"{ranks} rank{'' if ranks == 1 else 's'}"
+    if device == "cpu":
+        return f"{said} on the CPU"
+    gpus = min(ranks, torch.cuda.device_count())
+    sharing = f", which they share ({-(-ranks // gpus)} on one)" if ranks > gpus else ""
+    return f"{said} on {gpus} GPU{'' if gpus == 1 else 's'} {torch.cuda.get_device_name(0)}{sharing}"
+
+
 def usable(device: torch.device | None) -> torch.device:
     """`device` (default: the CPU) with its number. Raises `ConfigError` where it cannot be had."""
     if device is None or device.type == "cpu":

@@ -97,7 +97,8 @@ def connect(
     rank = world.Get_rank()
     store = _rendezvous(world, timeout_s)
     timeout = timedelta(seconds=timeout_s)
-    shared = device.type == "cuda" and are_shared(world.allgather(identity(device)))
+    # Without NCCL too, everything passes through host memory.
+    shared = device.type == "cuda" and (are_shared(world.allgather(identity(device))) or not dist.is_nccl_available())
     if shared and transport == "torch":
         raise LaunchError(
             "several ranks share a GPU, where NCCL, which transport 'torch' sends messages with, refuses to run; take "

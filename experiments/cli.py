@@ -124,11 +124,8 @@ def doctor() -> None:
             table.add_row(f"transport {finding.transport}", escape(finding.text))
         else:
             problems.append(f"transport {finding.transport}: {finding.text}")
-    import torch
-
-    table.add_row("GPUs", str(torch.cuda.device_count()))
-    if torch.cuda.is_available():
-        problems.append("GPUs: the engine does not use them yet; it runs on the CPU")
+    for name, value in _gpus():
+        table.add_row(name, value)
     for name in adapter_names():
         found = load_adapter(name).capabilities()
         if found.version is None:
@@ -138,6 +135,25 @@ def doctor() -> None:
     console.print(table)
     for problem in problems:
         console.print(f"[yellow]will not work: {escape(problem)}[/yellow]", soft_wrap=True)
+
+
+def _gpus() -> list[tuple[str, str]]:
+    """What there is to say of the GPUs."""
+    import torch
+
+    from experiments.provenance import this_machine
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    said = [("GPUs", str(count))]
+    for number in range(count):
+        properties = torch.cuda.get_device_properties(number)
+        said.append((f"GPU {number}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
+    if count:
+        driver = this_machine(device="cuda").driver or "unknown"
+        said.append(("CUDA", f"{torch.version.cuda or torch.version.hip}, driver {driver}"))
+        nccl = "over NCCL" if torch.distributed.is_nccl_available() else "over host memory, since there is no NCCL"
+        said.append(("ranks on GPUs", f"up to {count} with a GPU each {nccl}; more share them, over host memory"))
+    return said
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from axonn.config import TrainConfig
+from axonn.devices import DeviceType
 from axonn.errors import LaunchError
 from axonn.records import Asked, Failure, Machine, Ran, Record
 from experiments.datasets import Case
@@ -41,9 +42,16 @@ class SmallWork:
 
 
 def cluster_work(
-    case: Case, *, machine: str, name: str | None = None, steps: int = PUBLISHED_STEPS, data: str | None = None
+    case: Case,
+    *,
+    machine: str,
+    name: str | None = None,
+    steps: int = PUBLISHED_STEPS,
+    data: str | None = None,
+    device: DeviceType = "cuda",
 ) -> ClusterWork:
-    """What a point trains on a machine; `name`: of the point in records (default its label). `data`: see `ClusterWork`.
+    """What a point trains on a machine; `name`: of the point in records (default its label). `data` and `device`: see
+    `ClusterWork`.
 
     Raises `ConfigError` for a strategy or a machine that does not exist, and `LaunchError` for a grid that does not
     have the point's GPUs.
@@ -64,6 +72,7 @@ def cluster_work(
         gpus_per_node=find_machine(machine).node.gpus.number,
         gradient_clipping=CLIP_NORM if strategy.clip_norm else None,
         data=data,
+        device=device,
     )
 
 

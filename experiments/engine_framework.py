@@ -10,6 +10,7 @@ from typing import Any, get_args
 from axonn.config import FloatType, ScheduleConfig, TrainConfig
 from axonn.data import make_data
 from axonn.defaults import sub_shards
+from axonn.devices import DeviceType
 from axonn.engine import Engine, microbatches_of
 from axonn.errors import AxonnError, LaunchError
 from axonn.grid import ProcessGrid
@@ -132,6 +133,7 @@ class EngineAdapter(Adapter):
         return Capabilities(
             version=EngineFramework().version(),
             strategies={"": "data x inter-layer x two-dimensional tensor parallelism, any of them together"},
+            devices=get_args(DeviceType),
             precisions=get_args(FloatType),
         )
 
@@ -161,7 +163,8 @@ class EngineAdapter(Adapter):
         return launch_worker(
             self.name,
             config.model_copy(update={"optimizer": optimizer, "data": data}),
-            notes=["the engine computes on processors so far: it leaves the GPUs of a node unused", *notes],
+            device=work.device,
+            notes=notes,
             checkpoint=NEWEST,
             stoppable=True,
         )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from axonn.config import FloatType, GPTConfig, ModelConfig, ScheduleConfig, TrainConfig
+from axonn.devices import DeviceType
 from axonn.engine import BatchResult
 from axonn.errors import LaunchError
 from axonn.parts import Part
@@ -163,6 +164,8 @@ class ClusterWork:
     gradient_clipping: float | None = None
     data: str | None = None
     """Prefix of the tokenised data; None for synthetic tokens."""
+    device: DeviceType = "cuda"
+    """What the ranks are to compute on."""
 
     @property
     def gpt(self) -> GPTConfig:

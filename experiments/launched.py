@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from axonn.config import DataConfig, TrainConfig, UNetConfig
+from axonn.devices import DeviceType
 from axonn.errors import LaunchError
 from experiments.framework import ClusterWork, Launch, PrintedRun
 from experiments.metrics import BATCHES
@@ -28,7 +29,7 @@ def spec_of(
     *,
     checkpoint: str | None = None,
     turns: bool = False,
-    device: str = "cpu",
+    device: DeviceType = "cpu",
     stoppable: bool = False,
 ) -> str:
     """Content of the `spec.json` of a run folder.
@@ -53,18 +54,20 @@ def launch_worker(
     framework: str,
     config: TrainConfig,
     *,
-    device: str = "cpu",
+    device: DeviceType = "cpu",
     notes: Sequence[str] = (),
     checkpoint: str | None = None,
     stoppable: bool = False,
 ) -> Launch:
-    """How every rank of `config` runs the worker of this suite; `checkpoint` and `stoppable` as of `spec_of`."""
+    """How every rank of `config` runs the worker of this suite on `device`; `checkpoint` and `stoppable` as of
+    `spec_of`."""
     provided = [
         "python is that of this suite's environment, and the folder in which it is started is one that all ranks see"
     ]
     return Launch(
         command=["python", "-m", "experiments.worker", "."],
         files={SPEC: spec_of(framework, config, checkpoint=checkpoint, device=device, stoppable=stoppable)},
+        mpi_on_device=device == "cuda",
         notes=[*notes, *provided, READ_LATER],
     )
 

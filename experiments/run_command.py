@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from axonn.records import Record
 
 
-def run(
+def run(  # noqa: PLR0917
     experiment_file: ExperimentFile,
     list_points: Annotated[bool, typer.Option("--list", help="List the points and whether they are done.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and run nothing.")] = False,
@@ -26,8 +26,12 @@ def run(
         bool, typer.Option("--resume/--fresh", help="Keep points that are done, or measure all anew.")
     ] = True,
     timeout: Annotated[float, typer.Option(help="Seconds after which a point is given up.")] = 3600.0,
+    device: Annotated[
+        str, typer.Option(help="What to compute on: cpu, which the points are sized for, cuda or auto.")
+    ] = "cpu",
 ) -> None:
     """Measure the points of an experiment on this machine. What is done is kept; an interrupted run can be resumed."""
+    from axonn.devices import device_type
     from experiments.definition import load_experiment
     from experiments.runner import compare_losses, points_of, run_point
 
@@ -35,7 +39,7 @@ def run(
     if experiment.policy is None:
         console.print(f"nothing to measure: {experiment_file} has neither measured nor runs", soft_wrap=True)
         return
-    points = points_of(experiment)
+    points = points_of(experiment, device_type(device))
     tolerance = experiment.policy.loss_tolerance
     if not (list_points or dry_run):
         launched_once()

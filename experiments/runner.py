@@ -8,10 +8,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from axonn.config import TrainConfig
+from axonn.devices import DeviceType
 from axonn.errors import ConfigError
 from axonn.records import Failure, Record, read_records, write_records
 from experiments.definition import ROOT, Experiment, measured_configs, slug
-from experiments.framework import Framework, load_framework, ran_by, version_of
+from experiments.framework import Framework, load_adapter, load_framework, ran_by, version_of
 from experiments.outcome import Outcome
 from experiments.provenance import fingerprint, sources, this_machine
 from experiments.run_record import function_of, run_record, with_losses_compared
@@ -49,6 +50,7 @@ class Point:
     warmup: int
     label: str
     """Of the point in records: what is measured, the same for every framework."""
+    device: DeviceType = "cpu"
     fingerprint: str
 
     @property
@@ -83,15 +85,16 @@ class Point:
         return record if done else None
 
 
-def points_of(experiment: Experiment) -> list[Point]:
+def points_of(experiment: Experiment, device: DeviceType = "cpu") -> list[Point]:
     """All points in the order in which they run: repeats outermost, frameworks alternating at each rank count.
+    `device`: what their ranks compute on.
 
     Raises `LaunchError` for a framework that nobody knows, and `ConfigError` where nothing is measured.
     """
     policy = experiment.policy
     if policy is None:
         raise ConfigError(f"experiments/{experiment.name}.yaml has nothing to measure; give it measured, or runs")
-    machine = this_machine().model_dump(exclude={"commit"})
+    machine = this_machine(device=device).model_dump(exclude={"commit", "clocks"})
     code = fingerprint(machine, sources(*_SOURCES))
     work = measured_work(experiment)
     versions = {name: version_of(load_framework(name)) for name in {name for _, _, name in work}}
@@ -103,6 +106,7 @@ def points_of(experiment: Experiment) -> list[Point]:
             repeat=repeat,
             warmup=policy.warmup_batches,
             label=label,
+            device=device,
             fingerprint=fingerprint(
                 [name, versions[name], config.model_dump(mode="json"), policy.warmup_batches, code], []
             ),
@@ -135,15 +139,32 @@ def run_point(
     Raises `LaunchError` when the ranks cannot start.
     """
     framework = load_framework(point.framework)
-    reason = framework.unavailable(point.config)
+    reason = framework.unavailable(point.config) or _not_on(point)
     outcome = (
-        supervise(point.framework, point.config, point.folder, on_batch=on_batch, timeout_s=timeout_s)
+        supervise(
+            point.framework,
+            point.config,
+            point.folder,
+            on_batch=on_batch,
+            timeout_s=timeout_s,
+            device=point.device,
+        )
         if reason is None
         else Outcome(failure=Failure(cause="unavailable", detail=reason))
     )
     record = _record(point, framework, outcome, command)
     write_records(point.record_file, [record])
     return record
+
+
+def _not_on(point: Point) -> str | None:
+    """Why a framework cannot compute on the device of a point, or None."""
+    if point.device == "cpu":
+        return None
+    devices = load_adapter(point.framework.partition("/")[0]).capabilities().devices
+    if point.device in devices:
+        return None
+    return f"it runs on {' and '.join(devices)} here; leave out --device {point.device} to measure it there"
 
 
 def compare_losses(records: list[tuple[Point, Record]], tolerance: float) -> list[Record]:
@@ -169,7 +190,7 @@ def _record(point: Point, framework: Framework, outcome: Outcome, command: str) 
         experiment=point.experiment,
         point=point.label,
         ran=ran_by(framework, point.config),
-        machine=this_machine(),
+        machine=this_machine(device=point.device),
         source=command,
         fingerprint=point.fingerprint,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

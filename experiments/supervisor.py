@@ -10,10 +10,10 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 from axonn.checkpoint import Checkpoint
 from axonn.config import TrainConfig
+from axonn.devices import DeviceType
 from axonn.launch import find_mpiexec, mpiexec_command, rank_environment
 from axonn.records import Failure
 from experiments.framework import load_framework
@@ -41,7 +41,7 @@ def supervise(
     turns: bool = False,
     own_cores: bool = False,
     link_only: bool = False,
-    device: Literal["cpu", "cuda"] = "cpu",
+    device: DeviceType = "cpu",
     threads: int = 1,
 ) -> Outcome:
     """Run `config` with `framework` on one process per rank of its grid; everything it writes is under `folder`.
@@ -49,8 +49,9 @@ def supervise(
     `on_batch` is called with the number of finished batches; as soon as `give_up` names a failure, the run is ended
     with it. With `resume` the run of that checkpoint goes on: what the folder says of later batches is removed;
     without, everything of an earlier run but its checkpoints. With `turns` the ranks train a batch when the
-    `TurnTaking` of the folder says so. `own_cores` and `link_only`: see `mpiexec_command`; `threads`: of each rank. The
-    ranks never outlive this call. Raises `LaunchError` when there is no MPI to start several ranks with.
+    `TurnTaking` of the folder says so. With `device` "cuda" they take the GPUs of this machine in turn. `own_cores` and
+    `link_only`: see `mpiexec_command`; `threads`: of each rank. The ranks never outlive this call. Raises `LaunchError`
+    when there is no MPI to start several ranks with.
     """
     grid = config.grid
     ranks = grid.data * grid.inter * grid.row * grid.col

@@ -18,10 +18,14 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start anew, and remove the checkpoints of the run folder.")
     ] = False,
+    device: Annotated[
+        str, typer.Option(help="What to compute on: cpu, cuda, or auto: the GPUs where there are any.")
+    ] = "auto",
 ) -> None:
     """Train a model as a configuration says; goes on from the newest checkpoint of the run folder if there is one."""
     from axonn.config import TrainConfig, load_yaml
     from axonn.data import make_data
+    from axonn.devices import device_type, ranks_on
     from axonn.engine import microbatches_of
     from axonn.grid import ProcessGrid
     from experiments import training
@@ -33,14 +37,15 @@ def train(
     grid = ProcessGrid(**config.grid.model_dump())
     # Everything that can be wrong is found here, before ranks start.
     launched_once()
+    chosen = device_type(device)
     stages = layers_of_chunks(config)
     count = microbatches_of(batch_size=config.batch_size, microbatch_size=config.microbatch_size, grid=grid)
     data = make_data(config)
     folder = out or RUNS / config_file.stem
-    session = training.prepare(config, folder, data=data, command=command_line(), fresh=fresh, warn=warn)
+    session = training.prepare(config, folder, data=data, command=command_line(), fresh=fresh, warn=warn, device=chosen)
     console.print(
-        f"{config.model.parameters / 1e6:.1f}M parameters, {grid.size} rank(s) ({grid}), {count} microbatch(es) per "
-        f"pipeline, layers per chunk {[len(s) for s in stages]}, {data.summary}"
+        f"{config.model.parameters / 1e6:.1f}M parameters, {ranks_on(chosen, grid.size)} ({grid}), "
+        f"{count} microbatch(es) per pipeline, layers per chunk {[len(s) for s in stages]}, {data.summary}"
     )
     if session.resume is not None:
         if session.first >= config.steps:

@@ -21,6 +21,7 @@ from axonn.checkpoint import Checkpoint, clean, latest, remove_all
 from axonn.config import TrainConfig, validate
 from axonn.data import Data
 from axonn.data.order import held_out_of
+from axonn.devices import DeviceType
 from axonn.errors import ConfigError, LaunchError
 from axonn.files import replace_durably
 from axonn.grid import ProcessGrid
@@ -65,6 +66,7 @@ class Session:
     folder: Path
     command: str
     resume: Checkpoint | None
+    device: DeviceType = "cpu"
 
     @property
     def first(self) -> int:
@@ -78,7 +80,14 @@ def resolved(config: TrainConfig) -> TrainConfig:
 
 
 def prepare(
-    config: TrainConfig, folder: Path, *, data: Data, command: str, fresh: bool, warn: Callable[[str], None]
+    config: TrainConfig,
+    folder: Path,
+    *,
+    data: Data,
+    command: str,
+    fresh: bool,
+    warn: Callable[[str], None],
+    device: DeviceType = "cpu",
 ) -> Session:
     """Find out where to start; changes nothing on disk. `config` is `resolved`, `data` is its data.
 
@@ -97,7 +106,7 @@ def prepare(
             )
     elif config.initial_weights is not None:
         check_weights(config.initial_weights, make_model(config.model))
-    return Session(config=config, folder=folder, command=command, resume=resume)
+    return Session(config=config, folder=folder, command=command, resume=resume, device=device)
 
 
 def config_differences(checkpoint: Checkpoint, config: TrainConfig, data: Data) -> list[str]:
@@ -139,6 +148,7 @@ def train(session: Session, *, fresh: bool, on_batch: Callable[[int], None] = la
                 timeout_s=float("inf"),
                 on_batch=on_batch,
                 resume=session.resume,
+                device=session.device,
             )
         except KeyboardInterrupt:
             rows = read_rows(session.folder / BATCHES)
@@ -170,7 +180,7 @@ def _write_record(session: Session, framework: Framework, outcome: Outcome) -> R
         point=session.folder.name,
         asked=asked,
         ran=ran_by(framework, config),
-        machine=this_machine(),
+        machine=this_machine(device=session.device),
         source=session.command,
         batch_time_s=mean,
         batch_times_s=times,
@@ -218,7 +228,7 @@ def _describe(session: Session, framework: Framework) -> None:
         "framework": framework.label,
         "version": framework.version(),
         "grid": session.config.grid.model_dump(),
-        "machine": this_machine().model_dump(exclude_none=True),
+        "machine": this_machine(device=session.device).model_dump(exclude_none=True),
         "tflops_formula": tflops_formula(
             session.config.model, recompute=session.config.activation_checkpointing is not None
         ),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ def _train(folder: Path, rank: int) -> int:
     import torch
 
     from axonn.config import TrainConfig, validate
+    from axonn.devices import peak_bytes, rank_device
     from axonn.grid import ProcessGrid
     from axonn.runtime import connect
     from axonn.trace import SpanRecorder
@@ -37,7 +37,8 @@ def _train(folder: Path, rank: int) -> int:
     turns = Turns(folder, rank) if spec["turns"] else None
     memory: dict[str, int] = {}
     traffic: list[Traffic] = []
-    with connect(ProcessGrid(**config.grid.model_dump()), transport=config.transport) as runtime:
+    device = rank_device(spec["device"])
+    with connect(ProcessGrid(**config.grid.model_dump()), transport=config.transport, device=device) as runtime:
         spans = SpanRecorder(rank, clock_offset=runtime.clock_offset, folder=folder / f"spans-{rank}.parquet")
         # Before any rank has spans in the folder.
         checkpoint = newest_checkpoint(folder) if spec["checkpoint"] == NEWEST else named
@@ -59,8 +60,7 @@ def _train(folder: Path, rank: int) -> int:
             folder,
             rank,
             "stopped" if stopped else "done",
-            # Linux counts resident memory in KiB.
-            memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            memory_bytes=peak_bytes(device),
             memory=memory,
             bytes_per_batch=sent_by_axis(traffic),
             traffic=[asdict(part) for part in traffic],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from axonn.devices import DeviceType
 from axonn.errors import AxonnError, ConfigError, LaunchError
 from axonn.grid import Axis
 from axonn.perf.machine import MachineFile
@@ -66,7 +68,8 @@ class Planned:
 
     def on_processors(self) -> list[str]:
         """Frameworks whose ranks do not compute on GPUs."""
-        return sorted({job.framework for job in self.jobs if SPEC in job.launch.files})
+        specs = {job.framework: job.launch.files[SPEC] for job in self.jobs if SPEC in job.launch.files}
+        return sorted(name for name, spec in specs.items() if json.loads(spec)["device"] == "cpu")
 
     def notes(self) -> dict[str, list[str]]:
         """By framework, what differs from the work that was asked for, or must be provided."""
@@ -183,11 +186,19 @@ def plan_small_jobs(
             framework=own,
             adapter=framework,
             work=small,
-            launch=launch_worker(framework, config, checkpoint=NEWEST, stoppable=True),
+            launch=launch_worker(
+                framework, config, device=_device_of(framework, system), checkpoint=NEWEST, stoppable=True
+            ),
             resources=_resources(name, small.gpus, system=system, site=site),
         )
         planned.jobs.extend(_repeated(job, repeats))
     return _checked(planned, errors, system)
+
+
+def _device_of(framework: str, system: System) -> DeviceType:
+    """That of the system where the framework can use it."""
+    able = load_adapter(framework.partition("/")[0]).capabilities().devices
+    return system.device if system.device in able else "cpu"
 
 
 def _wanted(points: Sequence[_T], labels: Sequence[str], only: Sequence[str], experiment: Experiment) -> list[_T]:
@@ -228,7 +239,9 @@ def _published_job(
     if point.framework not in adapters:
         raise LaunchError(f"no adapter is called '{point.framework}'; there are {', '.join(sorted(adapters))}")
     adapter: Adapter = load_adapter(adapters[point.framework])
-    work = cluster_work(found.case, machine=system.machine, name=point.name, steps=steps, data=site.data)
+    work = cluster_work(
+        found.case, machine=system.machine, name=point.name, steps=steps, data=site.data, device=system.device
+    )
     return Job(
         name=name,
         framework=point.framework,

@@ -136,8 +136,8 @@ def test_published_points_of_our_ranks_have_what_they_left(tmp_path: Path) -> No
     assert (record.batch_time_s, record.memory_parts) == (1.0, {"parameters": 2, "activations": 3})
     assert record.configuration is not None
     assert record.tflops_per_gpu is not None
-    # The engine computes on processors there, of which no peak is known.
-    assert (record.machine.device, record.pct_peak) == ("cpu", None)
+    assert record.machine.device == "Tesla V100-SXM2-16GB"
+    assert record.pct_peak == pytest.approx(100 * record.tflops_per_gpu / 125)
 
 
 def test_attempts_are_in_the_order_in_which_they_started(small: Small) -> None:

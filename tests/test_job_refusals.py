@@ -175,7 +175,8 @@ def test_names_of_jobs_are_whole_on_a_narrow_screen(axonn: CommandLine) -> None:
     assert code == 0
     assert "g_inter-24-state-on-the-device-axonn" in out
     assert "…" not in out
-    table = out[: out.index("warning: ")]
+    assert "warning: " not in out
+    table = out[: out.index("AxoNN: ")]
     assert max(len(line) for line in table.splitlines()) <= 80
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from axonn.errors import ConfigError
+from experiments.engine_framework import EngineAdapter
 from experiments.framework import load_adapter
 from jobscripts.generate import TEMPLATES
 from jobscripts.points import Planned
@@ -86,13 +87,13 @@ def test_a_plugin_of_the_network_is_asked_for_until_the_site_brings_it(machine: 
 
 def test_mpi_is_told_of_buffers_on_the_device_only_where_there_are_any(tmp_path: Path) -> None:
     _, exports = script_of("perlmutter", "gpt-12b-48-axonn", tmp_path / "ours")
-    assert "MPICH_GPU_SUPPORT_ENABLED" not in exports
+    assert exports["MPICH_GPU_SUPPORT_ENABLED"] == "1"
     (job,) = [found for found in planned("fig6", "perlmutter").jobs if found.framework == "AxoNN"]
-    launch = load_adapter("reference").launch(job.work)  # type: ignore[arg-type]
-    assert launch.mpi_on_device
-    write(Planned(jobs=[replace(job, launch=launch)]), tmp_path / "reference", machine="perlmutter")
-    text = (tmp_path / "reference" / job.name / "job.sh").read_text()
-    assert 'export MPICH_GPU_SUPPORT_ENABLED="1"' in text
+    assert load_adapter("reference").launch(job.work).mpi_on_device  # type: ignore[arg-type]
+    launch = EngineAdapter().launch(replace(job.work, device="cpu"))  # type: ignore[type-var]
+    assert not launch.mpi_on_device
+    write(Planned(jobs=[replace(job, launch=launch)]), tmp_path / "processors", machine="perlmutter")
+    assert "MPICH_GPU" not in (tmp_path / "processors" / job.name / "job.sh").read_text()
 
 
 def test_options_of_the_machine_are_those_of_its_own_launcher(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_train_goes_on_on_another_grid_and_exports(axonn: CommandLine) -> None:
         return output.replace("\n", " ")
 
     output = train(steps=2)
-    assert f"{DIGITS.parameters / 1e6:.1f}M parameters, 1 rank(s)" in output
+    assert f"{DIGITS.parameters / 1e6:.1f}M parameters, 1 rank on the CPU" in output
     assert "1797 images" in output
     assert " images/s" in output
     first = [row["loss"] for row in read_rows(folder / BATCHES)]
