@@ -237,7 +237,8 @@ class TrainConfig(StrictModel):
     `activation_checkpointing`: keep only the input of every that many transformer layers (or residual blocks) and
     recompute the rest in the backward; "auto" takes the number that needs the least memory. `overdecomposition`: into
     how many sub-shards a microbatch is cut, so that one computes while collectives of another are under way; by default
-    2 where layers are cut and a microbatch has 2 rows. `initial_weights`: a safetensors file to start from.
+    2 where layers are cut and a microbatch has 2 rows. `compile`: whether losses, masks and norms of images go through
+    `torch.compile`; "auto" does so on GPUs. `initial_weights`: a safetensors file to start from.
     """
 
     model: ModelConfig
@@ -251,6 +252,7 @@ class TrainConfig(StrictModel):
     activation_checkpointing: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     overdecomposition: int | None = Field(default=None, ge=1)
     transport: Literal["mpi", "torch"] = "mpi"
+    compile: Literal["auto", "always", "never"] = "auto"
     evaluation: EvaluationConfig | None = None
     checkpoints: CheckpointConfig | None = None
     initial_weights: str | None = None

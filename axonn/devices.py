@@ -84,6 +84,14 @@ def are_shared(identities: Sequence[str]) -> bool:
     return len(set(identities)) < len(identities)
 
 
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor`, on its way to `device` if it is not there; the host does not wait."""
+    if tensor.device.type == device.type:
+        return tensor
+    # From memory that can be paged out a copy would have the host wait.
+    return (tensor.pin_memory() if tensor.is_cpu else tensor).to(device, non_blocking=True)
+
+
 def peak_bytes(device: torch.device) -> int:
     """Most bytes that this process has had allocated on a GPU, or resident on a CPU."""
     if device.type == "cuda":

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from axonn.collectives import Collectives, Group, SerialCollectives
+from axonn.compiled import CompileMode, Compiler
 from axonn.config import OptimizerConfig, PrecisionConfig
 from axonn.defaults import checkpoint_blocks, sub_shards
 from axonn.device_timeline import Reading, Timeline
@@ -59,8 +60,9 @@ class Engine:
 
     Every rank makes one with the same arguments. `transport` is needed when G_inter > 1, `collectives` when there is
     more than one rank. `activation_checkpointing` counts blocks, see `TrainConfig`; `overdecomposition`: see
-    `axonn.defaults.sub_shards`. `steps` is the length of the run, if the learning rate goes by it. Raises `GridError`
-    or `ConfigError` when the configuration does not fit.
+    `axonn.defaults.sub_shards`; `compile`: see `axonn.compiled.Compiler`. `device`: where this rank computes. `steps`
+    is the length of the run, if the learning rate goes by it. Raises `GridError` or `ConfigError` when the
+    configuration does not fit.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Engine:
         precision: PrecisionConfig | None = None,
         activation_checkpointing: int | Literal["auto"] | None = None,
         overdecomposition: int | None = None,
+        compile: CompileMode = "auto",
         device: torch.device | None = None,
         seed: int = 0,
         steps: int | None = None,
@@ -106,7 +109,9 @@ class Engine:
         precision = precision or PrecisionConfig()
         dtype = getattr(torch, precision.compute)
         self._timeline = Timeline(self.device, spans)
-        self._context = TensorContext(grid, rank, self._collectives, seed=seed, timeline=self._timeline)
+        self._context = TensorContext(
+            grid, rank, self._collectives, seed=seed, timeline=self._timeline, compiler=Compiler(compile)
+        )
         self.virtual_spans = virtual_spans(model, self.layout)
         self.chunks: list[Chunk] = []
         """The modules of this rank."""

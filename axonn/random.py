@@ -73,7 +73,7 @@ def keep_mask(
     *_, last = box
     words = slice(last.start // 2, (last.stop + 1) // 2)
     index = Indices((*shape[:-1], (shape[-1] + 1) // 2), (*box[:-1], words), device=device)
-    threshold = min(round(p * 2**32), 2**32 - 1) - 2**31
+    threshold = keep_threshold(p)
     sizes = [part.stop - part.start for part in box]
     mask = torch.empty(len(keys), *sizes, dtype=torch.bool, device=device)
     rows = max(1, AT_ONCE // max(1, prod(sizes[1:])))
@@ -84,6 +84,41 @@ def keep_mask(
             halves = _words(key, block).view(torch.int32)[..., last.start % 2 :][..., : sizes[-1]]
             torch.ge(halves, threshold, out=mask[number, start:stop])
     return mask
+
+
+def keep_elements(
+    keys: torch.Tensor, threshold: int, shape: tuple[int, ...], box: tuple[tuple[int, int], ...]
+) -> torch.Tensor:
+    """The same mask as `keep_mask`, in operations that a compiler makes one kernel of: without one they take 8 bytes
+    for each element several times. `keys` [n + 1] as `packed_keys` makes them; `threshold` as `keep_threshold` says;
+    `box`: starts and stops."""
+    keys, golden = keys[:-1], keys[-1]
+    words = (shape[-1] + 1) // 2
+    *_, (first, last) = box
+    along = torch.arange(first, last, device=keys.device)
+    number = along // 2
+    stride = words
+    for (start, stop), size in zip(reversed(box[:-1]), reversed(shape[:-1]), strict=True):
+        number = number + (torch.arange(start, stop, device=keys.device) * stride).view(-1, *[1] * number.dim())
+        stride *= size
+    word = number * golden + keys.view(-1, *[1] * number.dim())
+    for bits, factor in ((30, _MIX_1), (27, _MIX_2)):
+        word = (word ^ _shift_right(word, bits)) * factor
+    word = word ^ _shift_right(word, 31)
+    # The low half of a word is the even element's. Its sign is bit 31.
+    half = torch.where(along % 2 == 0, word << 32, word) >> 32
+    return half >= threshold
+
+
+def packed_keys(keys: Sequence[int]) -> torch.Tensor:
+    """[n + 1] int64: the keys, and the step of the generator: as a constant of the code, compilers multiply it with
+    numbers of elements beyond 64 bits."""
+    return torch.tensor([*keys, _GOLDEN], dtype=torch.int64)
+
+
+def keep_threshold(p: float) -> int:
+    """Of 32 random bits, as a signed number, those from here on keep an element."""
+    return min(round(p * 2**32), 2**32 - 1) - 2**31
 
 
 class Indices:

@@ -65,6 +65,7 @@ class EngineTrainer(ResumableTrainer):
             precision=config.precision,
             activation_checkpointing=config.activation_checkpointing,
             overdecomposition=config.overdecomposition,
+            compile=config.compile,
             device=runtime.device,
             seed=config.seed,
             steps=config.steps,

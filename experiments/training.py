@@ -41,6 +41,7 @@ FRAMEWORK = "axonn"
 _MAY_CHANGE = {
     "activation_checkpointing",
     "checkpoints",
+    "compile",
     "evaluation",
     "grid",
     "microbatch_size",

@@ -28,6 +28,7 @@ STEPS = 5
 ROWS = 4
 """Rows of one microbatch over all pipelines: every G_data of the tests divides it."""
 SEED = 7
+COMPILE: Literal["auto", "always"] = "auto"
 BSIZE = 1500
 CHUNK = 4 * BSIZE
 """Elements that are reduced at once, unless a case says another k."""
@@ -180,6 +181,7 @@ def make_engine(case: Case, rank: int, transport: Transport | None, collectives:
         precision=case.precision or PrecisionConfig(compute=case.dtype),  # type: ignore[arg-type]
         activation_checkpointing=case.recompute,
         overdecomposition=case.sub_shards,
+        compile=COMPILE,
         device=rank_device(case.device),
         seed=SEED,
         spans=SpanRecorder(rank),

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from axonn.devices import on_device
+
 Tensors = tuple[torch.Tensor, ...]
 Inputs = torch.Tensor | Tensors
 
@@ -27,8 +29,8 @@ class Batch:
         device: torch.device,
     ) -> None:
         given = () if inputs is None else (inputs,) if isinstance(inputs, torch.Tensor) else inputs
-        self._inputs = tuple(_on(device, tensor) for tensor in given)
-        self._targets = None if targets is None else _on(device, targets)
+        self._inputs = tuple(on_device(tensor, device) for tensor in given)
+        self._targets = None if targets is None else on_device(targets, device)
         self._samples = samples
         self.step = step
         self.losses: dict[int, torch.Tensor] = {}
@@ -54,13 +56,6 @@ class Batch:
     def loss(self) -> torch.Tensor | None:
         """Sum of the losses in the order of the microbatches; None where none was computed."""
         return torch.stack([self.losses[m] for m in sorted(self.losses)]).sum() if self.losses else None
-
-
-def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.device.type == device.type:
-        return tensor
-    # From memory that can be paged out a copy would have the host wait.
-    return (tensor.pin_memory() if tensor.device.type == "cpu" else tensor).to(device, non_blocking=True)
 
 
 def cut_rows(rows: int, parts: int) -> list[range]:

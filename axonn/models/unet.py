@@ -19,6 +19,7 @@ from axonn.grid import ProcessGrid
 from axonn.initial import Constant, Initial, Normal
 from axonn.models.base import Layer
 from axonn.tensor import TRANSPOSED, Layout, Requirement, TensorAxis, TensorContext, check_fit, relayout
+from axonn.tensor.conv import channels_last
 from axonn.tensors import TensorSpec
 from axonn.unet_config import LinkKind, Maps, UNetConfig, UNetLink, unet_links, work_of
 
@@ -48,7 +49,7 @@ class Input(nn.Module):
         dtype = self.conv.weight.dtype
         waves = sinusoids(timesteps, self.width).to(dtype)
         time = F.silu(self.time2(F.silu(self.time1(waves))))
-        return self.conv(images.to(dtype)), time
+        return self.conv(channels_last(images.to(dtype))), time
 
 
 def sinusoids(timesteps: torch.Tensor, width: int) -> torch.Tensor:
@@ -84,6 +85,7 @@ class Residual(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, time: torch.Tensor, *skips: torch.Tensor) -> Tensors:
+        x = channels_last(x)
         kept = (*skips, x) if self.link.keeps else skips
         if self.link.joins:
             x = torch.cat([x, kept[-1]], 1)
@@ -107,6 +109,7 @@ class Attention(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, time: torch.Tensor, *skips: torch.Tensor) -> Tensors:
+        x = channels_last(x)
         pixels = self.norm(x).flatten(2).transpose(1, 2)
         h: torch.Tensor = self.attention(pixels)
         return x + h.transpose(1, 2).reshape(x.shape), time, *skips
@@ -122,6 +125,7 @@ class Down(nn.Module):
         self.conv = tensor.Conv2d(channels, channels, 3, stride=2, padding=1, context=context)
 
     def forward(self, x: torch.Tensor, time: torch.Tensor, *skips: torch.Tensor) -> Tensors:
+        x = channels_last(x)
         y = relayout(self.conv(x), 1, source="col", target="row", context=self.context)
         return y, time, *skips, x
 
@@ -136,7 +140,7 @@ class Up(nn.Module):
         self.conv = tensor.Conv2d(channels, channels, 3, padding=1, context=context, layout=TRANSPOSED)
 
     def forward(self, x: torch.Tensor, time: torch.Tensor, *skips: torch.Tensor) -> Tensors:
-        x = relayout(x, 1, source="row", target="col", context=self.context)
+        x = channels_last(relayout(x, 1, source="row", target="col", context=self.context))
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")), time, *skips
 
 
@@ -152,7 +156,7 @@ class Output(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        noise: torch.Tensor = self.conv(F.silu(self.norm(x)))
+        noise: torch.Tensor = self.conv(F.silu(self.norm(channels_last(x))))
         return noise
 
 

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from axonn.collectives import Collectives, Group, Operation, SerialCollectives, Work
+from axonn.compiled import Compiler
 from axonn.device_timeline import Moment, Timeline
 from axonn.errors import ConfigError, GridError
 from axonn.grid import ProcessGrid
@@ -100,6 +101,7 @@ class TensorContext:
         *,
         seed: int = 0,
         timeline: Timeline | None = None,
+        compiler: Compiler | None = None,
     ) -> None:
         if collectives is None:
             if grid.tensor > 1:
@@ -111,6 +113,7 @@ class TensorContext:
         self.timeline = timeline or Timeline(torch.device("cpu"), None)
         self.lanes = Lanes(self.timeline.device)
         self.positions = Positions()
+        self.compiler = compiler or Compiler()
         self._task: TaskSpans | None = None
         self._collectives = collectives
         self._groups: dict[TensorAxis, Group] = {}

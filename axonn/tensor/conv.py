@@ -143,7 +143,7 @@ class _Conv2d(torch.autograd.Function):
         context, axis = layer.context, layer.layout.input
         if context.extent(axis) == 1:
             return F.conv2d(x, weight, bias, *how)
-        y = context.all_reduce(F.conv2d(x, weight, None, *how).contiguous(), axis)
+        y = context.all_reduce(_dense(F.conv2d(x, weight, None, *how)), axis)
         return y if bias is None else y.add_(bias.view(-1, 1, 1))
 
     @staticmethod
@@ -153,7 +153,7 @@ class _Conv2d(torch.autograd.Function):
         needs_input, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
         pending = of_input = of_weight = of_bias = None
         if needs_input:
-            of_input = _backward(gradient, x, layer.weight, how, of_input=True).contiguous()
+            of_input = _dense(_backward(gradient, x, layer.weight, how, of_input=True))
             pending = layer.context.start_all_reduce(of_input, layer.layout.output)
 
         def weight_gradient() -> torch.Tensor:
@@ -194,6 +194,17 @@ def _backward(
         (of_input, not of_input, False),
     )[0 if of_input else 1]
     return found
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """Images [batch, channels, height, width], on a GPU in the order in memory in which its convolutions compute; what
+    follows keeps it. A CPU's take any."""
+    return x if x.is_cpu else x.contiguous(memory_format=torch.channels_last)
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """Such that it can be reduced as it lies, which is the same on every rank."""
+    return x if not x.is_cpu and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
 def _pair(value: int | Pair) -> Pair:

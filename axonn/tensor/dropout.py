@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from axonn.devices import on_device
 from axonn.errors import ConfigError
-from axonn.random import keep_mask, stream_key
+from axonn.random import keep_elements, keep_mask, keep_threshold, packed_keys, stream_key
 from axonn.tensor.context import TensorAxis, TensorContext
 
 
@@ -68,4 +69,9 @@ class Dropout(nn.Module):
             box[dim - 1] = slice(index * size, (index + 1) * size)
         seed, step = self.context.seed, position.step
         keys = [stream_key(seed, self.name, step, sample) for sample in position.samples]
+        compiler = self.context.compiler
+        if compiler.wanted(keep_elements, x):
+            given = on_device(packed_keys(keys), x.device)
+            sides = tuple((part.start, part.stop) for part in box)
+            return compiler.run(keep_elements, given, keep_threshold(self.p), tuple(whole), sides, like=x)
         return keep_mask(keys, self.p, shape=whole, box=box, device=x.device).view(x.shape)

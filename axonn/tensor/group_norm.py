@@ -58,7 +58,10 @@ class GroupNorm(TensorLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._groups.crossing:
-            return F.group_norm(x, len(self._groups.counts), self.weight, self.bias, self.eps)
+            arguments = x, len(self._groups.counts), self.weight, self.bias, self.eps
+            if x.is_cpu or x.is_contiguous():
+                return F.group_norm(*arguments)
+            return self.context.compiler.run(_channels_last, *arguments, like=x)
         y: torch.Tensor = _GroupNorm.apply(x, self.weight, self.bias, self)  # type: ignore[no-untyped-call]
         return y
 
@@ -71,6 +74,22 @@ class GroupNorm(TensorLayer):
         if key not in self._tables:
             self._tables[key] = _Tables.of(self._groups, like)
         return self._tables[key]
+
+
+def _channels_last(
+    x: torch.Tensor, groups: int, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """`F.group_norm` of [batch, channels, height, width] that lie channels last, and stay so: that of a GPU would copy
+    them into the other order."""
+    batch, channels, height, width = x.shape
+    wide = x.to(wide_type(x.dtype)).permute(0, 2, 3, 1).reshape(batch, height * width, groups, channels // groups)
+    variance, mean = torch.var_mean(wide, (1, 3), correction=0, keepdim=True)
+    normal = ((wide - mean) * (variance + eps).rsqrt()).view(batch, height, width, channels)
+    if weight is not None:
+        normal = normal * weight
+    if bias is not None:
+        normal = normal + bias
+    return normal.to(x.dtype).permute(0, 3, 1, 2)
 
 
 class _Groups(NamedTuple):

@@ -18,11 +18,20 @@ def cross_entropy(
     In float32 at least, since sums over the vocabulary need more digits than half precision has. As in Shoeybi et al.,
     arXiv 1909.08053: the largest logit, then the sum of exponentials and the target's logit are reduced.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if context.extent(axis) == 1:
-        return F.cross_entropy(logits, targets)
+        return context.compiler.run(_whole, logits, targets, like=logits)
+    logits = _wide(logits)
     loss: torch.Tensor = _CrossEntropy.apply(logits, targets, context, axis)  # type: ignore[no-untyped-call]
     return loss
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _whole(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    # Compiled, it keeps the logits of half precision alone, and passes over them once each way.
+    return F.cross_entropy(_wide(logits), targets)
 
 
 class _CrossEntropy(torch.autograd.Function):
