@@ -65,8 +65,8 @@ compare-baselines: $(READY) ## AxoNN and other frameworks on the same work (QUIC
 schematics: $(READY) ## the grid, the schedule and a layer of a configuration as pictures (CONFIG=my.yaml)
 	@$(BIN)/python -m plots.schematics $(CONFIG)
 
-calibrate: $(READY) ## measure this machine for the performance model (QUICK=1: coarsely)
-	@$(BIN)/axonn calibrate $(QUICK_FLAG)
+calibrate: $(READY) ## measure this machine for the performance model (QUICK=1: coarsely; DEVICE=cuda: its GPU)
+	@$(BIN)/axonn calibrate $(QUICK_FLAG) $(DEVICE_FLAG)
 
 validate-published: $(READY) ## the model against all published sets (axonn predict --validate)
 	@$(BIN)/axonn predict --validate $(FRESH_FLAG)

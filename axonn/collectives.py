@@ -194,7 +194,7 @@ class StagedCollectives(TorchCollectives):
         return _StagedWork(dist.all_reduce(staged, op=op, group=group.handle, async_op=True), staged, tensor)
 
     def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: Group) -> Work:
-        staged = torch.empty(output.shape, dtype=output.dtype, pin_memory=not output.is_cpu)
+        staged = torch.empty(output.shape, dtype=output.dtype, device="cpu", pin_memory=not output.is_cpu)
         work = dist.all_gather_into_tensor(
             staged.view(-1), _to_host(tensor).view(-1), group=group.handle, async_op=True
         )
@@ -203,7 +203,7 @@ class StagedCollectives(TorchCollectives):
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in host memory, complete; under CUDA the host waits for this copy and what is before it, no more."""
-    staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=not tensor.is_cpu)
+    staged = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=not tensor.is_cpu)
     staged.copy_(tensor, non_blocking=True)
     if not tensor.is_cpu:
         torch.cuda.current_stream(tensor.device).record_event().synchronize()

@@ -80,7 +80,7 @@ class Reading:
         self._host = values
         self._copied: torch.cuda.Event | None = None
         if not values.is_cpu:
-            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
             self._host.copy_(values, non_blocking=True)
             self._copied = torch.cuda.current_stream(values.device).record_event()
 

@@ -113,7 +113,7 @@ def keep_elements(
 def packed_keys(keys: Sequence[int]) -> torch.Tensor:
     """[n + 1] int64: the keys, and the step of the generator: as a constant of the code, compilers multiply it with
     numbers of elements beyond 64 bits."""
-    return torch.tensor([*keys, _GOLDEN], dtype=torch.int64)
+    return torch.tensor([*keys, _GOLDEN], dtype=torch.int64, device="cpu")
 
 
 def keep_threshold(p: float) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from axonn.config import FloatType
+from axonn.devices import DeviceType
 from axonn.errors import ConfigError, LaunchError
 from axonn.launch import mpiexec_command, rank_environment
 from axonn.perf.machine import MachineFile
@@ -23,6 +24,7 @@ from experiments.calibration.worker import PROGRESS, RESULT, Job
 from experiments.definition import HERE, available_cores
 
 LOCAL = HERE / "machines" / "local.yaml"
+LOCAL_GPU = HERE / "machines" / "local-gpu.yaml"
 _TIMEOUT_S = 600.0
 _POLL_S = 0.1
 
@@ -30,32 +32,40 @@ _POLL_S = 0.1
 def calibrate(
     *,
     ranks: int | None = None,
-    precision: FloatType = "float32",
+    precision: FloatType | None = None,
     quick: bool = False,
-    out: Path = LOCAL,
+    out: Path | None = None,
+    device: DeviceType = "cpu",
     on_part: Callable[[str], None] = lambda name: None,
 ) -> MachineFile:
-    """Measure with one rank and with `ranks` (default: one per core), and write the machine file `out`.
+    """Measure with one rank and with `ranks` (default: one per core), and write the machine file `out` (default:
+    `LOCAL`, of a GPU `LOCAL_GPU`).
 
-    `on_part` is called with what is being measured. Raises `ConfigError` for fewer than one rank, and `LaunchError`
-    when the ranks cannot start or one of them fails.
+    A GPU is measured by one rank alone. `precision`: float32 by default, on a GPU bfloat16. `on_part` is called with
+    what is being measured. Raises `ConfigError` for fewer than one rank, or several on a GPU, and `LaunchError` when
+    the ranks cannot start or one of them fails.
     """
-    count = available_cores() if ranks is None else ranks
+    on_gpu = device == "cuda"
+    count = (1 if on_gpu else available_cores()) if ranks is None else ranks
+    precision = precision or ("bfloat16" if on_gpu else "float32")
+    out = out or (LOCAL_GPU if on_gpu else LOCAL)
     if count < 1:
         raise ConfigError(f"{count} ranks were asked for; ask for at least one")
+    if on_gpu and count > 1:
+        raise ConfigError(f"{count} ranks were asked for, and a GPU is measured by one alone; leave out --ranks")
     found: list[dict[str, Any]] = []
     for size in sorted({1, count}):
 
         def say(part: str, size: int = size) -> None:
             on_part(f"{size} rank{'s' if size > 1 else ''}: {part}")
 
-        job = Job(precision=precision, quick=quick)
+        job = Job(precision=precision, quick=quick, device=device)
         found.append(_measured(job, size, say))
-    options = f"--ranks {count} --precision {precision}{' --quick' if quick else ''}"
+    given = [f"--ranks {count}", f"--precision {precision}", *["--quick"] * quick, *["--device cuda"] * on_gpu]
     measured = Measured(
         ranks=count,
         precision=precision,
-        source=f"axonn calibrate {options}",
+        source=f"axonn calibrate {' '.join(given)}",
         alone=found[0],
         together=found[1] if count > 1 else None,
     )

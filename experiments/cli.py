@@ -35,32 +35,40 @@ for found in sorted(entry_points(group="axonn.commands"), key=lambda entry: entr
 @app.command()
 def calibrate(
     out: Annotated[
-        Path | None, typer.Option(help="Machine file to write; default experiments/machines/local.yaml.")
+        Path | None, typer.Option(help="Machine file; default experiments/machines/local.yaml, local-gpu.yaml.")
     ] = None,
     ranks: Annotated[int | None, typer.Option(help="Ranks that compute together; default one per core.")] = None,
-    precision: Annotated[str, typer.Option(help="Type to compute in, as in a training configuration.")] = "float32",
+    precision: Annotated[
+        str | None, typer.Option(help="Type to compute in, as in a training configuration; float32, on a GPU bfloat16.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Coarser grids of sizes, in less than a minute.")] = False,
+    device: Annotated[str, typer.Option(help="What to measure: cpu, cuda (one GPU) or auto.")] = "cpu",
 ) -> None:
     """Measure this machine (kernels, messages, collectives, the host) and write a machine file for axonn predict."""
     from axonn.config import PrecisionConfig, validate
-    from experiments.calibrate import LOCAL
+    from axonn.devices import device_type
+    from experiments.calibrate import LOCAL, LOCAL_GPU
     from experiments.calibrate import calibrate as measure
 
     launched_once()
     start = time.perf_counter()
-    compute = validate({"compute": precision}, PrecisionConfig, where="--precision").compute
+    compute = None
+    if precision is not None:
+        compute = validate({"compute": precision}, PrecisionConfig, where="--precision").compute
+    kind = device_type(device)
     with progress_bar() as progress:
         task = progress.add_task("starting", total=None)
 
         def on_part(part: str) -> None:
             progress.update(task, description=part)
 
-        file = out or LOCAL
+        file = out or (LOCAL_GPU if kind == "cuda" else LOCAL)
         machine = measure(
             ranks=ranks,
             precision=compute,
             quick=quick,
             out=file,
+            device=kind,
             on_part=on_part,
         )
     rate = machine.gpu.peak.si / 1e9

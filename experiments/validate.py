@@ -66,7 +66,9 @@ def fingerprint_of(paths: Sequence[Path]) -> str:
     described = sources(
         "experiments/*.yaml", "experiments/models/*.yaml", "experiments/machines/*.yaml", "results/published/*.json"
     )
-    return fingerprint([p.name for p in paths], [*paths, *code, *(p for p in described if p.stem != "local")])
+    return fingerprint(
+        [p.name for p in paths], [*paths, *code, *(p for p in described if p.stem not in ("local", "local-gpu"))]
+    )
 
 
 def result_file(names: Sequence[str]) -> Path:

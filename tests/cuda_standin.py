@@ -22,12 +22,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from axonn.collectives import Collectives, Group, Operation, Work
 from axonn.tensor.interleave import Lanes
 
+_device_constructors()  # It remembers the functions that make tensors, which are not yet others here.
 DEVICE = torch.device("meta")
 Clock = dict[int, int]
 

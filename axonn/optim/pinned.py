@@ -13,7 +13,7 @@ def pinned_zeros(elements: int, dtype: torch.dtype) -> torch.Tensor:
     PyTorch's own pinned memory comes in powers of two, which for the state of a large model is up to twice as much: so
     ordinary memory is locked where it lies. PyTorch's is taken where that is refused, for instance by a limit.
     """
-    zeros = torch.zeros(elements, dtype=dtype)
+    zeros = torch.zeros(elements, dtype=dtype, device="cpu")
     if not zeros.nbytes:
         return zeros
     try:
@@ -23,7 +23,7 @@ def pinned_zeros(elements: int, dtype: torch.dtype) -> torch.Tensor:
         locked = False
     if not locked:
         del zeros
-        return torch.zeros(elements, dtype=dtype, pin_memory=True)
+        return torch.zeros(elements, dtype=dtype, device="cpu", pin_memory=True)
     # Of the storage, since views of it outlive the tensor.
     weakref.finalize(zeros.untyped_storage(), cuda.cudaHostUnregister, zeros.data_ptr()).atexit = False
     return zeros

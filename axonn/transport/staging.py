@@ -109,7 +109,7 @@ class StagedPath(Path):
         return memory, (lambda: True) if self._stream is None else self._stream.record_event().query
 
     def buffers(self, specs: Sequence[TensorSpec]) -> Tensors:
-        return tuple(torch.empty(spec.shape, dtype=spec.dtype, pin_memory=self._gpu) for spec in specs)
+        return tuple(torch.empty(spec.shape, dtype=spec.dtype, device="cpu", pin_memory=self._gpu) for spec in specs)
 
     def incoming(self, memory: Tensors) -> Landed:
         with self._aside():

@@ -75,33 +75,54 @@ def _content(measured: Measured, name: str) -> dict[str, Any]:
     if measured.together is not None:
         tables.append(_tables(measured, measured.ranks, measured.together))
     checked = [validate(table, MeasuredKernels, where="measured kernels") for table in tables]
-    peak = max(table.best_rate for table in checked) / 1e9
+    peak = quantity(max(table.best_rate for table in checked) / 1e9, "GFLOP/s", "the fastest product")
     # Read and written.
     memory = 2 * (measured.together or alone)["copy"] / 1e9
     host_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    found = alone.get("gpu")
+    if found is None:
+        about = f"{measured.ranks} ranks, one core each, computing in {measured.precision}; a machine by itself."
+        link = quantity(memory / 2, "GB/s", "a copy: device and host are one")
+        own = {
+            "name": f"one core of {cpu_name()}",
+            "vector_peak": peak | {"source": f"{source}; a core has no matrix units beside"},
+            "memory": quantity(host_memory / measured.ranks, "GB", "a rank's share of the host's"),
+            "multiprocessors": quantity(1, "1", "a rank computes in one thread"),
+        }
+    else:
+        about = (
+            f"{found['name']}, one GPU measured by itself, computing in {measured.precision}. Links between GPUs were "
+            "not measured: what is said of them is the link to the host, through which ranks that share a GPU exchange."
+        )
+        link = quantity(alone["host_link"] / 1e9, "GB/s", "a copy of page-locked memory, in the slower direction")
+        own = {
+            "name": found["name"],
+            "vector_peak": peak | {"source": f"{source}; what has no measured kernel is taken for a product"},
+            "memory": quantity(found["memory"] / 1e9, "GB", "as the driver says"),
+            "multiprocessors": quantity(found["multiprocessors"], "1", "as the driver says"),
+        }
     gpu = {
-        "name": f"one core of {cpu_name()}",
-        "peak": quantity(peak, "GFLOP/s", "the fastest product"),
-        "vector_peak": quantity(peak, "GFLOP/s", "a core has no matrix units beside"),
+        "peak": peak,
         "alignment": quantity(1, "1", "none is needed"),
-        "memory": quantity(host_memory / measured.ranks, "GB", "a rank's share of the host's"),
         "memory_bandwidth": quantity(memory, "GB/s", "a copy, read and written"),
         "stream_bandwidth": quantity(memory, "GB/s", "a copy, read and written"),
         "kernel_latency": quantity(1e6 * alone["empty_kernel"], "us", "addition to one number"),
-        "multiprocessors": quantity(1, "1", "a rank computes in one thread"),
         "measured": tables,
+        **own,
     }
     node = {
         "gpus": quantity(measured.ranks, "1", "ranks that were measured together"),
         "gpus_per_socket": quantity(measured.ranks, "1", "all ranks reach each other alike"),
-        "nvlink": quantity(memory / 2, "GB/s", "a copy"),
-        "host_link": quantity(memory / 2, "GB/s", "a copy: device and host are one"),
+        "nvlink": quantity(memory / 2, "GB/s", "a copy") if found is None else link,
+        "host_link": link,
         "host_memory": quantity(host_memory, "GB", "all of it"),
-        "host_memory_bandwidth": quantity(memory * measured.ranks, "GB/s", "copies of all ranks"),
+        "host_memory_bandwidth": quantity(memory * measured.ranks, "GB/s", "copies of all ranks")
+        if found is None
+        else quantity(2 * alone["host_link"] / 1e9, "GB/s", "no more than the link to the GPU was seen to take"),
     }
     return {
         "name": name,
-        "about": f"{measured.ranks} ranks, one core each, computing in {measured.precision}; a machine by itself.",
+        "about": about,
         "gpu": gpu,
         "nodes": quantity(1, "1", "a machine by itself"),
         "node": node,
@@ -117,7 +138,7 @@ def _network(measured: Measured, quantity: Any) -> dict[str, Any]:
     """A single rank sends nothing: its links are then given by copies."""
     found = measured.together
     if found is None:
-        rate = measured.alone["copy"]
+        rate = measured.alone.get("host_link", measured.alone["copy"])
         sizes = [1 << i for i in range(8, 23, 2)]
         seconds = [1e-6 + size / rate for size in sizes]
         found = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 from statistics import quantiles
 from typing import Any
 
+import torch
+
 from axonn.config import FloatType, GPTConfig, GridConfig, PrecisionConfig, TrainConfig
 from axonn.grid import ProcessGrid
 from axonn.perf.engine_strategy import strategy_of_config
@@ -32,13 +34,13 @@ def small(layers: int, precision: FloatType) -> TrainConfig:
     )
 
 
-def measure(precision: FloatType, *, batches: int) -> dict[str, dict[str, float]]:
+def measure(precision: FloatType, *, batches: int, device: torch.device) -> dict[str, dict[str, float]]:
     """Seconds of a forward, of a backward and of a batch of each model, on the only rank of this process."""
     from experiments.engine_framework import EngineTrainer
 
     found = {}
     for layers in _LAYERS:
-        with connect(ProcessGrid()) as runtime:
+        with connect(ProcessGrid(), device=device) as runtime:
             spans = SpanRecorder(0)
             trainer = EngineTrainer(small(layers, precision), runtime, spans)
             whole = []

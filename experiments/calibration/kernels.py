@@ -70,6 +70,39 @@ QUICK = Sizes(
 )
 
 
+GPU = Sizes(
+    rows=(128, 512, 2048, 8192, 16384),
+    features=(64, 256, 1024, 2048, 4096, 8192, 16384),
+    elements=tuple(1 << i for i in (12, 16, 20, 23, 26, 28)),
+    parameters=tuple(1 << i for i in (16, 20, 22, 24, 27)),
+    matrices=(16, 64, 256),
+    positions=(64, 256, 1024, 2048),
+    widths=(32, 64, 128),
+    images=(4, 16, 64),
+    channels=(4, 64, 256, 512),
+    sides=(8, 16, 32),
+)
+GPU_QUICK = Sizes(
+    rows=(128, 2048, 16384),
+    features=(64, 1024, 4096, 8192),
+    elements=tuple(1 << i for i in (12, 20, 26)),
+    parameters=tuple(1 << i for i in (16, 22, 26)),
+    matrices=(16, 128),
+    positions=(64, 512, 1024),
+    widths=(32, 64, 128),
+    images=(4, 32),
+    channels=(4, 128, 512),
+    sides=(8, 32),
+)
+
+
+def sizes_of(device: torch.device, *, quick: bool) -> Sizes:
+    """What is worth measuring on a device."""
+    if device.type == "cpu":
+        return QUICK if quick else FULL
+    return GPU_QUICK if quick else GPU
+
+
 def measure(sizes: Sizes, dtype: torch.dtype, timer: Timer, on_part: Callable[[str], None]) -> dict[str, Any]:
     """What `axonn.perf.tables.MeasuredKernels` says of the machine, as plain data."""
     torch.manual_seed(0)
@@ -213,7 +246,7 @@ def _optimizer(placement: OptimizerPlacement, elements: int, bench: Bench) -> fl
         config=OptimizerConfig(placement=placement, bsize=elements),
         precision=PrecisionConfig.model_validate(str(dtype).removeprefix("torch.")),
         initialise=_fill,
-        timeline=Timeline(torch.device("cpu"), None),
+        timeline=Timeline(bench.pool.device, None),
     )
     assert parameter.grad is not None
 

@@ -186,6 +186,15 @@ def copy_rate(timer: Timer, nbytes: int = 64 << 20) -> float:
     return nbytes / _once(lambda: target.copy_(source), timer)
 
 
+def host_link_rate(timer: Timer, device: torch.device, nbytes: int = 64 << 20) -> float:
+    """Bytes per second of a copy from page-locked host memory to a GPU, or back: the slower of the two."""
+    here = torch.empty(nbytes // 4, dtype=torch.float32, device=device)
+    there = torch.empty(nbytes // 4, dtype=torch.float32, device="cpu", pin_memory=True)
+    inwards = _once(lambda: here.copy_(there, non_blocking=True), timer)
+    outwards = _once(lambda: there.copy_(here, non_blocking=True), timer)
+    return nbytes / max(inwards, outwards)
+
+
 def empty_kernel(timer: Timer) -> float:
     """Seconds of the least that a kernel can do."""
     x = torch.zeros(1)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ class Pool:
         self._memory = torch.randn(_POOL_BYTES // dtype.itemsize, dtype=dtype)
         self._next = 0
         self.dtype = dtype
+        self.device = self._memory.device
 
     def take(self, *shape: int) -> torch.Tensor:
         """A contiguous tensor, in memory that others had long before; a large one in new memory."""
@@ -39,6 +41,56 @@ class Pool:
             self._next = 0
         start, self._next = self._next, self._next + -(-size // 64) * 64
         return self._memory[start : start + size].view(shape)
+
+
+class Clock:
+    """Times what a CPU does, which is done when the call returns."""
+
+    def start(self) -> None:
+        self._start = time.perf_counter()
+
+    def stop(self) -> Callable[[], float]:
+        """What says how many seconds it took since `start`, once it is known."""
+        seconds = time.perf_counter() - self._start
+        return lambda: seconds
+
+
+class DeviceClock(Clock):
+    """Times what a GPU does, between two events of its stream. The host does not wait in between.
+
+    What is timed must be given to the device while it is still busy with other things, so that it never waits for the
+    host: `Busy` keeps it so.
+    """
+
+    def start(self) -> None:
+        self._begin = self._event()
+
+    def stop(self) -> Callable[[], float]:
+        begin, end = self._begin, self._event()
+
+        def seconds() -> float:
+            end.synchronize()
+            return 1e-3 * float(begin.elapsed_time(end))
+
+        return seconds
+
+    @staticmethod
+    def _event() -> Any:
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream())
+        return event
+
+
+class Busy:
+    """Keeps a GPU busy for about a millisecond, with a product whose operands are larger than its caches."""
+
+    def __init__(self, dtype: torch.dtype, size: int = 8192) -> None:
+        self._a, self._b = (torch.randn(size, size, dtype=dtype) for _ in range(2))
+        self._out = torch.empty_like(self._a)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        torch.mm(self._a, self._b, out=self._out)
 
 
 @dataclass(frozen=True)
@@ -54,6 +106,7 @@ class Timer:
     agree: Callable[[float], float] = field(default=lambda seconds: seconds)
     between: Callable[[], object] = field(default=lambda: None)
     samples: int = 7
+    clock: Clock = field(default_factory=Clock)
 
     def of(self, sample: Callable[[], Phases]) -> list[float]:
         """Seconds of each phase of a sample; `sample` prepares one and returns its phases, which run in order."""
@@ -63,13 +116,14 @@ class Timer:
         self.together()
         while len(found) < count:
             kept.clear()
-            times = []
+            readings = []
             for phase in sample():
                 self.between()
-                start = time.perf_counter()
+                self.clock.start()
                 # What an operation returns lives on in a step too.
                 kept.append(phase())
-                times.append(time.perf_counter() - start)
+                readings.append(self.clock.stop())
+            times = [seconds() for seconds in readings]
             found.append(times)
             # All ranks take as many samples.
             if len(found) == 1 and self.agree(sum(times)) > _LONG_S:
@@ -89,7 +143,8 @@ class Bench:
     def of(cls, dtype: torch.dtype, timer: Timer) -> Bench:
         """With `timer`, between whose samples other operations run, as there are between two of a step."""
         pool = Pool(dtype)
-        disturbed = Timer(timer.together, timer.agree, _Others(pool), timer.samples)
+        others = _Others(pool) if pool.device.type == "cpu" else Busy(dtype)
+        disturbed = replace(timer, between=others)
         bench = cls(pool, disturbed)
         empty = differentiated(lambda x: x.view_as(x), lambda: (pool.take(1),), bench)[1]
         return cls(pool, disturbed, empty)

@@ -10,7 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from axonn.config import FloatType
+from axonn.devices import DeviceType
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -24,10 +27,14 @@ PROGRESS = "progress.txt"
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to measure: kernels and memory; one rank, what the host costs, several, messages and collectives."""
+    """What to measure: kernels and memory; one rank, what the host costs, several, messages and collectives.
+
+    A GPU is measured by one rank alone.
+    """
 
     precision: FloatType
     quick: bool
+    device: DeviceType = "cpu"
 
     def write(self, folder: Path) -> None:
         (folder / "job.json").write_text(json.dumps(asdict(self)))
@@ -38,13 +45,12 @@ class Job:
 
 
 def main() -> None:
-    import torch
-
+    from axonn.devices import rank_device
     from axonn.grid import ProcessGrid
     from axonn.runtime import connect, launched_as
     from experiments.calibration import host
-    from experiments.calibration.kernels import FULL, QUICK, measure
-    from experiments.calibration.timing import Timer
+    from experiments.calibration.kernels import measure, sizes_of
+    from experiments.calibration.timing import DeviceClock, Timer
 
     folder = Path(sys.argv[1])
     job = Job.read(folder)
@@ -59,6 +65,10 @@ def main() -> None:
     found: dict[str, Any] = {}
     comm = None
     timer = Timer()
+    device = rank_device(job.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        timer = Timer(clock=DeviceClock())
     if size > 1:
         from mpi4py import MPI
 
@@ -67,12 +77,14 @@ def main() -> None:
         timer = Timer(together=comm.Barrier, agree=most)
     if job.quick:
         timer = replace(timer, samples=4)
-    kernels = measure(QUICK if job.quick else FULL, getattr(torch, job.precision), timer, on_part)
-    found["kernels"] = kernels if comm is None else _mean(comm.allgather(kernels))
-    found |= _of_memory(timer)
+    with device:
+        kernels = measure(sizes_of(device, quick=job.quick), getattr(torch, job.precision), timer, on_part)
+        found["kernels"] = kernels if comm is None else _mean(comm.allgather(kernels))
+        on_part("memory")
+        found |= _of_memory(timer, device)
     if comm is None:
         on_part("the engine on small models")
-        found["host"] = host.measure(job.precision, batches=20 if job.quick else 60)
+        found["host"] = host.measure(job.precision, batches=20 if job.quick else 60, device=device)
     else:
         for transport in ("mpi", "torch"):
             on_part(f"messages over {transport}")
@@ -82,10 +94,22 @@ def main() -> None:
         (folder / RESULT).write_text(json.dumps(found))
 
 
-def _of_memory(timer: Timer) -> dict[str, Any]:
-    from experiments.calibration.links import copy_rate, empty_kernel
+def _of_memory(timer: Timer, device: torch.device) -> dict[str, Any]:
+    from experiments.calibration.links import copy_rate, empty_kernel, host_link_rate
 
-    return {"copy": copy_rate(timer), "empty_kernel": empty_kernel(timer)}
+    if device.type == "cpu":
+        return {"copy": copy_rate(timer), "empty_kernel": empty_kernel(timer)}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "copy": copy_rate(timer, 1 << 30),
+        "empty_kernel": empty_kernel(timer),
+        "host_link": host_link_rate(timer, device),
+        "gpu": {
+            "name": properties.name,
+            "memory": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+        },
+    }
 
 
 def _of_links(
