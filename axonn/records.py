@@ -94,6 +94,12 @@ class Machine(StrictModel):
     cpu: str | None = None
     cores: int | None = None
     device: str | None = None
+    """What the ranks computed on: "cpu", or the name of the GPU. This and the next three are as the driver says."""
+    driver: str | None = None
+    cuda: str | None = None
+    """Version of CUDA that PyTorch was built with."""
+    clocks: dict[str, float] | None = None
+    """Of the GPU: sm_mhz and sm_max_mhz, and power_limit_w."""
     python: str | None = None
     torch: str | None = None
     mpi: str | None = None

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from axonn.records import Machine
 from experiments.definition import ROOT, available_cores
@@ -50,16 +50,55 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+_CLOCKS = {"clocks.sm": "sm_mhz", "clocks.max.sm": "sm_max_mhz", "power.limit": "power_limit_w"}
+
+
+def gpu_facts() -> dict[str, Any]:
+    """Name, driver and clocks of the first GPU as nvidia-smi says, without those that it does not say."""
+    asked = ["name", "driver_version", *_CLOCKS]
+    command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader,nounits"]
+    try:
+        printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    first = next(iter(printed.strip().splitlines()), "")
+    said = dict(zip(asked, (value.strip() for value in first.split(",")), strict=False))
+    facts: dict[str, Any] = {}
+    for name, key in (("name", "device"), ("driver_version", "driver")):
+        if said.get(name) and "N/A" not in said[name]:
+            facts[key] = said[name]
+    clocks = {}
+    for name, key in _CLOCKS.items():
+        try:
+            clocks[key] = float(said.get(name, ""))
+        except ValueError:
+            # "[N/A]", where the driver does not tell.
+            continue
+    return facts | ({"clocks": clocks} if clocks else {})
+
+
 @cache
-def this_machine() -> Machine:
-    """The machine that this process runs on."""
+def this_machine(*, device: Literal["cpu", "cuda"] = "cpu") -> Machine:
+    """The machine that this process runs on. `device`: what its ranks compute on, a GPU being told with its clocks."""
+    gpu: dict[str, Any] = {}
+    if device == "cuda":
+        import torch
+
+        gpu = gpu_facts()
+        if "device" not in gpu:
+            # Only where the driver does not tell: asking PyTorch takes memory of the GPU for as long as this process.
+            gpu["device"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cuda"
+        gpu["cuda"] = torch.version.cuda
     openmpi, mpich = _version("openmpi"), _version("mpich")
     return Machine(
         name=THIS_MACHINE,
         host=platform.node(),
         cpu=cpu_name(),
         cores=available_cores(),
-        device="cpu",
+        device=gpu.get("device", "cpu"),
+        driver=gpu.get("driver"),
+        cuda=gpu.get("cuda"),
+        clocks=gpu.get("clocks"),
         python=platform.python_version(),
         torch=_version("torch"),
         mpi=f"Open MPI {openmpi}" if openmpi else f"MPICH {mpich}" if mpich else None,
