@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from axonn.config import GPTConfig, LearningRateConfig, TrainConfig
+from axonn.config import FloatType, GPTConfig, LearningRateConfig, TrainConfig
 from axonn.data.text import TextData
 from axonn.inter_layer.stage import Chunk, initialise
 from axonn.models.gpt import GPT
 from axonn.tensor import TensorContext
+from baselines.ranks.mixed import HALF, MixedAdamW
 
 DEVICE = torch.device("cpu")
 
 
-def beyond(config: TrainConfig) -> str | None:
-    """What `config` asks for that no baseline does, and what to change; None when there is nothing."""
+EXACT: tuple[FloatType, ...] = ("float32", "float64")
+
+
+def beyond(config: TrainConfig, *, precisions: Sequence[FloatType] = EXACT) -> str | None:
+    """What `config` asks for that no baseline does, and what to change; None when there is nothing. `precisions`: the
+    types that this one computes in."""
     if not isinstance(config.model, GPTConfig):
         return f"the baselines train GPTs, and {config.model.name} is none"
     optimizer, precision, model = config.optimizer, config.precision, config.model
@@ -28,17 +34,37 @@ def beyond(config: TrainConfig) -> str | None:
         "optimizer.schedule": optimizer.schedule != LearningRateConfig(),
         "activation_checkpointing": config.activation_checkpointing is not None,
         "initial_weights": config.initial_weights is not None,
-        f"precision {precision.compute}": precision.compute not in ("float32", "float64"),
+        f"precision {precision.compute}": precision.compute not in precisions,
         f"gradients in {precision.gradient_type}": precision.gradient_type != precision.compute,
     }
     found = [name for name, is_asked in asked.items() if is_asked]
     return f"the baselines do without {', '.join(found)}; remove that, or compare without it" if found else None
 
 
+class Optimizer(Protocol):
+    """What a training loop asks of one."""
+
+    def zero_grad(self) -> None: ...
+
+    def step(self) -> object: ...
+
+
+def adamw_settings(config: TrainConfig) -> dict[str, Any]:
+    """The configured AdamW, as `torch.optim.AdamW` takes it."""
+    o = config.optimizer
+    return {"lr": o.lr, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
+
+
 def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """The configured AdamW, fused, as our engine uses it."""
-    o = config.optimizer
-    return torch.optim.AdamW(parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True)
+    return torch.optim.AdamW(parameters, fused=True, **adamw_settings(config))
+
+
+def optimizer_of(module: nn.Module, config: TrainConfig) -> Optimizer:
+    """The configured AdamW; of half-precision parameters with float32 masters, as in our engine."""
+    if getattr(torch, config.precision.compute) in HALF:
+        return MixedAdamW(module.parameters(), **adamw_settings(config))
+    return make_optimizer(module.parameters(), config)
 
 
 def loss_of(model: GPT) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -49,9 +75,9 @@ def loss_of(model: GPT) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
 class Layers(Chunk):
     """A chunk of our engine's layers with its initial weights: one tensor in, one tensor out."""
 
-    def __init__(self, model: GPT, span: range, config: TrainConfig) -> None:
+    def __init__(self, model: GPT, span: range, config: TrainConfig, *, device: torch.device = DEVICE) -> None:
         context = TensorContext.serial(seed=config.seed)
-        super().__init__(model, span, context=context, dtype=getattr(torch, config.precision.compute), device=DEVICE)
+        super().__init__(model, span, context=context, dtype=getattr(torch, config.precision.compute), device=device)
         initialise(model, self, seed=config.seed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from baselines.deepspeed_frameworks import ENVIRONMENT, OFFLOAD_DISCLOSURE, STRATEGIES
+from baselines.deepspeed_frameworks import ENVIRONMENT, HALF_TOO, OFFLOAD_DISCLOSURE, STRATEGIES
 from baselines.deepspeed_launch import launch_of
 from baselines.deepspeed_printed import printed_run
 from experiments.framework import Adapter, Capabilities, ClusterWork, Framework, Launch, PrintedRun
@@ -21,6 +21,7 @@ class DeepSpeedAdapter(Adapter):
             reason=reason,
             strategies={name: kind.__doc__ or "" for name, kind in STRATEGIES.items()},
             devices=ENVIRONMENT.devices,
+            precisions=HALF_TOO,
             disclosure=OFFLOAD_DISCLOSURE,
         )
 

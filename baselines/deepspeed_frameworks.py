@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from axonn.config import GPTConfig, ScheduleConfig, TrainConfig
+from axonn.config import FloatType, GPTConfig, ScheduleConfig, TrainConfig
 from axonn.errors import ConfigError
 from baselines.environments import Environment
 from baselines.foreign import ForeignFramework, stage_settings, stage_starts
@@ -17,16 +17,21 @@ OFFLOAD_DISCLOSURE = (
 )
 
 
+HALF_TOO: tuple[FloatType, ...] = ("float32", "bfloat16")
+
+
 class DeepSpeed(ForeignFramework):
-    """What its strategies share. Float32 alone: with half types it keeps and reduces gradients in ways of its own."""
+    """What its strategies share. In bfloat16 only those whose recipe is ours: ZeRO-1 and ZeRO-2 keep float32 masters
+    beside bfloat16 parameters and gradients; the others keep gradients in ways of their own."""
 
     environment = ENVIRONMENT
     script = "deepspeed_ranks.py"
 
     def refuses(self, config: TrainConfig) -> str | None:
         grid, precision = config.grid, config.precision.compute
-        if precision != "float32":
-            return f"DeepSpeed is run in float32 here, not in {precision}; set precision: float32"
+        if precision not in self.precisions:
+            known = " or ".join(self.precisions)
+            return f"{self.label} is run in {known} here, not in {precision}; set precision: float32"
         if grid.row * grid.col > 1:
             return "DeepSpeed has no tensor parallelism of its own; set grid.row and grid.col to 1"
         if config.batch_size % (grid.data * config.microbatch_size):
@@ -52,6 +57,7 @@ class Zero(DeepSpeed):
 class Zero1(Zero):
     """Data parallelism, the optimizer's state cut over the replicas."""
 
+    precisions = HALF_TOO
     label = "DeepSpeed ZeRO-1"
     strategy = "zero-1"
 
@@ -59,6 +65,7 @@ class Zero1(Zero):
 class Zero2(Zero):
     """Data parallelism, optimizer state and gradients cut over the replicas."""
 
+    precisions = HALF_TOO
     label = "DeepSpeed ZeRO-2"
     strategy = "zero-2"
 

@@ -7,7 +7,7 @@ name): weights and batches reach them as one file in the run folder.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
@@ -15,11 +15,11 @@ from typing import ClassVar
 import torch
 from safetensors.torch import save_file
 
-from axonn.config import GPTConfig, ScheduleConfig, TrainConfig
+from axonn.config import FloatType, GPTConfig, ScheduleConfig, TrainConfig
 from axonn.inter_layer.stage import virtual_spans
 from axonn.models.gpt import GPT
 from axonn.schedules import ChunkLayout
-from baselines.common import Batches, Layers, beyond, layers_of
+from baselines.common import EXACT, Batches, Layers, beyond, layers_of
 from baselines.environments import Environment
 from experiments.definition import ROOT
 from experiments.framework import Framework, RankProgram
@@ -63,12 +63,14 @@ class ForeignFramework(Framework):
     """File in `baselines/ranks`."""
     strategy: ClassVar[str]
     """What the script is told to do."""
+    precisions: ClassVar[Sequence[FloatType]] = ("float32",)
+    """Types that it computes in."""
 
     def version(self) -> str:
         return self.environment.version()
 
     def unavailable(self, config: TrainConfig) -> str | None:
-        return self.environment.missing or beyond(config) or self.refuses(config)
+        return self.environment.missing or beyond(config, precisions=(*EXACT, *self.precisions)) or self.refuses(config)
 
     @abstractmethod
     def refuses(self, config: TrainConfig) -> str | None:

@@ -35,6 +35,7 @@ class MegatronAdapter(Adapter):
             reason=reason,
             strategies={name: kind.__doc__ or "" for name, kind in self.strategies.items()},
             devices=devices,
+            precisions=("float32", "bfloat16"),
             disclosure=None if "cuda" in devices else DISCLOSURE,
         )
 

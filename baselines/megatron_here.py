@@ -25,6 +25,7 @@ class Megatron(ForeignFramework):
     disclosure = DISCLOSURE if DEVICE.type == "cpu" else None
     environment = ENVIRONMENT
     script = "megatron_ranks.py"
+    precisions = ("float32", "bfloat16")
     axes: ClassVar[Sequence[str]]
     """Those of the grid that the strategy cuts along."""
 
@@ -42,8 +43,8 @@ class Megatron(ForeignFramework):
 
     def _wrong_sizes(self, config: TrainConfig) -> str | None:
         grid, model = config.grid, config.model
-        if config.precision.compute != "float32":
-            return "Megatron-LM computes its loss in float32: set precision to float32"
+        if config.precision.compute not in self.precisions:
+            return f"{self.label} runs in {' or '.join(self.precisions)} here: set precision to float32"
         if model.tied_head:
             return "Megatron-LM is compared with an untied head: set model.tied_head to false"
         for what, size, axis, extent in (
@@ -115,6 +116,8 @@ class Data(Megatron):
 class DistributedOptimizer(Data):
     """Replicas that share the optimizer's state: gradients reduce-scattered, parameters gathered beside the forward."""
 
+    # In half types its optimizer has settings of its own.
+    precisions = ("float32",)
     label = "Megatron-LM distributed optimizer"
     strategy = "data-distributed-optimizer"
 

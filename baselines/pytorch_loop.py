@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,36 +12,55 @@ from axonn.config import ScheduleConfig, TrainConfig
 from axonn.models.gpt import GPT
 from axonn.runtime import Runtime
 from axonn.trace import SpanRecorder
-from baselines.common import Batches, Layers, beyond, layers_of, loss_of, make_optimizer
+from baselines.common import DEVICE, Batches, Layers, Optimizer, beyond, layers_of, loss_of, optimizer_of
 from experiments.framework import InProcessFramework
 
 
 class PlainLoopTrainer:
-    """All layers on one rank."""
+    """All layers on one rank, as a user of PyTorch writes it: nothing waits for the device but the loss of a batch.
 
-    def __init__(self, config: TrainConfig) -> None:
+    `module`, `optimizer` and `loss` (of outputs and targets): another model of the same function, with its own weights,
+    and what updates it; by default our layers with our initial weights.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        device: torch.device = DEVICE,
+        module: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         self._config = config
+        self._device = device
         self._batches = Batches(config)
         self._model = GPT(config.model)
-        self._loss = loss_of(self._model)
-        self._module = Layers(self._model, range(len(self._model.layers)), config)
-        self._optimizer = make_optimizer(self._module.parameters(), config)
+        self._loss = loss or loss_of(self._model)
+        self._module = module or Layers(self._model, range(len(self._model.layers)), config, device=device)
+        self._optimizer = optimizer or optimizer_of(self._module, config)
 
     def layers(self) -> dict[str, nn.Module]:
+        assert isinstance(self._module, Layers)
         return layers_of([self._module])
 
     def train_batch(self, step: int) -> float:
         size = self._config.microbatch_size
-        inputs, targets = self._batches(step)
+        inputs, targets = (self._on_device(tensor) for tensor in self._batches(step))
         microbatches = self._config.batch_size // size
         self._optimizer.zero_grad()
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
         for x, y in zip(inputs.split(size), targets.split(size), strict=True):
             loss = self._loss(self._module(x), y) / microbatches
             loss.backward()
-            total += loss.item()
+            total += loss.detach()
         self._optimizer.step()
-        return total
+        return float(total)
+
+    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
 
 
 class PlainLoop(InProcessFramework):
@@ -63,4 +82,4 @@ class PlainLoop(InProcessFramework):
 
     @contextmanager
     def trainer(self, config: TrainConfig, runtime: Runtime, spans: SpanRecorder | None) -> Iterator[PlainLoopTrainer]:
-        yield PlainLoopTrainer(config)
+        yield PlainLoopTrainer(config, device=runtime.device)

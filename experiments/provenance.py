@@ -84,7 +84,10 @@ def this_machine(*, device: Literal["cpu", "cuda"] = "cpu") -> Machine:
     if device == "cuda":
         import torch
 
-        gpu = {"device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cuda"} | gpu_facts()
+        gpu = gpu_facts()
+        if "device" not in gpu:
+            # Only where the driver does not tell: asking PyTorch takes memory of the GPU for as long as this process.
+            gpu["device"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cuda"
         gpu["cuda"] = torch.version.cuda
     openmpi, mpich = _version("openmpi"), _version("mpich")
     return Machine(

@@ -96,7 +96,8 @@ def test_losses_of_every_strategy_are_those_of_the_plain_loop(
         ("pipeline", {"grid": {"inter": 2}, "model": config_of().model.model_dump() | {"tied_head": True}}, "untie"),
         ("zero-2", {"grid": {"data": 2}, "batch_size": 26}, "no multiple of G_data x microbatch_size = 2 x 2"),
         ("zero-1", {"grid": {"data": 2}, "precision": "float64"}, "set precision: float32"),
-        ("zero-1", {"grid": {"data": 2}, "precision": "bfloat16"}, "bfloat16"),
+        ("zero-3", {"grid": {"data": 2}, "precision": "bfloat16"}, "bfloat16"),
+        ("zero-1", {"grid": {"data": 2}, "precision": "float16"}, "float16"),
         ("zero-0", {"model": config_of().model.model_dump() | {"dropout": 0.1}}, "do without dropout"),
         ("zero-0", {"optimizer": {"clip_norm": 1.0}}, "do without optimizer.clip_norm"),
     ],
@@ -144,7 +145,7 @@ def test_capabilities_are_told_without_starting_or_importing_anything(monkeypatc
     assert set(can.strategies) == {kind.strategy for kind in KINDS} == set(STRATEGIES)
     assert all(0 < len(text) < 120 and "\n" not in text for text in can.strategies.values())
     assert len({kind.label for kind in KINDS}) == len(KINDS)
-    assert can.precisions == ("float32",)
+    assert can.precisions == ("float32", "bfloat16")
     assert can.available == (ENVIRONMENT.missing is None)
     assert (can.reason is None) == can.available
 

@@ -45,6 +45,8 @@ def initialise(work: common.Work, module: nn.Module, *, replicas: int, zero: dic
             # It clips at 1 unless told not to.
             "gradient_clipping": 0.0,
             "zero_optimization": zero,
+            # Float32 masters; gradients accumulate in the type of the parameters.
+            "bf16": {"enabled": work.dtype == torch.bfloat16},
         },
         dist_init_required=False,
     )

@@ -10,6 +10,7 @@ import common
 import no_gpu
 import plain_gpt
 import torch
+from mixed import HALF, MixedAdamW
 from torch import nn
 
 SHARDED = "data-distributed-optimizer"
@@ -93,6 +94,7 @@ def settings(work: common.Work, chunks: int) -> Any:
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
         params_dtype=work.dtype,
+        bf16=work.dtype == torch.bfloat16,
         pipeline_dtype=work.dtype,
         tensor_model_parallel_size=grid["col"],
         pipeline_model_parallel_size=grid["inter"],
@@ -126,7 +128,8 @@ def build(work: common.Work, config: Any, chunks: int) -> list[Any]:
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
                 share_embeddings_and_output_weights=False,
                 vp_stage=stage,
-            ).to(work.device)
+                # Its norms are made in float32, and would hand float32 on to products of a half type.
+            ).to(work.device, work.dtype)
         )
         count += load(made[-1], work, parallel_state.get_tensor_model_parallel_rank())
     check_parameters(work, count)
@@ -155,14 +158,17 @@ def replicate(work: common.Work, config: Any, chunks: list[Any]) -> list[Any]:
 
 
 class PlainOptimizer:
-    """PyTorch's fused AdamW on this rank's parameters."""
+    """PyTorch's fused AdamW on this rank's parameters, with float32 masters where they are of a half type."""
 
     def __init__(self, work: common.Work, models: list[Any]) -> None:
         o = work.optimizer
         self._models = models
         self._parameters = [p for model in models for p in model.parameters()]
-        self._adam = torch.optim.AdamW(
-            self._parameters, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, fused=True
+        settings = {"lr": o.lr, "betas": tuple(o.betas), "eps": o.eps, "weight_decay": o.weight_decay}
+        self._adam = (
+            MixedAdamW(self._parameters, **settings)
+            if work.dtype in HALF
+            else torch.optim.AdamW(self._parameters, fused=True, **settings)
         )
 
     def zero_grad(self) -> None:

@@ -110,5 +110,6 @@ def by_head(values: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy per token."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    """Mean cross entropy per token, in float32 at least."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.flatten(0, 1).to(wide), targets.flatten())
