@@ -12,24 +12,24 @@ from axonn.perf.predict import predict
 from axonn.records import Failure
 from baselines.gpu.context import Context
 from baselines.gpu.rows import Row, failed
-from experiments.definition import HERE
+from experiments.calibrate import LOCAL, LOCAL_GPU
 
 PART = "predicted"
-LOCAL = HERE / "machines" / "local.yaml"
 LABEL = "performance model"
-CALIBRATE = "axonn calibrate makes it"
 
 
 def describes(machine: MachineFile, context: Context) -> str | None:
-    """Why a machine file is not that of the device that was measured; None where it is."""
-    gpu = machine.gpu.name.lower()
-    device = "cpu" if context.peak is None else context.peak.device.lower()
-    on_gpu = context.plan.device == "cuda"
-    if on_gpu and device not in gpu and gpu not in device:
-        return f"{LOCAL.name} describes '{machine.gpu.name}', measured was on '{device}'; {CALIBRATE}"
-    if not on_gpu and any(word in gpu for word in ("nvidia", "tesla")):
-        return f"{LOCAL.name} describes '{machine.gpu.name}', measured was on a CPU; {CALIBRATE}"
-    return None
+    """Why a machine file is not that of the GPU that was measured; None where it is, and for a CPU."""
+    if context.plan.device == "cpu" or context.peak is None:
+        return None
+    gpu, device = machine.gpu.name.lower(), context.peak.device.lower()
+    if device in gpu or gpu in device:
+        return None
+    return f"its machine file describes '{machine.gpu.name}', measured was on '{device}'; {_make(context)}"
+
+
+def _make(context: Context) -> str:
+    return f"axonn calibrate{' --device cuda' if context.plan.device == 'cuda' else ''} makes it"
 
 
 def measure(context: Context) -> tuple[list[Row], dict[str, Any]]:
@@ -38,14 +38,15 @@ def measure(context: Context) -> tuple[list[Row], dict[str, Any]]:
     rows = [row for row in measured.rows if row.ours and row.failure is None] if measured is not None else []
     if not rows:
         return [_nothing("part 'gpt' has measured nothing on this device; run it first, or with this part")], {}
-    if not LOCAL.exists():
-        return [_nothing(f"experiments/machines/{LOCAL.name} is not there; {CALIBRATE}")], {}
+    file = LOCAL_GPU if context.plan.device == "cuda" else LOCAL
+    if not file.exists():
+        return [_nothing(f"experiments/machines/{file.name} is not there; {_make(context)}")], {}
     try:
-        machine = load_machine(LOCAL)
+        machine = load_machine(file)
         reason = describes(machine, context)
         if reason is not None:
             return [_nothing(reason)], {}
-        return [_row(row, machine) for row in rows], {"machine_file": f"experiments/machines/{LOCAL.name}"}
+        return [_row(row, machine) for row in rows], {"machine_file": f"experiments/machines/{file.name}"}
     except AxonnError as error:
         return [_nothing(str(error))], {}
 
