@@ -11,6 +11,7 @@ import torch
 
 from axonn.collectives import SerialCollectives
 from axonn.config import GPTConfig, TrainConfig, validate
+from axonn.device_timeline import Timeline
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
 from axonn.initial import Constant, Initial
@@ -65,7 +66,7 @@ def state_alone(config: TrainConfig, device: torch.device) -> dict[str, int]:
     spans = virtual_spans(model, layout)
     context = TensorContext.serial(seed=config.seed)
     dtype = getattr(torch, config.precision.compute)
-    chunks = [Chunk(model, spans[0], context=context, dtype=dtype, device=device)]
+    chunks = [Chunk(model, spans[0], context=context, dtype=dtype, device=torch.device("meta"))]
     specs = parameter_specs(model, chunks, spans, layout)
 
     def initialise(name: str, part: torch.Tensor) -> None:
@@ -81,7 +82,7 @@ def state_alone(config: TrainConfig, device: torch.device) -> dict[str, int]:
         config=config.optimizer,
         precision=config.precision,
         initialise=initialise,
-        device=device,
+        timeline=Timeline(device, None),
         steps=config.steps,
     )
     after = allocated(device)
