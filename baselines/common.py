@@ -11,6 +11,7 @@ from torch import nn
 
 from axonn.config import FloatType, GPTConfig, LearningRateConfig, TrainConfig
 from axonn.data.text import TextData
+from axonn.devices import on_device
 from axonn.inter_layer.stage import Chunk, initialise
 from axonn.models.gpt import GPT
 from axonn.tensor import TensorContext
@@ -91,10 +92,11 @@ def layers_of(chunks: Iterable[Chunk]) -> dict[str, nn.Module]:
 
 
 class Batches:
-    """The batches that our engine trains on."""
+    """The batches that our engine trains on, on `device`."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, device: torch.device = DEVICE) -> None:
         self._size = config.batch_size
+        self._device = device
         self._data = TextData(
             config.data.path, seq_len=config.model.seq_len, vocab=config.model.vocab, seed=config.seed
         )
@@ -103,4 +105,4 @@ class Batches:
         """Inputs and targets [batch_size, seq_len] of batch number `step`."""
         first = step * self._size
         inputs, targets = self._data.batch(range(first, first + self._size))
-        return inputs, targets
+        return on_device(inputs, self._device), on_device(targets, self._device)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 
 from axonn.config import ScheduleConfig
+from axonn.devices import DeviceType
 from axonn.errors import ConfigError, LaunchError
 from axonn.grid import AXES
 from axonn.perf.engine_strategy import as_the_engine, config_of_strategy
-from baselines.common import DEVICE
 from baselines.pytorch_data import TorchDDP, TorchFullyShard
 from baselines.pytorch_loop import PlainLoop
 from baselines.pytorch_pipelining import (
@@ -45,7 +45,7 @@ class PyTorchAdapter(Adapter):
         return Capabilities(
             version=f"torch {torch.__version__}",
             strategies={name: (kind.__doc__ or "").partition("\n")[0] for name, kind in self.strategies.items()},
-            devices=(DEVICE.type,),
+            devices=get_args(DeviceType),
             precisions=("float32", "float64"),
         )
 
@@ -65,11 +65,15 @@ class PyTorchAdapter(Adapter):
         config = config.model_copy(update={"optimizer": optimizer, "data": data})
         if (reason := self.framework(name).unavailable(config)) is not None:
             raise LaunchError(f"{work.name} cannot be launched with {self.name}/{name}: {reason}")
-        processors = "the ranks compute on processors: they leave the GPUs of a node unused"
         anew = "it saves no state: a new start begins from the first batch"
         # There is no checkpoint to be the newest; what an earlier start left is removed.
         return launch_worker(
-            f"{self.name}/{name}", config, notes=[processors, anew, *notes], checkpoint=NEWEST, stoppable=True
+            f"{self.name}/{name}",
+            config,
+            device=work.device,
+            notes=[anew, *notes],
+            checkpoint=NEWEST,
+            stoppable=True,
         )
 
     def read(self, lines: Iterable[str]) -> PrintedRun:

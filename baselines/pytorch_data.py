@@ -27,14 +27,15 @@ from experiments.framework import InProcessFramework
 class ReplicaTrainer(ABC):
     """One of `config.grid.data` replicas: gradients accumulate over its microbatches and are reduced by the last."""
 
-    def __init__(self, config: TrainConfig, rank: int) -> None:
+    def __init__(self, config: TrainConfig, rank: int, device: torch.device = DEVICE) -> None:
         self._rank = rank
+        self._device = device
         self._replicas = config.grid.data
         self._rows = config.batch_size // self._replicas
         self._size = config.microbatch_size
         self._gpt = GPT(config.model)
-        self._batches = Batches(config)
-        self._chain = build(config).to(DEVICE)
+        self._batches = Batches(config, device)
+        self._chain = build(config).to(device)
         self._model = self.wrap(nn.Sequential(*self._chain.values()))
         self._optimizer = make_optimizer(self._model.parameters(), config)
 
@@ -51,9 +52,9 @@ class ReplicaTrainer(ABC):
 
     def train_batch(self, step: int) -> float:
         mine = slice(self._rank * self._rows, (self._rank + 1) * self._rows)
-        inputs, targets = (whole[mine].to(DEVICE).split(self._size) for whole in self._batches(step))
+        inputs, targets = (whole[mine].split(self._size) for whole in self._batches(step))
         self.zero_gradients()
-        total = torch.zeros(1, dtype=torch.float64, device=DEVICE)
+        total = torch.zeros(1, dtype=torch.float64, device=self._device)
         for number, (x, y) in enumerate(zip(inputs, targets, strict=True), start=1):
             with self.microbatch(last=number == len(inputs)):
                 loss = plain_gpt.loss_of(self._model(x), y) / len(inputs)
@@ -91,7 +92,7 @@ class FullyShardTrainer(ReplicaTrainer):
     """
 
     def wrap(self, model: nn.Sequential) -> nn.Module:
-        mesh = init_device_mesh(DEVICE.type, (self._replicas,))
+        mesh = init_device_mesh(self._device.type, (self._replicas,))
         blocks: dict[str | int, list[nn.Module]] = {}
         for layer in self._gpt.layers:
             blocks.setdefault(layer.name if layer.block is None else layer.block, []).append(self._chain[layer.name])
@@ -138,7 +139,7 @@ class TorchDDP(InProcessFramework):
 
     @contextmanager
     def trainer(self, config: TrainConfig, runtime: Runtime, spans: SpanRecorder | None) -> Iterator[ReplicaTrainer]:
-        yield self.kind(config, runtime.rank)
+        yield self.kind(config, runtime.rank, runtime.device)
 
 
 class TorchFullyShard(TorchDDP):

@@ -34,7 +34,7 @@ class PlainLoopTrainer:
     ) -> None:
         self._config = config
         self._device = device
-        self._batches = Batches(config)
+        self._batches = Batches(config, device)
         self._model = GPT(config.model)
         self._loss = loss or loss_of(self._model)
         self._module = module or Layers(self._model, range(len(self._model.layers)), config, device=device)
@@ -46,7 +46,7 @@ class PlainLoopTrainer:
 
     def train_batch(self, step: int) -> float:
         size = self._config.microbatch_size
-        inputs, targets = (self._on_device(tensor) for tensor in self._batches(step))
+        inputs, targets = self._batches(step)
         microbatches = self._config.batch_size // size
         self._optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64, device=self._device)
@@ -56,11 +56,6 @@ class PlainLoopTrainer:
             total += loss.detach()
         self._optimizer.step()
         return float(total)
-
-    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
 
 
 class PlainLoop(InProcessFramework):

@@ -26,7 +26,7 @@ from axonn.models.gpt import GPT
 from axonn.runtime import Runtime
 from axonn.schedules import ChunkLayout
 from axonn.trace import SpanRecorder
-from baselines.common import DEVICE, Batches, Layers, beyond, layers_of, loss_of, make_optimizer
+from baselines.common import Batches, Layers, beyond, layers_of, loss_of, make_optimizer
 from experiments.framework import InProcessFramework
 
 Schedule = PipelineScheduleSingle | PipelineScheduleMulti
@@ -40,12 +40,13 @@ class TorchPipeliningTrainer:
         model = GPT(config.model)
         spans = virtual_spans(model, layout)
         mine = [layout.virtual(here, chunk) for chunk in range(layout.chunks)]
-        self._batches = Batches(config)
-        self._chunks = [Layers(model, spans[v], config) for v in mine]
+        self._batches = Batches(config, runtime.device)
+        self._chunks = [Layers(model, spans[v], config, device=runtime.device) for v in mine]
+        self._device = runtime.device
         self._first = 0 in mine
         self._last = layout.virtual_stages - 1 in mine
         stages = [
-            PipelineStage(module, v, layout.virtual_stages, DEVICE)
+            PipelineStage(module, v, layout.virtual_stages, runtime.device)
             for module, v in zip(self._chunks, mine, strict=True)
         ]
         microbatches = config.batch_size // config.microbatch_size
@@ -70,7 +71,7 @@ class TorchPipeliningTrainer:
         else:
             self._schedule.step(*arguments, return_outputs=False)
         self._optimizer.step()
-        loss = torch.zeros(1, dtype=torch.float64, device=DEVICE)
+        loss = torch.zeros(1, dtype=torch.float64, device=self._device)
         if losses:
             loss[0] = torch.stack(losses).mean().detach()
         dist.all_reduce(loss)

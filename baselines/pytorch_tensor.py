@@ -50,12 +50,15 @@ def plan_of(layer: nn.Module, *, cut_embedding: bool) -> dict[str, ParallelStyle
 class TorchTensorParallelTrainer:
     """The same model from the same initial weights, cut by PyTorch along one axis of `ranks` ranks."""
 
-    def __init__(self, config: TrainConfig, ranks: int, *, cut_embedding: bool = True) -> None:
-        mesh = init_device_mesh(DEVICE.type, (ranks,))
+    def __init__(
+        self, config: TrainConfig, ranks: int, *, cut_embedding: bool = True, device: torch.device = DEVICE
+    ) -> None:
+        mesh = init_device_mesh(device.type, (ranks,))
+        self._device = device
         self._size = config.microbatch_size
         self._microbatches = config.batch_size // config.microbatch_size
-        self._batches = Batches(config)
-        self._chain = build(config).to(DEVICE)
+        self._batches = Batches(config, device)
+        self._chain = build(config).to(device)
         for layer in self._chain.values():
             # Every rank has the same weights already.
             parallelize_module(layer, mesh, plan_of(layer, cut_embedding=cut_embedding), src_data_rank=None)
@@ -72,7 +75,7 @@ class TorchTensorParallelTrainer:
         inputs, targets = self._batches(step)
         for optimizer in self._optimizers:
             optimizer.zero_grad()
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
         for x, y in zip(inputs.split(self._size), targets.split(self._size), strict=True):
             for layer in self._chain.values():
                 x = layer(x)  # noqa: PLW2901
@@ -80,10 +83,10 @@ class TorchTensorParallelTrainer:
                 loss = F.cross_entropy(x.flatten(0, 1), y.flatten()) / self._microbatches
                 loss.backward()
             assert isinstance(loss, DTensor)
-            total += loss.to_local().item()
+            total += loss.to_local().detach()
         for optimizer in self._optimizers:
             optimizer.step()
-        return total
+        return float(total)
 
 
 class CountedCollectives(TorchDispatchMode):
@@ -147,7 +150,9 @@ class TorchTensorParallel(InProcessFramework):
     def trainer(
         self, config: TrainConfig, runtime: Runtime, spans: SpanRecorder | None
     ) -> Iterator[TorchTensorParallelTrainer]:
-        yield TorchTensorParallelTrainer(config, config.grid.col, cut_embedding=self.cut_embedding)
+        yield TorchTensorParallelTrainer(
+            config, config.grid.col, cut_embedding=self.cut_embedding, device=runtime.device
+        )
 
 
 class TorchTensorParallelWholeEmbedding(TorchTensorParallel):

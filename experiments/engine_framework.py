@@ -166,6 +166,7 @@ class EngineAdapter(Adapter):
             config.model_copy(update={"optimizer": optimizer, "data": data}),
             device=work.device,
             notes=notes,
+            messages_over_mpi=True,
             checkpoint=NEWEST,
             stoppable=True,
         )

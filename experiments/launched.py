@@ -58,16 +58,17 @@ def launch_worker(
     notes: Sequence[str] = (),
     checkpoint: str | None = None,
     stoppable: bool = False,
+    messages_over_mpi: bool = False,
 ) -> Launch:
     """How every rank of `config` runs the worker of this suite on `device`; `checkpoint` and `stoppable` as of
-    `spec_of`."""
+    `spec_of`. `messages_over_mpi`: whether what stages send each other goes over MPI, from where it lies."""
     provided = [
         "python is that of this suite's environment, and the folder in which it is started is one that all ranks see"
     ]
     return Launch(
         command=["python", "-m", "experiments.worker", "."],
         files={SPEC: spec_of(framework, config, checkpoint=checkpoint, device=device, stoppable=stoppable)},
-        mpi_on_device=device == "cuda",
+        mpi_on_device=messages_over_mpi and device == "cuda",
         notes=[*notes, *provided, READ_LATER],
     )
 

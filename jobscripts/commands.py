@@ -70,12 +70,6 @@ def jobs(
     console.print(_table(planned))
     for line in [*planned.warnings, *mine.missing(system.provide)]:
         console.print(f"[yellow]warning: {escape(line)}[/yellow]", soft_wrap=True)
-    if system.device == "cuda" and (idle := planned.on_processors()):
-        console.print(
-            f"[yellow]warning: ranks of {escape(' and '.join(idle))} compute on processors and leave the GPUs of their "
-            "nodes unused[/yellow]",
-            soft_wrap=True,
-        )
     for line in planned.left_out_lines():
         console.print(f"[yellow]no job: {escape(line)}[/yellow]", soft_wrap=True)
     if dry_run:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from axonn.devices import DeviceType
 from axonn.errors import AxonnError, ConfigError, LaunchError
 from axonn.grid import Axis
 from axonn.perf.machine import MachineFile
@@ -17,11 +15,12 @@ from axonn.perf.tasks import TaskTime
 from experiments.cases import PredictedCase, predict_case
 from experiments.cluster_work import PUBLISHED_STEPS, SmallWork, cluster_work
 from experiments.definition import Experiment, find_machine, slug
+from experiments.engine_framework import EngineFramework
 from experiments.framework import Adapter, InProcessFramework, adapter_names, load_adapter, load_framework
 from experiments.launched import launch_worker
 from experiments.predictor import PointToPredict, decided, points_to_predict
 from experiments.runner import measured_work
-from experiments.trail import NEWEST, SPEC
+from experiments.trail import NEWEST
 from jobscripts.generate import Job, is_script
 from jobscripts.schedulers import Resources
 from jobscripts.site import Site, as_time
@@ -65,11 +64,6 @@ class Planned:
                 f"{where}: add programs: {{{keys}}}, the folder of each one's {names}; "
                 "or write jobs of other frameworks alone with --framework"
             )
-
-    def on_processors(self) -> list[str]:
-        """Frameworks whose ranks do not compute on GPUs."""
-        specs = {job.framework: job.launch.files[SPEC] for job in self.jobs if SPEC in job.launch.files}
-        return sorted(name for name, spec in specs.items() if json.loads(spec)["device"] == "cpu")
 
     def notes(self) -> dict[str, list[str]]:
         """By framework, what differs from the work that was asked for, or must be provided."""
@@ -187,18 +181,17 @@ def plan_small_jobs(
             adapter=framework,
             work=small,
             launch=launch_worker(
-                framework, config, device=_device_of(framework, system), checkpoint=NEWEST, stoppable=True
+                framework,
+                config,
+                device=system.device,
+                checkpoint=NEWEST,
+                stoppable=True,
+                messages_over_mpi=isinstance(found, EngineFramework),
             ),
             resources=_resources(name, small.gpus, system=system, site=site),
         )
         planned.jobs.extend(_repeated(job, repeats))
     return _checked(planned, errors, system)
-
-
-def _device_of(framework: str, system: System) -> DeviceType:
-    """That of the system where the framework can use it."""
-    able = load_adapter(framework.partition("/")[0]).capabilities().devices
-    return system.device if system.device in able else "cpu"
 
 
 def _wanted(points: Sequence[_T], labels: Sequence[str], only: Sequence[str], experiment: Experiment) -> list[_T]:

@@ -49,7 +49,7 @@ def test_a_framework_that_has_no_code_for_gpus_is_not_run_on_them(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experiment = load_experiment(ROOT / "experiments" / "fig6.yaml")
-    (point, *_) = [p for p in points_of(experiment) if p.framework.startswith("pytorch")]
+    (*_, point) = [p for p in points_of(experiment) if p.framework.startswith("deepspeed")]
     record = run_point(replace(point, device="cuda"), command="test")
     assert record.failure is not None
     assert record.failure.cause == "unavailable"
@@ -64,12 +64,12 @@ def test_points_on_a_gpu_are_other_points(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(a.fingerprint != b.fingerprint for a, b in zip(here, there, strict=True))
 
 
-def test_small_jobs_take_the_gpus_of_a_machine_where_they_can() -> None:
+def test_small_jobs_take_the_gpus_of_a_machine() -> None:
     experiment = load_experiment(ROOT / "experiments" / "fig6.yaml")
     planned = plan_small_jobs(experiment, system=load_system("perlmutter"), site=Site())
-    devices = {job.adapter: json.loads(job.launch.files["spec.json"])["device"] for job in planned.jobs}
-    assert devices["axonn"] == "cuda"
-    assert planned.on_processors() == sorted({j.framework for j in planned.jobs if devices[j.adapter] == "cpu"})
+    specs = {job.adapter: json.loads(job.launch.files["spec.json"]) for job in planned.jobs}
+    assert {spec["device"] for spec in specs.values()} == {"cuda"}
+    assert {job.adapter for job in planned.jobs if job.launch.mpi_on_device} == {"axonn"}
 
 
 def test_where_ranks_compute_in_words(monkeypatch: pytest.MonkeyPatch) -> None:

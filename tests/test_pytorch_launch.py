@@ -63,7 +63,8 @@ def test_each_kind_of_parallelism_is_launched(grid: dict[str, int], changes: dic
     assert (config.batch_size, config.microbatch_size, config.steps) == (32, 2, 3)
     assert config.precision.compute == "float32"
     assert list(launch.command) == ["python", "-m", "experiments.worker", "."]
-    assert any("GPUs of a node unused" in note for note in launch.notes)
+    assert spec["device"] == "cuda"
+    assert not launch.mpi_on_device
 
 
 @pytest.mark.parametrize(
