@@ -7,6 +7,7 @@ READY := $(VENV)/.ready
 FRESH_FLAG := $(if $(FRESH),--fresh)
 DEVICE_FLAG := $(if $(DEVICE),--device $(DEVICE))
 QUICK_FLAG := $(if $(QUICK),--quick)
+GPU_RESULTS := results/gpu$(if $(filter cpu,$(DEVICE)),/cpu)$(if $(QUICK),/quick)
 COMPARISON := results/baselines$(if $(QUICK),/quick)$(if $(LINK),/link)
 
 # The poster's figures, and the papers' other experiments, in the order in which `make reproduce` makes them.
@@ -18,7 +19,7 @@ OTHERS := ginter inflight memory messages loss
 .NOTPARALLEL:
 .PHONY: help install reproduce reproduce-others $(FIGURES:%=reproduce-%) $(OTHERS:%=reproduce-%) report schematics \
 	baselines compare-baselines clean-baselines calibrate validate-local validate-plan validate-published plan-published \
-	test test-full test-slurm soak lint bench bench-link bench-tensor bench-schedules bench-optimizer clean
+	test test-full test-slurm soak lint bench bench-link bench-tensor bench-schedules bench-optimizer bench-gpu clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-21s %s\n", $$1, $$2 }'
@@ -109,6 +110,11 @@ bench-schedules: $(READY) ## schedules on 8 ranks whose compute is a sleep, besi
 
 bench-optimizer: $(READY) ## offloaded optimizer state; reduction overlapped with the step (with a slow link as root)
 	@$(BIN)/python -m tests.bench.optimizer $(QUICK_FLAG)
+
+# Status 2: nothing was measured, so there is nothing new to draw.
+bench-gpu: $(READY) ## our engine on one GPU, beside others, in 9 minutes (DEVICE=cpu QUICK=1: in miniature; OPTIONS='--only gpt')
+	@status=0; $(BIN)/python -m baselines.gpu.bench --device $(or $(DEVICE),cuda) $(QUICK_FLAG) $(OPTIONS) || status=$$?; \
+		test $$status -gt 1 || $(BIN)/python -m plots.gpu $(GPU_RESULTS)/summary.json || status=$$?; exit $$status
 
 validate-plan: $(READY) ## the planner's choice for 2 ranks beside an exhaustive measured search (needs axonn calibrate)
 	@$(BIN)/python -m tests.bench.plan_check $(QUICK_FLAG)

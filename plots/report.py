@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from rich.console import Console
 
-from plots import figure, report_evidence, report_figures
+from plots import figure, report_evidence, report_figures, report_gpu
 from plots.report_figures import Picture, Section, files_of, picture_of, relative
 from plots.report_points import KINDS
 from plots.report_tables import Column, Table, numbers, table, texts
@@ -67,8 +67,9 @@ def render(sections: Sequence[Section] | None = None) -> str:
     validation = report_evidence.published_sets()
     baselines = report_evidence.comparison()
     local = report_evidence.this_machine_runs()
+    gpu = report_gpu.on_gpu()
     machines = [m for s in sections for m in s.machines]
-    machines += [m for e in (baselines, local) if (m := e.machine) is not None]
+    machines += [m for e in (baselines, local, gpu) if (m := e.machine) is not None]
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -82,6 +83,7 @@ def render(sections: Sequence[Section] | None = None) -> str:
         validation=validation,
         baselines=baselines,
         local=local,
+        gpu=gpu,
         machines=machine_table(machines),
         commands=_commands(sections),
     )
@@ -103,7 +105,10 @@ def machine_table(machines: Sequence[dict[str, Any]]) -> Table:
     found: dict[str, dict[str, Any]] = {}
     for machine in machines:
         key = repr(
-            [machine.get(name) for name in ("cpu", "cores", "device", "python", "torch", "mpi", "threads_per_rank")]
+            [
+                machine.get(name)
+                for name in ("cpu", "cores", "device", "driver", "cuda", "python", "torch", "mpi", "threads_per_rank")
+            ]
         )
         mine = found.setdefault(key, machine | {"commits": {}})
         if machine.get("commit"):
@@ -113,6 +118,8 @@ def machine_table(machines: Sequence[dict[str, Any]]) -> Table:
         "cpu": "processor",
         "cores": "cores",
         "device": "device of the ranks",
+        "driver": "driver",
+        "cuda": "CUDA",
         "threads_per_rank": "threads per rank",
         "python": "Python",
         "torch": "torch",
@@ -145,6 +152,11 @@ def _commands(sections: Sequence[Section]) -> list[Command]:
             what="Comparison with other frameworks",
             command="make compare-baselines",
             leaves=["results/baselines/summary.json", "plots/out/baselines.svg"],
+        ),
+        Command(
+            what="On a GPU",
+            command="make bench-gpu",
+            leaves=["results/gpu/summary.json", "results/measured/gpu.json", "plots/out/gpu.svg"],
         ),
         Command(
             what="The model against runs on this machine",

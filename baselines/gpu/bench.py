@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from rich.console import Console
 
@@ -34,7 +34,7 @@ from baselines.gpu import (
 )
 from baselines.gpu.context import Context, Lost, Part
 from baselines.gpu.peaks import Peak, peak_of
-from baselines.gpu.rows import PartResult, failed, read_parts, write_part
+from baselines.gpu.rows import PartResult, Row, failed, read_parts, write_part
 from baselines.gpu.summary import GPU_RECORDS, same_device, write_gpu_records, write_summary
 from baselines.gpu.table import remarks, table_of
 from baselines.gpu.work import Device, Plan, plan_of
@@ -54,13 +54,13 @@ class Share(NamedTuple):
 
 
 PARTS: Mapping[str, Share] = {
-    "gpt": Share(part_gpt.measure, 240),
+    "gpt": Share(part_gpt.measure, 220),
     "offload": Share(part_offload.measure, 75),
-    "overlap": Share(part_overlap.measure, 45),
-    "unet": Share(part_unet.measure, 25),
-    "grids": Share(part_grids.measure, 60),
+    "overlap": Share(part_overlap.measure, 40),
+    "unet": Share(part_unet.measure, 20),
+    "grids": Share(part_grids.measure, 50),
     "predicted": Share(part_predicted.measure, 5),
-    "largest": Share(part_largest.measure, 70),
+    "largest": Share(part_largest.measure, 110),
 }
 
 
@@ -109,6 +109,8 @@ def chosen(only: str) -> list[str]:
 
 def checked_device(asked: str, *, quick: bool) -> Device:
     """Raises `ConfigError` where there is no such device, or it cannot do all of it."""
+    if asked not in get_args(Device):
+        raise ConfigError(f"unknown device '{asked}'; known are {', '.join(get_args(Device))}")
     try:
         device = device_type(asked)
     except ConfigError as error:
@@ -171,7 +173,7 @@ def measured_parts(
     return {name: parts[name] for name in PARTS if name in parts}
 
 
-def attempt(name: str, context: Context) -> tuple[list, dict]:  # type: ignore[type-arg]
+def attempt(name: str, context: Context) -> tuple[list[Row], dict[str, Any]]:
     """A part that fails as a whole is a row as well, and the others go on."""
     try:
         return PARTS[name].measure(context)

@@ -105,7 +105,7 @@ def own_rows(context: Context, work: Work, memory: int | None) -> list[Row]:
             if who not in found or found[who].failure is not None:
                 found[who] = row_of(context, config, who, result, reference)
     rows = [with_ratio(row, found.get(ENGINE)) for row in found.values()]
-    return sorted(rows, key=lambda row: list(LABELS.values()).index(row.contender))
+    return sorted(rows, key=lambda row: [*LABELS.values()].index(row.contender))
 
 
 def with_ratio(row: Row, ours: Row | None) -> Row:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,12 @@ PROBES = 3
 """Models that are tried at most for each placement."""
 MODEL_SHARE = 0.93
 """Of the device's memory that the first model needs by the memory model, with its activations."""
-HOST_SHARE = 0.7
+HOST_SHARE = 0.85
 """Of the host's free memory that pinned buffers may take."""
-CGROUP = Path("/sys/fs/cgroup/memory.max")
+CGROUP = Path("/sys/fs/cgroup")
+MEMINFO = Path("/proc/meminfo")
+SHARES = {"device": 0.4, "offloaded": 1.0}
+"""Of the time, by when a placement is done: pinning host memory takes long."""
 
 
 def gpt_of(context: Context, layers: int) -> GPTConfig:
@@ -68,12 +70,15 @@ def pinned_bytes(config: TrainConfig) -> int:
 
 def free_host_bytes() -> int:
     """What this process may still take, by the system and by its control group."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines() if ":" in line)
+    # In KiB.
+    free = 1024 * int(lines["MemAvailable"].split()[0])
     try:
-        limit = int(CGROUP.read_text())
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
     except (OSError, ValueError):
+        # No limit is "max".
         return free
-    return min(free, limit)
+    return min(free, limit - used)
 
 
 def most_layers(context: Context, placement: str, *, device: int, host: int) -> tuple[int, str]:
@@ -101,12 +106,26 @@ def measure(context: Context) -> tuple[list[Row], dict[str, Any]]:
     }
     rows = []
     start = context.clock()
-    for number, placement in enumerate(ENGINE):
+    for placement in ENGINE:
         whole = context.deadline
-        context.deadline = min(whole, start + (whole - start) * (number + 1) / len(ENGINE))
+        context.deadline = start + (whole - start) * SHARES[placement]
         rows.append(search(context, placement, device=total, host=host))
         context.deadline = whole
     return rows, about
+
+
+def next_layers(trains: int | None, refused: int | None, ceiling: int) -> int | None:
+    """What to try after the largest that trains and the smallest that does not; None when there is nothing between.
+
+    With only one of the two known it goes up by a twelfth, or down by an eighth, so that some model is found to train.
+    """
+    if trains is None:
+        assert refused is not None, "one of the two has been tried"
+        return refused - max(1, refused // 8) if refused > 1 else None
+    if refused is None:
+        return min(ceiling, trains + max(1, trains // 12)) if trains < ceiling else None
+    middle = (trains + refused) // 2
+    return middle if trains < middle < refused else None
 
 
 def search(context: Context, placement: str, *, device: int | None, host: int) -> Row:
@@ -131,10 +150,8 @@ def search(context: Context, placement: str, *, device: int | None, host: int) -
             tried.append(f"{layers} layers: {lost.failure.cause}")
             if lost.failure.cause != "out-of-memory":
                 break
-        low = 0 if best is None else best[0]
-        high = ceiling + 1 if refused is None else refused[0]
-        step = (low + high) // 2 if refused is not None else min(high - 1, low + max(1, low // 12))
-        if step in (low, layers):
+        step = next_layers(None if best is None else best[0], None if refused is None else refused[0], ceiling)
+        if step in (None, layers):
             break
         layers = step
     if best is None:
