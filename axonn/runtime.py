@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from axonn.collectives import Collectives, SerialCollectives, StagedCollectives, TorchCollectives
-from axonn.devices import are_shared, identity
+from axonn.devices import are_shared, identity, usable
 from axonn.errors import LaunchError
 from axonn.grid import AXES, ProcessGrid
 from axonn.launch import LAUNCHERS
@@ -70,7 +70,7 @@ def connect(
     one GPU, so ranks that share one exchange everything through host memory. Raises `GridError` when the grid does not
     fit the ranks and `LaunchError` when there is no MPI or it does not see the ranks that were launched.
     """
-    device = device or torch.device("cpu")
+    device = usable(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     size = launched_as()[1] if comm is None else comm.Get_size()

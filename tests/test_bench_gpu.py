@@ -362,7 +362,7 @@ def test_predictions_need_a_machine_file_of_this_device(monkeypatch: pytest.Monk
     context = context_of(earlier=earlier, peak=Peak(device="NVIDIA H100", source="s"))
     monkeypatch.setattr(part_predicted, "LOCAL", tmp_path / "none.yaml")
     assert "axonn calibrate makes it" in reason(context)
-    monkeypatch.setattr(part_predicted, "LOCAL", HERE / "machines" / "summit.yaml")
+    monkeypatch.setattr(part_predicted, "LOCAL_GPU", HERE / "machines" / "summit.yaml")
     on_gpu = context_of(plan_of("cuda", quick=True), earlier=earlier, peak=context.peak)
     assert "measured was on 'nvidia h100'" in reason(on_gpu)
     monkeypatch.setattr(part_predicted, "describes", lambda machine, context: None)

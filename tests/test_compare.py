@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import comb, inf
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -31,6 +32,7 @@ from baselines.junit import write_junit
 from baselines.paired import median_interval, middle_half
 from baselines.parts import MEMORY_SHARE, Part, conditions_over_link, groups_of, job_bytes
 from baselines.tables import show
+from experiments.framework import Capabilities
 from experiments.link import message_bytes
 from experiments.workloads import MICROBATCHES
 from plots.baselines import draw, panels_of
@@ -317,7 +319,11 @@ def test_who_cannot_run_says_why() -> None:
     assert "no strategy 'no-such'" in (refusal(unknown, "tiny", 2, "cpu") or "")
     assert "unknown framework" in (refusal(unknown.model_copy(update={"framework": "torch"}), "tiny", 2, "cpu") or "")
     assert refusal(OURS, "tiny", 2, "cpu") is None
-    assert "--device cuda" in (refusal(OURS, "tiny", 2, "cuda") or "")
+    assert refusal(OURS, "tiny", 2, "cuda") is None
+    with pytest.MonkeyPatch.context() as patch:
+        adapter = SimpleNamespace(capabilities=lambda: Capabilities(version="1", strategies={}, devices=("cpu",)))
+        patch.setattr(contenders, "load_adapter", lambda name: adapter)
+        assert "--device cuda" in (refusal(OURS, "tiny", 2, "cuda") or "")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contenders, "load_adapter", lambda name: 1 / 0)
         assert "adapter failed: ZeroDivisionError" in (refusal(OURS, "tiny", 2, "cpu") or "")

@@ -1,8 +1,8 @@
 """The way of tensors from where they are computed into memory that MPI reads and writes, and back.
 
 A message that leaves a GPU waits for an event of the stream that computes it, one that arrives makes the stream of its
-consumer wait: neither waits for the device. What touches a GPU here has not been run yet: no machine of ours has had
-one; the host's ways are tested, staging included.
+consumer wait: neither waits for the device. What touches a GPU here has not been run on one; the order of its streams
+is tested without (`tests/cuda_standin.py`), and so are the host's ways, staging included.
 """
 
 from __future__ import annotations

@@ -61,11 +61,8 @@ def device_bytes(config: TrainConfig) -> int:
 
 
 def pinned_bytes(config: TrainConfig) -> int:
-    """Of host memory: three buffers, each rounded up to a power of two by PyTorch's allocator of pinned memory."""
-    if config.optimizer.placement == "device":
-        return 0
-    one = 4 * config.model.parameters
-    return 3 * (1 << (one - 1).bit_length())
+    """Of host memory: float32 masters and two moments."""
+    return 0 if config.optimizer.placement == "device" else 12 * config.model.parameters
 
 
 def free_host_bytes() -> int:
