@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from axonn.config import GPTConfig, GridConfig, TrainConfig
@@ -36,6 +37,8 @@ class CommandLine:
         monkeypatch.setattr(runner, "ROOT", root)
         monkeypatch.setattr(runner, "RUNS", root / "runs")
         monkeypatch.setattr(runner, "MEASURED", root / "measured")
+        # What it trains is compared to the bit.
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
         """(exit code, standard output, standard error)"""
