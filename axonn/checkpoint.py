@@ -1,11 +1,11 @@
 """Checkpoints: folders `step-00000120` that any grid can go on from, whichever grid wrote them.
 
-Tensors go through `torch.distributed.checkpoint` (`axonn.part_files`) whole, under names that are global over the job,
-whoever holds which part: what replicas share is written once, and each rank reads only what it asks for. `state.json`
-beside them holds the rest, and checksums.
+Tensors lie in safetensors files (`axonn.part_files`) whole, under names that are global over the job, whoever holds
+which part: what replicas share is written once, and each rank reads only what it asks for. `state.json` beside them
+holds the rest, and checksums. Nothing of it is a program, so the checkpoint of a stranger runs nothing.
 
 A checkpoint is written under a hidden name and renamed when all of it is on disk, so a crash at any moment keeps the
-one before. The metadata of `torch.distributed.checkpoint` is a pickle: load only checkpoints that you trust.
+one before.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,11 +26,12 @@ from pydantic import Field, ValidationError
 
 from axonn.config import StrictModel
 from axonn.errors import CheckpointError, ConfigError
-from axonn.files import sync_folder, write_durably
+from axonn.files import regular_file, sync, write_durably
+from axonn.part_files import INDEX, FileName, read_parts, stored_tensors, write_parts
 from axonn.parts import Part, compare_shapes
 from axonn.ranks import Ranks
 
-SCHEMA = "axonn-checkpoint/1"
+SCHEMA = "axonn-checkpoint/2"
 _STATE = "state.json"
 _READERS = 8
 
@@ -49,7 +50,7 @@ class CheckpointState(StrictModel):
     position in the data.
     """
 
-    schema_: Literal["axonn-checkpoint/1"] = Field(default="axonn-checkpoint/1", alias="schema")
+    schema_: Literal["axonn-checkpoint/2"] = Field(default="axonn-checkpoint/2", alias="schema")
     batches: int = Field(ge=0)
     """Batches done."""
     samples: int = Field(ge=0)
@@ -63,7 +64,7 @@ class CheckpointState(StrictModel):
     data_digest: str | None = None
     versions: dict[str, str] = {}
     created: str | None = None
-    files: dict[str, StoredFile] = {}
+    files: dict[FileName, StoredFile] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,29 +94,35 @@ def save(
     Collective. Returns the checkpoint's own folder. Raises `CheckpointError` when it cannot be written, naming what the
     ranks do not have all of.
     """
-    from axonn.part_files import write_parts
-
     folder = Path(folder)
     ranks = Ranks(group)
     final = folder / checkpoint_name(state.batches)
     temporary = folder / f".{final.name}.writing"
     ranks.agree(lambda: _make_empty(temporary), f"{folder}: cannot be written")
-    write_parts(temporary, tensors, ranks)
-    files = {name: file for found in ranks.gather(_files_of(temporary, ranks.rank)) for name, file in found.items()}
+    try:
+        mine = write_parts(temporary, tensors, ranks)
+    except CheckpointError:
+        _discard(temporary, ranks)
+        raise
+    files = {name: file for found in ranks.gather(_describe_all(temporary, mine)) for name, file in found.items()}
     created = datetime.now(UTC).isoformat(timespec="seconds")
     complete = state.model_copy(update={"files": files, "created": created, "versions": _versions() | state.versions})
 
     def finish() -> None:
         write_durably(temporary / _STATE, complete.model_dump_json(by_alias=True, indent=1) + "\n")
-        sync_folder(temporary)
+        sync(temporary)
         if final.exists():
             _remove(final)  # A damaged one, from which nothing could be loaded.
         temporary.rename(final)
-        sync_folder(folder)
+        sync(folder)
         if keep is not None:
             _prune(folder, state.batches, keep)
 
-    ranks.agree(finish, f"{folder}: the checkpoint cannot be written")
+    try:
+        ranks.agree(finish, f"{folder}: the checkpoint cannot be written")
+    except CheckpointError:
+        _discard(temporary, ranks)
+        raise
     return final
 
 
@@ -127,8 +134,6 @@ def load(
     Raises `ConfigError` naming the tensors when the ranks' names or whole shapes are not those of the checkpoint, and
     `CheckpointError` when it cannot be read. Check it with `verify` first: a damaged one may be found half way.
     """
-    from axonn.part_files import read_parts
-
     checkpoint = Path(checkpoint)
     ranks = Ranks(group)
     state = read_state(checkpoint)
@@ -145,20 +150,11 @@ def load_whole(checkpoint: Path | str, prefix: str) -> dict[str, torch.Tensor]:
 
     Raises `CheckpointError` when the checkpoint cannot be read.
     """
-    from axonn.part_files import read_parts
-
     targets = {
         n: torch.empty_like(t, device="cpu") for n, t in stored_tensors(checkpoint).items() if n.startswith(prefix)
     }
     read_parts(checkpoint, {name: Part.whole(tensor) for name, tensor in targets.items()}, None)
     return targets
-
-
-def stored_tensors(checkpoint: Path | str) -> dict[str, torch.Tensor]:
-    """All whole tensors of a checkpoint by name, without their values (device "meta"). Raises `CheckpointError`."""
-    from axonn.part_files import stored_tensors
-
-    return stored_tensors(checkpoint)
 
 
 def latest(
@@ -167,7 +163,7 @@ def latest(
     """The newest good checkpoint in `folder`, or None. Of each damaged one that is skipped `warn` is told.
 
     Without `read_all` only `state.json` is looked at, and damage elsewhere goes unnoticed. Raises `ConfigError` for one
-    that a newer version of the suite wrote.
+    that another version of the suite wrote.
     """
     for path in sorted(_checkpoints(folder), reverse=True):
         try:
@@ -194,25 +190,27 @@ def verify(checkpoint: Path | str) -> CheckpointState:
 
     with ThreadPoolExecutor(_READERS) as readers:
         problems = [p for p in readers.map(problem, state.files) if p is not None]
+    if INDEX not in state.files:
+        problems.append(f"{INDEX} has no checksum")
     if problems:
         raise CheckpointError(f"{checkpoint}: is damaged: {'; '.join(problems)}")
     return state
 
 
 def read_state(checkpoint: Path | str) -> CheckpointState:
-    """`state.json` of a checkpoint. Raises `CheckpointError`, or `ConfigError` when a newer version wrote it."""
+    """`state.json` of a checkpoint. Raises `CheckpointError`, or `ConfigError` when another version wrote it."""
     path = Path(checkpoint) / _STATE
     try:
-        text = path.read_text(encoding="utf-8")
+        text = regular_file(path).read_text(encoding="utf-8")
         content = json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint}: is not a complete checkpoint: {error}") from error
     schema = str(content.get("schema") if isinstance(content, dict) else None)
     family, _, version = schema.partition("/")
     if f"{family}/" == SCHEMA[:-1] and version.isdecimal() and schema != SCHEMA:
-        raise ConfigError(
-            f"{checkpoint}: has schema '{schema}', but this version reads '{SCHEMA}'; use a newer version"
-        )
+        older = int(version) < int(SCHEMA.partition("/")[2])
+        do = "go on with the version that wrote it, or start anew with --fresh" if older else "use a newer version"
+        raise ConfigError(f"{checkpoint}: has schema '{schema}', but this version reads '{SCHEMA}'; {do}")
     try:
         return CheckpointState.model_validate_json(text)
     except ValidationError as error:
@@ -254,21 +252,25 @@ def _remove(path: Path) -> None:
     shutil.rmtree(hidden)
 
 
+def _discard(temporary: Path, ranks: Ranks) -> None:
+    """Free the space of what could not be finished; the rest is removed at the next start."""
+    if ranks.rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _make_empty(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
 
 
-def _files_of(folder: Path, rank: int) -> dict[str, StoredFile]:
-    """The files that `rank` wrote: its data, and from rank 0 the metadata."""
-    own = [*folder.glob(f"__{rank}_*"), *(folder.glob(".metadata") if rank == 0 else ())]
-    return {path.name: _describe(path) for path in own}
+def _describe_all(folder: Path, names: Iterable[str]) -> dict[str, StoredFile]:
+    return {name: _describe(folder / name) for name in names}
 
 
 def _describe(path: Path) -> StoredFile:
     size = checksum = 0
-    with open(path, "rb") as file:
+    with open(regular_file(path), "rb") as file:
         while block := file.read(1 << 22):
             size += len(block)
             checksum = zlib.crc32(block, checksum)

@@ -55,8 +55,3 @@ class Ranks:
                 f"the ranks give whole tensors of different shapes: {some_names(named)}; build the same model on all"
             )
         return shapes
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """How to call `torch.distributed.checkpoint`."""
-        return {"no_dist": True} if self.alone else {"process_group": self.group}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
 from axonn import checkpoint as ckpt
 from axonn import part_files
-from axonn.checkpoint import Checkpoint, latest, load, read_state, save, stored_tensors, verify
+from axonn.checkpoint import Checkpoint, latest, load, read_state, save, verify
 from axonn.errors import CheckpointError, ConfigError
-from axonn.grid import ProcessGrid
 from axonn.weights import export_weights, import_weights
-from tests.checkpoints import PARAMETERS, masters, one_rank, parts_of, same, state_of
+from tests.checkpoints import PARAMETERS, masters, one_rank, same, state_of
 from tests.parts import wholes
 
 
 def damaged(path: Path, how: str) -> None:
     """Harm a checkpoint in one of the ways in which a crash or a disk does."""
-    (data,) = path.glob("*.distcp")
+    (data,) = path.glob("*.safetensors")
     content = data.read_bytes()
     if how == "truncated":
         data.write_bytes(content[: len(content) // 2])
@@ -40,8 +36,8 @@ def damaged(path: Path, how: str) -> None:
         data.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     elif how == "no data":
         data.unlink()
-    elif how == "no metadata":
-        (path / ".metadata").unlink()
+    elif how == "no index":
+        (path / "index.json").unlink()
     elif how == "no state":
         (path / "state.json").unlink()
     elif how == "half a state":
@@ -52,7 +48,7 @@ def damaged(path: Path, how: str) -> None:
             file.unlink()
 
 
-DAMAGE = ["truncated", "one bit", "no data", "no metadata", "no state", "half a state", "empty"]
+DAMAGE = ["truncated", "one bit", "no data", "no index", "no state", "half a state", "empty"]
 
 
 # --- one rank
@@ -72,7 +68,7 @@ def test_the_state_comes_back(tmp_path: Path) -> None:
     assert (read.batches, read.samples, read.seed) == (7, 56, 11)
     assert (read.progress, read.config) == (state.progress, state.config)
     assert read.versions["torch"] == torch.__version__
-    assert json.loads((tmp_path / "step-00000007" / "state.json").read_text())["schema"] == "axonn-checkpoint/1"
+    assert json.loads((tmp_path / "step-00000007" / "state.json").read_text())["schema"] == "axonn-checkpoint/2"
 
 
 def test_a_checkpoint_may_be_moved(tmp_path: Path) -> None:
@@ -147,7 +143,7 @@ class Crash(BaseException):
     pass
 
 
-STEPS_OF_A_SAVE = ["write_parts", "_files_of", "write_durably", "sync_folder", "_prune", "_remove"]
+STEPS_OF_A_SAVE = ["write_parts", "_describe_all", "write_durably", "sync", "_prune", "_remove"]
 
 
 @pytest.mark.parametrize("point", STEPS_OF_A_SAVE)
@@ -156,15 +152,14 @@ def test_a_crash_at_any_step_of_a_save_keeps_a_good_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, after: bool
 ) -> None:
     save(tmp_path, tensors=one_rank(seed=1), state=state_of(1), keep=1)
-    module = part_files if point == "write_parts" else ckpt
-    real: Callable[..., Any] = getattr(module, point)
+    real: Callable[..., Any] = getattr(ckpt, point)
 
     def crash(*arguments: Any, **options: Any) -> None:
         if after:
             real(*arguments, **options)
         raise Crash
 
-    monkeypatch.setattr(module, point, crash)
+    monkeypatch.setattr(ckpt, point, crash)
     with pytest.raises(Crash):
         save(tmp_path, tensors=one_rank(seed=2), state=state_of(2), keep=1)
     monkeypatch.undo()
@@ -217,14 +212,20 @@ def test_a_full_disk_says_so_and_keeps_the_last(tmp_path: Path, monkeypatch: pyt
     assert found.state.batches == 1
 
 
-@pytest.mark.parametrize("schema", ["axonn-checkpoint/2", "axonn-checkpoint/17"])
-def test_a_newer_schema_is_refused_and_not_skipped(tmp_path: Path, schema: str) -> None:
+@pytest.mark.parametrize(
+    ("schema", "do"),
+    [
+        ("axonn-checkpoint/1", "go on with the version that wrote it, or start anew with --fresh"),
+        ("axonn-checkpoint/17", "use a newer version"),
+    ],
+)
+def test_another_schema_is_refused_and_not_skipped(tmp_path: Path, schema: str, do: str) -> None:
     save(tmp_path, tensors=one_rank(), state=state_of(1))
     path = save(tmp_path, tensors=one_rank(), state=state_of(2))
-    text = (path / "state.json").read_text().replace("axonn-checkpoint/1", schema)
+    text = (path / "state.json").read_text().replace(ckpt.SCHEMA, schema)
     (path / "state.json").write_text(text)
     for act in (latest, lambda folder: load(path, one_rank())):
-        with pytest.raises(ConfigError, match=f"step-00000002: has schema '{schema}'"):
+        with pytest.raises(ConfigError, match=f"step-00000002: has schema '{schema}', .*; {do}$"):
             act(tmp_path)
 
 
@@ -244,36 +245,91 @@ def test_another_model_is_named(tmp_path: Path) -> None:
     assert not any(part.tensor.any() for part in mine.values()), "something was loaded all the same"
 
 
-def test_a_checkpoint_from_before_there_were_parts_is_read(tmp_path: Path) -> None:
-    """As it was written then, plain tensors by the planner of torch alone; the schema is the same."""
-    path = save(tmp_path, tensors=wholes({"w": torch.ones(2)}), state=state_of(1))
-    for file in [*path.glob("*.distcp"), path / ".metadata"]:
-        file.unlink()
-    plain = {name: part.tensor for name, part in one_rank().items()}
-    with pytest.warns(UserWarning, match="in a single process"):
-        save_state_dict(plain, storage_writer=FileSystemWriter(path), no_dist=True)
-    assert read_state(path).batches == 1
-    mine = one_rank(seed=0)
-    load(path, mine)
-    assert same(mine, one_rank())
-    grid = ProcessGrid(row=2, col=2)
-    part = parts_of(grid, 3, seed=0)
-    load(path, part)
-    assert same(part, parts_of(grid, 3, seed=1))
+def with_index(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change `index.json` as a stranger may have, checksum and all."""
+    index = json.loads((path / "index.json").read_text())
+    change(index["tensors"])
+    (path / "index.json").write_text(json.dumps(index))
+    content = (path / "index.json").read_bytes()
+    state = json.loads((path / "state.json").read_text())
+    state["files"]["index.json"] = {"bytes": len(content), "crc32": zlib.crc32(content)}
+    (path / "state.json").write_text(json.dumps(state))
+    verify(path)
 
 
 def test_what_a_checkpoint_lacks_of_a_tensor_is_named(tmp_path: Path) -> None:
     """Not left at what happened to be there."""
     path = save(tmp_path, tensors=one_rank(), state=state_of(1))
-    metadata = FileSystemReader(path).read_metadata()
-    entry = metadata.state_dict_metadata["exp_avg.block2.bias"]
-    assert isinstance(entry, TensorStorageMetadata)
-    entry.chunks = [ChunkStorageMetadata(offsets=torch.Size([0]), sizes=torch.Size([15]))]
-    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with_index(path, lambda tensors: tensors["exp_avg.block2.bias"]["boxes"][0].update(sizes=[15]))
     mine = one_rank(seed=0)
     with pytest.raises(CheckpointError, match=r"cannot be read: .*not all of it is stored: exp_avg\.block2\.bias$"):
         load(path, mine)
     assert not any(part.tensor.any() for part in mine.values())
+
+
+HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "outside": (lambda box: box.update(file="../../secret.safetensors"), "'tensors.master.block0.weight.boxes.0.file'"),
+    "absolute": (lambda box: box.update(file="/etc/passwd"), "'tensors.master.block0.weight.boxes.0.file'"),
+    "huge": (lambda box: box.update(sizes=[1 << 40, 1 << 40]), "does not fit into rank-0-0.safetensors"),
+    "negative": (lambda box: box.update(sizes=[-16, 6]), "'tensors.master.block0.weight.boxes.0.sizes.0'"),
+    "dims": (lambda box: box.update(sizes=[96], offsets=[0]), "does not fit into rank-0-0.safetensors"),
+    "key": (lambda box: box.update(key="nothing"), "nothing"),
+    "another's": (lambda box: box.update(key="master.block0.scale[]"), "has another shape than index.json says"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_an_index_that_lies_is_found(tmp_path: Path, what: str) -> None:
+    change, message = HOSTILE[what]
+    path = save(tmp_path, tensors=one_rank(), state=state_of(1))
+    with_index(path, lambda tensors: change(tensors["master.block0.weight"]["boxes"][0]))
+    with pytest.raises(CheckpointError) as raised:
+        load(path, one_rank(seed=0))
+    assert message in str(raised.value)
+
+
+def test_a_type_that_nobody_knows_is_named(tmp_path: Path) -> None:
+    path = save(tmp_path, tensors=one_rank(), state=state_of(1))
+    with_index(path, lambda tensors: tensors["master.block0.bias"].update(dtype="load"))
+    with pytest.raises(CheckpointError, match=r"master\.block0\.bias is of the unknown type 'load'"):
+        load(path, one_rank(seed=0))
+
+
+@pytest.mark.parametrize("name", ["state.json", "index.json", "rank-0-0.safetensors"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_only_files_of_the_checkpoint_itself_are_read(tmp_path: Path, name: str, kind: str) -> None:
+    """A pipe would keep the reader waiting for ever."""
+    path = save(tmp_path / "run", tensors=one_rank(), state=state_of(1))
+    (path / name).rename(tmp_path / name)
+    if kind == "link":
+        (path / name).symlink_to(tmp_path / name)
+    else:
+        os.mkfifo(path / name)
+    for act in (verify, lambda folder: load(folder, one_rank(seed=0))):
+        with pytest.raises(CheckpointError, match=r"step-00000001: .*not a regular file"):
+            act(path)
+
+
+def test_a_checksum_of_a_file_elsewhere_is_not_computed(tmp_path: Path) -> None:
+    path = save(tmp_path, tensors=one_rank(), state=state_of(1))
+    for name in ("/dev/zero", "../state.json", ".."):
+        state = json.loads((path / "state.json").read_text())
+        state["files"][name] = {"bytes": 1, "crc32": 1}
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / "state.json").write_text(json.dumps(state))
+        with pytest.raises(CheckpointError, match=r"other: is damaged: state.json: 'files\."):
+            verify(tmp_path / "other")
+
+
+def test_large_states_are_written_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(part_files, "SHARD_BYTES", 2000)
+    path = save(tmp_path, tensors=one_rank(), state=state_of(1))
+    sizes = [file.stat().st_size for file in path.glob("*.safetensors")]
+    assert len(sizes) >= 4
+    assert sorted(read_state(path).files) == sorted(file.name for file in path.iterdir() if file.name != "state.json")
+    mine = one_rank(seed=0)
+    load(path, mine)
+    assert same(mine, one_rank())
 
 
 # --- one file of weights

@@ -12,13 +12,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
-from axonn.checkpoint import latest, load, save, stored_tensors, verify
+from axonn import part_files
+from axonn.checkpoint import latest, load, save, verify
 from axonn.errors import CheckpointError, ConfigError
 from axonn.grid import ProcessGrid
+from axonn.part_files import read_index, stored_tensors
 from axonn.parts import Part, box_elements
 from axonn.placement import Cut, Placement
 from axonn.runtime import connect
@@ -77,26 +76,20 @@ def test_what_one_grid_saves_every_other_loads(pool: RankPool, tmp_path: Path) -
 def test_what_replicas_share_is_written_once(pool: RankPool, tmp_path: Path, grid: ProcessGrid) -> None:
     """And of a view only the view, not the buffer that it is a part of."""
     pool.run(save_on, grid, tmp_path, ranks=grid.size)
-    found = FileSystemReader(tmp_path / "step-00000004").read_metadata()
+    found = read_index(tmp_path / "step-00000004").tensors
     for name, part in one_rank().items():
-        entry = found.state_dict_metadata[name]
-        assert isinstance(entry, TensorStorageMetadata)
-        assert sum(prod(chunk.sizes) for chunk in entry.chunks) == part.tensor.numel()
-    # What a stored box takes beside its values does not grow with the buffer.
-    most = max(info.length for info in found.storage_data.values())
-    save(tmp_path / "one", tensors={"w": Part.whole(torch.zeros(16, 6, dtype=torch.float64))}, state=state_of(1))
-    (alone,) = FileSystemReader(tmp_path / "one" / "step-00000001").read_metadata().storage_data.values()
-    assert most <= alone.length
-    assert sum(info.length for info in found.storage_data.values()) >= sum(
-        path.stat().st_size for path in (tmp_path / "step-00000004").glob("*.distcp")
-    )
+        assert sum(prod(box.sizes) for box in found[name].boxes) == part.tensor.numel()
+    stored = {}
+    for file in (tmp_path / "step-00000004").glob("*.safetensors"):
+        stored |= {(file.name, key): tensor.numel() for key, tensor in load_file(file).items()}
+    assert stored == {(box.file, box.key): prod(box.sizes) for tensor in found.values() for box in tensor.boxes}
 
 
 def test_damage_to_one_ranks_file_is_named(pool: RankPool, tmp_path: Path) -> None:
     grid = ProcessGrid(row=2, col=2)
     pool.run(save_on, grid, tmp_path, ranks=4)
     checkpoint = tmp_path / "step-00000004"
-    (file,) = checkpoint.glob("__2_*.distcp")
+    (file,) = checkpoint.glob("rank-2-*.safetensors")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -113,20 +106,22 @@ def test_damage_to_one_ranks_file_is_named(pool: RankPool, tmp_path: Path) -> No
 
 def test_replicas_share_the_writing(pool: RankPool, tmp_path: Path) -> None:
     pool.run(save_on, ProcessGrid(data=2, row=2, col=2), tmp_path, ranks=8)
-    assert {path.name[:3] for path in (tmp_path / "step-00000004").glob("*.distcp")} == {f"__{r}" for r in range(8)}
+    files = (tmp_path / "step-00000004").glob("*.safetensors")
+    assert sorted(path.name for path in files) == [f"rank-{r}-0.safetensors" for r in range(8)]
 
 
 def boxes_read_on(comm: Any, grid: ProcessGrid, folder: Path) -> tuple[set[Box], set[Box]]:
     """A job of the rank pool: the stored boxes that this rank reads, and those that it is made of."""
     read: set[Box] = set()
-    read_data = FileSystemReader.read_data
+    overlaps_of = part_files._overlaps
 
-    def watched(self: FileSystemReader, plan: LoadPlan, planner: LoadPlanner) -> Any:
-        read.update((item.storage_index.fqn, tuple(item.storage_index.offset or ())) for item in plan.items)
-        return read_data(self, plan, planner)
+    def watched(name: str, part: Part, index: part_files.Index) -> Iterator[Any]:
+        for overlap in overlaps_of(name, part, index):
+            read.add((name, tuple(overlap.box.offsets)))
+            yield overlap
 
     with connect(grid, comm=comm) as runtime, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FileSystemReader, "read_data", watched)
+        patch.setattr(part_files, "_overlaps", watched)
         mine = parts_of(grid, runtime.rank, seed=0)
         load(folder / "step-00000004", mine)
         return read, {(n, tuple(s.start for s in piece.whole)) for n, part in mine.items() for piece in part.pieces}
