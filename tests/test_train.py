@@ -403,7 +403,7 @@ def test_train_goes_on_exports_and_starts_anew(trains: Training) -> None:
     assert "s per batch: compute" in output
     before = trains.losses
     # It goes on, after a crash that damaged a checkpoint and left metrics of a batch that no checkpoint has.
-    (data,) = (trains.folder / CHECKPOINTS / "step-00000003").glob("*.distcp")
+    (data,) = (trains.folder / CHECKPOINTS / "step-00000003").glob("*.safetensors")
     data.write_bytes(data.read_bytes()[:100])
     with open(trains.folder / BATCHES, "a") as file:
         file.write('{"step": 3, "loss": 77.0, "seconds": 1.0}\n{"step": 4, "lo')
