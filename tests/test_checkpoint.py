@@ -20,6 +20,7 @@ from axonn import checkpoint as ckpt
 from axonn import part_files
 from axonn.checkpoint import Checkpoint, latest, load, read_state, save, verify
 from axonn.errors import CheckpointError, ConfigError
+from axonn.part_files import stored_tensors
 from axonn.weights import export_weights, import_weights
 from tests.checkpoints import PARAMETERS, masters, one_rank, same, state_of
 from tests.parts import wholes
