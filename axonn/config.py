@@ -238,7 +238,8 @@ class TrainConfig(StrictModel):
     recompute the rest in the backward; "auto" takes the number that needs the least memory. `overdecomposition`: into
     how many sub-shards a microbatch is cut, so that one computes while collectives of another are under way; by default
     2 where layers are cut and a microbatch has 2 rows. `compile`: whether losses, masks and norms of images go through
-    `torch.compile`; "auto" does so on GPUs. `initial_weights`: a safetensors file to start from.
+    `torch.compile`; "auto" does so on GPUs. `initial_weights`: a safetensors file to start from. `stall_limit_s`: a run
+    of which no rank finishes anything for so many seconds, not a task, not a message, is ended.
     """
 
     model: ModelConfig
@@ -258,3 +259,4 @@ class TrainConfig(StrictModel):
     initial_weights: str | None = None
     seed: int = 0
     steps: int = Field(default=11, ge=1)
+    stall_limit_s: float = Field(default=1800.0, gt=0)

@@ -20,6 +20,7 @@ from axonn.grid import AXES, ProcessGrid
 from axonn.initial import fill
 from axonn.inter_layer.batch import Batch, Inputs
 from axonn.inter_layer.executor import PipelineExecutor
+from axonn.inter_layer.finite import NotFinite
 from axonn.inter_layer.stage import Chunk, ParameterSpec, parameter_specs, tied_stages, virtual_spans
 from axonn.models.base import PipelineModel
 from axonn.optim.model_optimizer import ModelOptimizer
@@ -46,7 +47,8 @@ class BatchResult:
     """What came of one batch, the same on every rank."""
 
     loss: float
-    """Mean loss of the batch, before the update."""
+    """Mean loss of the batch, before the update; not a number, too, where a gradient that a stage handed on was not
+    finite and no loss scale is there to skip the step."""
     applied: bool
     """False when gradients overflowed, and so nothing was updated anywhere."""
     learning_rate: float
@@ -226,6 +228,11 @@ class Engine:
         the device; host: optimizer state in host memory."""
         return {**self._optimizer.memory()._asdict(), "activations": self._executor.most_active_bytes}
 
+    def not_finite(self) -> list[NotFinite]:
+        """What this rank's tasks of the last `train_batch` handed on that was not finite; the least over all ranks is
+        where it began. Waits for the device."""
+        return self._executor.not_finite()
+
     def traffic(self) -> list[Traffic]:
         """What this rank sent for the last `train_batch`, by axis of the grid and by operation."""
         return self._meter.read()
@@ -260,16 +267,19 @@ class Engine:
         scale = self._optimizer.loss_scale / (self.microbatches * self.grid.data)
         batch = self._batch(inputs, targets)
         local = self._executor.train(self._new_schedule(), batch, loss_scale=scale)
-        # A stage that is done early reduces and updates while the others still run backwards.
-        return self._mean_loss(local)
+        # A stage that is done early reduces and updates while the others still run backwards. Where gradients may
+        # overflow the optimizer tests all of them.
+        return self._mean_loss(local, None if self._optimizer.may_skip else self._executor.poison())
 
     def _batch(self, inputs: Inputs | None, targets: torch.Tensor | None) -> Batch:
         return Batch(inputs, targets, step=self.batches, samples=self.shard(self.batches), device=self.device)
 
-    def _mean_loss(self, local: torch.Tensor | None) -> _Loss:
+    def _mean_loss(self, local: torch.Tensor | None, poison: torch.Tensor | None = None) -> _Loss:
         # The ranks of a stage have the same loss, which counts once.
         counts = self.here.row == self.here.col == 0
         mean = local / (self.microbatches * self.grid.data) if local is not None and counts else None
+        if poison is not None:
+            mean = poison if mean is None else mean + poison
         return _Loss(mean, self._collectives, self._world, self.spans, self.device)
 
     def _new_schedule(self) -> StageSchedule:

@@ -35,3 +35,11 @@ class DeadlockError(AxonnError):
 
 class LaunchError(AxonnError):
     """Ranks that cannot be started (no MPI, a missing framework)."""
+
+
+class NotFiniteError(AxonnError, FloatingPointError):
+    """A loss, gradient or weight that is infinite or not a number. `ranks`: those that had it first."""
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.ranks = ranks

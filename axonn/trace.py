@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -90,10 +90,17 @@ class SpanRecorder:
     """Collects the spans of one rank. `clock_offset` (seconds) is added to this rank's clock.
 
     With a `folder`, `flush` moves what was collected to a file in it, so that a long run does not keep it in memory;
-    `read_spans` reads the folder as a whole.
+    `read_spans` reads the folder as a whole. `on_span` is called at the end of each span, recorded or not.
     """
 
-    def __init__(self, rank: int, *, clock_offset: float = 0.0, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        *,
+        clock_offset: float = 0.0,
+        folder: Path | None = None,
+        on_span: Callable[[], None] = lambda: None,
+    ) -> None:
         self.rank = rank
         self.step = 0
         self.clock_offset = clock_offset
@@ -101,6 +108,7 @@ class SpanRecorder:
         self.recording = True
         """False while what is done is no part of a training step, as an evaluation."""
         self.spans: list[Span] = []
+        self._on_span = on_span
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -130,6 +138,7 @@ class SpanRecorder:
         shard: int = -1,
     ) -> None:
         """Record a span that began and ended at the given readings of `now`; the rest is as in `Span`."""
+        self._on_span()
         if not self.recording:
             return
         start, end = start + self.clock_offset, end + self.clock_offset

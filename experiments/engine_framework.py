@@ -14,6 +14,7 @@ from axonn.devices import DeviceType
 from axonn.engine import Engine, microbatches_of
 from axonn.errors import AxonnError, LaunchError
 from axonn.grid import ProcessGrid
+from axonn.inter_layer.finite import NotFinite
 from axonn.inter_layer.stage import virtual_spans
 from axonn.models import make_model
 from axonn.parts import Part
@@ -80,6 +81,9 @@ class EngineTrainer(ResumableTrainer):
     def evaluate(self, number: int) -> float:
         inputs, targets = self.data.held_out_batch(self.engine.shard(number))
         return self.engine.evaluate_batch(inputs, targets)
+
+    def not_finite(self) -> list[NotFinite]:
+        return self.engine.not_finite()
 
     def data_digest(self) -> str:
         return self.data.digest

@@ -20,6 +20,7 @@ from axonn.config import FloatType, GPTConfig, ModelConfig, ScheduleConfig, Trai
 from axonn.devices import DeviceType
 from axonn.engine import BatchResult
 from axonn.errors import LaunchError
+from axonn.inter_layer.finite import NotFinite
 from axonn.parts import Part
 from axonn.perf.strategy import Strategy
 from axonn.records import Failure, Ran
@@ -49,6 +50,10 @@ class ResumableTrainer(ABC):
     @abstractmethod
     def evaluate(self, number: int) -> float:
         """Mean loss of held-out batch `number`, on every rank, without changing anything."""
+
+    @abstractmethod
+    def not_finite(self) -> Sequence[NotFinite]:
+        """What this rank handed on in the last batch that was not finite."""
 
     @abstractmethod
     def data_digest(self) -> str:

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -14,8 +16,10 @@ import torch
 
 from axonn.checkpoint import CheckpointState, load, save
 from axonn.config import EvaluationConfig, TrainConfig
-from axonn.errors import ConfigError
+from axonn.errors import ConfigError, NotFiniteError, RecordError
 from axonn.grid import AXES
+from axonn.parts import Part, some_names
+from axonn.ranks import Ranks
 from axonn.records import Asked
 from axonn.runtime import Runtime
 from axonn.trace import SpanRecorder
@@ -34,7 +38,8 @@ class TrainingLoop:
     A batch takes the seconds from the last finished batch to it, evaluations, checkpoints and metrics left out. With
     `turns` it waits for its turn before each batch, and a batch begins and ends when all ranks do, as with `stoppable`:
     then it looks for the file `STOP` between two batches, which costs no batch time, and ends when it is there; a
-    trainer that can go on saves its state first. Raises `ConfigError` when the configuration asks for what the trainer
+    trainer that can go on saves its state first. `on_progress` is called whenever something is done that has no span.
+    Raises `ConfigError` when the configuration asks for what the trainer
     cannot do.
     """
 
@@ -48,6 +53,7 @@ class TrainingLoop:
         folder: Path,
         turns: Turns | None = None,
         stoppable: bool = False,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
         self._trainer = trainer
@@ -56,6 +62,7 @@ class TrainingLoop:
         self._folder = folder
         self._turns = turns
         self._stoppable = stoppable
+        self._on_progress = on_progress
         self._full = trainer if isinstance(trainer, ResumableTrainer) else None
         asks = {
             "checkpoints": config.checkpoints,
@@ -110,8 +117,8 @@ class TrainingLoop:
                 self._write(
                     self._batches, self._row(step, loss, now - before) | ({"first": True} if step == first else {})
                 )
-                if not math.isfinite(loss):
-                    raise FloatingPointError(f"the loss of batch {step} is {loss}; lower optimizer.lr")
+                self._check_finite(step, loss)
+                self._on_progress()
                 stopped = self._stoppable and step + 1 < self._config.steps and self._told_to_stop()
                 interrupted = self._between(step + 1, stopped=stopped) or self._stoppable
                 before = time.perf_counter() if interrupted else now
@@ -119,7 +126,7 @@ class TrainingLoop:
                     self._turns.finish()
                 if stopped:
                     break
-            self._spans.flush()
+            self._flush()
         return stopped
 
     def _told_to_stop(self) -> bool:
@@ -141,29 +148,65 @@ class TrainingLoop:
             assert evaluation is not None
             self._evaluate(done, evaluation)
         # A file of spans ends at every checkpoint, so that going on from there cuts no file.
-        flushed = self._spans.flush(at_least=1 if evaluates or saves else _SPANS_IN_MEMORY)
+        flushed = self._flush(at_least=1 if evaluates or saves else _SPANS_IN_MEMORY)
         if saves:
             self._save(done)
         return evaluates or saves or flushed
 
+    def _check_finite(self, step: int, loss: float) -> None:
+        """Raise `NotFiniteError` on every rank where the batch was none to go on from, naming where it began."""
+        norm = self._full.result.gradient_norm if self._full is not None else None
+        if math.isfinite(loss) and (norm is None or math.isfinite(norm)):
+            return
+        what = f"the loss of batch {step} is {loss}"
+        if math.isfinite(loss):
+            what = f"the norm of the gradient of batch {step} is {norm}"
+        do = "lower optimizer.lr"
+        found = [] if self._full is None else self._full.not_finite()
+        everywhere = sorted(place for places in Ranks(None).gather(found) for place in places)
+        if not everywhere:
+            raise NotFiniteError(f"{what}; {do}")
+        first = everywhere[0]
+        ranks = tuple(p.rank for p in everywhere if replace(p, rank=first.rank) == first)
+        named = "rank" if len(ranks) == 1 else "ranks"
+        raise NotFiniteError(
+            f"{what}: {first} on {named} {', '.join(map(str, ranks))} was the first that was not finite; {do}", ranks
+        )
+
+    def _check_state(self, done: int, tensors: Mapping[str, Part]) -> None:
+        """Raise `NotFiniteError` on every rank where there is something that nobody could go on from."""
+        bad = [n for n, p in tensors.items() if p.tensor.is_floating_point() and not p.tensor.isfinite().all()]
+        found = {rank: names for rank, names in enumerate(Ranks(None).gather(bad)) if names}
+        if found:
+            said = "; ".join(f"rank {rank}: {some_names(names)}" for rank, names in found.items())
+            raise NotFiniteError(
+                f"after batch {done - 1} there is no number in {said}; nothing was saved; lower optimizer.lr",
+                tuple(found),
+            )
+
     def _evaluate(self, done: int, evaluation: EvaluationConfig) -> None:
         assert self._full is not None
         start = time.perf_counter()
+        losses = []
         with self._spans.paused():
-            losses = [self._full.evaluate(number) for number in range(evaluation.batches)]
+            for number in range(evaluation.batches):
+                losses.append(self._full.evaluate(number))
+                self._on_progress()
         row = {"batches": done, "loss": sum(losses) / len(losses), "seconds": time.perf_counter() - start}
         self._write(self._evaluations, row)
 
     def _save(self, done: int) -> None:
         assert self._full is not None
         checkpoints = self._config.checkpoints
+        tensors = self._full.state_tensors()
+        self._check_state(done, tensors)
         # Metrics are never behind the checkpoint that they belong to.
         for file in (self._batches, self._evaluations):
             if file is not None:
                 os.fsync(file.fileno())
         save(
             self._folder / CHECKPOINTS,
-            tensors=self._full.state_tensors(),
+            tensors=tensors,
             state=CheckpointState(
                 batches=done,
                 samples=done * self._config.batch_size,
@@ -176,6 +219,7 @@ class TrainingLoop:
             # One that was saved because the run was stopped takes the place of the one before.
             keep=1 if checkpoints is None else checkpoints.keep,
         )
+        self._on_progress()
 
     def _data_digest(self) -> str | None:
         # Only rank 0's description of a checkpoint is written.
@@ -208,9 +252,25 @@ class TrainingLoop:
     def _open(self, files: ExitStack, name: str) -> IO[str] | None:
         if self._runtime.rank != 0:
             return None
-        return files.enter_context(open(self._folder / name, "a", buffering=1, encoding="utf-8"))
+        with _writing(str(self._folder / name)):
+            return files.enter_context(open(self._folder / name, "a", buffering=1, encoding="utf-8"))
 
-    @staticmethod
-    def _write(file: IO[str] | None, row: Row) -> None:
+    def _flush(self, *, at_least: int = 1) -> bool:
+        with _writing(f"{self._folder}: spans"):
+            return self._spans.flush(at_least=at_least)
+
+    def _write(self, file: IO[str] | None, row: Row) -> None:
         if file is not None:
-            file.write(json.dumps(row) + "\n")
+            with _writing(file.name):
+                file.write(json.dumps(row) + "\n")
+
+
+@contextmanager
+def _writing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RecordError(
+            f"{what} cannot be written: {error.strerror or error}; make room or let the folder be written, and start "
+            "again: the run goes on from its newest checkpoint"
+        ) from error

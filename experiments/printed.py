@@ -215,7 +215,7 @@ def _exception(line: Line) -> _Notice:
     """Last line of a traceback."""
     if line.text.startswith(("MemoryError", "numpy.core._exceptions._ArrayMemoryError")):
         return _Notice(_Weight.CAUSE, "out-of-memory", line.text, line.rank)
-    if line.text.startswith("FloatingPointError"):
+    if line.text.startswith(("FloatingPointError", "NotFiniteError")):
         return _Notice(_Weight.CAUSE, "nan", line.text, line.rank)
     if _TOLD.match(line.text):
         return _Notice(_Weight.TOLD, "interrupted", line.text, line.rank)

@@ -21,7 +21,7 @@ from experiments.launched import spec_of
 from experiments.metrics import BATCHES, Tail
 from experiments.outcome import Outcome, outcome_of, rank_state
 from experiments.resumption import forget_batches
-from experiments.trail import SPEC, SUPERVISOR
+from experiments.trail import SPEC, SUPERVISOR, Heartbeats, stack_of
 
 SILENCE_S = 20.0
 """A rank that has not touched its heartbeat for so long is taken for dead or stopped."""
@@ -79,7 +79,16 @@ def supervise(
             start_new_session=True,
         )
         try:
-            failure = _watch(process, folder, ranks, timeout_s=timeout_s, on_batch=on_batch, give_up=give_up)
+            failure = _watch(
+                process,
+                folder,
+                ranks,
+                timeout_s=timeout_s,
+                # Who waits for its turn stands still.
+                stall_limit_s=float("inf") if turns else config.stall_limit_s,
+                on_batch=on_batch,
+                give_up=give_up,
+            )
         finally:
             _end(process)
     failure = failure or _failure_after_exit(process.returncode, folder, ranks)
@@ -106,12 +115,14 @@ def _watch(
     ranks: int,
     *,
     timeout_s: float,
+    stall_limit_s: float,
     on_batch: Callable[[int], None],
     give_up: Callable[[], Failure | None],
 ) -> Failure | None:
     """Wait for the end of the run; a failure if the run has to be ended from here."""
     started = time.monotonic()
     batches = Tail(folder / BATCHES)
+    beats = Heartbeats(folder, ranks)
     done = len(batches.new())
     while process.poll() is None:
         time.sleep(_POLL_S)
@@ -120,16 +131,27 @@ def _watch(
             on_batch(done)
         if (failure := give_up()) is not None:
             return failure
+        beats.look()
         for rank in range(ranks):
-            beat = folder / f"rank-{rank}.alive"
-            silent = time.time() - beat.stat().st_mtime if beat.exists() else 0.0
-            if silent > SILENCE_S and rank_state(folder, rank).get("state") == "started":
+            silence = beats.silence(rank)
+            if silence > SILENCE_S and rank_state(folder, rank).get("state") == "started":
                 return Failure(
-                    cause="dead-rank", rank=rank, detail=f"rank {rank} gave no sign of life for {silent:.0f} s"
+                    cause="dead-rank", rank=rank, detail=f"rank {rank} gave no sign of life for {silence:.0f} s"
                 )
+        if beats.standstill() > stall_limit_s:
+            return _standstill(beats, folder)
         if time.monotonic() - started > timeout_s:
             return Failure(cause="timeout", detail=f"not finished after {timeout_s:.0f} s, {done} batches done")
     return None
+
+
+def _standstill(beats: Heartbeats, folder: Path) -> Failure:
+    rank = beats.first_to_stop()
+    said = beats.said_of_standstill()
+    process = rank_state(folder, rank).get("pid")
+    if isinstance(process, int) and (stack := stack_of(folder, rank, process)) is not None:
+        said = f"{said}; it stands at {stack}"
+    return Failure(cause="timeout", rank=rank, detail=said)
 
 
 def _failure_after_exit(code: int, folder: Path, ranks: int) -> Failure | None:
@@ -142,8 +164,9 @@ def _failure_after_exit(code: int, folder: Path, ranks: int) -> Failure | None:
         hint = "; the system kills a process like this when memory runs out" if number == signal.SIGKILL else ""
         return Failure(cause="dead-rank", rank=rank, detail=f"rank {rank} was killed by {name}{hint}")
     if failed:
-        rank = failed[0][1]
-        state = states[rank]
+        state = states[failed[0][1]]
+        # The ranks that began it, where the one that failed first knows them.
+        rank = min(state.get("ranks") or [failed[0][1]])
         return Failure(cause=state["cause"], rank=rank, detail=f"rank {rank}: {state['detail']}")
     unfinished = [rank for rank, s in states.items() if s.get("state") != "done"]
     if code == 0 and not unfinished:

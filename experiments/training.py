@@ -51,6 +51,7 @@ _MAY_CHANGE = {
     "optimizer.k",
     "optimizer.placement",
     "schedule",
+    "stall_limit_s",
     "steps",
     "transport",
 }

@@ -11,10 +11,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from experiments.trail import NEWEST, SPEC, STOPPED, Turns, leave_trail, set_state
+from experiments.trail import NEWEST, SPEC, STOPPED, SUPERVISOR, Heartbeats, Progress, Turns, leave_trail, set_state
 
 
-def _train(folder: Path, rank: int) -> int:
+def _train(folder: Path, rank: int, progress: Progress) -> int:
     """Trains as the folder's spec says; the exit status."""
     import torch
 
@@ -38,8 +38,16 @@ def _train(folder: Path, rank: int) -> int:
     memory: dict[str, int] = {}
     traffic: list[Traffic] = []
     device = rank_device(spec["device"])
-    with connect(ProcessGrid(**config.grid.model_dump()), transport=config.transport, device=device) as runtime:
-        spans = SpanRecorder(rank, clock_offset=runtime.clock_offset, folder=folder / f"spans-{rank}.parquet")
+    grid = ProcessGrid(**config.grid.model_dump())
+    if rank == 0 and SUPERVISOR not in os.environ:
+        progress.watched = Heartbeats(folder, grid.size), config.stall_limit_s
+    with connect(grid, transport=config.transport, device=device) as runtime:
+        spans = SpanRecorder(
+            rank,
+            clock_offset=runtime.clock_offset,
+            folder=folder / f"spans-{rank}.parquet",
+            on_span=progress.note,
+        )
         # Before any rank has spans in the folder.
         checkpoint = newest_checkpoint(folder) if spec["checkpoint"] == NEWEST else named
         with framework.trainer(config, runtime, spans if turns is None else None) as trainer:
@@ -51,6 +59,7 @@ def _train(folder: Path, rank: int) -> int:
                 folder=folder,
                 turns=turns,
                 stoppable=spec["stoppable"],
+                on_progress=progress.note,
             )
             stopped = loop.run(loop.start(checkpoint))
             if isinstance(trainer, ResumableTrainer):
@@ -75,7 +84,8 @@ def main() -> None:
 
     folder = Path(sys.argv[1])
     rank, _ = launched_as()
-    sys.exit(leave_trail(folder, rank, lambda: _train(folder, rank)))
+    progress = Progress()
+    sys.exit(leave_trail(folder, rank, lambda: _train(folder, rank, progress), progress=progress))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from axonn.engine import BatchResult
 from axonn.errors import ConfigError, LaunchError
 from axonn.grid import ProcessGrid
 from axonn.models.gpt import GPT
+from axonn.inter_layer.finite import NotFinite
 from axonn.parts import Part
 from axonn.records import read_records
 from axonn.runtime import Runtime
@@ -60,6 +61,9 @@ class OneNumber(ResumableTrainer):
     def evaluate(self, number: int) -> float:
         self.evaluated.append(number)
         return float(number)
+
+    def not_finite(self) -> list[NotFinite]:
+        return []
 
     def data_digest(self) -> str:
         return "digest"

@@ -14,6 +14,7 @@ from axonn.grid import ProcessGrid
 from axonn.inter_layer.agreement import Agreement
 from axonn.inter_layer.batch import Batch, Tensors
 from axonn.inter_layer.compute import ChunkCompute
+from axonn.inter_layer.finite import NotFinite, Probe
 from axonn.inter_layer.stage import Chunk
 from axonn.models.base import PipelineModel
 from axonn.schedules import ChunkLayout, Direction, Forwards, Kind, StageSchedule, Task
@@ -77,6 +78,7 @@ class PipelineExecutor:
         self._device = timeline.device
         self._edges = {direction: self._edges_of(direction) for direction in Direction}
         self._announce()
+        self._probe: Probe | None = None
         self._active_bytes = 0
         self.most_active_bytes = 0
         """Most bytes of activations that were kept for backwards at any one time so far."""
@@ -92,8 +94,29 @@ class PipelineExecutor:
         Returns the sum of losses (a scalar without a graph, not scaled) where the network ends, None elsewhere.
         """
         self._expect(schedule.microbatches, *Direction)
-        self._drive(schedule, lambda task: self._train(task, batch, loss_scale), self._timeline.spans)
+        probe = self._probe = self._new_probe(schedule.microbatches)
+        self._drive(schedule, lambda task: self._train(task, batch, loss_scale, probe), self._timeline.spans)
         return batch.loss()
+
+    def poison(self) -> torch.Tensor:
+        """A scalar on the device: 0, or not a number where a gradient of the last batch was not finite."""
+        assert self._probe is not None, "no batch was trained"
+        return self._probe.poison()
+
+    def not_finite(self) -> list[NotFinite]:
+        """What tasks of the last batch handed on that was not finite. Waits for the device."""
+        return [] if self._probe is None else self._probe.found()
+
+    def _new_probe(self, microbatches: int) -> Probe:
+        spans = [state.module.span for state in self._chunks]
+        return Probe(
+            rank=self._rank,
+            distances=[self._layout.virtual(self._stage, chunk) for chunk in range(len(spans))],
+            layers=[(span.start, span.stop - 1) for span in spans],
+            chunks=self._layout.virtual_stages,
+            microbatches=microbatches,
+            device=self._device,
+        )
 
     @torch.no_grad()
     def evaluate(self, microbatches: int, batch: Batch) -> torch.Tensor | None:
@@ -257,22 +280,27 @@ class PipelineExecutor:
             self._transport.flush()
         return output
 
-    def _train(self, task: Task, batch: Batch, loss_scale: float) -> Tensors:
+    def _train(self, task: Task, batch: Batch, loss_scale: float, probe: Probe) -> Tensors:
         """Run a task; what it hands on (nothing where the network begins or ends, and from weight halves)."""
         kind, chunk, microbatch = task
         state = self._chunks[chunk]
         if kind == Kind.FORWARD:
             outgoing = state.forward(microbatch, batch)
+            # Where the network ends, its loss is what comes out.
+            probe.note(Direction.FORWARD, chunk, microbatch, outgoing or (batch.losses[microbatch],))
             self._active_bytes += state.saved_bytes or 0
             self.most_active_bytes = max(self.most_active_bytes, self._active_bytes)
             return outgoing
         if kind == Kind.INPUT:
-            return state.backward_input(microbatch, batch, loss_scale=loss_scale)
+            outgoing = state.backward_input(microbatch, batch, loss_scale=loss_scale)
+            probe.note(Direction.BACKWARD, chunk, microbatch, outgoing)
+            return outgoing
         outgoing = ()
         if kind == Kind.WEIGHT:
             state.backward_weight(microbatch)
         else:
             outgoing = state.backward(microbatch, batch, loss_scale=loss_scale)
+            probe.note(Direction.BACKWARD, chunk, microbatch, outgoing)
         self._active_bytes -= state.saved_bytes or 0
         return outgoing
 

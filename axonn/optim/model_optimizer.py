@@ -154,6 +154,11 @@ class ModelOptimizer:
             self._flat.gradients.mul_(1.0 / self._scale.value)
         self._timeline.flush()
 
+    @property
+    def may_skip(self) -> bool:
+        """Whether all gradients are tested before each update, which is skipped where one overflowed."""
+        return self._scale.watched
+
     def step(self, batch: int) -> StepResult:
         """Reduce the gradients of batch number `batch` and update the parameters. `.grad` is used up by it."""
         return self.begin_step(batch).wait()
