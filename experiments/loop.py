@@ -180,7 +180,7 @@ class TrainingLoop:
         if found:
             said = "; ".join(f"rank {rank}: {some_names(names)}" for rank, names in found.items())
             raise NotFiniteError(
-                f"after batch {done - 1} there is no number in {said}; nothing was saved; lower optimizer.lr",
+                f"after batch {done - 1} some values are no numbers: {said}; nothing was saved; lower optimizer.lr",
                 tuple(found),
             )
 

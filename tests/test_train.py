@@ -21,8 +21,8 @@ from axonn.data.text import TextData
 from axonn.engine import BatchResult
 from axonn.errors import ConfigError, LaunchError
 from axonn.grid import ProcessGrid
-from axonn.models.gpt import GPT
 from axonn.inter_layer.finite import NotFinite
+from axonn.models.gpt import GPT
 from axonn.parts import Part
 from axonn.records import read_records
 from axonn.runtime import Runtime
