@@ -171,6 +171,11 @@ def main() -> None:
     except AxonnError as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
+    except OSError as error:
+        # A full disk, a folder of somebody else's: nothing that a traceback explains better.
+        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        Console(stderr=True).print(f"[red]error:[/red] {escape(what)}", soft_wrap=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; what is done is kept, run again to go on")
         sys.exit(130)

@@ -90,8 +90,10 @@ def supervise(
                 give_up=give_up,
             )
         finally:
+            # Where all is well, a launcher that is still there is one that the ranks have outlived.
+            stuck = process.poll() is None
             _end(process)
-    failure = failure or _failure_after_exit(process.returncode, folder, ranks)
+    failure = failure or _failure_after_exit(0 if stuck else process.returncode, folder, ranks)
     return outcome_of(folder, ranks, failure)
 
 
@@ -140,9 +142,15 @@ def _watch(
                 )
         if beats.standstill() > stall_limit_s:
             return _standstill(beats, folder)
+        if min(map(beats.silence, range(ranks))) > SILENCE_S and _all_ended(folder, ranks):
+            return None  # Only the launcher is left, and does not end.
         if time.monotonic() - started > timeout_s:
             return Failure(cause="timeout", detail=f"not finished after {timeout_s:.0f} s, {done} batches done")
     return None
+
+
+def _all_ended(folder: Path, ranks: int) -> bool:
+    return all(rank_state(folder, rank).get("state") in ("done", "stopped") for rank in range(ranks))
 
 
 def _standstill(beats: Heartbeats, folder: Path) -> Failure:

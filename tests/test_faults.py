@@ -146,6 +146,33 @@ def test_a_stopped_rank_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert nothing_runs(folder)
 
 
+def test_a_launcher_that_stops_costs_no_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks come to their end without it."""
+    monkeypatch.setattr(experiments.supervisor, "SILENCE_S", 6.0)
+
+    def stop(done: int) -> None:
+        pid = json.loads((folder / "rank-0.json").read_text())["pid"]
+        launcher = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(launcher, signal.SIGSTOP)
+
+    outcome = supervise("axonn", tiny(steps=600), folder, on_batch=stop, timeout_s=200)
+    assert outcome.failure is None
+    check_batches(outcome, 600)
+    assert nothing_runs(folder)
+
+
+def test_a_killed_launcher_ends_the_ranks(folder: Path) -> None:
+    def kill(done: int) -> None:
+        pid = json.loads((folder / "rank-0.json").read_text())["pid"]
+        os.kill(int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL)
+
+    outcome = supervise("axonn", tiny(), folder, on_batch=kill, timeout_s=200)
+    assert outcome.failure is not None
+    assert outcome.failure.cause == "error"
+    assert "the launcher ended with code -9; ranks not finished: [0, 1]" in outcome.failure.detail
+    assert nothing_runs(folder)
+
+
 def test_a_stopped_rank_is_given_up_within_the_promise() -> None:
     assert experiments.supervisor.SILENCE_S + 2 * experiments.supervisor._GRACE_S < END_S
 
