@@ -19,7 +19,7 @@ OTHERS := ginter inflight memory messages loss
 .NOTPARALLEL:
 .PHONY: help install reproduce reproduce-others $(FIGURES:%=reproduce-%) $(OTHERS:%=reproduce-%) report schematics \
 	baselines compare-baselines clean-baselines calibrate validate-local validate-plan validate-published plan-published \
-	test test-full test-slurm soak lint bench bench-link bench-tensor bench-schedules bench-optimizer bench-gpu clean
+	test test-full test-slurm soak faults lint bench bench-link bench-tensor bench-schedules bench-optimizer bench-gpu clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-21s %s\n", $$1, $$2 }'
@@ -85,7 +85,13 @@ test-full: $(READY) ## the tests with the full product of configurations (long)
 test-slurm: $(READY) ## jobs on a real Slurm cluster of four nodes on this machine (root; apt-get install slurm-wlm munge)
 	@$(BIN)/python -m pytest -m slurm tests/slurm
 
-soak: $(READY) ## kill training runs 50 times at random moments; every resumed one ends as if nothing had happened
+# A short form of all of these is among the tests.
+faults: $(READY) ## break it on purpose, for long: faults, damaged files (EXAMPLES=2000 of each kind), then make soak
+	@AXONN_FUZZ_EXAMPLES=$(or $(EXAMPLES),2000) $(BIN)/python -m pytest -n $(or $(WORKERS),2) --timeout 0 \
+		tests/test_fault*.py tests/test_fuzz*.py tests/test_trust.py tests/test_determinism.py tests/test_checkpoint*.py
+	@$(MAKE) soak
+
+soak: $(READY) ## kill or stop training runs 50 times at random moments; every resumed one ends as if nothing had happened
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --times $(or $(TIMES),50) $(if $(SEED),--seed $(SEED))
 
 lint: $(READY) ## ruff, and the type checker in strict mode on axonn/

@@ -1,6 +1,6 @@
-"""Kills training runs at random moments and lets them go on: python -m tests.soak --times 50 [--seed N].
+"""Kills and stops training runs at random moments and lets them go on: python -m tests.soak --times 50 [--seed N].
 
-Whatever was killed, and whenever, every resumed run goes on from a good checkpoint, and in the end all its losses and
+Whatever happened, and whenever, every resumed run goes on from a good checkpoint, and in the end all its losses and
 weights are those of a run that nothing happened to, bit for bit.
 """
 
@@ -37,7 +37,7 @@ from experiments.metrics import BATCHES, EVALUATIONS, read_rows
 from experiments.supervisor import supervise
 from tests.command_line import TEXT
 
-GRIDS = [GridConfig(inter=2), GridConfig(data=2)]
+GRIDS = [GridConfig(inter=2), GridConfig(data=2), GridConfig(col=2)]
 RANKS = 2
 MOMENTS = ("after some batches", "during a save", "at any time")
 _POLL_S = 0.001
@@ -59,20 +59,24 @@ def config_of(grid: GridConfig) -> TrainConfig:
 
 
 class Killer(threading.Thread):
-    """Sends SIGKILL to one rank or to all of a run at a moment drawn from `draw`."""
+    """Sends a signal to one rank or to all of a run at a moment drawn from `draw`: one that kills, or with `stops` now
+    and then one that stops."""
 
-    def __init__(self, folder: Path, draw: random.Random) -> None:
+    def __init__(self, folder: Path, draw: random.Random, *, stops: bool) -> None:
         super().__init__(daemon=True)
         self._folder = folder
         self._over = threading.Event()
         self._moment = draw.choice(MOMENTS)
         self._victims = draw.choice([[0], [1], [0, 1]])
+        kills = [signal.SIGKILL, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM]
+        self._signal = draw.choice([*kills, signal.SIGSTOP] if stops else kills)
         self._seconds = draw.uniform(0.0, {"during a save": 0.05, "at any time": 5.0}.get(self._moment, 0.0))
         self._batches = draw.randint(1, 25)
         self.killed = False
 
     def __str__(self) -> str:
-        return f"ranks {self._victims} killed {self._moment} (+{self._seconds:.3f} s, {self._batches} batches)"
+        when = f"{self._moment} (+{self._seconds:.3f} s, {self._batches} batches)"
+        return f"ranks {self._victims} got {self._signal.name} {when}"
 
     def run(self) -> None:
         if self._wait_for(self._all_started) and self._wait_for(self._moment_has_come):
@@ -81,7 +85,7 @@ class Killer(threading.Thread):
                 state = self._state(rank)
                 if state.get("state") == "started":
                     with contextlib.suppress(ProcessLookupError):
-                        os.kill(int(str(state["pid"])), signal.SIGKILL)
+                        os.kill(int(str(state["pid"])), self._signal)
                         self.killed = True
 
     def stop(self) -> None:
@@ -161,8 +165,8 @@ def go_on(folder: Path, config: TrainConfig, killer: Killer | None) -> Checkpoin
     return newest
 
 
-def soak(folder: Path, *, times: int, seed: int, say: bool = False) -> int:
-    """Kill runs `times` times; returns how many runs were finished on the way. Raises `AssertionError`."""
+def soak(folder: Path, *, times: int, seed: int, stops: bool = False, say: bool = False) -> int:
+    """Kill or stop runs `times` times; returns how many runs were finished on the way. Raises `AssertionError`."""
     draw = random.Random(seed)
     references: dict[int, Result] = {}
     killed = finished = 0
@@ -175,7 +179,7 @@ def soak(folder: Path, *, times: int, seed: int, say: bool = False) -> int:
         run = folder / f"run-{finished}"
         over = False
         while not over:
-            killer = Killer(run, draw) if killed < times else None
+            killer = Killer(run, draw, stops=stops) if killed < times else None
             newest = go_on(run, config, killer)
             over = newest is None and (killer is None or not killer.killed or _is_finished(run, config))
             killed += killer is not None and killer.killed
@@ -202,7 +206,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        finished = soak(Path(folder), times=arguments.times, seed=arguments.seed, say=True)
+        finished = soak(Path(folder), times=arguments.times, seed=arguments.seed, stops=True, say=True)
     print(f"{arguments.times} kills, {finished} runs finished, each as if nothing had happened")
 
 
