@@ -5,7 +5,6 @@ Reads the summary, writes plots/out/baselines.png and .svg (baselines-quick and 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from itertools import groupby
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from axonn.errors import AxonnError, RecordError
+from axonn.files import read_json
 from experiments.definition import ROOT
 from plots.style import OUT, PAGE_IN, colours, save, styled
 
@@ -30,9 +30,9 @@ _HEADINGS = 0.9
 def load(path: Path) -> dict[str, Any]:
     """The summary of a comparison. Raises `RecordError` when there is none, or nothing in it to draw."""
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = read_json(path)
         rows = summary["rows"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecordError(
             f"{path}: is not the summary of a comparison ({error}); run: make compare-baselines"
         ) from error

@@ -20,6 +20,7 @@ from rich.markup import escape
 
 from axonn.config import TrainConfig
 from axonn.errors import AxonnError, RecordError
+from axonn.files import read_json, replace_durably
 from axonn.records import Record, RecordKind, read_records
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment
@@ -190,8 +191,8 @@ def summary_file(name: str) -> Path:
 def load_summary(name: str) -> dict[str, Any] | None:
     """The summary on disk; None where there is none, or it is no summary."""
     try:
-        found = json.loads(summary_file(name).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        found = read_json(summary_file(name))
+    except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and found.get("figure") == name else None
 
@@ -260,7 +261,7 @@ def make_figure(kind: FigureKind, *, fresh: bool = False, console: Console | Non
             style.save(figure, kind.name)
         path = summary_file(kind.name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        replace_durably(path, json.dumps(summary, indent=1) + "\n")
     else:
         console.print("nothing to do: the figure is newer than all its records")
     for table in kind.tables(summary, content):
