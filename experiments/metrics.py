@@ -18,6 +18,7 @@ from axonn.files import opened, parse_json, replace_durably
 BATCHES = "batches.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 Row = dict[str, Any]
+_COLUMNS = {BATCHES: ("step", "seconds", "loss"), EVALUATIONS: ("batches", "loss")}
 
 
 class Tail:
@@ -47,9 +48,17 @@ class Tail:
             row = parse_json(line)
         except ValueError as error:
             raise RecordError(f"{self._path}: {_shown(line)} is no line of it: {error}; remove that line") from error
-        if not isinstance(row, dict):
-            raise RecordError(f"{self._path}: {_shown(line)} is no object of keys and values; remove that line")
+        wanted = _COLUMNS.get(self._path.name, ())
+        if not isinstance(row, dict) or not all(_is_number(row.get(key)) for key in wanted):
+            keys = ", ".join(wanted)
+            raise RecordError(
+                f"{self._path}: {_shown(line)} is no row with a number for each of {keys}; remove that line"
+            )
         return row
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _shown(line: bytes) -> str:

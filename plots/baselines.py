@@ -21,6 +21,7 @@ from plots.style import OUT, PAGE_IN, colours, save, styled
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+COMMAND = "make compare-baselines"
 SUMMARY = ROOT / "results" / "baselines" / "summary.json"
 _BAR_INCHES = 0.24
 _HEADINGS = 0.9
@@ -33,11 +34,9 @@ def load(path: Path) -> dict[str, Any]:
         summary = read_json(path)
         rows = summary["rows"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecordError(
-            f"{path}: is not the summary of a comparison ({error}); run: make compare-baselines"
-        ) from error
+        raise RecordError(f"{path}: is not the summary of a comparison ({error}); run: {COMMAND}") from error
     if not rows:
-        raise RecordError(f"{path}: nothing was measured; run: make compare-baselines")
+        raise RecordError(f"{path}: nothing was measured; run: {COMMAND}")
     return dict(summary)
 
 
@@ -146,8 +145,13 @@ def _said(row: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     source = Path(arguments[0]) if arguments else SUMMARY
+    summary = load(source)
     folder = source.resolve().parent.name
-    paths = draw(load(source), OUT, SUMMARY.parent.name if folder == SUMMARY.parent.name else f"baselines-{folder}")
+    name = SUMMARY.parent.name if folder == SUMMARY.parent.name else f"baselines-{folder}"
+    try:
+        paths = draw(summary, OUT, name)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise RecordError(f"{source}: cannot be drawn ({type(error).__name__}: {error}); run: {COMMAND}") from error
     print(f"picture: {', '.join(str(path.relative_to(ROOT)) for path in paths)}")
 
 

@@ -155,7 +155,12 @@ def _shares(axis: Axes, rows: Rows) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     source = Path(arguments[0]) if arguments else SUMMARY
-    paths = draw(load(source), OUT, picture_name(source))
+    summary = load(source)
+    name = picture_name(source)
+    try:
+        paths = draw(summary, OUT, name)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise RecordError(f"{source}: cannot be drawn ({type(error).__name__}: {error}); run: {COMMAND}") from error
     print(f"picture: {', '.join(str(path.relative_to(ROOT)) for path in paths)}")
 
 

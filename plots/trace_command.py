@@ -100,8 +100,13 @@ def _folder_of_records(path: Path) -> Path:
         raise RecordError(f"{path}: none of its records has a run folder, so there are no spans")
     if len(folders) > 1:
         raise RecordError(f"{path}: has several runs; name one of {', '.join(sorted(folders))}")
-    folder = Path(folders.pop())
-    return folder if folder.exists() else ROOT / folder
+    named = Path(folders.pop())
+    folder = named if named.exists() else ROOT / named
+    # What is drawn is written into the folder: a record of a stranger does not choose it.
+    known = any(folder.resolve().is_relative_to(place.resolve()) for place in (ROOT, Path.cwd(), path.parent))
+    if folder.is_dir() and not known and not (folder / "record.json").exists():
+        raise RecordError(f"{path}: names {folder}, a folder outside of the repository without record.json; name it")
+    return folder
 
 
 def _near(run: Path) -> str:
