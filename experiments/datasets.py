@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field
 
 from axonn.config import GPTConfig, ModelConfig, StrictModel, UNetConfig, load_yaml, validate
-from axonn.errors import ConfigError, RecordError
+from axonn.errors import AxonnError, ConfigError, RecordError
 from axonn.perf.strategy import Strategy
 from axonn.records import Record, read_records
 from axonn.strict import Inside, Line, Name
@@ -213,15 +213,11 @@ def load_data_set(path: Path | str) -> tuple[DataSet, list[Case]]:
     """Read and check a data set, every strategy included. Raises `ConfigError` naming the file and the key."""
     data = load_yaml(path, DataSet)
     where = str(path)
-    experiment = None if data.experiment is None else load_experiment(HERE / data.experiment)
-    if not data.points and experiment is None:
-        raise ConfigError(f"{where}: has no points; give some, or an experiment that has")
-    if not data.points and experiment is not None:
-        cases = _cases_of(experiment)
-    else:
-        panel = None if experiment is None else experiment.predicted
-        groups = merge({} if panel is None else panel.frameworks, data.groups)
-        cases = [_case(data, point, groups, where) for point in data.points]
+    try:
+        cases = _all_cases(data, where)
+    except AxonnError as error:
+        # What it names, an experiment or a model, has a file of its own.
+        raise ConfigError(str(error) if where in str(error) else f"{where}: {error}") from error
     known = [case.label for case in cases]
     if len(set(known)) < len(known):
         raise ConfigError(f"{where}: two points have the same label")
@@ -240,6 +236,17 @@ def load_data_set(path: Path | str) -> tuple[DataSet, list[Case]]:
             if _applies(rule, case):
                 list(case.candidates(rule, where))
     return data, cases
+
+
+def _all_cases(data: DataSet, where: str) -> list[Case]:
+    experiment = None if data.experiment is None else load_experiment(HERE / data.experiment)
+    if not data.points and experiment is None:
+        raise ConfigError(f"{where}: has no points; give some, or an experiment that has")
+    if not data.points and experiment is not None:
+        return _cases_of(experiment)
+    panel = None if experiment is None else experiment.predicted
+    groups = merge({} if panel is None else panel.frameworks, data.groups)
+    return [_case(data, point, groups, where) for point in data.points]
 
 
 def rules_for(data: DataSet, case: Case) -> list[Open]:

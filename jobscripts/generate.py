@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError, TemplateSyntaxError
+from jinja2 import Environment
 from pydantic import Field
 
 from axonn.config import StrictModel
@@ -23,6 +23,7 @@ from axonn.files import opened
 from axonn.strict import Line, Name, is_plain, load_json
 from experiments.cluster_work import SmallWork
 from experiments.framework import ClusterWork, Launch
+from experiments.templates import rendered, sandbox
 from experiments.trail import STOPPED
 from jobscripts.launchers import Launcher
 from jobscripts.schedulers import Resources, Scheduler
@@ -126,7 +127,7 @@ def write_jobs(
                 files={f"{job.name}/{name}": _hash(content) for name, content in sorted(files.items())},
             )
         )
-    everything = _rendered(environment, "submit-all.sh.j2")
+    everything = rendered(environment, "submit-all.sh.j2", {})
     manifest = Manifest(
         experiment=experiment,
         machine=system.machine,
@@ -147,25 +148,7 @@ def _environment(folder: Path | None) -> Environment:
     ours = sorted(path.name for path in TEMPLATES.glob("*.j2"))
     if folder is not None and not any((folder / name).is_file() for name in ours):
         raise ConfigError(f"{folder}: has no template; copy what you want to change of {TEMPLATES}: {', '.join(ours)}")
-    return Environment(
-        loader=FileSystemLoader([*([] if folder is None else [folder]), TEMPLATES]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
-
-
-def _rendered(environment: Environment, name: str, **values: Any) -> str:
-    try:
-        return environment.get_template(name).render(values)
-    except TemplateSyntaxError as error:
-        raise ConfigError(f"{error.filename}, line {error.lineno}: {error.message}; correct the template") from error
-    except TemplateError as error:
-        raise ConfigError(
-            f"{name}: {error.message}; what a template may use is in the one that comes with the suite"
-        ) from error
+    return sandbox([*([] if folder is None else [folder]), TEMPLATES], autoescape=False, keep_trailing_newline=True)
 
 
 def _check_names(jobs: Iterable[Job], *, experiment: str, machine: str) -> None:
@@ -250,8 +233,8 @@ def _files_of(
         **_plain(job.work),
     }
     return {
-        "job.sh": _rendered(environment, "job.sh.j2", **body),
-        "rank.sh": _rendered(environment, "rank.sh.j2", **rank),
+        "job.sh": rendered(environment, "job.sh.j2", body),
+        "rank.sh": rendered(environment, "rank.sh.j2", rank),
         "work.json": json.dumps(work, indent=1) + "\n",
         **job.launch.files,
     }

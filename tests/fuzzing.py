@@ -93,7 +93,7 @@ def altered(draw: st.DrawFn, data: Any) -> Any:
     for _ in range(draw(st.integers(1, 2))):
         place = draw(st.sampled_from([p for p in _places(found) if p] or [()]))
         if not place:
-            return draw(odd)
+            return copy.deepcopy(draw(odd))
         holder = found
         for key in place[:-1]:
             holder = holder[key]
@@ -109,7 +109,7 @@ def altered(draw: st.DrawFn, data: Any) -> Any:
             case "repeat" if isinstance(holder, list):
                 holder += [copy.deepcopy(holder[key])] * draw(st.integers(1, 3))
             case _:
-                holder[key] = draw(odd)
+                holder[key] = copy.deepcopy(draw(odd))
     return found
 
 
