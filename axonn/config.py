@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from axonn.schedules import ChunkPlacement, ScheduleSpec
-from axonn.strict import StrictModel, load_yaml, read_yaml, validate
+from axonn.strict import Line, StrictModel, load_yaml, read_yaml, validate
 from axonn.unet_config import UNetConfig
 
 __all__ = [
@@ -45,7 +45,7 @@ class GPTConfig(StrictModel):
     """
 
     kind: Literal["gpt"] = "gpt"
-    name: str
+    name: Line
     layers: int = Field(ge=1)
     hidden: int = Field(ge=1)
     heads: int = Field(ge=1)

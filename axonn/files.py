@@ -1,11 +1,27 @@
-"""Files that survive a crash: either as they were or as they were meant to be."""
+"""Files that survive a crash: either as they were or as they were meant to be; that strangers made; that are shared."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from io import BufferedReader
 from pathlib import Path
+from typing import Any
+
+from axonn.errors import LaunchError
+
+LARGEST = 256 * 2**20
+"""Bytes of a text or JSON file that is read as a whole; none of ours comes near."""
+LOCK = ".lock"
+"""In a folder that one command at a time writes to: locked as long as it does, and who it is."""
+_LONGEST_NUMBER = 40
+"""Digits of a whole number in a file."""
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -41,3 +57,87 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def opened(path: Path | str) -> Iterator[BufferedReader]:
+    """A regular file, to be read. Raises `OSError` for anything else, without waiting for a pipe or a device."""
+    try:
+        # A pipe that nobody writes into would keep a plain open waiting.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:
+        raise OSError(errno.EINVAL, f"no name of a file ({error})") from error
+    with open(handle, "rb") as file:
+        mode = os.fstat(handle).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "is a device, a pipe or a socket, and no file", str(path))
+        yield file
+
+
+def read_bytes(path: Path | str, *, most: int = LARGEST) -> bytes:
+    """The content of a regular file. Raises `OSError` for anything else, and for one of more than `most` bytes."""
+    with opened(path) as file:
+        # Files of /proc say that they are empty, so what is read counts, and not the size.
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"is larger than {most} bytes, which no file of this kind is", str(path))
+    return content
+
+
+def read_text(path: Path | str, *, most: int = LARGEST) -> str:
+    """The same as UTF-8. Raises `UnicodeDecodeError` for something else."""
+    return read_bytes(path, most=most).decode("utf-8")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Plain data. Raises `ValueError` for what is no JSON in UTF-8, nested too deeply, or has a key twice in an object
+    or a number that nothing can be."""
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        return json.loads(text, object_pairs_hook=_once, parse_int=_whole)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_json(path: Path | str) -> Any:
+    """Plain data of a JSON file. Raises `OSError` and `ValueError`."""
+    return parse_json(read_bytes(path))
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is given twice")
+    return found
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _LONGEST_NUMBER:
+        raise ValueError(f"{digits[:8]}... is a number of {len(digits)} digits")
+    return int(digits)
+
+
+@contextmanager
+def folder_lock(folder: Path, *, what: str, otherwise: str) -> Iterator[None]:
+    """Nobody else has the lock of `folder` inside of the block; the folder is made if need be.
+
+    Raises `LaunchError` where somebody has it: that `what` uses the folder, who that is as far as the file says it,
+    and `otherwise`, what to do. A process that ends, however it does, gives the lock back.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            who = " ".join(file.read(200).split())
+            raise LaunchError(f"{what} uses {folder}{f' ({who})' if who else ''}; {otherwise}") from error
+        except OSError:
+            pass  # A file system without locks.
+        file.truncate(0)
+        file.write(f"process {os.getpid()}, since {datetime.now(UTC).isoformat(timespec='seconds')}\n")
+        file.flush()
+        yield

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from axonn.config import GridConfig, ModelConfig, ScheduleConfig, StrictModel, UNetConfig
 from axonn.errors import RecordError
+from axonn.files import read_json, replace_durably
+from axonn.strict import Line, load_json, shortened
 
 SCHEMA = "axonn-records/1"
 RecordKind = Literal["published", "predicted", "measured"]
@@ -20,7 +21,7 @@ RecordKind = Literal["published", "predicted", "measured"]
 class Asked(StrictModel):
     """The work: what was to be computed."""
 
-    model: str
+    model: Line
     parameters: int
     gpus: int
     """Devices (GPUs, or ranks on a machine without)."""
@@ -74,7 +75,7 @@ class Asked(StrictModel):
 class Ran(StrictModel):
     """The strategy: how it was computed."""
 
-    framework: str
+    framework: Line
     version: str
     grid: GridConfig
     microbatch_size: int | None = None
@@ -89,7 +90,7 @@ class Ran(StrictModel):
 class Machine(StrictModel):
     """Where it ran (or, for a prediction, was meant to run)."""
 
-    name: str
+    name: Line
     host: str | None = None
     cpu: str | None = None
     cores: int | None = None
@@ -123,8 +124,8 @@ class Record(StrictModel):
     """One run. Either `batch_time_s` or `failure` is given, or `phases_s` of a published one."""
 
     kind: RecordKind
-    experiment: str
-    point: str
+    experiment: Line
+    point: Line
     """Name of the point in the experiment, the same for its published, predicted and measured record."""
     asked: Asked
     ran: Ran
@@ -132,11 +133,12 @@ class Record(StrictModel):
     source: str
     """Publication, or the command that measured or computed it."""
     batch_time_s: float | None = Field(default=None, gt=0)
-    batch_times_s: list[float] = []
+    batch_times_s: list[Annotated[float, Field(ge=0)]] = []
     """Every batch, the warm-up ones included."""
     warmup_batches: int | None = None
     """Leading batches that `batch_time_s`, a mean over the others, leaves out."""
-    losses: list[float] = []
+    losses: list[Annotated[float, Field(allow_inf_nan=True)]] = []
+    """Of every batch; of a run that diverged no numbers, too."""
     parts_s: dict[str, float] = {}
     """Seconds of a batch by part (`axonn.trace.Parts`), where spans were taken."""
     phases_s: dict[str, float] = {}
@@ -165,7 +167,7 @@ class Record(StrictModel):
     fingerprint: str | None = None
     """Hash of everything that the result depends on; a point is measured anew when it changes."""
     created: str | None = None
-    run_folder: str | None = None
+    run_folder: Line | None = None
     failure: Failure | None = None
     note: str | None = None
 
@@ -199,27 +201,20 @@ def write_records(path: Path | str, records: Sequence[Record]) -> None:
     text = json.dumps(
         {"schema": SCHEMA, "records": [r.model_dump(mode="json", exclude_none=True) for r in records]}, indent=1
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    replace_durably(path, text + "\n")
 
 
 def read_records(path: Path | str) -> list[Record]:
     """Read a record file. Raises `RecordError` naming file and key when its schema is not ours."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        data = json.loads(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        data = read_json(path)
+    except (OSError, ValueError) as error:
         raise RecordError(f"{path}: is not a record file: {error}") from error
     found = data.get("schema") if isinstance(data, dict) else None
     if found != SCHEMA:
-        raise RecordError(f"{path}: has schema '{found}', expected '{SCHEMA}'; remove it or write it anew")
-    try:
-        return _File.model_validate_json(text).records
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(p) for p in first["loc"])
-        raise RecordError(f"{path}: '{place}': {first['msg']}") from error
+        shown = shortened(found, plain=True)
+        raise RecordError(f"{path}: has schema '{shown}', expected '{SCHEMA}'; remove it or write it anew")
+    return load_json(path, _File, otherwise="remove it or write it anew").records
 
 
 def read_all(folder: Path | str) -> list[Record]:

@@ -4,22 +4,77 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from axonn.errors import ConfigError
+from axonn.errors import AxonnError, ConfigError, RecordError
+from axonn.files import parse_json, read_bytes
 
 M = TypeVar("M", bound=BaseModel)
+LARGEST_YAML = 2**21
+"""Bytes. A machine that was measured has some 50 thousand."""
+_MOST_VALUES = 100_000
+"""In a YAML file, every value counted as often as aliases and merge keys repeat it."""
+_LONGEST_NUMBER = 40
+"""Characters of a whole number."""
+_MOST_ERRORS = 20
+"""Of one file, told one by one."""
+_LONGEST_NAME = 100
 
 
 class StrictModel(BaseModel):
-    """Base of all configuration and records: immutable, no unknown keys, no silent conversion of types."""
+    """Base of all configuration and records: immutable, no unknown keys, no silent conversion of types, no number that
+    is none or infinite (but where a field says so)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def is_plain(name: str) -> bool:
+    """Whether it can be the name of a file or folder, here and in every shell."""
+    return (
+        re.fullmatch(r"[A-Za-z0-9._-]+", name) is not None
+        and name not in {".", ".."}
+        and not name.startswith("-")
+        and len(name) <= _LONGEST_NAME
+    )
+
+
+def _checked_name(name: str) -> str:
+    if not is_plain(name):
+        raise ValueError(
+            f"{shortened(name)} is no name of a folder or file: it may have letters, digits, '.', '_' and '-', up to "
+            f"{_LONGEST_NAME}, and does not begin with '-'"
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(_checked_name)]
+"""What becomes a name of a file or folder: it leads nowhere else."""
+
+
+def _checked_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError(f"{shortened(text)} is more than one line, or has control characters")
+    return text
+
+
+Line = Annotated[str, AfterValidator(_checked_line)]
+"""What is shown, or written into a file of lines."""
+
+
+def _checked_inside(path: str) -> str:
+    if not path.isprintable() or path.startswith("/") or ".." in path.split("/"):
+        raise ValueError(f"{shortened(path)} leads out of the repository; give a path in it, without '..'")
+    return path
+
+
+Inside = Annotated[str, AfterValidator(_checked_inside)]
+"""A path relative to the repository, which does not lead out of it."""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -28,6 +83,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 continue  # PyYAML's own error says so.
@@ -49,18 +106,80 @@ _UniqueKeyLoader.add_implicit_resolver(
 
 def read_yaml(path: Path | str) -> Any:
     """The plain content of a YAML file. Raises `ConfigError` naming the file and the place."""
-    path = Path(path)
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        return parse_yaml(read_bytes(path, most=LARGEST_YAML).decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise ConfigError(f"{path}: is nested too deeply; write it flatter") from error
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: is not valid YAML: {error}") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain data. Raises `yaml.YAMLError`, `ValueError` for values that no file of ours has, and `RecursionError`."""
+    loader = _UniqueKeyLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count(node, {})
+        return loader.construct_document(node)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        # What a constructor of PyYAML does with the tag of another type.
+        raise ValueError(f"a value is not of the type that it claims: {type(error).__name__}: {error}") from error
+    finally:
+        loader.dispose()
+
+
+def _count(node: yaml.Node, known: dict[int, int | None]) -> int:
+    """Values in a node, all aliases followed. Raises `ValueError` where they are too many, or one is too long."""
+    if id(node) in known:
+        found = known[id(node)]
+        if found is None:
+            raise ValueError(f"line {node.start_mark.line + 1}: an alias stands inside of what it stands for")
+        return found
+    known[id(node)] = None
+    total = 1
+    if isinstance(node, yaml.MappingNode):
+        total += sum(_count(one, known) for pair in node.value for one in pair)
+    elif isinstance(node, yaml.SequenceNode):
+        total += sum(_count(one, known) for one in node.value)
+    elif node.tag.endswith(":int") and len(node.value) > _LONGEST_NUMBER:
+        raise ValueError(f"line {node.start_mark.line + 1}: a number of {len(node.value)} digits")
+    if total > _MOST_VALUES:
+        raise ValueError(
+            f"line {node.start_mark.line + 1}: more than {_MOST_VALUES} values, all aliases followed; no file of the "
+            "suite has so many"
+        )
+    known[id(node)] = total
+    return total
 
 
 def load_yaml(path: Path | str, model: type[M]) -> M:
     """Read a YAML file into `model`. Raises `ConfigError` naming file, key and the nearest valid key."""
     return validate(read_yaml(path), model, where=str(path))
+
+
+def load_json(path: Path | str, model: type[M], *, otherwise: str, error: type[AxonnError] = RecordError) -> M:
+    """Read a JSON file into `model`. Raises `error` naming file and place, and `otherwise`, what to do."""
+    try:
+        content = read_bytes(path)
+        # So that what pydantic's own parser takes, and nothing else could read, is refused.
+        parse_json(content)
+        return model.model_validate_json(content)
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem}; {otherwise}") from problem
+    except ValidationError as problem:
+        raise error(f"{path}: {first_of(problem)}; {otherwise}") from problem
+    except ValueError as problem:
+        raise error(f"{path}: is not valid JSON: {problem}; {otherwise}") from problem
+
+
+def first_of(error: ValidationError) -> str:
+    """The first of all mistakes, with its place."""
+    first = error.errors(include_url=False)[0]
+    return f"'{'.'.join(shortened(part, plain=True) for part in first['loc'])}': {first['msg']}"
 
 
 def validate(data: Any, model: type[M], *, where: str) -> M:
@@ -70,18 +189,34 @@ def validate(data: Any, model: type[M], *, where: str) -> M:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(item, model) for item in error.errors()]
+        items = error.errors()
+        lines = [_explain(item, model) for item in items[:_MOST_ERRORS]]
+        if len(items) > _MOST_ERRORS:
+            lines.append(f"and {len(items) - _MOST_ERRORS} more mistakes")
         raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from error
+    except RecursionError as error:
+        raise ConfigError(f"{where}: is nested too deeply; write it flatter") from error
+
+
+def shortened(value: Any, *, plain: bool = False) -> str:
+    """A value of a file for a message, which it does not fill: as Python writes it, or `plain`."""
+    shown = _SHORT.repr(value)
+    return shown[1:-1] if plain and isinstance(value, str) else shown
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist = 3, 8, 8
 
 
 def _explain(item: Any, model: type[BaseModel]) -> str:
     keys, chosen, others = _follow(model, item["loc"])
-    location = ".".join(keys) or "(top level)"
+    location = ".".join(shortened(key, plain=True) for key in keys) or "(top level)"
     if item["type"] == "extra_forbidden":
         return f"unknown key '{location}'; {_hint(keys[-1], chosen, others)}"
     if item["type"] == "missing":
         return f"the key '{location}' is missing"
-    return f"'{location}': {item['msg']} (found {item['input']!r})"
+    return f"'{location}': {item['msg']} (found {shortened(item['input'])})"
 
 
 def _hint(key: str, chosen: list[type[BaseModel]], others: list[type[BaseModel]]) -> str:

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from axonn.errors import RecordError
+from axonn.files import opened
 
 
 class SpanKind(StrEnum):
@@ -81,7 +83,10 @@ _SCHEMA = pa.schema(
     ],
     metadata={"schema": _VERSION},
 )
-
+_VERSIONS = {_VERSION: _SCHEMA, "axonn-spans/2": _SCHEMA.remove(_SCHEMA.get_field_index("shard"))}
+"""Columns of those that can be read."""
+_MOST_ROWS = 50_000_000
+"""Spans in a file: a recorder writes one some 10 thousand at a time."""
 
 COMPUTE = (SpanKind.FORWARD, SpanKind.BACKWARD, SpanKind.BACKWARD_INPUT, SpanKind.BACKWARD_WEIGHT)
 
@@ -160,7 +165,7 @@ class SpanRecorder:
 
 def span_files(folder: Path | str, *, first_step: int = 0) -> list[Path]:
     """The files of a recorder's folder that may hold spans of `first_step` or later steps, in order."""
-    files = sorted(Path(folder).glob("[0-9]*.parquet"))
+    files = sorted(p for p in Path(folder).glob("[0-9]*.parquet") if p.stem.isascii() and p.stem.isdecimal())
     before = [i for i, file in enumerate(files) if int(file.stem) <= first_step]
     return files[before[-1] :] if before else files
 
@@ -175,22 +180,36 @@ def write_spans(path: Path | str, spans: Iterable[Span]) -> None:
         for field, column in zip(_SCHEMA, columns, strict=True)
     ]
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(pa.Table.from_arrays(arrays, schema=_SCHEMA), temporary)
+    pq.write_table(pa.Table.from_arrays(arrays, schema=_SCHEMA), temporary, write_page_checksum=True)
     temporary.replace(path)
 
 
 def read_spans(path: Path | str) -> list[Span]:
     """Read what `write_spans` wrote, or its version before, which knew no sub-shards. Raises `RecordError` for a file
-    that is something else."""
+    that is something else. A recorder's folder is read as a whole."""
+    if Path(path).is_dir():
+        return [span for file in span_files(path) for span in read_spans(file)]
     try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
+        with opened(path) as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            found = (parquet.schema_arrow.metadata or {}).get(b"schema", b"none").decode("utf-8", "replace")
+            rows = parquet.metadata.num_rows
+            if rows > _MOST_ROWS:
+                raise RecordError(f"{path}: says that it has {rows} spans, more than any run leaves; run it again")
+            if found not in _VERSIONS:
+                raise RecordError(
+                    f"{path}: has schema {found!r}, expected '{_VERSION}'; write it anew with this version"
+                )
+            table = parquet.read().cast(_VERSIONS[found])
+        if any(column.null_count for column in table.columns):
+            raise RecordError(f"{path}: a span in it lacks a value; the file is damaged, run it again")
+        times = pa.chunked_array([*table["start"].chunks, *table["end"].chunks], type=pa.float64())
+        if not pc.all(pc.is_finite(times), min_count=0).as_py():
+            raise RecordError(f"{path}: a span in it has a time that is no number; the file is damaged, run it again")
+        spans = table.to_pylist()
+    except (OSError, pa.ArrowException, ValueError, TypeError, KeyError, MemoryError) as error:
         raise RecordError(f"{path}: is not a span file: {error}") from error
-    found = (table.schema.metadata or {}).get(b"schema", b"none").decode()
-    if found not in (_VERSION, "axonn-spans/2"):
-        raise RecordError(f"{path}: has schema '{found}', expected '{_VERSION}'; write it anew with this version")
     try:
-        return [Span(**{**row, "kind": SpanKind(row["kind"])}) for row in table.to_pylist()]
+        return [Span(**{**row, "kind": SpanKind(row["kind"])}) for row in spans]
     except ValueError as error:
         raise RecordError(f"{path}: {error}; a later version wrote it, read it with that one") from error
 

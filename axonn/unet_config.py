@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from axonn.strict import StrictModel
+from axonn.strict import Line, StrictModel
 
 NoiseSchedule = Literal["linear", "cosine"]
 
@@ -23,7 +23,7 @@ class UNetConfig(StrictModel):
     """
 
     kind: Literal["unet"] = "unet"
-    name: str
+    name: Line
     image_size: int = Field(ge=1)
     channels: int = Field(default=3, ge=1)
     width: int = Field(ge=2)

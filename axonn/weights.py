@@ -14,12 +14,15 @@ from safetensors.torch import save_file
 
 from axonn.checkpoint import load_whole, verify
 from axonn.errors import CheckpointError, ConfigError
+from axonn.files import opened
 from axonn.models.base import PipelineModel
 from axonn.parts import Part, compare_shapes
 from axonn.placement import Shape
 from axonn.ranks import Ranks
 from axonn.tensor import TensorContext
 
+_TYPES = ("F64", "F32", "F16", "BF16")
+"""Of weights, as safetensors calls them."""
 MASTER = "master."
 """What the names of the weights begin with among the tensors of an engine's state."""
 
@@ -82,6 +85,8 @@ def check_weights(path: Path | str, model: PipelineModel) -> None:
 @contextmanager
 def _opened(path: Path | str) -> Iterator[Any]:
     try:
+        with opened(path):
+            pass  # A regular file, which the library does not ask.
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
@@ -93,6 +98,9 @@ def _compare(path: Path | str, file: Any, wanted: Mapping[str, Shape]) -> None:
     differences = compare_shapes(found, wanted, have="the file", want="the model")
     if differences:
         raise ConfigError(f"{path}: holds the weights of another model: {differences}")
+    for name in wanted:
+        if (kind := file.get_slice(name).get_dtype()) not in _TYPES:
+            raise ConfigError(f"{path}: {name} holds {kind}; weights are {', '.join(_TYPES)}")
 
 
 @torch.no_grad()

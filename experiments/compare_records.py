@@ -6,7 +6,7 @@ measured times never meet in a ratio.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,9 @@ from rich import box
 from rich.table import Table
 
 from axonn.errors import RecordError
+from axonn.files import read_json
 from axonn.records import SCHEMA, Record, RecordKind, read_records
+from axonn.strict import shortened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +58,8 @@ def load(paths: Sequence[Path]) -> list[Entry]:
 def _read(path: Path, *, required: bool) -> list[Entry] | None:
     """Entries of a file; None of one that is neither records nor a summary, where that is no error."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        data = read_json(path)
+    except (OSError, ValueError) as error:
         raise RecordError(f"{path}: cannot be read: {error}") from error
     if isinstance(data, dict) and "schema" in data and (required or data["schema"] == SCHEMA):
         return [_of_record(record) for record in read_records(path)]
@@ -98,11 +100,17 @@ def _of_row(row: Any, where: str) -> Entry:
             work=", ".join(str(row[name]) for name in names if row.get(name) is not None),
             framework=str(row["framework"]),
             variant=str(row.get("strategy") or ""),
-            seconds=None if failure else float(row["batch_time_s"]),
+            seconds=None if failure else _time(row["batch_time_s"]),
             failure=f"{failure['cause']}: {failure['detail']}" if failure else None,
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise RecordError(f"{where}: is no row of a summary: {type(error).__name__}: {error}") from error
+
+
+def _time(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"batch_time_s is {shortened(value)}, and no time")
+    return float(value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,10 @@ from typing import Any, Literal, get_args
 from pydantic import Field
 
 from axonn.config import GPTConfig, ModelConfig, StrictModel, UNetConfig, load_yaml, validate
-from axonn.errors import ConfigError
+from axonn.errors import AxonnError, ConfigError, RecordError
 from axonn.perf.strategy import Strategy
 from axonn.records import Record, read_records
+from axonn.strict import Inside, Line, Name
 from experiments.definition import (
     HERE,
     ROOT,
@@ -73,7 +74,7 @@ class Point(StrictModel):
     """What was run and what was measured; what is not given is the set's default. `strategy` goes over `groups` and
     that over `defaults`."""
 
-    label: str
+    label: Line
     group: str = ""
     model: Any = None
     """A name of experiments/models, or the keys of a model."""
@@ -97,7 +98,7 @@ class Defaults(StrictModel):
 class Ratio(StrictModel):
     """A published speedup: the batch time of the point `slower` over that of `faster`."""
 
-    label: str
+    label: Line
     slower: str
     faster: str
     published: float = Field(gt=0)
@@ -115,7 +116,7 @@ class Targets(StrictModel):
 class Variant(StrictModel):
     """Something else in place of an assumption: how much hangs on it. Rules are carried out anew."""
 
-    label: str
+    label: Line
     machine: str | None = None
     memory_gb: float | None = Field(default=None, gt=0)
     """Of a device."""
@@ -135,14 +136,14 @@ class DataSet(StrictModel):
     under what `groups` says; without `points`, its points and its published batch times are meant.
     """
 
-    name: str
+    name: Name
     title: str
     source: str
     status: Literal["text", "figure", "repo", "derived"]
     """Stated in the source, read off its drawing, found in its code, or computed from one of these."""
-    machine: str
+    machine: Line
     quantity: Quantity = "batch_time_s"
-    experiment: str | None = None
+    experiment: Inside | None = None
     defaults: Defaults = Defaults()
     groups: dict[str, dict[str, Any]] = {}
     """Strategies of groups of points."""
@@ -157,7 +158,7 @@ class DataSet(StrictModel):
 class Case:
     """One point with everything filled in. `published`: by quantity."""
 
-    label: str
+    label: Line
     group: str
     model: ModelConfig
     gpus: int
@@ -212,15 +213,11 @@ def load_data_set(path: Path | str) -> tuple[DataSet, list[Case]]:
     """Read and check a data set, every strategy included. Raises `ConfigError` naming the file and the key."""
     data = load_yaml(path, DataSet)
     where = str(path)
-    experiment = None if data.experiment is None else load_experiment(HERE / data.experiment)
-    if not data.points and experiment is None:
-        raise ConfigError(f"{where}: has no points; give some, or an experiment that has")
-    if not data.points and experiment is not None:
-        cases = _cases_of(experiment)
-    else:
-        panel = None if experiment is None else experiment.predicted
-        groups = merge({} if panel is None else panel.frameworks, data.groups)
-        cases = [_case(data, point, groups, where) for point in data.points]
+    try:
+        cases = _all_cases(data, where)
+    except AxonnError as error:
+        # What it names, an experiment or a model, has a file of its own.
+        raise ConfigError(str(error) if where in str(error) else f"{where}: {error}") from error
     known = [case.label for case in cases]
     if len(set(known)) < len(known):
         raise ConfigError(f"{where}: two points have the same label")
@@ -239,6 +236,17 @@ def load_data_set(path: Path | str) -> tuple[DataSet, list[Case]]:
             if _applies(rule, case):
                 list(case.candidates(rule, where))
     return data, cases
+
+
+def _all_cases(data: DataSet, where: str) -> list[Case]:
+    experiment = None if data.experiment is None else load_experiment(HERE / data.experiment)
+    if not data.points and experiment is None:
+        raise ConfigError(f"{where}: has no points; give some, or an experiment that has")
+    if not data.points and experiment is not None:
+        return _cases_of(experiment)
+    panel = None if experiment is None else experiment.predicted
+    groups = merge({} if panel is None else panel.frameworks, data.groups)
+    return [_case(data, point, groups, where) for point in data.points]
 
 
 def rules_for(data: DataSet, case: Case) -> list[Open]:
@@ -325,12 +333,19 @@ def _cases_of(experiment: Experiment) -> list[Case]:
         replace(
             case_of(panel, point),
             label=f"{point.model} {point.framework}",
-            published={"batch_time_s": published[point.name, point.framework]},
+            published={"batch_time_s": _published(published, point, experiment)},
         )
         for point in panel.points
     ]
 
 
 def _seconds(record: Record) -> float:
-    assert record.batch_time_s is not None
+    if record.batch_time_s is None:
+        raise RecordError(f"the published record of {record.point} has no batch_time_s, which a data set needs; add it")
     return record.batch_time_s
+
+
+def _published(found: Mapping[tuple[str, str], float], point: PredictedPoint, experiment: Experiment) -> float:
+    if (point.name, point.framework) not in found:
+        raise RecordError(f"{experiment.published}: has no record of {point.name} {point.framework}; add it")
+    return found[point.name, point.framework]

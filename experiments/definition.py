@@ -6,6 +6,7 @@ measured here is a weak scaling (`measured`), or single configurations of `axonn
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -30,9 +31,11 @@ from axonn.config import (
 from axonn.errors import ConfigError
 from axonn.perf.machine import MachineFile, load_machine
 from axonn.perf.strategy import Strategy
+from axonn.strict import Inside, Line, Name, is_plain, shortened
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+_LONGEST_SLUG = 150
 OURS = "AxoNN"
 """Label of our engine among the frameworks."""
 
@@ -40,11 +43,11 @@ OURS = "AxoNN"
 class PredictedPoint(StrictModel):
     """One bar or dot at the published scale; `strategy` holds what differs from the framework's own defaults."""
 
-    framework: str
-    model: str
+    framework: Line
+    model: Line
     gpus: int = Field(ge=1)
     strategy: dict[str, Any] = {}
-    label: str | None = None
+    label: Line | None = None
     """Names the point where model and GPUs do not; the same for its published, predicted and measured record."""
     batch_size: int | None = Field(default=None, ge=1)
     """Default the panel's."""
@@ -58,7 +61,7 @@ class PredictedPoint(StrictModel):
 class PredictedPanel(StrictModel):
     """Points for the performance model. `frameworks`: what all points of a framework share."""
 
-    machine: str
+    machine: Line
     batch_size: int = Field(ge=1)
     precision: str
     frameworks: dict[str, dict[str, Any]]
@@ -110,7 +113,7 @@ class MeasuredRuns(Policy):
 
     framework: str = "axonn"
     defaults: dict[str, Any] = {}
-    runs: dict[str, dict[str, Any]] = Field(min_length=1)
+    runs: dict[Line, dict[str, Any]] = Field(min_length=1)
 
     def configs(self, *, where: str) -> dict[str, TrainConfig]:
         """By label, complete. Raises `ConfigError` naming the run and the key."""
@@ -132,7 +135,7 @@ class MeasuredRuns(Policy):
 class Reading(StrictModel):
     """Published numbers that are no times of batches."""
 
-    file: str
+    file: Inside
     """A CSV table, relative to the repository."""
     source: str
     """The publication, and how they were read."""
@@ -141,15 +144,15 @@ class Reading(StrictModel):
 class Experiment(StrictModel):
     """One figure."""
 
-    name: str
+    name: Name
     title: str
-    published: str | None = None
+    published: Inside | None = None
     """Record file with the published points, relative to the repository."""
-    data_set: str | None = None
+    data_set: Name | None = None
     """A set of experiments/validation, whose points are the published and the predicted ones."""
     readings: dict[str, Reading] = {}
     """Other published numbers that it is drawn from, by name."""
-    ratios: str | None = None
+    ratios: Name | None = None
     """A set of experiments/validation whose published ratios the figure shows; they have no seconds."""
     predicted: PredictedPanel | None = None
     measured: MeasuredPanel | None = None
@@ -235,17 +238,18 @@ def find_machine(name: str) -> MachineFile:
 
 def _find(folder: str, name: str) -> Path:
     path = HERE / folder / f"{name}.yaml"
-    if not path.exists():
+    if not is_plain(name) or not path.exists():
         known = sorted(p.stem for p in (HERE / folder).glob("*.yaml"))
         near = get_close_matches(name, known, n=2)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ConfigError(f"there is no {folder[:-1]} '{name}'; {hint}known are {', '.join(known)}")
+        raise ConfigError(f"there is no {folder[:-1]} {shortened(name)}; {hint}known are {', '.join(known)}")
     return path
 
 
 def slug(text: str) -> str:
-    """As part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-")
+    """As part of a file's name, which has room for no more than 255 letters."""
+    found = re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-")
+    return found if len(found) <= _LONGEST_SLUG else f"{found[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def available_cores() -> int:

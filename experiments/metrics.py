@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from axonn.files import replace_durably
+from axonn.errors import RecordError
+from axonn.files import opened, parse_json, replace_durably
 
 BATCHES = "batches.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 Row = dict[str, Any]
+_COLUMNS = {BATCHES: ("step", "seconds", "loss"), EVALUATIONS: ("batches", "loss")}
 
 
 class Tail:
@@ -28,15 +30,39 @@ class Tail:
         self._rest = b""
 
     def new(self) -> list[Row]:
-        """The complete lines that came since the last call."""
+        """The complete lines that came since the last call. Raises `RecordError` for one that is no row."""
         if not self._path.exists():
             return []
-        with open(self._path, "rb") as file:
-            file.seek(self._offset)
-            text = file.read()
+        try:
+            with opened(self._path) as file:
+                file.seek(self._offset)
+                text = file.read()
+        except OSError as error:
+            raise RecordError(f"{self._path}: cannot be read: {error}") from error
         self._offset += len(text)
         *lines, self._rest = (self._rest + text).split(b"\n")
-        return [json.loads(line) for line in lines]
+        return [self._row(line) for line in lines]
+
+    def _row(self, line: bytes) -> Row:
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            raise RecordError(f"{self._path}: {_shown(line)} is no line of it: {error}; remove that line") from error
+        wanted = _COLUMNS.get(self._path.name, ())
+        if not isinstance(row, dict) or not all(_is_number(row.get(key)) for key in wanted):
+            keys = ", ".join(wanted)
+            raise RecordError(
+                f"{self._path}: {_shown(line)} is no row with a number for each of {keys}; remove that line"
+            )
+        return row
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(line: bytes) -> str:
+    return ascii(line[:60].decode("utf-8", "replace"))
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -5,17 +5,16 @@ A run that was ended by force may have left half a line or half a file: what can
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
+from axonn.files import parse_json, read_bytes
 from axonn.records import Failure
 from experiments.metrics import BATCHES, Row
-
-_COLUMNS = {"step": int, "seconds": (int, float), "loss": (int, float)}
 
 
 @dataclass
@@ -40,15 +39,16 @@ def outcome_of(folder: Path, ranks: int, failure: Failure | None = None) -> Outc
     states = [rank_state(folder, rank) for rank in range(ranks)]
     most_sent: dict[str, int] = {}
     for state in states:
-        for axis, size in state.get("bytes_per_batch", {}).items():
+        for axis, size in _sizes(state, "bytes_per_batch").items():
             most_sent[axis] = max(size, most_sent.get(axis, 0))
-    kept: list[dict[str, int]] = [state["memory"] for state in states if state.get("memory")]
+    kept = [parts for state in states if (parts := _sizes(state, "memory"))]
+    parts = [part for part in (kept[0] if kept else {}) if all(part in one for one in kept)]
     return Outcome(
         batch_times_s=[b["seconds"] for b in batches],
         losses=[b["loss"] for b in batches],
-        memory_bytes=max((state["memory_bytes"] for state in states if "memory_bytes" in state), default=None),
-        memory_parts={part: max(parts[part] for parts in kept) for part in (kept[0] if kept else {})},
-        memory_of_all={part: sum(parts[part] for parts in kept) for part in (kept[0] if kept else {})},
+        memory_bytes=max((size for state in states if _is_size(size := state.get("memory_bytes"))), default=None),
+        memory_parts={part: max(one[part] for one in kept) for part in parts},
+        memory_of_all={part: sum(one[part] for one in kept) for part in parts},
         bytes_per_batch=most_sent,
         failure=failure,
         new_starts=[b["step"] for b in batches if b.get("first") and b["step"] > 0],
@@ -58,11 +58,11 @@ def outcome_of(folder: Path, ranks: int, failure: Failure | None = None) -> Outc
 def batches_of(folder: Path) -> list[Row]:
     """A row of each batch, in their order, up to the first that is missing."""
     path = folder / BATCHES
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    lines = _content(path).split(b"\n")[:-1]
     found: dict[int, Row] = {}
     for line in lines:
         row = _object(line)
-        if all(isinstance(row.get(key), kind) for key, kind in _COLUMNS.items()):
+        if _is_size(row.get("step")) and _is_time(row.get("seconds")) and _is_number(row.get("loss")):
             found[row["step"]] = row
     return [found[step] for step in takewhile(found.__contains__, count())]
 
@@ -70,12 +70,37 @@ def batches_of(folder: Path) -> list[Row]:
 def rank_state(folder: Path, rank: int) -> dict[str, Any]:
     """What a rank said last; nothing where it said nothing."""
     path = folder / f"rank-{rank}.json"
-    return _object(path.read_bytes()) if path.exists() else {}
+    return _object(_content(path))
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return read_bytes(path)
+    except OSError:
+        return b""
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_time(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < math.inf
+
+
+def _sizes(state: dict[str, Any], name: str) -> dict[str, int]:
+    """Bytes by name; nothing where one of them is none."""
+    found = state.get(name)
+    return found if isinstance(found, dict) and all(map(_is_size, found.values())) else {}
 
 
 def _object(text: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(text.decode())
+        found = parse_json(text)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -42,7 +42,10 @@ def run_record(config: TrainConfig, outcome: Outcome, *, folder: Path, warmup: i
 
 def measured_fields(config: TrainConfig, outcome: Outcome, *, folder: Path, warmup: int) -> dict[str, Any]:
     """What a record has of the run itself, by field."""
-    mean, failure = time_or_failure(outcome.batch_times_s, outcome.failure, warmup, outcome.new_starts)
+    said, done = outcome.failure, len(outcome.batch_times_s)
+    if said is None and done < config.steps:
+        said = Failure(cause="error", detail=f"{folder} has {done} of {config.steps} batches; run it again")
+    mean, failure = time_or_failure(outcome.batch_times_s, said, warmup, outcome.new_starts)
     kept = [] if mean is None else steady(len(outcome.batch_times_s), warmup, outcome.new_starts)
     return {
         "batch_time_s": mean,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from axonn.files import parse_json, read_bytes, read_json
 from experiments.metrics import BATCHES
 
 ENDED = "ended.json"
@@ -28,7 +28,7 @@ def in_order(starts: Iterable[Path]) -> list[Path]:
     def started(path: Path) -> tuple[float, float, str]:
         changed = path.stat().st_mtime
         try:
-            text = (path / STARTED).read_text(encoding="utf-8", errors="replace").strip()
+            text = read_bytes(path / STARTED).decode("utf-8", "replace").strip()
             # Whole seconds: of two starts in the same one, the folders know more.
             said = datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
         except (OSError, ValueError):
@@ -58,24 +58,27 @@ def reason_of(attempt: Path | None) -> str | None:
     if attempt is None or not (attempt / ENDED).exists():
         return None
     try:
-        return str(json.loads((attempt / ENDED).read_text(encoding="utf-8"))["reason"])
-    except (ValueError, KeyError, TypeError):
+        return str(read_json(attempt / ENDED)["reason"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def steps_of(job: Path) -> int | None:
     """How many batches a job is to do; None where its work cannot be read."""
     try:
-        content = json.loads((job / "work.json").read_text(encoding="utf-8"))
+        content = read_json(job / "work.json")
         return int(content["small"]["config"]["steps"] if "small" in content else content["work"]["steps"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 
 def rows_of(job: Path) -> list[bytes] | None:
     """Of the batches that our own ranks did; None for other frameworks. A row that is being written is none yet."""
     path = job / "run" / BATCHES
-    return path.read_bytes().split(b"\n")[:-1] if path.exists() else None
+    try:
+        return read_bytes(path).split(b"\n")[:-1] if path.exists() else None
+    except OSError:
+        return []
 
 
 def all_done(job: Path) -> bool:
@@ -85,7 +88,7 @@ def all_done(job: Path) -> bool:
     if not rows or steps is None or len(rows) < steps:
         return False
     try:
-        loss = float(json.loads(rows[-1])["loss"])
+        loss = float(parse_json(rows[-1])["loss"])
     except (ValueError, KeyError, TypeError):
         return False
     return not math.isnan(loss)

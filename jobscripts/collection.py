@@ -11,6 +11,7 @@ from typing import Any
 
 from axonn.config import GPTConfig, StrictModel, TrainConfig, UNetConfig, validate
 from axonn.errors import AxonnError, ConfigError, RecordError
+from axonn.files import read_bytes, read_json
 from axonn.perf.strategy import Strategy
 from axonn.records import Failure, Record, read_records, write_records
 from experiments import runner
@@ -32,6 +33,8 @@ SUMS = "sha256.txt"
 """In the folder of an attempt: what sha256sum printed of files of the run folder when it ended."""
 _TOLERANCE = 1e-4
 """Of losses, where the experiment is not there to say it."""
+_LARGEST_LOG = 2**30
+"""Bytes of what a run printed."""
 Work = ClusterWork | SmallWork
 
 
@@ -66,7 +69,7 @@ class _Run:
     def spec(self) -> dict[str, Any] | None:
         """What our own ranks were started with; None for a framework with ranks of its own."""
         path = self.folder / SPEC
-        return json.loads(path.read_bytes()) if f"{self.folder.name}/{SPEC}" in self.standing.entry.files else None
+        return read_json(path) if f"{self.folder.name}/{SPEC}" in self.standing.entry.files else None
 
     @property
     def on_cpu(self) -> bool:
@@ -99,7 +102,7 @@ def collect(folder: Path, *, results: Path, command: str) -> list[Collected]:
             found.append(
                 (Collected(entry=entry, record=None, why="; ".join(str(error).splitlines()), broken=True), None)
             )
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, ArithmeticError, AttributeError) as error:
             why = f"{folder / entry.name}: what it left cannot be read: {type(error).__name__}: {error}"
             found.append((Collected(entry=entry, record=None, why=why, broken=True), None))
     compared = _losses_compared(manifest, found)
@@ -183,7 +186,7 @@ def _sums(start: Path, *, newest: bool) -> Iterator[tuple[Path, str]]:
         raise RecordError(
             f"{path} is gone: whether what the job left was changed is not known; put it back, or submit the job again"
         )
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    lines = read_bytes(path, most=_LARGEST_LOG).decode("utf-8", "replace").splitlines() if path.is_file() else []
     for line in lines:
         expected, _, name = line.partition(" ")
         name = name.strip().removeprefix("*").removeprefix("./")
@@ -196,7 +199,7 @@ def _sums(start: Path, *, newest: bool) -> Iterator[tuple[Path, str]]:
 def work_of(path: Path, manifest: Manifest, entry: JobEntry) -> Work:
     """What a job was written for. Raises `RecordError` where its file says something else than the manifest."""
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
         said = {name: content[name] for name in ("schema", "adapter", "framework", "machine")}
         plain = content["small"] if "small" in content else content["work"]
         asked = {"schema": SCHEMA, "adapter": entry.adapter, "framework": entry.framework, "machine": manifest.machine}
@@ -212,7 +215,7 @@ def work_of(path: Path, manifest: Manifest, entry: JobEntry) -> Work:
         model = validate(plain["model"], kind, where=f"{path}: model")
         strategy = validate(plain["strategy"], Strategy, where=f"{path}: strategy")
         return ClusterWork(**{**plain, "model": model, "strategy": strategy})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecordError(
             f"{path}: is no work of a job ({type(error).__name__}: {error}); write the jobs anew with axonn jobs"
         ) from error
@@ -313,7 +316,7 @@ def _failure(run: _Run, said: Failure | None, seconds: Any) -> Failure | None:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return read_bytes(path, most=_LARGEST_LOG).decode("utf-8", "replace").splitlines() if path.is_file() else []
 
 
 def _said(run: _Run, about: Described) -> dict[str, Any]:

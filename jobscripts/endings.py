@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
+from axonn.files import read_json
 from axonn.records import Failure
 from jobscripts.attempts import ENDED, attempt_of
 from jobscripts.schedulers import State
@@ -102,6 +102,6 @@ def _end_of(standing: Standing) -> str:
     if not path.exists():
         return "the job ended without a word, as when it is killed or its node fails"
     try:
-        return f"the job ended with exit status {int(json.loads(path.read_bytes())['status'])}"
-    except (ValueError, KeyError, TypeError):
+        return f"the job ended with exit status {int(read_json(path)['status'])}"
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return f"the job ended, and {path} is cut short"

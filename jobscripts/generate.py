@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shlex
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError, TemplateSyntaxError
-from pydantic import AfterValidator, Field, ValidationError
+from jinja2 import Environment
+from pydantic import Field
 
 from axonn.config import StrictModel
-from axonn.errors import ConfigError, RecordError
+from axonn.errors import ConfigError
+from axonn.files import opened
+from axonn.strict import Line, Name, is_plain, load_json
 from experiments.cluster_work import SmallWork
 from experiments.framework import ClusterWork, Launch
+from experiments.templates import rendered, sandbox
 from experiments.trail import STOPPED
 from jobscripts.launchers import Launcher
 from jobscripts.schedulers import Resources, Scheduler
@@ -38,26 +40,12 @@ _CHANGED_BY_SETUP = ("PATH", "LD_LIBRARY_PATH")
 _OF_EVERY_JOB = ("job.sh", "rank.sh", "work.json")
 
 
-def is_plain(name: str) -> bool:
-    """Whether it can be the name of a file or folder, here and in every shell."""
-    return re.fullmatch(r"[A-Za-z0-9._-]+", name) is not None and name not in {".", ".."}
-
-
-def _checked_name(name: str) -> str:
-    if not is_plain(name):
-        raise ValueError(f"{name!r} is no name of a folder: it may have letters, digits, '.', '_' and '-'")
-    return name
-
-
-Name = Annotated[str, AfterValidator(_checked_name)]
-
-
 class JobEntry(StrictModel):
     """One job of a manifest. `files`: sha256 of each, by its path from the manifest."""
 
     name: Name
-    point: str
-    framework: str
+    point: Line
+    framework: Line
     """Label, as in records."""
     adapter: str
     nodes: int
@@ -139,7 +127,7 @@ def write_jobs(
                 files={f"{job.name}/{name}": _hash(content) for name, content in sorted(files.items())},
             )
         )
-    everything = _rendered(environment, "submit-all.sh.j2")
+    everything = rendered(environment, "submit-all.sh.j2", {})
     manifest = Manifest(
         experiment=experiment,
         machine=system.machine,
@@ -160,25 +148,7 @@ def _environment(folder: Path | None) -> Environment:
     ours = sorted(path.name for path in TEMPLATES.glob("*.j2"))
     if folder is not None and not any((folder / name).is_file() for name in ours):
         raise ConfigError(f"{folder}: has no template; copy what you want to change of {TEMPLATES}: {', '.join(ours)}")
-    return Environment(
-        loader=FileSystemLoader([*([] if folder is None else [folder]), TEMPLATES]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
-
-
-def _rendered(environment: Environment, name: str, **values: Any) -> str:
-    try:
-        return environment.get_template(name).render(values)
-    except TemplateSyntaxError as error:
-        raise ConfigError(f"{error.filename}, line {error.lineno}: {error.message}; correct the template") from error
-    except TemplateError as error:
-        raise ConfigError(
-            f"{name}: {error.message}; what a template may use is in the one that comes with the suite"
-        ) from error
+    return sandbox([*([] if folder is None else [folder]), TEMPLATES], autoescape=False, keep_trailing_newline=True)
 
 
 def _check_names(jobs: Iterable[Job], *, experiment: str, machine: str) -> None:
@@ -263,8 +233,8 @@ def _files_of(
         **_plain(job.work),
     }
     return {
-        "job.sh": _rendered(environment, "job.sh.j2", **body),
-        "rank.sh": _rendered(environment, "rank.sh.j2", **rank),
+        "job.sh": rendered(environment, "job.sh.j2", body),
+        "rank.sh": rendered(environment, "rank.sh.j2", rank),
         "work.json": json.dumps(work, indent=1) + "\n",
         **job.launch.files,
     }
@@ -308,15 +278,9 @@ def _plain(work: ClusterWork | SmallWork) -> dict[str, Any]:
 
 def load_manifest(folder: Path) -> Manifest:
     """Of a folder that `write_jobs` wrote. Raises `RecordError` naming what is wrong."""
-    path = folder / MANIFEST
-    try:
-        return Manifest.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read: {error}; is this the folder that axonn jobs wrote?") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise RecordError(f"{path}: '{place}': {first['msg']}; write the jobs anew with axonn jobs") from error
+    return load_json(
+        folder / MANIFEST, Manifest, otherwise="is this the folder that axonn jobs wrote? If it is, write the jobs anew"
+    )
 
 
 def changed_files(folder: Path, files: Mapping[str, str]) -> list[str]:
@@ -336,7 +300,8 @@ def _write(path: Path, content: str) -> None:
 
 def hash_of(path: Path) -> str:
     """sha256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hash(content: str) -> str:

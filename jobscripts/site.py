@@ -17,6 +17,9 @@ from pydantic import AfterValidator, Field, field_validator
 from axonn.config import StrictModel, load_yaml
 from axonn.errors import ConfigError
 
+_NAMED = r"\$[A-Za-z_][A-Za-z0-9_]*"
+_DOLLAR = re.compile(rf"({_NAMED}|\$\{{[A-Za-z_][A-Za-z0-9_]*(?::?[-+](?:[^{{}}$`]|{_NAMED})*)?\}})|\$")
+"""A variable of the shell ($NAME, ${NAME}, ${NAME:-else}), or a $ that begins anything else."""
 _TIME = re.compile(r"(\d+):([0-5]\d)(?::([0-5]\d))?")
 
 
@@ -152,5 +155,6 @@ def as_words(words: Iterable[str]) -> str:
 
 
 def in_quotes(text: str) -> str:
-    """As it stands between double quotes; what it has of `$` the shell expands."""
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`")
+    """As it stands between double quotes; the shell expands its variables, and runs nothing of it."""
+    text = text.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`")
+    return _DOLLAR.sub(lambda found: found[0] if found[1] else "\\$", text)

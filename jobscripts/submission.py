@@ -10,17 +10,21 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from axonn.errors import LaunchError, RecordError
-from axonn.files import replace_durably
+from axonn.files import read_json, replace_durably
+from axonn.strict import first_of
 from jobscripts.attempts import all_done, attempt_of, attempts, id_of, newest_attempt, reason_of
 from jobscripts.generate import MANIFEST, JobEntry, Manifest, changed_files, load_manifest
 from jobscripts.schedulers import Scheduler, State, Status, load_scheduler
 
 SUBMITTED = "submitted.json"
 """Ids of every job that was handed in, by its name, the newest last."""
+_IDS = TypeAdapter(dict[str, list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]]])
+"""No id is an option of the command that it is given to."""
 LOCK = ".lock"
 """In the run folder: locked as long as a job's script lives."""
 
@@ -219,9 +223,9 @@ def submitted(folder: Path) -> dict[str, list[str]]:
     if not path.exists():
         return {}
     try:
-        return TypeAdapter(dict[str, list[str]]).validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        return _IDS.validate_python(read_json(path))
+    except (OSError, ValueError) as error:
+        what = first_of(error) if isinstance(error, ValidationError) else str(error)
         raise RecordError(
             f"{path}: is not what axonn submit wrote ({what}); remove it when no job of this folder waits or runs"
         ) from error

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 
 from axonn.config import StrictModel, load_yaml
 from axonn.errors import ConfigError
+from axonn.strict import Line, Name, is_plain
 from jobscripts.site import Option
 
 FOLDER = Path(__file__).parent / "systems"
@@ -22,7 +23,7 @@ FOLDER = Path(__file__).parent / "systems"
 class System(StrictModel):
     """What all users of a machine share."""
 
-    machine: str
+    machine: Name
     """Its name in records. Published points are checked against the machine of this name in experiments/machines."""
     scheduler: str
     launcher: str
@@ -49,10 +50,17 @@ class System(StrictModel):
     """What a site file has to bring, by a word that its modules, setup or environment then have; else it is said."""
     queue_is: Literal["partition", "qos"] = "partition"
     """What users of a Slurm machine mean by a queue: a partition, or a quality of service."""
-    clocks: str | None = None
+    clocks: Line | None = None
     """Command that prints the state of a node's GPUs."""
     source: str
     """Where these settings come from."""
+
+    @field_validator("constraint")
+    @classmethod
+    def _is_word(cls, value: str | None) -> str | None:
+        if value is not None and not (re.fullmatch(r"\S+", value) and value.isprintable()):
+            raise ValueError(f"{value!r} is not one word, which is all that a scheduler takes here")
+        return value
 
     @field_validator("environment", "mpi_on_device")
     @classmethod
@@ -73,7 +81,7 @@ def systems() -> list[str]:
 def load_system(name: str) -> System:
     """Of a machine by name, or a file by path. Raises `ConfigError` with the nearest name."""
     path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
-    if not path.exists():
+    if not path.exists() or not (name.endswith(".yaml") or is_plain(name)):
         near = get_close_matches(name, systems(), n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(f"there is no machine '{name}' to write jobs for; {hint}known are {', '.join(systems())}")

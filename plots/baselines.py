@@ -5,7 +5,6 @@ Reads the summary, writes plots/out/baselines.png and .svg (baselines-quick and 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from itertools import groupby
@@ -15,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from axonn.errors import AxonnError, RecordError
+from axonn.files import read_json
 from experiments.definition import ROOT
 from plots.style import OUT, PAGE_IN, colours, save, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+COMMAND = "make compare-baselines"
 SUMMARY = ROOT / "results" / "baselines" / "summary.json"
 _BAR_INCHES = 0.24
 _HEADINGS = 0.9
@@ -30,14 +31,12 @@ _HEADINGS = 0.9
 def load(path: Path) -> dict[str, Any]:
     """The summary of a comparison. Raises `RecordError` when there is none, or nothing in it to draw."""
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = read_json(path)
         rows = summary["rows"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise RecordError(
-            f"{path}: is not the summary of a comparison ({error}); run: make compare-baselines"
-        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecordError(f"{path}: is not the summary of a comparison ({error}); run: {COMMAND}") from error
     if not rows:
-        raise RecordError(f"{path}: nothing was measured; run: make compare-baselines")
+        raise RecordError(f"{path}: nothing was measured; run: {COMMAND}")
     return dict(summary)
 
 
@@ -146,8 +145,13 @@ def _said(row: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     source = Path(arguments[0]) if arguments else SUMMARY
+    summary = load(source)
     folder = source.resolve().parent.name
-    paths = draw(load(source), OUT, SUMMARY.parent.name if folder == SUMMARY.parent.name else f"baselines-{folder}")
+    name = SUMMARY.parent.name if folder == SUMMARY.parent.name else f"baselines-{folder}"
+    try:
+        paths = draw(summary, OUT, name)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise RecordError(f"{source}: cannot be drawn ({type(error).__name__}: {error}); run: {COMMAND}") from error
     print(f"picture: {', '.join(str(path.relative_to(ROOT)) for path in paths)}")
 
 

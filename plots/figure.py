@@ -7,6 +7,7 @@ else, so none is ever drawn as another; what is not there is named in the figure
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from rich.markup import escape
 
 from axonn.config import TrainConfig
 from axonn.errors import AxonnError, RecordError
+from axonn.files import read_json, replace_durably
 from axonn.records import Record, RecordKind, read_records
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment
@@ -190,10 +192,18 @@ def summary_file(name: str) -> Path:
 def load_summary(name: str) -> dict[str, Any] | None:
     """The summary on disk; None where there is none, or it is no summary."""
     try:
-        found = json.loads(summary_file(name).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        found = read_json(summary_file(name))
+    except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and found.get("figure") == name else None
+    if not isinstance(found, dict) or found.get("figure") != name:
+        return None
+    return found if found.get("sha256") in (None, _sum_of(found)) else None
+
+
+def _sum_of(summary: Mapping[str, Any]) -> str:
+    """Of all that a summary says: one that was damaged, or edited, is not taken for what was drawn."""
+    said = {name: value for name, value in summary.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def summarise(kind: FigureKind, content: Content) -> dict[str, Any]:
@@ -252,7 +262,7 @@ def make_figure(kind: FigureKind, *, fresh: bool = False, console: Console | Non
     )
     whole = all(f.exists() for f in [*files, *kind.outputs(content)])
     summary = None if fresh or not whole else load_summary(kind.name)
-    if summary is None or summary.get("fingerprint") != mark:
+    if summary is None or summary.get("fingerprint") != mark or "sha256" not in summary:
         summary = summarise(kind, content) | {"fingerprint": mark}
         with style.styled(kind.name):
             figure = kind.draw(summary, content)
@@ -260,7 +270,9 @@ def make_figure(kind: FigureKind, *, fresh: bool = False, console: Console | Non
             style.save(figure, kind.name)
         path = summary_file(kind.name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        # As JSON has it, where keys are strings.
+        plain = json.loads(json.dumps(summary))
+        replace_durably(path, json.dumps(plain | {"sha256": _sum_of(plain)}, indent=1) + "\n")
     else:
         console.print("nothing to do: the figure is newer than all its records")
     for table in kind.tables(summary, content):

@@ -6,7 +6,6 @@ the place of a GPU's measurements).
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from axonn.errors import AxonnError, RecordError
+from axonn.files import read_json
 from experiments.definition import ROOT
 from plots.style import OUT, PAGE_IN, colours, save, styled
 
@@ -40,9 +40,9 @@ Rows = Sequence[Mapping[str, Any]]
 def load(path: Path) -> dict[str, Any]:
     """The summary of a run. Raises `RecordError` when there is none, or nothing in it."""
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = read_json(path)
         rows = [row for row in summary["rows"] if isinstance(row, dict)]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecordError(f"{path}: is not the summary of a run on a GPU ({error}); run: {COMMAND}") from error
     if not rows:
         raise RecordError(f"{path}: nothing was measured; run: {COMMAND}")
@@ -155,7 +155,12 @@ def _shares(axis: Axes, rows: Rows) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     source = Path(arguments[0]) if arguments else SUMMARY
-    paths = draw(load(source), OUT, picture_name(source))
+    summary = load(source)
+    name = picture_name(source)
+    try:
+        paths = draw(summary, OUT, name)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise RecordError(f"{source}: cannot be drawn ({type(error).__name__}: {error}); run: {COMMAND}") from error
     print(f"picture: {', '.join(str(path.relative_to(ROOT)) for path in paths)}")
 
 

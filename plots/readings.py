@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 
 from axonn.errors import RecordError
+from axonn.files import read_text
 from experiments.definition import ROOT, Experiment
 
 
@@ -12,8 +14,7 @@ def read_reading(experiment: Experiment, name: str) -> list[dict[str, str]]:
     """Rows of a table, by column. Raises `RecordError` naming the file where it cannot be read."""
     path = ROOT / experiment.readings[name].file
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise RecordError(f"{path}: cannot be read: {error}; check it out again") from error
     if not rows or any(value is None for row in rows for value in row.values()):

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from rich.console import Console
 
+from experiments.templates import rendered, sandbox
 from plots import figure, report_evidence, report_figures, report_gpu
 from plots.report_figures import Picture, Section, files_of, picture_of, relative
 from plots.report_points import KINDS
@@ -70,22 +70,24 @@ def render(sections: Sequence[Section] | None = None) -> str:
     gpu = report_gpu.on_gpu()
     machines = [m for s in sections for m in s.machines]
     machines += [m for e in (baselines, local, gpu) if (m := e.machine) is not None]
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = sandbox([HERE], autoescape=True)
     environment.filters["marked"] = marked
-    return environment.get_template("report.html.j2").render(
-        css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
-        kinds=KINDS,
-        poster=poster,
-        small=small,
-        schematics=schematics,
-        validation=validation,
-        baselines=baselines,
-        local=local,
-        gpu=gpu,
-        machines=machine_table(machines),
-        commands=_commands(sections),
+    return rendered(
+        environment,
+        "report.html.j2",
+        {
+            "css": Markup((HERE / "report.css").read_text(encoding="utf-8")),
+            "kinds": KINDS,
+            "poster": poster,
+            "small": small,
+            "schematics": schematics,
+            "validation": validation,
+            "baselines": baselines,
+            "local": local,
+            "gpu": gpu,
+            "machines": machine_table(machines),
+            "commands": _commands(sections),
+        },
     )
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from pydantic import ValidationError
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from axonn.config import GridConfig
+from axonn.config import GridConfig, read_yaml
 from axonn.errors import ConfigError, RecordError
 from axonn.grid import AXES, ProcessGrid
 from axonn.records import Record, read_records
@@ -27,6 +28,9 @@ from plots import style
 from plots.timeline import MOST_RANKS, View, draw_timeline, whole
 
 _FOLDERS = "spans-*.parquet"
+_MOST_MISSING = 1000
+"""Ranks without spans that are counted."""
+_RANK = re.compile(r"spans-([0-9]{1,7})\.parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +75,7 @@ def find_run(run: Path) -> TracedRun:
         run = _folder_of_records(run)
     if not run.is_dir():
         raise RecordError(f"{run}: there is no such run; {_near(run)}")
-    own = {int(p.name[6:-8]): p for p in run.glob(_FOLDERS) if p.name[6:-8].isdigit()}
+    own = {int(found[1]): p for p in run.glob(_FOLDERS) if (found := _RANK.fullmatch(p.name))}
     files = {rank: span_files(path) if path.is_dir() else [path] for rank, path in sorted(own.items())}
     files = {rank: paths for rank, paths in files.items() if paths}
     if not files:
@@ -96,8 +100,13 @@ def _folder_of_records(path: Path) -> Path:
         raise RecordError(f"{path}: none of its records has a run folder, so there are no spans")
     if len(folders) > 1:
         raise RecordError(f"{path}: has several runs; name one of {', '.join(sorted(folders))}")
-    folder = Path(folders.pop())
-    return folder if folder.exists() else ROOT / folder
+    named = Path(folders.pop())
+    folder = named if named.exists() else ROOT / named
+    # What is drawn is written into the folder: a record of a stranger does not choose it.
+    known = any(folder.resolve().is_relative_to(place.resolve()) for place in (ROOT, Path.cwd(), path.parent))
+    if folder.is_dir() and not known and not (folder / "record.json").exists():
+        raise RecordError(f"{path}: names {folder}, a folder outside of the repository without record.json; name it")
+    return folder
 
 
 def _near(run: Path) -> str:
@@ -130,9 +139,9 @@ def _configured_grid(folder: Path) -> GridConfig | None:
     """That of a run without record, from its configuration."""
     for name, key in (("spec.json", "config"), ("config.yaml", None)):
         try:
-            found: Any = yaml.safe_load((folder / name).read_text(encoding="utf-8"))
+            found: Any = read_yaml(folder / name)
             return GridConfig.model_validate((found[key] if key else found)["grid"])
-        except (OSError, yaml.YAMLError, KeyError, TypeError, ValidationError):
+        except (ConfigError, KeyError, TypeError, ValidationError):
             continue
     return None
 
@@ -158,7 +167,7 @@ def load_steps(run: TracedRun, step: int | None) -> dict[int, list[Span]]:
                 continue
             for span in spans:
                 own.setdefault(span.step, []).append(span)
-    missing = [rank for rank in range(run.expected) if not by_rank.get(rank)]
+    missing = list(islice((rank for rank in range(run.expected) if not by_rank.get(rank)), _MOST_MISSING))
     if unread and not any(by_rank.values()):
         raise RecordError(f"{run.folder}: none of its span files can be read; run it again with this version")
     if missing:

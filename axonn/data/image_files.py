@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import io
+import lzma
 import pickle
+import pickletools
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from math import prod
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import IO, Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from axonn.errors import DataError
+from axonn.files import opened, read_bytes
 
 Pixels = npt.NDArray[np.uint8]
 _ARRAYS = (".npy", ".npz")
+_LARGEST_BATCH = 2**29
+"""Bytes of one file of a CIFAR archive; the largest has 155 million."""
+_LARGEST_ARCHIVE = 2**32
+"""Bytes of all that is packed in it."""
+_LARGEST_ARRAY = 2**36
+"""Bytes of an array that is packed: who has more gives it as it is, in an .npy file."""
+_FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
+"""Of image files: those that Pillow itself decodes. Others start programs, as EPS does, or are no pictures."""
 _CIFAR_TRAINING = {"train", *(f"data_batch_{i}" for i in range(1, 6))}
 """Names of the files with the training images of CIFAR-100 and of CIFAR-10."""
 
@@ -46,12 +60,15 @@ def read_images(path: Path | str | None) -> Images:
     try:
         if path.is_dir():
             batches = sorted(p for p in path.rglob("*") if p.name in _CIFAR_TRAINING and p.is_file())
-            return ImageArray(_cifar((str(p), p.read_bytes()) for p in batches)) if batches else ImageFolder(path)
-        if path.suffix in _ARRAYS:
-            return ImageArray(_array(path))
-        if tarfile.is_tarfile(path):
-            return ImageArray(_cifar(_members(path), where=str(path)))
-    except (OSError, tarfile.TarError, EOFError) as error:
+            if not batches:
+                return ImageFolder(path)
+            return ImageArray(_cifar((str(p), read_bytes(p, most=_LARGEST_BATCH)) for p in batches))
+        with opened(path) as file:
+            if path.suffix in _ARRAYS:
+                return ImageArray(_array(path, file))
+            if tarfile.is_tarfile(file):
+                return ImageArray(_cifar(_members(path, file), where=str(path)))
+    except (OSError, tarfile.TarError, EOFError, ValueError, zlib.error, lzma.LZMAError, MemoryError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     raise DataError(f"{path}: is no folder of images, no .npy or .npz file and no CIFAR archive")
 
@@ -82,7 +99,7 @@ class ImageFolder:
         except ImportError as error:
             raise DataError(f"{folder}: images are read by Pillow, which is missing; pip install pillow") from error
         self._pillow = Image
-        known = Image.registered_extensions()
+        known = {ending for ending, name in Image.registered_extensions().items() if name in _FORMATS}
         self._folder = folder
         self._files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and p.is_file())
         if not self._files:
@@ -94,10 +111,10 @@ class ImageFolder:
     def __getitem__(self, number: int) -> Pixels:
         path = self._files[number]
         try:
-            with self._pillow.open(path) as image:
+            with opened(path) as file, self._pillow.open(file, formats=_FORMATS) as image:
                 grey = image.mode in ("1", "L", "LA", "I;16")
                 pixels = np.array(image.convert("L" if grey else "RGB"), dtype=np.uint8)
-        except (OSError, SyntaxError, ValueError, self._pillow.DecompressionBombError) as error:
+        except Exception as error:  # Damaged files raise anything in its decoders.
             raise DataError(f"{path}: is not an image that can be read: {error}") from error
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
@@ -105,7 +122,8 @@ class ImageFolder:
         found = hashlib.sha256()
         for path in self._files:
             found.update(str(path.relative_to(self._folder)).encode() + b"\0")
-            found.update(hashlib.sha256(path.read_bytes()).digest())
+            with opened(path) as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
         return found.hexdigest()[:16]
 
 
@@ -122,33 +140,71 @@ def _digits() -> Pixels:
     return np.rint(images * (255 / 16)).astype(np.uint8)[:, None]
 
 
-def _array(path: Path) -> Pixels:
+def _array(path: Path, file: IO[bytes]) -> Pixels:
     try:
-        loaded = np.load(path, allow_pickle=False)
-        arrays = {"": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-    except (ValueError, EOFError) as error:
+        arrays = _packed(path, file) if zipfile.is_zipfile(file) else {"": _stored(path, file, path.stat().st_size)}
+    except DataError:
+        raise
+    except Exception as error:  # Damaged headers are parsed as Python's numbers, and raise what they do.
         raise DataError(f"{path}: is not an array that can be read: {error}") from error
     if len(arrays) != 1:
         raise DataError(f"{path}: holds {len(arrays)} arrays ({', '.join(arrays)}); give a file with the images alone")
     (pixels,) = arrays.values()
-    if pixels.dtype != np.uint8:
-        raise DataError(f"{path}: holds {pixels.dtype}; images are uint8, from 0 to 255")
     if pixels.ndim == 3:
-        return cast(Pixels, pixels[:, None])
+        return pixels[:, None]
     if pixels.ndim == 4 and pixels.shape[-1] in (1, 3):
-        return cast(Pixels, pixels.transpose(0, 3, 1, 2))
+        return pixels.transpose(0, 3, 1, 2)
     if pixels.ndim == 4 and pixels.shape[1] in (1, 3):
-        return cast(Pixels, pixels)
+        return pixels
     raise DataError(
         f"{path}: has shape {list(pixels.shape)}; images are [images, height, width], with 1 or 3 channels as the last "
         "or the second dim if there is a fourth"
     )
 
 
-def _members(path: Path) -> Iterator[tuple[str, bytes]]:
+def _packed(path: Path, file: IO[bytes]) -> dict[str, Pixels]:
+    """The arrays of an `.npz` file by name."""
+    file.seek(0)
+    with zipfile.ZipFile(file) as archive:
+        members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
+        found = {}
+        for member in members[:2]:
+            if member.file_size > _LARGEST_ARRAY:
+                raise DataError(f"{path}: unpacks to {member.file_size} bytes; give it as an .npy file")
+            with archive.open(member) as one:
+                found[member.filename.removesuffix(".npy")] = _stored(path, one, member.file_size)
+    return found
+
+
+def _stored(path: Path, file: IO[bytes], size: int) -> Pixels:
+    """An array in a file of so many bytes, which its header has to agree with."""
+    file.seek(0)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(np.lib.format.read_magic(file))
+    if read is None:
+        raise ValueError("a version of the format that no image needs")
+    shape, by_columns, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError("Object arrays are pickles, which nobody else's file may have")
+    if dtype != np.uint8:
+        raise DataError(f"{path}: holds {dtype}; images are uint8, from 0 to 255")
+    if any(extent < 0 for extent in shape) or prod(shape) != size - file.tell():
+        raise ValueError(f"shape {list(shape)} does not fit the {size - file.tell()} bytes after it")
+    values = np.frombuffer(file.read(), dtype=np.uint8)
+    return values.reshape(shape, order="F" if by_columns else "C")
+
+
+def _members(path: Path, packed: IO[bytes]) -> Iterator[tuple[str, bytes]]:
     """(name, content) of the training batches in a CIFAR archive."""
-    with tarfile.open(path) as archive:
+    packed.seek(0)
+    total = 0
+    with tarfile.open(fileobj=packed) as archive:
         for member in archive:
+            total += member.size
+            if member.size > _LARGEST_BATCH or total > _LARGEST_ARCHIVE:
+                raise DataError(f"{path}: {member.name!r} makes it larger than any CIFAR archive is; download it anew")
             if Path(member.name).name in _CIFAR_TRAINING and member.isfile():
                 file = archive.extractfile(member)
                 assert file is not None, "a regular file can be read"
@@ -161,8 +217,9 @@ def _cifar(batches: Iterable[tuple[str, bytes]], where: str = "") -> Pixels:
     parts = []
     for name, content in sorted(batches):
         try:
+            _check_memo(content)
             batch = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
-        except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError) as error:
+        except Exception as error:  # What a damaged pickle puts on the stack, anything may refuse.
             raise DataError(f"{name}: is not a CIFAR batch: {error}") from error
         data = batch.get(b"data") if isinstance(batch, dict) else None
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * 32**2:
@@ -177,8 +234,9 @@ class _PlainUnpickler(pickle.Unpickler):
     """Makes numbers, strings, lists, dicts and numpy arrays, and refuses to call anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        allowed: dict[tuple[str, str], Callable[..., Any]] = {
-            ("numpy", "ndarray"): np.ndarray,
+        allowed: dict[tuple[str, str], Callable[..., Any] | str] = {
+            # Only a name in the arguments of `_reconstruct`: called, it would make an array of whatever is in memory.
+            ("numpy", "ndarray"): _NDARRAY,
             ("numpy", "dtype"): np.dtype,
             ("_codecs", "encode"): _latin1,
         }
@@ -189,8 +247,20 @@ class _PlainUnpickler(pickle.Unpickler):
         return allowed[module, name]
 
 
-def _empty_array(kind: type, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+def _check_memo(content: bytes) -> None:
+    """Raises `ValueError` for a pickle that is cut, or that would have a memory of more places than it has bytes."""
+    for operation, argument, _ in pickletools.genops(content):
+        if "PUT" in operation.name and argument is not None and argument > len(content):
+            raise ValueError(f"it keeps something at place {argument}")
+
+
+_NDARRAY = "numpy.ndarray"
+
+
+def _empty_array(kind: Any, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
     """What the state of a pickled array is put into."""
+    if kind is not _NDARRAY or shape != (0,):
+        raise pickle.UnpicklingError("it has an array that is not made as numpy makes them")
     return np.empty(shape, np.dtype(dtype))
 
 

@@ -7,6 +7,7 @@ reads them, evaluation reads only them, in their order.
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from axonn.config import GPTConfig, TrainConfig
 from axonn.data.order import SampleOrder, held_out_of
 from axonn.errors import DataError
+from axonn.files import opened
 
 _LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 
@@ -39,12 +41,14 @@ def read_tokens(path: Path | str | None) -> npt.NDArray[np.integer]:
         return np.frombuffer(standard_library_text(), dtype=np.uint8)
     path = Path(path)
     try:
-        if path.suffix == ".bin":
-            if path.stat().st_size % 2:
+        with opened(path) as file:
+            if path.suffix != ".bin":
+                return np.frombuffer(file.read(), dtype=np.uint8)
+            size = os.fstat(file.fileno()).st_size
+            if size % 2:
                 raise DataError(f"{path}: holds an odd number of bytes, but a .bin file holds uint16 tokens")
-            return np.memmap(path, dtype=np.uint16, mode="r") if path.stat().st_size else np.empty(0, np.uint16)
-        return np.frombuffer(path.read_bytes(), dtype=np.uint8)
-    except OSError as error:
+            return np.memmap(file, dtype=np.uint16, mode="r") if size else np.empty(0, np.uint16)
+    except (OSError, MemoryError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 

@@ -15,6 +15,7 @@ from pydantic import Field
 from axonn.config import StrictModel, load_yaml
 from axonn.errors import ConfigError
 from axonn.perf.tables import MeasuredKernels
+from axonn.strict import Name
 
 T = TypeVar("T")
 
@@ -354,7 +355,7 @@ class NetworkSpec(StrictModel):
 class MachineFile(StrictModel):
     """Everything that the performance model knows about a machine."""
 
-    name: str
+    name: Name
     about: str
     gpu: GpuSpec
     node: NodeSpec
