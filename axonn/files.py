@@ -9,7 +9,6 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from axonn.errors import LaunchError
 LARGEST = 256 * 2**20
 """Bytes of a text or JSON file that is read as a whole; none of ours comes near."""
 LOCK = ".lock"
-"""In a folder that one command at a time writes to: locked as long as it does, and who it is."""
+"""In a folder that one command at a time writes to: locked as long as it does."""
 _LONGEST_NUMBER = 40
 """Digits of a whole number in a file."""
 
@@ -35,8 +34,12 @@ def write_durably(path: Path, text: str) -> None:
 def replace_durably(path: Path, text: str) -> None:
     """Write or replace a file as a whole: a crash leaves the old content or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write_durably(temporary, text)
-    temporary.replace(path)
+    try:
+        write_durably(temporary, text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 
@@ -121,23 +124,24 @@ def _whole(digits: str) -> int:
 
 
 @contextmanager
-def folder_lock(folder: Path, *, what: str, otherwise: str) -> Iterator[None]:
-    """Nobody else has the lock of `folder` inside of the block; the folder is made if need be.
+def locked(path: Path, otherwise: str) -> Iterator[None]:
+    """Nobody else has the lock of a file inside of the block; the file is made if need be.
 
-    Raises `LaunchError` where somebody has it: that `what` uses the folder, who that is as far as the file says it,
-    and `otherwise`, what to do. A process that ends, however it does, gives the lock back.
+    A process that ends, however it does, gives its locks back. Raises `LaunchError` saying `otherwise`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a+", encoding="utf-8") as file:
+    with open(path, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            file.seek(0)
-            who = " ".join(file.read(200).split())
-            raise LaunchError(f"{what} uses {folder}{f' ({who})' if who else ''}; {otherwise}") from error
+            raise LaunchError(otherwise) from error
         except OSError:
             pass  # A file system without locks.
-        file.truncate(0)
-        file.write(f"process {os.getpid()}, since {datetime.now(UTC).isoformat(timespec='seconds')}\n")
-        file.flush()
+        yield
+
+
+@contextmanager
+def locked_folder(folder: Path, otherwise: str = "wait for its end") -> Iterator[None]:
+    """Nobody else who asks for it uses `folder` inside of the block; it is made if need be. Raises `LaunchError`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / LOCK, f"another run uses {folder}; {otherwise}"):
         yield

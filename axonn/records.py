@@ -12,7 +12,7 @@ from pydantic import Field
 from axonn.config import GridConfig, ModelConfig, ScheduleConfig, StrictModel, UNetConfig
 from axonn.errors import RecordError
 from axonn.files import read_json, replace_durably
-from axonn.strict import Line, load_json, shortened
+from axonn.strict import Line, Loss, load_json, shortened
 
 SCHEMA = "axonn-records/1"
 RecordKind = Literal["published", "predicted", "measured"]
@@ -137,8 +137,8 @@ class Record(StrictModel):
     """Every batch, the warm-up ones included."""
     warmup_batches: int | None = None
     """Leading batches that `batch_time_s`, a mean over the others, leaves out."""
-    losses: list[Annotated[float, Field(allow_inf_nan=True)]] = []
-    """Of every batch; of a run that diverged no numbers, too."""
+    losses: list[Loss] = []
+    """Of every batch."""
     parts_s: dict[str, float] = {}
     """Seconds of a batch by part (`axonn.trace.Parts`), where spans were taken."""
     phases_s: dict[str, float] = {}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from axonn.errors import AxonnError, ConfigError, RecordError
 from axonn.files import parse_json, read_bytes
@@ -55,6 +55,10 @@ def _checked_name(name: str) -> str:
 
 Name = Annotated[str, AfterValidator(_checked_name)]
 """What becomes a name of a file or folder: it leads nowhere else."""
+
+
+Loss = Annotated[float, Field(allow_inf_nan=True)]
+"""Or a difference of losses; of a run that diverged it is infinite, or no number."""
 
 
 def _checked_line(text: str) -> str:

@@ -22,6 +22,7 @@ from rich.markup import escape
 
 from axonn.config import GPTConfig, TrainConfig, validate
 from axonn.errors import AxonnError, ConfigError, LaunchError
+from axonn.files import locked_folder
 from axonn.models import make_model
 from axonn.records import Asked
 from baselines import contenders as who
@@ -256,7 +257,8 @@ def main(arguments: Sequence[str]) -> int:
     # CI systems end a job so.
     signal.signal(signal.SIGTERM, _stop)
     comparison = Comparison(given, console)
-    comparison.run()
+    with locked_folder(given.runs, "wait for its end, or choose another --runs"):
+        comparison.run()
     results, refused = comparison.results, comparison.refused
     verdicts = verdicts_of(results, tolerances)
     about = about_frameworks([result.contender for result in results])

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from axonn.config import StrictModel, load_yaml
 from axonn.records import Failure
+from axonn.strict import Loss
 from baselines.contenders import Contender, Kind
 from baselines.coordinator import Condition, Measured, Turn
 from baselines.equal_work import difference, disagreement
@@ -48,8 +49,8 @@ class Result(StrictModel):
     memory_bytes: int | None = None
     bytes_sent: int | None = None
     """By a rank for a batch: counted on the link (mean over the ranks), or what our engine says of its busiest rank."""
-    losses: list[float] = []
-    loss_difference: float | None = None
+    losses: list[Loss] = []
+    loss_difference: Loss | None = None
     failure: Failure | None = None
     """Why it gets no ratio: it died, or did other work."""
 

@@ -17,6 +17,7 @@ from typing import Protocol
 from axonn.config import StrictModel, TrainConfig
 from axonn.grid import ProcessGrid
 from axonn.records import Failure
+from axonn.strict import Loss
 from baselines.contenders import Device
 from experiments.definition import available_cores
 from experiments.metrics import BATCHES, Tail
@@ -60,7 +61,7 @@ class Measured(StrictModel):
 
     turns: list[Turn] = []
     """The warm-up batch left out."""
-    losses: list[float] = []
+    losses: list[Loss] = []
     """Of all batches, the warm-up one first."""
     memory_bytes: int | None = None
     bytes_per_batch: dict[str, int] = {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from axonn.config import TrainConfig
 from axonn.devices import DeviceType
 from axonn.errors import ConfigError
+from axonn.files import locked_folder
 from axonn.records import Failure, Record, read_records, write_records
 from experiments.definition import ROOT, Experiment, measured_configs, slug
 from experiments.framework import Framework, load_adapter, load_framework, ran_by, version_of
@@ -136,24 +137,25 @@ def run_point(
 ) -> Record:
     """Measure one point and write its record, be it a failure, also of a framework that cannot do it here.
 
-    Raises `LaunchError` when the ranks cannot start.
+    Raises `LaunchError` when the ranks cannot start, or another run of the point goes on.
     """
     framework = load_framework(point.framework)
     reason = framework.unavailable(point.config) or _not_on(point)
-    outcome = (
-        supervise(
-            point.framework,
-            point.config,
-            point.folder,
-            on_batch=on_batch,
-            timeout_s=timeout_s,
-            device=point.device,
+    with locked_folder(point.folder):
+        outcome = (
+            supervise(
+                point.framework,
+                point.config,
+                point.folder,
+                on_batch=on_batch,
+                timeout_s=timeout_s,
+                device=point.device,
+            )
+            if reason is None
+            else Outcome(failure=Failure(cause="unavailable", detail=reason))
         )
-        if reason is None
-        else Outcome(failure=Failure(cause="unavailable", detail=reason))
-    )
-    record = _record(point, framework, outcome, command)
-    write_records(point.record_file, [record])
+        record = _record(point, framework, outcome, command)
+        write_records(point.record_file, [record])
     return record
 
 

@@ -6,10 +6,8 @@ grid), `batches.jsonl` and `evaluations.jsonl`, `checkpoints/`, `spans-K.parquet
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,8 +20,8 @@ from axonn.config import TrainConfig, validate
 from axonn.data import Data
 from axonn.data.order import held_out_of
 from axonn.devices import DeviceType
-from axonn.errors import ConfigError, LaunchError
-from axonn.files import replace_durably
+from axonn.errors import ConfigError
+from axonn.files import locked_folder, replace_durably
 from axonn.grid import ProcessGrid
 from axonn.launch import find_mpiexec
 from axonn.models import make_model
@@ -132,11 +130,10 @@ def config_differences(checkpoint: Checkpoint, config: TrainConfig, data: Data) 
 def train(session: Session, *, fresh: bool, on_batch: Callable[[int], None] = lambda done: None) -> Record:
     """Train to the end of the configuration and write the record, be it a failure, an interruption included.
 
-    With `fresh`, checkpoints of an earlier run are removed. Raises `LaunchError` when another training uses the folder.
+    With `fresh`, checkpoints of an earlier run are removed. Raises `LaunchError` when another run uses the folder.
     """
-    session.folder.mkdir(parents=True, exist_ok=True)
     framework = load_framework(FRAMEWORK)
-    with _locked(session.folder):
+    with locked_folder(session.folder, "wait for its end, or choose another --out"):
         checkpoints = session.folder / CHECKPOINTS
         if fresh:
             remove_all(checkpoints)
@@ -236,17 +233,6 @@ def _describe(session: Session, framework: Framework) -> None:
         ),
     }
     replace_durably(path, json.dumps({"schema": "axonn-run/1", "sessions": [*earlier, this]}, indent=1) + "\n")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Nobody else trains in `folder` meanwhile."""
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise LaunchError(f"another training uses {folder}; wait for its end, or choose another --out") from error
-        yield
 
 
 def _flat(config: TrainConfig) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import subprocess
@@ -15,7 +14,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from axonn.errors import LaunchError, RecordError
-from axonn.files import read_json, replace_durably
+from axonn.files import LOCK, locked, read_json, replace_durably
 from axonn.strict import first_of
 from jobscripts.attempts import all_done, attempt_of, attempts, id_of, newest_attempt, reason_of
 from jobscripts.generate import MANIFEST, JobEntry, Manifest, changed_files, load_manifest
@@ -25,8 +24,6 @@ SUBMITTED = "submitted.json"
 """Ids of every job that was handed in, by its name, the newest last."""
 _IDS = TypeAdapter(dict[str, list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]]])
 """No id is an option of the command that it is given to."""
-LOCK = ".lock"
-"""In the run folder: locked as long as a job's script lives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,20 +117,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """Raises `LaunchError` while another axonn submit hands in jobs of this folder."""
     load_manifest(folder)
     # The manifest itself: another file in the folder would be a stranger to axonn jobs.
-    with _locked(folder / MANIFEST, f"another axonn submit is at work in {folder}; wait for its end"):
-        yield
-
-
-@contextlib.contextmanager
-def _locked(path: Path, otherwise: str) -> Iterator[None]:
-    """Inside of the block nobody else has the lock of a file. Raises `LaunchError` saying `otherwise`."""
-    with open(path, "r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise LaunchError(otherwise) from error
-        except OSError:
-            pass  # A file system without locks.
+    with locked(folder / MANIFEST, f"another axonn submit is at work in {folder}; wait for its end"):
         yield
 
 
@@ -180,7 +164,7 @@ def _put_aside(run: Path) -> Path | None:
     if not run.exists():
         return None
     if (run / LOCK).exists():
-        with _locked(run / LOCK, f"a start of this job still runs in {run}; wait for its end, or cancel it"):
+        with locked(run / LOCK, f"a start of this job still runs in {run}; wait for its end, or cancel it"):
             pass
     number = 1
     while (path := run.with_name(f"run-{number}")).exists():

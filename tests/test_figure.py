@@ -13,7 +13,8 @@ import pytest
 from rich.console import RenderableType
 
 from axonn.config import ScheduleConfig, TrainConfig
-from axonn.errors import RecordError
+from axonn.errors import LaunchError, RecordError
+from axonn.files import locked_folder
 from axonn.records import Failure, Machine, Record, read_records, write_records
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment
@@ -270,3 +271,12 @@ def test_a_figure_without_an_experiment_is_an_error(elsewhere: Path, capsys: pyt
         main(FigureKind(name="fig0", draw=draw, tables=tables), [])
     assert ended.value.code == 2
     assert "fig0.yaml" in capsys.readouterr().err
+
+
+def test_two_runs_of_a_point_do_not_share_its_folder(experiment: Experiment, elsewhere: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(runner, "supervise", fake_supervise)
+    point = points_of(experiment)[0]
+    with locked_folder(point.folder), pytest.raises(LaunchError, match=r"another run uses .*; wait for its end"):
+        runner.run_point(point, command="test")
+    assert not point.record_file.exists()
+    assert runner.run_point(point, command="test").failure is None

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from axonn.errors import LaunchError, RecordError
+from axonn.files import LOCK
 from jobscripts.generate import MANIFEST, JobEntry, Manifest, hash_of
 from jobscripts.schedulers import load_scheduler
-from jobscripts.submission import LOCK, SUBMITTED, standings, submit, submitted, to_submit
+from jobscripts.submission import SUBMITTED, standings, submit, submitted, to_submit
 from jobscripts.watching import changes
 from tests.command_line import CommandLine
 

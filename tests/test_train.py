@@ -20,6 +20,7 @@ from axonn.config import TrainConfig, validate
 from axonn.data.text import TextData
 from axonn.engine import BatchResult
 from axonn.errors import ConfigError, LaunchError
+from axonn.files import locked_folder
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.finite import NotFinite
 from axonn.models.gpt import GPT
@@ -358,7 +359,7 @@ def test_other_text_under_the_same_name_is_another_run(tmp_path: Path) -> None:
 
 def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
     session = training.Session(config=small(), folder=tmp_path, command="", resume=None)
-    with training._locked(tmp_path), pytest.raises(LaunchError, match="another training uses"):
+    with locked_folder(tmp_path), pytest.raises(LaunchError, match=r"another run uses .*choose another --out"):
         training.train(session, fresh=False)
 
 

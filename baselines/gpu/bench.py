@@ -22,6 +22,7 @@ from rich.console import Console
 
 from axonn.devices import device_type
 from axonn.errors import AxonnError, ConfigError
+from axonn.files import locked_folder
 from axonn.records import Failure, Machine
 from baselines.gpu import (
     part_gpt,
@@ -81,10 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=200)
     machine = this_machine(device=device)
     plan = plan_of(device, quick=given.quick)
-    parts = measured_parts(
-        plan, wanted, folder, machine=machine, command=command, seconds=given.seconds, resume=given.resume,
-        console=console,
-    )  # fmt: skip
+    with locked_folder(folder, "wait for its end, or choose another --out"):
+        parts = measured_parts(
+            plan, wanted, folder, machine=machine, command=command, seconds=given.seconds, resume=given.resume,
+            console=console,
+        )  # fmt: skip
     summary = write_summary(folder, parts, command=command, machine=machine, quick=given.quick)
     ours = given.out is None and device == "cuda" and not given.quick
     write_gpu_records(GPU_RECORDS if ours else folder / "records.json", parts)

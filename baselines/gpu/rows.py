@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from axonn.config import StrictModel
 from axonn.records import Failure, Machine
+from axonn.strict import Loss
 
 SCHEMA = "axonn-gpu/1"
 
@@ -43,8 +44,8 @@ class Row(StrictModel):
     ratio_high: float | None = None
     paired: bool | None = None
     """Whether both took turns in one process."""
-    losses: list[float] = []
-    loss_difference: float | None = None
+    losses: list[Loss] = []
+    loss_difference: Loss | None = None
     """Largest relative one from the losses of the reference."""
     tolerance: float | None = None
     memory: dict[str, int] = {}
