@@ -9,6 +9,10 @@ class ConfigError(AxonnError):
     """A configuration that is misspelt, incomplete or contradicts itself."""
 
 
+class MachineError(ConfigError):
+    """A machine that nobody described, or whose file has a mistake."""
+
+
 class GridError(ConfigError):
     """A process grid that does not fit the ranks, the batch or the model."""
 
@@ -35,6 +39,10 @@ class DeadlockError(AxonnError):
 
 class LaunchError(AxonnError):
     """Ranks that cannot be started (no MPI, a missing framework)."""
+
+
+class RunFailed(AxonnError):
+    """Ranks that started and did not come to their end. What they did is kept."""
 
 
 class NotFiniteError(AxonnError, FloatingPointError):

@@ -37,6 +37,7 @@ from baselines.said import Reporter, make_console
 from baselines.tables import show
 from experiments.definition import ROOT, available_cores
 from experiments.link import stage_seconds, why_no_link
+from experiments.pages import explained
 from experiments.provenance import this_machine
 from experiments.workloads import SHAPES, config_of
 
@@ -292,10 +293,8 @@ def main(arguments: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
-    except AxonnError as problem:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(problem))}", soft_wrap=True)
-        sys.exit(ERROR)
+        with explained("docs/compare.md"):
+            sys.exit(main(sys.argv[1:]))
     except Exception:
         # Python's own exit code for it would say that AxoNN falls behind.
         traceback.print_exc()

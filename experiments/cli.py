@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from axonn.errors import AxonnError
 from experiments.console import console, launched_once, progress_bar
+from experiments.pages import documented, explained, page_of
 from experiments.plan_command import plan
 from experiments.run_command import predict, run
 from experiments.train_command import export, train
 
+_PAGES = "A page for each thing to do, with commands to copy: docs/index.md"
 app = typer.Typer(
     help="AxoNN reproduction suite: run, predict and compare asynchronous hybrid-parallel training.",
+    epilog=_PAGES,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (plan, run, predict, train, export):
-    app.command()(command)
-# Commands of what stands above the experiments, which import nothing of it.
-for found in sorted(entry_points(group="axonn.commands"), key=lambda entry: entry.name):
-    app.command(found.name)(found.load())
 
 
-@app.command()
+@documented("docs/own-machine.md")
 def calibrate(
     out: Annotated[
         Path | None, typer.Option(help="Machine file; default experiments/machines/local.yaml, local-gpu.yaml.")
@@ -79,7 +76,7 @@ def calibrate(
     )
 
 
-@app.command()
+@documented("docs/compare.md")
 def compare(
     records: Annotated[list[Path], typer.Argument(help="Record files, summaries, or folders of them")],
     to: Annotated[str, typer.Option(help="Framework that the others are compared with.")] = "AxoNN",
@@ -106,7 +103,7 @@ def compare(
     console.print(f"{to} takes at most {fail_above:g} times as long as the fastest other framework", soft_wrap=True)
 
 
-@app.command()
+@documented("docs/errors.md")
 def doctor() -> None:
     """Say what this machine has: ranks, MPI, GPUs, frameworks; what will not work, and why."""
     from axonn.errors import LaunchError
@@ -164,18 +161,19 @@ def _gpus() -> list[tuple[str, str]]:
     return said
 
 
+def commands() -> dict[str, Callable[..., None]]:
+    """All commands by name: ours, and those of what stands above the experiments, which import nothing of it."""
+    ours = {one.__name__: one for one in (plan, run, predict, train, export, calibrate, compare, doctor)}
+    found = sorted(entry_points(group="axonn.commands"), key=lambda entry: entry.name)
+    return ours | {entry.name: entry.load() for entry in found}
+
+
+for name, command in commands().items():
+    app.command(name, epilog=f"More in {page_of(command)}")(command)
+
+
 def main() -> None:
-    """Entry point: errors of the suite become one message and exit code 2, an interruption 130."""
-    try:
+    """Entry point: errors of the suite become one message and its page and exit code 2, an interruption 130."""
+    asked = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    with explained(page_of(commands().get(asked))):
         app()
-    except AxonnError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
-        sys.exit(2)
-    except OSError as error:
-        # A full disk, a folder of somebody else's: nothing that a traceback explains better.
-        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        Console(stderr=True).print(f"[red]error:[/red] {escape(what)}", soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; what is done is kept, run again to go on")
-        sys.exit(130)

@@ -28,7 +28,7 @@ from axonn.config import (
     read_yaml,
     validate,
 )
-from axonn.errors import ConfigError
+from axonn.errors import ConfigError, MachineError
 from axonn.perf.machine import MachineFile, load_machine
 from axonn.perf.strategy import Strategy
 from axonn.strict import Inside, Line, Name, is_plain, shortened
@@ -242,7 +242,8 @@ def _find(folder: str, name: str) -> Path:
         known = sorted(p.stem for p in (HERE / folder).glob("*.yaml"))
         near = get_close_matches(name, known, n=2)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ConfigError(f"there is no {folder[:-1]} {shortened(name)}; {hint}known are {', '.join(known)}")
+        kind = MachineError if folder == "machines" else ConfigError
+        raise kind(f"there is no {folder[:-1]} {shortened(name)}; {hint}known are {', '.join(known)}")
     return path
 
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from axonn.config import StrictModel, TrainConfig, load_yaml, read_yaml, validate
-from axonn.errors import AxonnError, LaunchError
+from axonn.errors import LaunchError
 from axonn.perf.engine_strategy import strategy_of_config
 from axonn.perf.machine import MachineFile, load_machine
 from axonn.perf.naive import naive_constant
@@ -32,6 +32,7 @@ from axonn.records import Asked, Ran, Record, write_records
 from experiments.calibrate import calibrate
 from experiments.definition import HERE, ROOT, available_cores
 from experiments.framework import load_framework, ran_by
+from experiments.pages import explained
 from experiments.provenance import this_machine
 from experiments.run_record import parts_of, tflops_formula
 from experiments.supervisor import supervise
@@ -260,7 +261,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with explained("docs/own-machine.md"):
         main()
-    except AxonnError as error:
-        sys.exit(f"error: {error}")

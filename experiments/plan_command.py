@@ -11,10 +11,12 @@ from rich.markup import escape
 
 from axonn.errors import ConfigError
 from experiments.console import console, progress_bar
+from experiments.pages import documented
 
 Count = Annotated[int | None, typer.Option(min=1, help="Pin this extent of the grid.")]
 
 
+@documented("docs/plan.md")
 def plan(
     *,
     gpus: Annotated[int, typer.Option(min=1, help="How many GPUs (or ranks) to plan for.")],

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from axonn.errors import AxonnError
+from axonn.errors import AxonnError, RunFailed
 from experiments.console import ExperimentFile, command_line, console, launched_once, progress_bar
+from experiments.pages import documented
 
 if TYPE_CHECKING:
     from axonn.perf.jitter import Jitter
     from axonn.records import Record
 
 
+@documented("docs/own-figure.md")
 def run(  # noqa: PLR0917
     experiment_file: ExperimentFile,
     list_points: Annotated[bool, typer.Option("--list", help="List the points and whether they are done.")] = False,
@@ -101,7 +103,7 @@ def run(  # noqa: PLR0917
         assert record.failure is not None
         console.print(f"[red]{record.point} {record.ran.framework}: {record.failure.detail}[/red]", soft_wrap=True)
     if failures:
-        raise AxonnError(f"{failures} of {len(points)} points failed; run again to repeat them alone")
+        raise RunFailed(f"{failures} of {len(points)} points failed; run again to repeat them alone")
     if not ordered:
         raise AxonnError("none of the points can run here")
     console.print(
@@ -110,6 +112,7 @@ def run(  # noqa: PLR0917
     )
 
 
+@documented("docs/own-figure.md")
 def predict(
     names: Annotated[
         list[str] | None,

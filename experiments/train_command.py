@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
-from axonn.errors import AxonnError
+from axonn.errors import RunFailed
 from experiments.console import command_line, console, launched_once, warn
+from experiments.pages import documented
 
 
+@documented("docs/train-a-gpt.md")
 def train(
     config_file: Annotated[Path, typer.Argument(help="Training configuration (YAML)")],
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<name of the file>.")] = None,
@@ -61,7 +63,7 @@ def train(
         raise typer.Exit(130) from None
     if record.failure is not None:
         _say_how_to_go_on(folder)
-        raise AxonnError(f"{record.failure.detail}; {len(record.losses)} batches are kept in {folder}")
+        raise RunFailed(f"{record.failure.detail}; {len(record.losses)} batches are kept in {folder}")
     console.print(f"loss {record.losses[0]:.4f} -> {record.losses[-1]:.4f} in {len(record.losses)} batches; {folder}")
     console.print(_time_of(record.batch_time_s, record.parts_s), soft_wrap=True)
     if len(record.bytes_per_batch) > 1:
@@ -94,6 +96,7 @@ def _sent_by_axis(sizes: Mapping[str, int]) -> str:
     return f"bytes sent per batch by a rank, at most: {parts}"
 
 
+@documented("docs/resume.md")
 def export(
     source: Annotated[Path, typer.Argument(help="Run folder (its newest checkpoint) or one checkpoint")],
     out: Annotated[Path, typer.Option(help="File to write, for instance model.safetensors")],

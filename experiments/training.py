@@ -20,7 +20,7 @@ from axonn.config import TrainConfig, validate
 from axonn.data import Data
 from axonn.data.order import held_out_of
 from axonn.devices import DeviceType
-from axonn.errors import ConfigError
+from axonn.errors import CheckpointError
 from axonn.files import locked_folder, replace_durably
 from axonn.grid import ProcessGrid
 from axonn.launch import find_mpiexec
@@ -100,7 +100,7 @@ def prepare(
     if resume is not None:
         differences = config_differences(resume, config, data)
         if differences:
-            raise ConfigError(
+            raise CheckpointError(
                 f"{folder} holds a run with another configuration: {'; '.join(differences)}; "
                 "change it back, choose another --out, or start anew with --fresh, which removes its checkpoints"
             )

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from axonn.errors import ConfigError
 from experiments.console import ExperimentFile, command_line, console, progress_bar, warn
+from experiments.pages import documented
 
 if TYPE_CHECKING:
     from jobscripts.points import Planned
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 JobFolder = Annotated[Path, typer.Argument(help="Folder that axonn jobs wrote")]
 
 
+@documented("docs/jobs.md")
 def jobs(
     experiment_file: ExperimentFile,
     *,
@@ -116,6 +118,7 @@ def _table(planned: Planned) -> Table:
     return found
 
 
+@documented("docs/jobs.md")
 def submit(
     folder: JobFolder,
     only: Annotated[list[str] | None, typer.Option(help="Only this job, by its name.")] = None,
@@ -140,6 +143,7 @@ def submit(
     console.print(more if done else "nothing to submit", soft_wrap=True)
 
 
+@documented("docs/jobs.md")
 def status(
     folder: JobFolder,
     wait: Annotated[bool, typer.Option("--wait", help="Until no job waits or runs.")] = False,
@@ -162,6 +166,7 @@ def status(
         raise typer.Exit(1)
 
 
+@documented("docs/jobs.md")
 def collect(folder: JobFolder) -> None:
     """Write records of the jobs of a folder that ended into results/measured, for figures to show.
 

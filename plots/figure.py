@@ -20,12 +20,13 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 
 from axonn.config import TrainConfig
-from axonn.errors import AxonnError, RecordError
+from axonn.errors import RecordError
 from axonn.files import read_json, replace_durably
 from axonn.records import Record, RecordKind, read_records
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment
 from experiments.framework import load_framework
+from experiments.pages import explained
 from experiments.provenance import THIS_MACHINE, fingerprint, sources, this_machine
 from experiments.published import published_ratios, published_records
 from experiments.run_record import configuration_of, measures
@@ -306,10 +307,7 @@ def say_missing(figure: Figure, missing: Sequence[str]) -> None:
 def main(kind: FigureKind, arguments: Sequence[str] | None = None) -> None:
     """Command line of a figure's module: --fresh draws it anew."""
     given = sys.argv[1:] if arguments is None else arguments
-    try:
+    with explained("docs/own-figure.md"):
         status = make_figure(kind, fresh="--fresh" in given)
-    except AxonnError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
-        status = 2
     if status:
         sys.exit(status)

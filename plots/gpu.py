@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from axonn.errors import AxonnError, RecordError
+from axonn.errors import RecordError
 from axonn.files import read_json
 from experiments.definition import ROOT
+from experiments.pages import explained
 from plots.style import OUT, PAGE_IN, colours, save, styled
 
 if TYPE_CHECKING:
@@ -165,8 +164,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with explained("docs/compare.md"):
         main(sys.argv[1:])
-    except AxonnError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True)
-        sys.exit(2)

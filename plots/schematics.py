@@ -20,7 +20,6 @@ from rich.console import Console
 from axonn.collectives import SerialCollectives
 from axonn.config import TrainConfig, load_yaml, validate
 from axonn.engine import microbatches_of
-from axonn.errors import AxonnError
 from axonn.grid import Axis, ProcessGrid
 from axonn.inter_layer.stage import virtual_spans
 from axonn.models import make_model
@@ -29,6 +28,7 @@ from axonn.perf.simulator import Simulation, simulate
 from axonn.placement import Placement
 from axonn.schedules import Kind, Task, make_schedule
 from axonn.tensor import TRANSPOSED, Linear, TensorContext, placements
+from experiments.pages import explained
 from plots.style import PAGE_IN, colours, save, styled
 
 if TYPE_CHECKING:
@@ -305,8 +305,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with explained():
         main(sys.argv[1:])
-    except AxonnError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True)
-        sys.exit(2)

@@ -24,6 +24,7 @@ from axonn.trace import Parts, Span, breakdown, overlap, read_spans, span_files
 from axonn.trace_events import write_trace
 from experiments.console import console, warn
 from experiments.definition import ROOT
+from experiments.pages import documented
 from plots import style
 from plots.timeline import MOST_RANKS, View, draw_timeline, whole
 
@@ -240,6 +241,7 @@ def parts_table(parts: Parts, batch: int) -> Table:
     return table
 
 
+@documented("docs/trace.md")
 def trace(
     run: Annotated[Path, typer.Argument(help="Run folder, folder of predicted spans, or a record file of one run")],
     *,

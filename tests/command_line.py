@@ -79,11 +79,13 @@ class CommandLine:
         return path
 
     def refuses(self, message: str, *arguments: str | Path) -> None:
-        """The command fails with a one-line error that contains `message`, and leaves the folder as it was."""
+        """The command fails with a one-line error that contains `message`, names a page, and leaves the folder as it
+        was."""
         before = {p: p.read_bytes() if p.is_file() else None for p in self.root.rglob("*")}
         code, _, error = self(*arguments)
         assert code == 2
         assert message in error
         assert error.startswith("error: ")
-        assert len(error.splitlines()) == 1
+        _, page = error.splitlines()
+        assert (ROOT / page.removeprefix("see ")).is_file()
         assert {p: p.read_bytes() if p.is_file() else None for p in self.root.rglob("*")} == before

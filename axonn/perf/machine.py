@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field
 
 from axonn.config import StrictModel, load_yaml
-from axonn.errors import ConfigError
+from axonn.errors import ConfigError, MachineError
 from axonn.perf.tables import MeasuredKernels
 from axonn.strict import Name
 
@@ -396,5 +396,8 @@ class MachineFile(StrictModel):
 
 
 def load_machine(path: Path | str) -> MachineFile:
-    """Read a machine file. Raises `ConfigError` naming file, key and the nearest valid key."""
-    return load_yaml(path, MachineFile)
+    """Read a machine file. Raises `MachineError` naming file, key and the nearest valid key."""
+    try:
+        return load_yaml(path, MachineFile)
+    except ConfigError as error:
+        raise MachineError(str(error)) from error

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, get_args
 from rich.console import Console
 
 from axonn.devices import device_type
-from axonn.errors import AxonnError, ConfigError
+from axonn.errors import ConfigError
 from axonn.files import locked_folder
 from axonn.records import Failure, Machine
 from baselines.gpu import (
@@ -40,6 +40,7 @@ from baselines.gpu.summary import GPU_RECORDS, same_device, write_gpu_records, w
 from baselines.gpu.table import remarks, table_of
 from baselines.gpu.work import Device, Plan, plan_of
 from experiments.definition import ROOT
+from experiments.pages import explained
 from experiments.provenance import this_machine
 
 RESULTS = ROOT / "results" / "gpu"
@@ -219,8 +220,5 @@ def shown(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    try:
+    with explained("docs/compare.md"):
         sys.exit(main())
-    except AxonnError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True)
-        sys.exit(2)
