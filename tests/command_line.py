@@ -87,5 +87,5 @@ class CommandLine:
         assert message in error
         assert error.startswith("error: ")
         _, page = error.splitlines()
-        assert (ROOT / page.removeprefix("see ")).is_file()
+        assert (definition.ROOT / page.removeprefix("see ")).is_file()
         assert {p: p.read_bytes() if p.is_file() else None for p in self.root.rglob("*")} == before
