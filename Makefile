@@ -19,7 +19,7 @@ OTHERS := ginter inflight memory messages loss
 .NOTPARALLEL:
 .PHONY: help install reproduce reproduce-others $(FIGURES:%=reproduce-%) $(OTHERS:%=reproduce-%) report schematics \
 	baselines compare-baselines clean-baselines calibrate validate-local validate-plan validate-published plan-published \
-	test test-full test-slurm soak faults lint bench bench-link bench-tensor bench-schedules bench-optimizer bench-gpu clean
+	docs test test-full test-slurm soak faults lint bench bench-link bench-tensor bench-schedules bench-optimizer bench-gpu clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-21s %s\n", $$1, $$2 }'
@@ -93,6 +93,10 @@ faults: $(READY) ## break it on purpose, for long: faults, damaged files (EXAMPL
 
 soak: $(READY) ## kill or stop training runs 50 times at random moments; every resumed one ends as if nothing had happened
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --times $(or $(TIMES),50) $(if $(SEED),--seed $(SEED))
+
+docs: $(READY) ## the reference of the Python interface: build/docs/index.html
+	@$(BIN)/python -m tools.reference build/docs
+	@echo build/docs/index.html
 
 lint: $(READY) ## ruff, and the type checker in strict mode on axonn/
 	@$(BIN)/ruff check .

@@ -89,6 +89,7 @@ class GPTConfig(StrictModel):
 
     @property
     def units_per_sample(self) -> int:
+        """Tokens of a sequence."""
         return self.seq_len
 
 
@@ -129,6 +130,7 @@ class ScheduleConfig(StrictModel):
     placement: ChunkPlacement = "loop"
 
     def spec(self) -> ScheduleSpec:
+        """As `make_schedule` takes it."""
         return ScheduleSpec(**self.model_dump())
 
 
@@ -205,14 +207,17 @@ class PrecisionConfig(StrictModel):
 
     @property
     def master_type(self) -> str:
+        """Of the weights that the optimizer keeps."""
         return self.master or ("float64" if self.compute == "float64" else "float32")
 
     @property
     def gradient_type(self) -> str:
+        """In which gradients are added and reduced."""
         return self.gradients or self.compute
 
     @property
     def scaling(self) -> float | Literal["dynamic"]:
+        """How the loss is scaled: a number, "dynamic", or not at all (None)."""
         return self.loss_scale or ("dynamic" if self.compute == "float16" else 1.0)
 
 

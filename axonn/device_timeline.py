@@ -114,6 +114,7 @@ class Timeline:
         return self.spans is not None
 
     def now(self) -> Moment:
+        """This moment, in the order of what the device was given."""
         return Moment(self.device, timed=self.timed)
 
     def at(self, seconds: float | None) -> Moment:
@@ -126,6 +127,7 @@ class Timeline:
         return one if one.event is None and one.at > other.at else other
 
     def side_stream(self) -> SideStream:
+        """Another queue of work of the same device."""
         return SideStream(self.device)
 
     def result_of(self, work: Work) -> Moment:

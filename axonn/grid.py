@@ -140,9 +140,11 @@ class ProcessGrid:
         return rank + step * self._strides["inter"]
 
     def is_first_stage(self, rank: int) -> bool:
+        """Whether a rank of these coordinates reads the inputs."""
         return self.coordinates(rank).inter == 0
 
     def is_last_stage(self, rank: int) -> bool:
+        """Whether a rank of these coordinates computes the loss."""
         return self.coordinates(rank).inter == self.inter - 1
 
     def node(self, rank: int) -> int:

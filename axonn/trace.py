@@ -230,6 +230,7 @@ class Parts(NamedTuple):
 
     @property
     def total(self) -> float:
+        """Seconds of all parts."""
         return sum(self)
 
 

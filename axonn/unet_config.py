@@ -81,6 +81,7 @@ class UNetConfig(StrictModel):
 
     @property
     def units_per_sample(self) -> int:
+        """One: images are counted."""
         return 1
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from axonn.config import TrainConfig
 from experiments import definition
 
 ROOT = definition.ROOT
@@ -131,6 +132,14 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         if not target.startswith(("http://", "https://")):
             assert (page.parent / target).exists(), f"{page.name}: {target} is not there"
+
+
+def test_the_configuration_page_names_every_key() -> None:
+    page = (DOCS / "configuration.md").read_text(encoding="utf-8") + (DOCS / "train-a-gpt.md").read_text(
+        encoding="utf-8"
+    )
+    missing = [key for key in TrainConfig.model_fields if not re.search(rf"`{key}\b|^{key}:", page, re.MULTILINE)]
+    assert missing == []
 
 
 def test_the_index_names_every_page() -> None:

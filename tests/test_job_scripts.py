@@ -27,13 +27,13 @@ PUBLISHED = [
 ]
 
 
-def test_the_site_file_of_the_readme(tmp_path: Path) -> None:
-    (text,) = re.findall(r"```yaml\n(# my-site.yaml\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_site_file_of_the_page(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(# summit-site.yaml\n.*?)```", (ROOT / "docs" / "jobs.md").read_text(), re.DOTALL)
     (tmp_path / "my-site.yaml").write_text(text)
     own, system = load_site(tmp_path / "my-site.yaml"), load_system("summit")
-    own.require(system.needs, where="README.md", machine="summit")
+    own.require(system.needs, where="docs/jobs.md", machine="summit")
     plan = plan_jobs(few("fig6"), system=system, site=own)
-    plan.require(own, where="README.md")
+    plan.require(own, where="docs/jobs.md")
     assert plan.warnings == []
     write(plan, tmp_path / "jobs", machine="summit", own=own)
     check_shell(tmp_path / "jobs")

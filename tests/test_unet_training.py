@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import yaml
 from safetensors.torch import load_file
 
-from axonn.config import GPTConfig, TrainConfig, UNetConfig, load_yaml, validate
+from axonn.config import GPTConfig, TrainConfig, UNetConfig, validate
 from axonn.errors import ConfigError
 from axonn.models import GPT, UNet, make_model
 from axonn.records import Asked, read_records
 from baselines.pytorch_loop import PlainLoop
 from baselines.pytorch_pipelining import TorchPipelining, TorchPipeliningZBV
-from experiments.definition import HERE, ROOT, load_model
+from experiments.definition import load_model
 from experiments.loop import CHECKPOINTS
 from experiments.metrics import BATCHES, EVALUATIONS, read_rows
 from tests.command_line import CommandLine, tiny
@@ -128,10 +127,3 @@ def test_models_are_found_by_name_whatever_their_kind() -> None:
     assert load_model("gpt-12b").kind == "gpt"
     with pytest.raises(ConfigError, match=r"there is no model 'unet-2m'; .*known are"):
         load_model("unet-2m")
-
-
-def test_the_model_in_the_readme_is_that_of_the_suite() -> None:
-    block = next(b for b in (ROOT / "README.md").read_text().split("```yaml\n") if b.startswith("# digits.yaml"))
-    path = HERE / "models" / "unet-1m.yaml"
-    config = validate(yaml.safe_load(block.partition("```")[0]), TrainConfig, where="README")
-    assert config.model.model_copy(update={"name": "unet-1m"}) == load_yaml(path, UNetConfig)

@@ -1,0 +1,1 @@
+"""One stage of the pipeline at work: what it computes, keeps, sends and hears."""

@@ -16,6 +16,7 @@ class SavedBytes:
         self.bytes = 0
 
     def add(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage, once."""
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())

@@ -41,6 +41,7 @@ class Batch:
         return tuple(t[rows.start : rows.stop] for t in self._inputs)
 
     def targets(self, rows: range) -> torch.Tensor:
+        """Of these rows of the batch. Only the stage with the loss has any."""
         assert self._targets is not None, "the engine checks that the stage with the loss has targets"
         return self._targets[rows.start : rows.stop]
 

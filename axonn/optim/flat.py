@@ -72,6 +72,7 @@ class FlatParameters:
                 start += other.numel()
 
     def zero_gradients(self) -> None:
+        """Before a batch."""
         self.gradients.zero_()
         self.shared_gradients.zero_()
 

@@ -78,6 +78,7 @@ class ModelMemory(NamedTuple):
 
     @property
     def device(self) -> int:
+        """Bytes on the device, all categories together."""
         return self.parameters + self.gradients + self.optimizer_state + self.buckets
 
 

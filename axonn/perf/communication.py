@@ -55,6 +55,7 @@ class StageMessage(NamedTuple):
 
     @property
     def bytes(self) -> int:
+        """Of one message."""
         return self.elements * BYTES[self.dtype]
 
 
@@ -126,10 +127,12 @@ class Training:
 
     @property
     def chunks(self) -> ChunkLayout:
+        """How chunks lie on the stages."""
         return self.layout or ChunkLayout(stages=self.grid.inter)
 
     @property
     def virtual_spans(self) -> Sequence[range]:
+        """Links of every virtual stage."""
         return [range(len(self.outline.links))] if self.spans is None else self.spans
 
     @property

@@ -44,6 +44,7 @@ class Spread:
 
     @property
     def mean(self) -> float:
+        """Of the batch times, in seconds."""
         return sum(self.batch_times_s) / len(self.batch_times_s)
 
     def percentile(self, percent: float) -> float:

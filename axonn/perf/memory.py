@@ -85,6 +85,7 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Bytes of all categories together."""
         return self.model_state + self.checkpoints + self.working
 
     @property
@@ -94,6 +95,7 @@ class Memory:
 
     @property
     def fits(self) -> bool:
+        """Whether it is within the memory of the GPU, less what is reserved."""
         return self.total <= self.capacity and self.host <= self.host_capacity
 
     def check(self) -> None:

@@ -28,6 +28,7 @@ class MessageTime:
 
     @property
     def seconds(self) -> float:
+        """Until the message is there."""
         return self.latency + self.transfer
 
 

@@ -19,6 +19,7 @@ class Product(NamedTuple):
 
     @property
     def flops(self) -> int:
+        """Multiplications and additions."""
         return 2 * self.batch * self.m * self.n * self.k
 
 
@@ -37,6 +38,7 @@ class Convolution(NamedTuple):
 
     @property
     def flops(self) -> int:
+        """Multiplications and additions."""
         return 2 * self.images * self.inputs * self.outputs * (self.size * self.kernel) ** 2
 
 

@@ -80,6 +80,7 @@ def _exchanges(
 class Saving:
     @property
     def saves(self) -> bool:
+        """Whether its input is kept for the backward."""
         return True
 
 
@@ -281,6 +282,7 @@ class Relayout:
 
     @property
     def saves(self) -> bool:
+        """Whether its input is kept for the backward."""
         return False
 
     def forward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
@@ -308,6 +310,7 @@ class Issued:
 
     @property
     def saves(self) -> bool:
+        """Whether its input is kept for the backward."""
         return False
 
     def forward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:

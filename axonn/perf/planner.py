@@ -56,10 +56,12 @@ class Discarded:
     """The configuration that lacks the least memory, and how many bytes."""
 
     def add(self, reason: str, example: str, count: int = 1) -> None:
+        """Count configurations that are not possible, with an example."""
         self.counts[reason] += count
         self.examples.setdefault(reason, example)
 
     def short_of_memory(self, lacking: int, candidate: Candidate) -> None:
+        """Remember the configuration that lacks the fewest bytes."""
         if self.nearest is None or lacking < self.nearest[0]:
             self.nearest = lacking, candidate
 
@@ -73,6 +75,7 @@ class Choice:
 
     @property
     def seconds(self) -> float:
+        """Predicted for a batch."""
         return self.prediction.batch_time_s
 
 

@@ -96,9 +96,11 @@ class Space:
         return [schedule.model_copy(update={"in_flight_limit": limit}) for limit in limits]
 
     def optimizers(self) -> Sequence[OptimizerPlacement]:
+        """Places of the optimizer to try."""
         return ("device", "offloaded") if self.optimizer is None else (self.optimizer,)
 
     def checkpointings(self) -> Sequence[Checkpointing]:
+        """Ways of checkpointing to try."""
         return ("none", "auto") if self.checkpointing is None else (self.checkpointing,)
 
     def sub_shards(self, tensor: int, microbatch_size: int) -> Sequence[int]:

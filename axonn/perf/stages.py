@@ -36,26 +36,32 @@ class ChunkTimes:
 
     @property
     def forward(self) -> float:
+        """Seconds, with the collectives that are not hidden."""
         return self.of(Kind.FORWARD)
 
     @property
     def backward(self) -> float:
+        """Seconds, with the collectives that are not hidden."""
         return self.of(Kind.BACKWARD)
 
     @property
     def input(self) -> float:
+        """Seconds of the gradient of the input alone."""
         return self.of(Kind.INPUT)
 
     @property
     def weight(self) -> float:
+        """Seconds of the gradients of the weights alone."""
         return self.of(Kind.WEIGHT)
 
     @property
     def reduce_forward(self) -> float:
+        """Seconds of these in which it waits for collectives."""
         return self.tasks[Kind.FORWARD].waited
 
     @property
     def reduce_backward(self) -> float:
+        """Seconds of these in which it waits for collectives."""
         return self.tasks[Kind.BACKWARD].waited
 
 
@@ -67,18 +73,22 @@ class StageTimes:
 
     @property
     def forward(self) -> float:
+        """Seconds, with the collectives that are not hidden."""
         return sum(c.forward for c in self.chunks)
 
     @property
     def backward(self) -> float:
+        """Seconds, with the collectives that are not hidden."""
         return sum(c.backward for c in self.chunks)
 
     @property
     def reduce_forward(self) -> float:
+        """Seconds of these in which it waits for collectives."""
         return sum(c.reduce_forward for c in self.chunks)
 
     @property
     def reduce_backward(self) -> float:
+        """Seconds of these in which it waits for collectives."""
         return sum(c.reduce_backward for c in self.chunks)
 
 

@@ -45,6 +45,7 @@ class StageEnd(NamedTuple):
 
     @property
     def updating(self) -> float:
+        """Seconds of the optimizer."""
         return self.optimizer[1] - self.optimizer[0]
 
     def spans(self, stage: int, last_task: float, end: float) -> list[Span]:

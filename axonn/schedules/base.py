@@ -36,6 +36,7 @@ class Kind(IntEnum):
 
     @property
     def letter(self) -> str:
+        """In drawings of schedules."""
         return "FBIW"[self]
 
     @property

@@ -25,6 +25,7 @@ class ChunkLayout:
 
     @property
     def virtual_stages(self) -> int:
+        """Chunks of all stages."""
         return self.stages * self.chunks
 
     def virtual(self, stage: int, chunk: int) -> int:

@@ -33,6 +33,7 @@ def judge(version: str, environment: Mapping[str, str], symbol: str, query: Call
 
 
 def main() -> None:
+    """Try it on this machine; prints what works."""
     from mpi4py import MPI
 
     version = MPI.Get_library_version().split(",")[0].strip("\0 \n").splitlines()[0]

@@ -48,6 +48,7 @@ class End:
             self._thread.start()
 
     def join(self) -> None:
+        """Wait until its thread has ended."""
         if self._thread is not None:
             self._thread.join(_JOIN_S)
 
@@ -204,6 +205,7 @@ class Sender(Outbox):
         self._sent = sent
 
     def send(self, address: Address, tensors: tuple[torch.Tensor, ...]) -> None:
+        """Post a message; returns before it has left."""
         start = time.perf_counter()
         header = torch.frombuffer(pack_header(address, tensors), dtype=torch.uint8)
         transfers = (self._control.send([header]), self._wire.send(tensors))
@@ -218,5 +220,6 @@ class Teller(Outbox):
         self._wire = wire
 
     def tell(self, decision: Decision) -> None:
+        """Post a decision; returns before it has left."""
         packed = torch.frombuffer(pack_decision(decision), dtype=torch.uint8)
         self._post(_Outgoing((packed,), (self._wire.send([packed]),), lambda: None))

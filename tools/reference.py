@@ -1,0 +1,25 @@
+"""Render the reference of the Python interface: python -m tools.reference FOLDER."""
+
+from __future__ import annotations
+
+import pkgutil
+import sys
+from pathlib import Path
+
+import pdoc
+import pdoc.render
+
+import axonn
+
+
+def main(folder: Path) -> None:
+    """HTML of `axonn` and all that is in it, with the sources. Raises `SystemExit` without a folder."""
+    modules = [found.name for found in pkgutil.walk_packages(axonn.__path__, "axonn.")]
+    pdoc.render.configure(docformat="google", math=False, search=True)
+    pdoc.pdoc("axonn", *modules, output_directory=folder)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m tools.reference FOLDER")
+    main(Path(sys.argv[1]))
