@@ -63,6 +63,7 @@ def test_the_reference_renders(tmp_path: Path) -> None:
     assert (out / "index.html").is_file()
     page = (out / "axonn" / "tensor" / "parallelize.html").read_text(encoding="utf-8")
     assert "example_inputs" in page
+    assert "example_inputs" in (out / "axonn.html").read_text(encoding="utf-8")
     assert {path.relative_to(out).with_suffix("").as_posix().replace("/", ".") for path in out.rglob("*.html")} >= {
         name for name in MODULES if not hasattr(importlib.import_module(name), "__path__")
     }

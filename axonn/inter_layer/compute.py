@@ -116,6 +116,7 @@ class ChunkCompute:
         return gradients
 
     def backward_weight(self, microbatch: int) -> None:
+        """The gradients of the weights, whose input gradients were computed before."""
         self._weights.pop(microbatch)()
 
     def _forward(self, microbatch: int, lane: int, batch: Batch, saved: SavedBytes | None) -> Tensors:

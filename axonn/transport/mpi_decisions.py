@@ -80,6 +80,7 @@ class MPIDecisions:
         return under_way
 
     def free(self) -> None:
+        """Give its communicator back; collective."""
         self._comm.Free()
 
     def _post(self) -> None:
