@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from axonn.errors import ConfigError
 from axonn.schedules import (
     PICKS,
-    SCHEDULES,
     ChunkLayout,
     ChunkPlacement,
     Direction,
@@ -24,6 +23,7 @@ from axonn.schedules import (
     StaticSchedule,
     Task,
     make_schedule,
+    names,
 )
 
 DRIVEN = ("message-driven", "message-driven-zero-bubble")
@@ -129,7 +129,7 @@ class Driver:
 
 @st.composite
 def specs(draw: st.DrawFn) -> ScheduleSpec:
-    name = draw(st.sampled_from(sorted(SCHEDULES)))
+    name = draw(st.sampled_from(sorted(names())))
     if name in DRIVEN:
         chunks = draw(st.integers(1, 3))
         placement: ChunkPlacement = draw(st.sampled_from(("loop", "v"))) if chunks > 1 else "loop"

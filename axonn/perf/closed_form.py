@@ -22,7 +22,7 @@ from axonn.perf.predict import message_bytes
 from axonn.perf.stages import ChunkTimes, link_times
 from axonn.perf.strategy import OptimizerPlacement, Strategy
 from axonn.perf.update import step_time
-from axonn.schedules import ChunkPlacement
+from axonn.schedules import ChunkPlacement, make_schedule
 
 Extents = tuple[int, int, int, int]
 """G_data, G_inter, G_row, G_col."""
@@ -337,12 +337,17 @@ def most_held(schedule: ScheduleConfig, stages: int, microbatches: int) -> list[
         limit = min(microbatches, schedule.in_flight_limit or 2 * stages)
         ends = [1] if schedule.name == "message-driven" and chunks == 1 else [limit]
         return [limit] * (stages - 1) + ends
+    if schedule.name == "gpipe":
+        return [microbatches] * stages
     if schedule.name == "1f1b":
         return [min(microbatches, stages - stage) for stage in range(stages)]
     if schedule.name == "interleaved-1f1b":
         pairs = [2 * (stages - 1 - stage) + (chunks - 1) * stages + 1 for stage in range(stages)]
         return [min(microbatches, -(-count // chunks)) for count in pairs]
-    return [microbatches if schedule.name == "gpipe" else min(microbatches, stages)] * stages
+    if schedule.name == "zero-bubble":
+        return [min(microbatches, stages)] * stages
+    made = [make_schedule(schedule.spec(), stage=s, stages=stages, microbatches=microbatches) for s in range(stages)]
+    return [-(-one.limit // chunks) for one in made]
 
 
 def _before(values: Sequence[float]) -> list[float]:

@@ -10,19 +10,14 @@ from axonn.schedules.base import Direction, Kind, StageSchedule, Task
 from axonn.schedules.forwards import Forwards
 from axonn.schedules.layout import ChunkLayout, ChunkPlacement
 from axonn.schedules.message_driven import PICKS, MessageDriven
-from axonn.schedules.orders import (
-    gpipe_order,
-    interleaved_order,
-    one_f_one_b_order,
-    zero_bubble_order,
-    zero_bubble_v_order,
-)
+from axonn.schedules.orders import GPIPE, INTERLEAVED, ONE_F_ONE_B, ZERO_BUBBLE, StaticOrder
 from axonn.schedules.static import StaticSchedule
 from axonn.schedules.told import ToldSchedule
 
 __all__ = [
+    "DRIVEN",
     "PICKS",
-    "SCHEDULES",
+    "STATIC",
     "ChunkLayout",
     "ChunkPlacement",
     "Direction",
@@ -31,10 +26,12 @@ __all__ = [
     "MessageDriven",
     "ScheduleSpec",
     "StageSchedule",
+    "StaticOrder",
     "StaticSchedule",
     "Task",
     "ToldSchedule",
     "make_schedule",
+    "names",
 ]
 
 
@@ -69,10 +66,9 @@ def _message_driven_zero_bubble(spec: ScheduleSpec, stage: int, stages: int, mic
 
 def _driven(spec: ScheduleSpec, stage: int, stages: int, microbatches: int, *, splits: bool) -> MessageDriven:
     pick: str | list[Task] = spec.pick
-    if spec.pick in _ORDERS:
+    if spec.pick in STATIC:
         static = ScheduleSpec(name=spec.pick, chunks=spec.chunks, placement=spec.placement)
-        _check_static(static, f"pick rule '{spec.pick}'")
-        pick = _ORDERS[spec.pick](static, stage, stages, microbatches)
+        pick = _check_static(static, f"pick rule '{spec.pick}'").make(stage, stages, microbatches, spec.chunks)
         if splits != any(task.kind == Kind.INPUT for task in pick):
             other = "message-driven" if splits else "message-driven-zero-bubble"
             raise ConfigError(
@@ -80,7 +76,7 @@ def _driven(spec: ScheduleSpec, stage: int, stages: int, microbatches: int, *, s
                 f"'{spec.pick}' are not; take schedule '{other}' or another pick rule"
             )
     elif spec.pick not in PICKS:
-        raise ConfigError(f"unknown pick rule '{spec.pick}'; known are {', '.join((*PICKS, *_ORDERS))}")
+        raise ConfigError(f"unknown pick rule '{spec.pick}'; known are {', '.join((*PICKS, *STATIC))}")
     if spec.in_flight_limit is not None and spec.in_flight_limit < 1:
         raise ConfigError(f"in_flight_limit is {spec.in_flight_limit}; it must be at least 1")
     return MessageDriven(
@@ -97,58 +93,50 @@ def _driven(spec: ScheduleSpec, stage: int, stages: int, microbatches: int, *, s
 def _static(spec: ScheduleSpec, stage: int, stages: int, microbatches: int) -> StageSchedule:
     if spec.in_flight_limit is not None or spec.pick != "backward-first":
         raise ConfigError(f"schedule '{spec.name}' has no in_flight_limit and no pick rule; remove them")
-    _check_static(spec, f"schedule '{spec.name}'")
+    order = _check_static(spec, f"schedule '{spec.name}'")
     return StaticSchedule(
         stage=stage,
         stages=stages,
         microbatches=microbatches,
         layout=spec.layout(stages),
-        order=_ORDERS[spec.name](spec, stage, stages, microbatches),
+        order=order.make(stage, stages, microbatches, spec.chunks),
     )
 
 
-def _check_static(spec: ScheduleSpec, what: str) -> None:
-    """Whether the static schedule `spec.name` is defined for the chunks and their placement."""
-    chunks, placement = spec.chunks, spec.placement
-    if spec.name == "interleaved-1f1b":
-        fits, needs = chunks > 1 and placement == "loop", "two or more chunks in loops; set chunks: 2, placement: loop"
-    elif spec.name == "zero-bubble":
-        fits = (chunks, placement) in ((1, "loop"), (2, "v"))
-        needs = "one chunk (ZB-H1) or two in a V (ZB-V); set chunks: 2, placement: v, or remove both"
-    else:
-        fits, needs = (chunks, placement) == (1, "loop"), "one chunk per stage; remove chunks and placement"
-    if not fits:
-        raise ConfigError(f"{what} needs {needs} (found chunks: {chunks}, placement: {placement})")
+def _check_static(spec: ScheduleSpec, what: str) -> StaticOrder:
+    """The order `spec.name`, if there is one for the chunks and their placement."""
+    order, chunks, placement = STATIC[spec.name], spec.chunks, spec.placement
+    if not order.fits(chunks, placement):
+        raise ConfigError(f"{what} needs {order.needs} (found chunks: {chunks}, placement: {placement})")
+    return order
 
 
-def _zero_bubble(spec: ScheduleSpec, stage: int, stages: int, microbatches: int) -> list[Task]:
-    order = zero_bubble_order if spec.chunks == 1 else zero_bubble_v_order
-    return order(stage, stages, microbatches)
-
-
-_ORDERS: dict[str, Callable[[ScheduleSpec, int, int, int], list[Task]]] = {
-    "gpipe": lambda spec, stage, stages, microbatches: gpipe_order(microbatches),
-    "1f1b": lambda spec, stage, stages, microbatches: one_f_one_b_order(stage, stages, microbatches),
-    "interleaved-1f1b": lambda spec, stage, stages, microbatches: interleaved_order(
-        stage, stages, microbatches, spec.chunks
-    ),
-    "zero-bubble": _zero_bubble,
+STATIC: dict[str, StaticOrder] = {
+    "gpipe": GPIPE,
+    "1f1b": ONE_F_ONE_B,
+    "interleaved-1f1b": INTERLEAVED,
+    "zero-bubble": ZERO_BUBBLE,
 }
-
-SCHEDULES: dict[str, Callable[[ScheduleSpec, int, int, int], StageSchedule]] = {
+"""Schedules whose order is fixed in advance, by name. A new one is one file and one line here."""
+DRIVEN: dict[str, Callable[[ScheduleSpec, int, int, int], StageSchedule]] = {
     "message-driven": _message_driven,
     "message-driven-zero-bubble": _message_driven_zero_bubble,
-    **dict.fromkeys(_ORDERS, _static),
 }
-"""Schedules by name. A new one is one file and one line here."""
+"""Schedules that decide as messages arrive; a new one likewise."""
+
+
+def names() -> list[str]:
+    """Of all schedules."""
+    return [*DRIVEN, *STATIC]
 
 
 def make_schedule(spec: ScheduleSpec, *, stage: int, stages: int, microbatches: int) -> StageSchedule:
     """The schedule of one stage. Raises `ConfigError` for an unknown name or an option the schedule does not have."""
-    if spec.name not in SCHEDULES:
-        raise ConfigError(f"unknown schedule '{spec.name}'; known are {', '.join(SCHEDULES)}")
+    if spec.name not in names():
+        raise ConfigError(f"unknown schedule '{spec.name}'; known are {', '.join(names())}")
     if spec.chunks < 1:
         raise ConfigError(f"chunks is {spec.chunks}; it must be at least 1")
     if spec.placement == "v" and spec.chunks == 1:
         raise ConfigError("placement 'v' needs two or more chunks per stage; set chunks: 2 or remove placement")
-    return SCHEDULES[spec.name](spec, stage, stages, microbatches)
+    make = DRIVEN.get(spec.name, _static)
+    return make(spec, stage, stages, microbatches)

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from axonn.schedules.base import Kind, Task
+from axonn.schedules.layout import ChunkPlacement
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticOrder:
+    """A static schedule: its order, and the chunks that it is defined for."""
+
+    make: Callable[[int, int, int, int], list[Task]]
+    """The tasks of a stage, of (stage, stages, microbatches, chunks)."""
+    fits: Callable[[int, ChunkPlacement], bool] = lambda chunks, placement: (chunks, placement) == (1, "loop")
+    """Whether it is defined for so many chunks that lie so."""
+    needs: str = "one chunk per stage; remove chunks and placement"
+    """What to say where it does not fit."""
 
 
 def gpipe_order(microbatches: int) -> list[Task]:
@@ -105,3 +121,21 @@ class _Builder:
         for _ in range(times):
             self.tasks.append(Task(kind, chunk, self.count[kind, chunk]))
             self.count[kind, chunk] += 1
+
+
+GPIPE = StaticOrder(make=lambda stage, stages, microbatches, chunks: gpipe_order(microbatches))
+ONE_F_ONE_B = StaticOrder(
+    make=lambda stage, stages, microbatches, chunks: one_f_one_b_order(stage, stages, microbatches)
+)
+INTERLEAVED = StaticOrder(
+    make=interleaved_order,
+    fits=lambda chunks, placement: chunks > 1 and placement == "loop",
+    needs="two or more chunks in loops; set chunks: 2, placement: loop",
+)
+ZERO_BUBBLE = StaticOrder(
+    make=lambda stage, stages, microbatches, chunks: (zero_bubble_order if chunks == 1 else zero_bubble_v_order)(
+        stage, stages, microbatches
+    ),
+    fits=lambda chunks, placement: (chunks, placement) in ((1, "loop"), (2, "v")),
+    needs="one chunk (ZB-H1) or two in a V (ZB-V); set chunks: 2, placement: v, or remove both",
+)

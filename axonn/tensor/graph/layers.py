@@ -13,22 +13,13 @@ from axonn import tensor
 from axonn.placement import Cut
 from axonn.tensor.context import TensorAxis, TensorContext
 from axonn.tensor.graph.forms import Form, Link, Part, State
-from axonn.tensor.graph.operations import Label, Labelled, Operation, shape_of
+from axonn.tensor.graph.layer_kinds import KINDS, Place, Shapes
+from axonn.tensor.graph.operations import Labelled, Operation, shape_of
 from axonn.tensor.layer import Layout
 
 AXES: tuple[TensorAxis, ...] = ("row", "col")
 Key = tuple[Cut, ...]
 """The cuts of a parameter. Whoever holds the same parameter must have it under the same key."""
-
-
-class Features(NamedTuple):
-    """The dims of a layer's activations that are features, and their sizes; None where there are none to cut."""
-
-    input: int | None
-    input_size: int
-    output: int
-    output_size: int
-    names: tuple[str, str]
 
 
 class Choice(NamedTuple):
@@ -47,13 +38,16 @@ class LayerOperation(Operation):
     def __init__(self, node: fx.Node, inputs: Sequence[fx.Node], module: nn.Module) -> None:
         super().__init__(node, inputs)
         self.module = module
-        self.features = _features(node, inputs[0], module)
-        self.norm = isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm)
-        self.alike = _alike(node, inputs, module, range(len(shape_of(inputs[0]))))
+        self.kind = KINDS[type(module)]
+        self.shapes = Shapes(shape_of(inputs[0]), shape_of(node))
+        self.features = self.kind.features(module, self.shapes)
+        self.norm = self.kind.normalises
+        source, output = self.kind.alike(module, len(self.shapes.input))
+        self.alike = Labelled(node, inputs, [source], output)
 
     def carry(self, position: int, form: Form) -> list[Link]:
         f = self.features
-        segments = isinstance(self.module, nn.GroupNorm) or len(form.segments) == 1
+        segments = self.kind.segmented or len(form.segments) == 1
         return [Link((form,), form)] if self.norm and form.dim == f.output and segments else []
 
     def demand(self, form: Form) -> list[Link]:
@@ -79,7 +73,7 @@ class LayerOperation(Operation):
         one, two = self.own_forms()
         cutting = _cutting(context)
         if self.norm:
-            forms = _unique(one, inputs) if isinstance(self.module, nn.GroupNorm) else [one]
+            forms = _unique(one, inputs) if self.kind.segmented else [one]
             parts = [Part(axis, form) for axis, form in product(cutting, forms) if form.divides(context.extent(axis))]
             return [Choice(None, None, 0.0, 1), *(Choice(p, p, 0.0, context.extent(p.axis)) for p in parts)]
         ins = [one] if self.features.input is None else _unique(one, inputs)
@@ -94,7 +88,7 @@ class LayerOperation(Operation):
     def key(self, name: str, choice: Choice) -> Key:
         """Of the parameter `name` of the module."""
         parameter: nn.Parameter = getattr(self.module, name)
-        of_output, of_input = (1, 0) if isinstance(self.module, nn.Embedding) else (0, 1)
+        of_output, of_input = self.kind.weight_dims
         cuts = {}
         if choice.output is not None:
             cuts[parameter.dim() - 1 if self.norm else of_output] = choice.output
@@ -162,130 +156,29 @@ def module_operation(node: fx.Node, inputs: Sequence[fx.Node], module: nn.Module
 
 def refusal(module: nn.Module) -> str:
     """Why a module stays whole; empty when it is one that can be cut."""
-    kind = type(module)
-    if kind is nn.Conv2d:
-        return f"grouped convolution (groups = {module.groups})" if module.groups != 1 else ""
-    if kind is nn.Embedding:
-        options = [n for n in ("max_norm", "scale_grad_by_freq", "sparse") if getattr(module, n)]
-        return f"embedding with {' and '.join(options)}" if options else ""
-    if kind in (nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Dropout):
+    if type(module) in KINDS:
+        return KINDS[type(module)].refusal(module)
+    if type(module) is nn.Dropout:
         return ""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return "batch norm mixes rows, and its statistics are those of whole channels"
-    return f"{kind.__name__} has no tensor-parallel counterpart"
+    return f"{type(module).__name__} has no tensor-parallel counterpart"
 
 
 def build(module: nn.Module, choice: Choice, context: TensorContext) -> nn.Module:
     """The layer of `choice` on this rank, its parameters still empty."""
     parameter = next(module.parameters(), None)
     like: dict[str, Any] = {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
-    layer: nn.Module
-    one, two = _segments(choice.input), _segments(choice.output)
-    layout = Layout(_axis(choice.input), _axis(choice.output))
-    if isinstance(module, nn.Linear):
-        bias = module.bias is not None
-        layer = tensor.Linear(
-            module.in_features,
-            module.out_features,
-            bias,
-            **like,
-            context=context,
-            layout=layout,
-            in_segments=one,
-            out_segments=two,
-        )
-    elif isinstance(module, nn.Conv2d):
-        layer = tensor.Conv2d(
-            module.in_channels,
-            module.out_channels,
-            module.kernel_size,  # type: ignore[arg-type]
-            module.stride,  # type: ignore[arg-type]
-            module.padding,  # type: ignore[arg-type]
-            module.dilation,  # type: ignore[arg-type]
-            1,
-            module.bias is not None,
-            module.padding_mode,
-            **like,
-            context=context,
-            layout=layout,
-            in_segments=one,
-            out_segments=two,
-        )
-    elif isinstance(module, nn.Embedding):
-        layer = tensor.Embedding(
-            module.num_embeddings, module.embedding_dim, module.padding_idx, **like, context=context, layout=layout
-        )
-    elif isinstance(module, nn.LayerNorm):
-        layer = tensor.LayerNorm(
-            module.normalized_shape,
-            module.eps,
-            module.elementwise_affine,
-            module.bias is not None,
-            **like,
-            context=context,
-            axis=layout.input,
-        )
-    elif isinstance(module, nn.RMSNorm):
-        layer = tensor.RMSNorm(
-            module.normalized_shape,
-            module.eps,
-            module.elementwise_affine,
-            **like,
-            context=context,
-            axis=layout.input,
-        )
-    elif isinstance(module, nn.GroupNorm):
-        layer = tensor.GroupNorm(
-            module.num_groups,
-            module.num_channels,
-            module.eps,
-            module.affine,
-            **like,
-            context=context,
-            axis=layout.input,
-            segments=one,
-        )
-    else:
-        raise AssertionError(f"{type(module).__name__} is not a layer that can be cut")
-    return layer.train(module.training)
+    place = Place(
+        context, Layout(_axis(choice.input), _axis(choice.output)), (_segments(choice.input), _segments(choice.output))
+    )
+    return KINDS[type(module)].build(module, place, like).train(module.training)
 
 
 def build_dropout(module: nn.Dropout, state: State, context: TensorContext, *, name: str) -> nn.Module:
     """That of an activation that lies so."""
     cuts = () if state is None else ((state.form.dim, state.axis),)
     return tensor.Dropout(module.p, name=name, context=context, cuts=cuts).train(module.training)
-
-
-def _features(node: fx.Node, source: fx.Node, module: nn.Module) -> Features:
-    before, after = len(shape_of(source)), len(shape_of(node))
-    if isinstance(module, nn.Linear):
-        names = "in_features", "out_features"
-        return Features(before - 1, module.in_features, after - 1, module.out_features, names)
-    if isinstance(module, nn.Conv2d):
-        names = "in_channels", "out_channels"
-        return Features(before - 3, module.in_channels, after - 3, module.out_channels, names)
-    if isinstance(module, nn.Embedding):
-        names = "num_embeddings", "embedding_dim"
-        return Features(None, module.num_embeddings, after - 1, module.embedding_dim, names)
-    if isinstance(module, nn.GroupNorm):
-        return Features(1, module.num_channels, 1, module.num_channels, ("num_channels", "num_channels"))
-    size = shape_of(source)[-1]
-    return Features(before - 1, size, before - 1, size, ("normalized_shape", "normalized_shape"))
-
-
-def _alike(node: fx.Node, inputs: Sequence[fx.Node], module: nn.Module, dims: range) -> Labelled:
-    """The dims along which the layer treats all places alike: of which its rows may be one."""
-    if isinstance(module, nn.Embedding):
-        return Labelled(node, inputs, [list(dims)], [*dims, None])
-    mixed = {
-        nn.Linear: 1,
-        nn.Conv2d: 3,
-        nn.GroupNorm: len(dims) - 1,
-        nn.LayerNorm: len(getattr(module, "normalized_shape", ())),
-        nn.RMSNorm: len(getattr(module, "normalized_shape", ())),
-    }[type(module)]
-    labels: list[Label] = [d if d < len(dims) - mixed else None for d in dims]
-    return Labelled(node, inputs, [labels], labels)
 
 
 def _unique(whole: Form, forms: Iterable[Form]) -> list[Form]:

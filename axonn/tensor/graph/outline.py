@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from math import prod
 
 import torch
 from torch import fx, nn
@@ -19,12 +18,11 @@ from axonn.grid import ProcessGrid
 from axonn.perf.local_parts import Activation, WholeLoss
 from axonn.perf.operations import Convolution, Product
 from axonn.perf.outline import Link, Outline
-from axonn.perf.parts import Embedding, Exchange, GroupNorm, Issued, Linear, Norm, Part
+from axonn.perf.parts import Exchange, Issued, Part
 from axonn.perf.work import work_of
 from axonn.tensor.context import TensorContext
 from axonn.tensor.graph.assign import Plan, assign
 from axonn.tensor.graph.layers import Choice, LayerOperation
-from axonn.tensor.graph.operations import shape_of
 from axonn.tensor.graph.report import Report, Sent
 from axonn.tensor.graph.rewrite import Rewriter
 from axonn.tensor.graph.table import elements, is_tensor
@@ -93,40 +91,15 @@ def _exchange(call: Sent) -> Exchange:
 
 
 def _layer(operation: LayerOperation, choice: Choice, rows: int, *, gradient: bool) -> Part:
-    module = operation.module
-    made, read = shape_of(operation.node), shape_of(operation.inputs[0])
     before, after = (None if state is None else state.axis for state in (choice.input, choice.output))
-    if isinstance(module, nn.Embedding):
-        places = prod(made[:-1]) // rows
-        return Embedding(
-            positions=places, entries=module.num_embeddings, features=module.embedding_dim, layout=(before, after)
-        )
-    if isinstance(module, nn.Conv2d):
-        return Linear(
-            positions=prod(made[-2:]),
-            inputs=module.in_channels,
-            outputs=module.out_channels,
-            layout=(before, after),
-            bias=module.bias is not None,
-            input_gradient=gradient,
-            kernel=module.kernel_size[0] * module.kernel_size[1],
-            input_positions=prod(read[-2:]),
-        )
-    if isinstance(module, nn.Linear):
-        return Linear(
-            positions=prod(made[:-1]) // rows,
-            inputs=module.in_features,
-            outputs=module.out_features,
-            layout=(before, after),
-            bias=module.bias is not None,
-            input_gradient=gradient,
-        )
-    if isinstance(module, nn.GroupNorm):
-        segments = (module.num_channels,) if choice.output is None else choice.output.form.segments
-        places = prod(made[2:])
-        return GroupNorm(groups=module.num_groups, segments=segments, axis=after, positions=places)
-    features = made[-1]
-    return Norm(positions=prod(made[:-1]) // rows, features=features, axis=after)
+    return operation.kind.part(
+        operation.module,
+        operation.shapes,
+        rows=rows,
+        axes=(before, after),
+        segments=None if choice.output is None else choice.output.form.segments,
+        gradient=gradient,
+    )
 
 
 def _forward_flops(part: Part) -> int:

@@ -1,0 +1,59 @@
+"""`nn.LayerNorm` and `nn.RMSNorm`."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from axonn import tensor
+from axonn.perf.parts import Norm, Part
+from axonn.tensor.graph.layer_kinds.base import Features, LayerKind, M, Place, Shapes, mixing
+from axonn.tensor.graph.operations import Label
+
+
+class _LastDims(LayerKind[M]):
+    """Normalises the last dims, of which the very last can be cut."""
+
+    normalises = True
+    segmented = False
+
+    def features(self, module: M, shapes: Shapes) -> Features:
+        last, size = len(shapes.input) - 1, shapes.input[-1]
+        return Features(last, size, last, size, ("normalized_shape", "normalized_shape"))
+
+    def alike(self, module: M, dims: int) -> tuple[list[Label], list[Label]]:
+        return mixing(dims, len(module.normalized_shape))  # type: ignore[arg-type]
+
+    def part(self, module: M, shapes: Shapes, *, rows: int, axes: Any, segments: Any, gradient: bool) -> Part:
+        return Norm(positions=prod(shapes.output[:-1]) // rows, features=shapes.output[-1], axis=axes[1])
+
+
+class LayerNormKind(_LastDims[nn.LayerNorm]):
+    """Weight and bias [normalized_shape]."""
+
+    def build(self, module: nn.LayerNorm, place: Place, like: dict[str, Any]) -> nn.Module:
+        return tensor.LayerNorm(
+            module.normalized_shape,
+            module.eps,
+            module.elementwise_affine,
+            module.bias is not None,
+            **like,
+            context=place.context,
+            axis=place.layout.input,
+        )
+
+
+class RMSNormKind(_LastDims[nn.RMSNorm]):
+    """Weight [normalized_shape]."""
+
+    def build(self, module: nn.RMSNorm, place: Place, like: dict[str, Any]) -> nn.Module:
+        return tensor.RMSNorm(
+            module.normalized_shape,
+            module.eps,
+            module.elementwise_affine,
+            **like,
+            context=place.context,
+            axis=place.layout.input,
+        )
