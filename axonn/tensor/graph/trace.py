@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from axonn.errors import ConfigError
+from axonn.tensor.graph.layer_kinds import KINDS
 from axonn.tensor.graph.normalise import make_functional, name_random, unify_shapes
 
 Example = Sequence[Any] | Mapping[str, Any]
@@ -158,7 +159,9 @@ def _is_leaf(module: nn.Module) -> bool:
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return False
     torchs = type(module).__module__.startswith("torch.nn")
-    return torchs and (isinstance(module, nn.Dropout) or any(True for _ in (*module.parameters(), *module.buffers())))
+    return type(module) in KINDS or (
+        torchs and (isinstance(module, nn.Dropout) or any(True for _ in (*module.parameters(), *module.buffers())))
+    )
 
 
 def _drop_checks(graph: fx.Graph, tensors: Mapping[str, Any]) -> None:

@@ -1,0 +1,185 @@
+"""What somebody adds is one new file and one line: one of each kind, added from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from axonn import schedules, tensor
+from axonn.config import ScheduleConfig
+from axonn.errors import ConfigError, LaunchError
+from axonn.perf.closed_form import most_held
+from axonn.perf.simulator import simulate
+from axonn.schedules import ScheduleSpec, StaticOrder, Task, make_schedule
+from axonn.schedules.base import Kind
+from axonn.tensor.graph.layer_kinds import KINDS, Place
+from axonn.tensor.graph.layer_kinds.linear import LinearKind
+from experiments import framework
+from experiments.cluster_work import ClusterWork
+from experiments.framework import Adapter, Capabilities, Framework, adapter_names, load_adapter, load_framework
+from jobscripts import launchers, schedulers
+from tests.parallelizing import check
+
+# --- a schedule
+
+
+def waves(stage: int, stages: int, microbatches: int, chunks: int) -> list[Task]:
+    """GPipe with as many microbatches at a time as there are stages."""
+    groups = [range(first, min(first + stages, microbatches)) for first in range(0, microbatches, stages)]
+    return [Task(kind, 0, m) for group in groups for kind in (Kind.FORWARD, Kind.BACKWARD) for m in group]
+
+
+@pytest.fixture
+def _waves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(schedules.STATIC, "waves", StaticOrder(make=waves))
+
+
+@pytest.mark.usefixtures("_waves")
+def test_a_schedule() -> None:
+    spec = ScheduleConfig(name="waves").spec()
+    made = [make_schedule(spec, stage=stage, stages=3, microbatches=6) for stage in range(3)]
+    run = simulate(made, seconds=lambda stage, task: 1.0)
+    assert run.makespan == 2 * (3 + 2) * 2
+    assert run.most_held == [3, 3, 3] == most_held(ScheduleConfig(name="waves"), 3, 6)
+    driven = ScheduleSpec(pick="waves")
+    run = simulate(
+        [make_schedule(driven, stage=s, stages=3, microbatches=6) for s in range(3)], seconds=lambda stage, task: 1.0
+    )
+    assert run.makespan <= 20
+
+
+@pytest.mark.usefixtures("_waves")
+def test_a_schedule_says_what_it_needs() -> None:
+    with pytest.raises(ConfigError, match="schedule 'waves' needs one chunk per stage; remove chunks"):
+        make_schedule(ScheduleSpec(name="waves", chunks=2), stage=0, stages=2, microbatches=4)
+    with pytest.raises(ConfigError, match="unknown schedule 'wave'; known are .*zero-bubble, waves"):
+        make_schedule(ScheduleSpec(name="wave"), stage=0, stages=2, microbatches=4)
+
+
+# --- a layer
+
+
+class Doubled(nn.Linear):
+    """Twice what a linear layer computes."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+class DoubledOverRanks(tensor.Linear):
+    """The same on one rank of a grid."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+class DoubledKind(LinearKind):
+    """How `Doubled` is cut: as what it is derived of."""
+
+    def build(self, module: nn.Linear, place: Place, like: dict[str, Any]) -> nn.Module:
+        return DoubledOverRanks(
+            module.in_features,
+            module.out_features,
+            module.bias is not None,
+            **like,
+            context=place.context,
+            layout=place.layout,
+            in_segments=place.segments[0],
+            out_segments=place.segments[1],
+        )
+
+
+@pytest.mark.parametrize(("row", "col"), [(1, 2), (2, 2)])
+def test_a_layer(row: int, col: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(4, 12, dtype=torch.float64)]
+    monkeypatch.setitem(KINDS, Doubled, DoubledKind())
+    model = nn.Sequential(Doubled(12, 12), nn.GELU(), Doubled(12, 12))
+    for outcome in check(model, inputs, row=row, col=col):
+        cut = [module for module in outcome.parallel.modules() if isinstance(module, DoubledOverRanks)]
+        assert [one.weight.numel() for one in cut] == [144 // (row * col)] * 2
+        assert "Doubled" in str(outcome.report)
+
+
+# --- a scheduler and a launcher of jobs
+
+SCHEDULER = """
+from jobscripts.schedulers.none import Plain
+
+class Toy(Plain):
+    name = "toy"
+
+    def directives(self, resources):
+        return [f"#TOY {resources.nodes}"]
+
+SCHEDULER = Toy
+"""
+LAUNCHER = """
+from jobscripts.launchers.srun import Srun
+
+class Toy(Srun):
+    name = "toyrun"
+
+LAUNCHER = Toy
+"""
+
+
+@pytest.mark.parametrize(("package", "name", "text"), [(schedulers, "toy", SCHEDULER), (launchers, "toyrun", LAUNCHER)])
+def test_what_jobs_are_run_with(
+    package: Any, name: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    load, names = (
+        (schedulers.load_scheduler, schedulers.scheduler_names)
+        if package is schedulers
+        else (launchers.load_launcher, launchers.launcher_names)
+    )
+    assert name in names()
+    assert load(name).name == name  # type: ignore[operator]
+
+
+# --- another framework
+
+
+class ToyAdapter(Adapter):
+    """A framework that is nowhere installed."""
+
+    name = "toy"
+    label = "Toy"
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(version=None, reason="it is nowhere installed", strategies=())
+
+    def framework(self, strategy: str | None) -> Framework:
+        raise LaunchError("Toy is nowhere installed")
+
+    def launch(self, work: ClusterWork) -> Any:
+        raise LaunchError("Toy is nowhere installed")
+
+    def read(self, lines: Iterable[str]) -> Any:
+        raise AssertionError
+
+
+class Entry:
+    """As an installed package registers it."""
+
+    name = "toy"
+
+    def load(self) -> type[Adapter]:
+        return ToyAdapter
+
+
+def test_a_framework(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(framework, "entry_points", lambda group: [Entry()] if group == "axonn.frameworks" else [])
+    assert list(adapter_names()) == ["toy"]
+    assert load_adapter("toy").capabilities().reason == "it is nowhere installed"
+    with pytest.raises(LaunchError, match="nowhere installed"):
+        load_framework("toy")
+    with pytest.raises(LaunchError, match="unknown framework 'tuy'; did you mean 'toy'"):
+        load_framework("tuy")
