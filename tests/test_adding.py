@@ -57,7 +57,7 @@ def test_a_schedule() -> None:
 def test_a_schedule_says_what_it_needs() -> None:
     with pytest.raises(ConfigError, match="schedule 'waves' needs one chunk per stage; remove chunks"):
         make_schedule(ScheduleSpec(name="waves", chunks=2), stage=0, stages=2, microbatches=4)
-    with pytest.raises(ConfigError, match="unknown schedule 'wave'; known are .*zero-bubble, waves"):
+    with pytest.raises(ConfigError, match=r"unknown schedule 'wave'; known are .*zero-bubble, waves"):
         make_schedule(ScheduleSpec(name="wave"), stage=0, stages=2, microbatches=4)
 
 

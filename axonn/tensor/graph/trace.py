@@ -158,10 +158,10 @@ def _in_assert(frame: FrameType) -> bool:
 def _is_leaf(module: nn.Module) -> bool:
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return False
-    torchs = type(module).__module__.startswith("torch.nn")
-    return type(module) in KINDS or (
-        torchs and (isinstance(module, nn.Dropout) or any(True for _ in (*module.parameters(), *module.buffers())))
-    )
+    if type(module) in KINDS or type(module) is nn.Dropout:
+        return True
+    held = any(True for _ in (*module.parameters(), *module.buffers()))
+    return held and type(module).__module__.startswith("torch.nn")
 
 
 def _drop_checks(graph: fx.Graph, tensors: Mapping[str, Any]) -> None:
