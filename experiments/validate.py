@@ -12,8 +12,8 @@ import pandas as pd
 from pydantic import ValidationError
 
 from axonn.errors import AxonnError, ConfigError
-from axonn.perf.machine import Size
 from axonn.perf.naive import naive_constant, naive_predict
+from axonn.perf.quantities import Size
 from experiments.cases import PredictedCase, predict_case
 from experiments.datasets import DataSet, Quantity, Ratio, Variant, load_data_set, rules_for
 from experiments.definition import find_machine, slug

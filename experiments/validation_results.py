@@ -7,7 +7,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from axonn.config import StrictModel
-from axonn.perf.machine import FitReport, MachineFile
+from axonn.perf.machine import MachineFile
+from axonn.perf.quantities import FitReport
 from experiments.datasets import Open
 
 

@@ -44,7 +44,7 @@ EXAMPLE = {
 }
 MOST_CELLS = 6
 """Rows and columns of the grid that are drawn; of more, the first and the last."""
-MOST_STAGES, MOST_MICROBATCHES = 12, 16
+MOST_STAGES = 12
 MESSAGE = 0.1
 """Time of a message, in forwards."""
 DURATIONS = {Kind.FORWARD: 1.0, Kind.BACKWARD: 2.0, Kind.INPUT: 1.0, Kind.WEIGHT: 1.0}

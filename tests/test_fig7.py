@@ -19,7 +19,8 @@ from experiments.outcome import Outcome
 from experiments.published import published_ratios, published_records
 from experiments.runner import points_of
 from plots import fig7
-from plots.fig7 import SCHEME, modelled_bytes
+from plots.fig7 import modelled_bytes
+from plots.fig7_panels import SCHEME
 from plots.figure import gather, make_figure
 from plots.summary import rows_of
 

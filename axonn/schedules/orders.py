@@ -9,13 +9,18 @@ from axonn.schedules.base import Kind, Task
 from axonn.schedules.layout import ChunkPlacement
 
 
+def _one_chunk(chunks: int, placement: ChunkPlacement) -> bool:
+    """Whether there is nothing to place."""
+    return (chunks, placement) == (1, "loop")
+
+
 @dataclass(frozen=True, kw_only=True)
 class StaticOrder:
     """A static schedule: its order, and the chunks that it is defined for."""
 
     make: Callable[[int, int, int, int], list[Task]]
     """The tasks of a stage, of (stage, stages, microbatches, chunks)."""
-    fits: Callable[[int, ChunkPlacement], bool] = lambda chunks, placement: (chunks, placement) == (1, "loop")
+    fits: Callable[[int, ChunkPlacement], bool] = _one_chunk
     """Whether it is defined for so many chunks that lie so."""
     needs: str = "one chunk per stage; remove chunks and placement"
     """What to say where it does not fit."""

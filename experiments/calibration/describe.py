@@ -14,9 +14,10 @@ from axonn.config import FloatType, validate
 from axonn.files import replace_durably
 from axonn.perf.engine_strategy import strategy_of_config
 from axonn.perf.fit import describe_curves
-from axonn.perf.machine import Curve, Library, MachineFile, Time
+from axonn.perf.machine import Curve, Library, MachineFile
 from axonn.perf.outline import outline_of
 from axonn.perf.predict import message_bytes
+from axonn.perf.quantities import Time
 from axonn.perf.tables import MeasuredKernels
 from experiments.calibration.host import host_times, small
 from experiments.provenance import cpu_name

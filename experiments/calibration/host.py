@@ -10,8 +10,9 @@ import torch
 from axonn.config import FloatType, GPTConfig, GridConfig, PrecisionConfig, TrainConfig
 from axonn.grid import ProcessGrid
 from axonn.perf.engine_strategy import strategy_of_config
-from axonn.perf.machine import HostTimes, MachineFile, Time
+from axonn.perf.machine import HostTimes, MachineFile
 from axonn.perf.outline import outline_of
+from axonn.perf.quantities import Time
 from axonn.perf.stages import stage_times
 from axonn.perf.update import step_times
 from axonn.runtime import Runtime, connect
