@@ -221,6 +221,9 @@ def import_on(comm: Any, grid: ProcessGrid, folder: Path) -> list[Any]:
         def get_shape(self) -> list[int]:
             return self._stored.get_shape()  # type: ignore[no-any-return]
 
+        def get_dtype(self) -> str:
+            return self._stored.get_dtype()  # type: ignore[no-any-return]
+
         def __getitem__(self, box: tuple[slice, ...]) -> torch.Tensor:
             read.append(box)
             return self._stored[box]  # type: ignore[no-any-return]

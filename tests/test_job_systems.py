@@ -130,8 +130,8 @@ def test_a_changed_template_stands_in_for_ours(tmp_path: Path) -> None:
     ("name", "content", "said"),
     [
         ("rank.sh.j2", "{% if %}\n", r"rank\.sh\.j2, line 1: "),
-        ("job.sh.j2", "{{ nodez }}\n", r"job\.sh\.j2: 'nodez' is undefined"),
-        ("submit-all.sh.j2", "{{ jobz }}\n", r"submit-all\.sh\.j2: 'jobz' is undefined"),
+        ("job.sh.j2", "{{ nodez }}\n", r"job\.sh\.j2, line 1: 'nodez' is undefined"),
+        ("submit-all.sh.j2", "{{ jobz }}\n", r"submit-all\.sh\.j2, line 1: 'jobz' is undefined"),
         ("ranks.sh.j2", "", "has no template; copy what you want to change of .*: body.sh.j2, job.sh.j2"),
     ],
 )

@@ -98,7 +98,7 @@ def test_past_the_grid_the_rate_stays_and_below_it_the_time() -> None:
         ("us", [1.0], "us has 1 numbers, the grid of elements has 2 points"),
         ("us", [1.0, -3.0], "us has -3.0: a time in microseconds must be positive"),
         ("us", [1.0, 0.0], "must be positive"),
-        ("us", [1.0, float("inf")], "must be positive"),
+        ("us", [1.0, float("inf")], "should be a finite number"),
         ("elements", [1000, 10], "elements must list sizes from 1 on, each larger than the one before"),
         ("elements", [], "elements must list sizes"),
     ],

@@ -20,7 +20,7 @@ from axonn.trace import SpanKind, SpanRecorder
 from axonn.transport import Address, Edge, InProcessCollectives, InProcessTransport, InProcessWorld, Message, Transport
 from axonn.transport.header import HEADER_BYTES, open_header, pack_header
 from tests.rank_pool import RankPool
-from tests.transports import TRANSPORTS, edge, edge_of, filled, receive, run_over, same_bits
+from tests.transports import TRANSPORTS, edge, edge_of, filled, own_threads, receive, run_over, same_bits
 
 RunsRanks = Callable[..., list[Any]]
 
@@ -436,11 +436,6 @@ def test_closing_after_an_aborted_batch_ends_at_once(run_ranks: RunsRanks) -> No
     # Only the thread of the transport that is asked has come: those of the aborted ones have ended.
     for earlier, now in zip(before, run_ranks(own_threads, 2), strict=True):
         assert len(now - earlier) <= 1
-
-
-def own_threads(transport: Transport) -> set[int]:
-    """Threads of transports in this process, this one's included."""
-    return {t.native_id or 0 for t in threading.enumerate() if t.name.startswith("axonn-")}
 
 
 # --- failures in process

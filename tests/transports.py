@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -94,3 +95,8 @@ def compute_until(done: Callable[[], bool]) -> bool:
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     same_kind = a.dtype == b.dtype and a.shape == b.shape
     return same_kind and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def own_threads(transport: Transport) -> set[int]:
+    """Threads of transports in this process, this one's included."""
+    return {t.native_id or 0 for t in threading.enumerate() if t.name.startswith("axonn-")}
