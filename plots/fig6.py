@@ -156,7 +156,7 @@ def _draw_measured(lower: Axes, local: Sequence[dict[str, Any]], looks: Looks) -
         colour = looks.palette[framework]
         lower.plot(
             x, [r["batch_time_s"] for r in mine], KINDS["measured"], color=colour, linewidth=1.1,
-            marker=looks.markers[framework], markersize=5, markerfacecolor="white", label=f"{framework}, measured",
+            marker=looks.markers[framework], markersize=5, markerfacecolor="white", label=framework,
         )  # fmt: skip
         for at, row in zip(x, mine, strict=True):
             repeats = row["repeats_s"]
@@ -167,11 +167,13 @@ def _draw_measured(lower: Axes, local: Sequence[dict[str, Any]], looks: Looks) -
     lower.set_xticks(ranks, [f"{n}\n{models[n]}" for n in ranks])
     lower.set_xlim(ranks[0] / 1.3, ranks[-1] * 1.3)
     lower.minorticks_off()
-    dash = Line2D([], [], color="0.25", marker="_", linewidth=0, markersize=7, label="single run (mean of its batches)")
-    handles = [*lower.get_legend_handles_labels()[0], dash]
-    # The legend has the upper part for itself.
-    lower.set_ylim(0, max(max(r["repeats_s"]) for r in local) / (1 - 0.06 * (1 + len(handles) // 2)))
-    lower.legend(handles=handles, fontsize=6, ncols=2, loc="upper center", columnspacing=1)
+    dash = Line2D([], [], color="0.25", marker="_", linewidth=0, markersize=7, label="one run (mean of its batches)")
+    lower.set_ylim(0, 1.15 * max(max(r["repeats_s"]) for r in local))
+    # Times of a weak scaling hardly differ, so that there is room below them.
+    lower.legend(
+        handles=[*lower.get_legend_handles_labels()[0], dash], fontsize=6, ncols=2, loc="lower left",
+        title="measured", title_fontsize=6, columnspacing=1,
+    )  # fmt: skip
 
 
 def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType]:
