@@ -7,11 +7,11 @@ else. The page is docs/configuration.md.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from axonn.errors import ConfigError, RecordError
+from axonn.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 """The folder of the suite's own files: a clone, or the site-packages that it is installed in."""
@@ -74,11 +74,11 @@ def recorded(config_file: Path, folder: Path) -> str:
 def check_owner(folder: Path, config_file: Path) -> None:
     """Raise `ConfigError` where a run folder holds the run of another configuration file."""
     try:
-        named = json.loads((folder / RUN).read_text(encoding="utf-8"))["sessions"][-1]["configuration"]
+        named = read_json(folder / RUN)["sessions"][-1]["configuration"]
     except (OSError, ValueError, LookupError, TypeError):
-        return  # No run yet, or one that does not say whose it is.
-    owner = _absolute(folder / str(named))
-    if owner != _absolute(config_file):
+        named = None  # No run yet, or one that does not say whose it is.
+    owner = _absolute(folder / named) if isinstance(named, str) else None
+    if owner is not None and owner != _absolute(config_file):
         raise ConfigError(
             f"{folder} holds the run of {from_here(owner)}, and not of {from_here(_absolute(config_file))}; choose "
             f"another folder with --out, or give --out {folder} to use it all the same"

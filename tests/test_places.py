@@ -14,6 +14,7 @@ import yaml
 
 from axonn.config import GPTConfig
 from experiments.definition import ROOT
+from experiments.places import check_owner
 from tests.clones import copy_of_the_project, files_in, newcomers_environment
 from tests.command_line import TEXT, CommandLine, tiny
 
@@ -177,6 +178,23 @@ def test_a_moved_project_goes_on(axonn: CommandLine, monkeypatch: pytest.MonkeyP
     assert "nothing to do" in axonn("train", "my.yaml")[1]
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"sessions": []}',
+        '{"sessions": [{}]}',
+        '{"sessions": [{"configuration": null}]}',
+        "[" * 100_000,
+    ],
+)
+def test_a_folder_that_does_not_say_whose_it_is_is_taken(said: str, tmp_path: Path) -> None:
+    write(tmp_path / "run.json", said)
+    check_owner(tmp_path, tmp_path / "my.yaml")
+
+
 def test_without_a_run_there_is_none_to_take(axonn: CommandLine) -> None:
     for words in (("trace",), ("export", "--out", "w.safetensors")):
         axonn.refuses(f"there is no run of axonn train below {axonn.root / 'runs'}", *words)
@@ -210,7 +228,7 @@ def test_experiments_and_figures_lie_where_one_stands(clone: Path, here: Path) -
     write(here / "experiments/machines/own.yaml", summit.replace("name: summit", "name: own", 1))
     model = GPTConfig(name="own-gpt", layers=8, hidden=512, heads=8, seq_len=512, vocab=1000)
     write(here / "experiments/models/own-gpt.yaml", model.model_dump(mode="json"))
-    plan = ("plan", "--model", "own-gpt", "--gpus", 2, "--batch", 8, "--machine")
+    plan = ("plan", "--model", "own-gpt", "--gpus", 1, "--batch", 8, "--machine")
     jobs = ("jobs", "mine.yaml", "--machine", "perlmutter", "--site", "site.yaml", "--small")
     printed = commands(
         here,
