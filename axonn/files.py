@@ -123,6 +123,14 @@ def _whole(digits: str) -> int:
     return int(digits)
 
 
+def why_unread(path: Path | str, error: Exception) -> str:
+    """Why a file cannot be read, without its name, in words; of one that is not there, where it was looked for."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    absent = isinstance(error, FileNotFoundError) and not os.path.isabs(path)
+    return error.strerror + (f" (looked for {os.path.abspath(path)})" if absent else "")
+
+
 @contextmanager
 def locked(path: Path, otherwise: str) -> Iterator[None]:
     """Nobody else has the lock of a file inside of the block; the file is made if need be.

@@ -13,7 +13,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from axonn.errors import AxonnError, ConfigError, RecordError
-from axonn.files import parse_json, read_bytes
+from axonn.files import parse_json, read_bytes, why_unread
 
 M = TypeVar("M", bound=BaseModel)
 LARGEST_YAML = 2**21
@@ -113,7 +113,7 @@ def read_yaml(path: Path | str) -> Any:
     try:
         return parse_yaml(read_bytes(path, most=LARGEST_YAML).decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+        raise ConfigError(f"{path}: cannot be read: {why_unread(path, error)}") from error
     except RecursionError as error:
         raise ConfigError(f"{path}: is nested too deeply; write it flatter") from error
     except (yaml.YAMLError, ValueError) as error:
@@ -173,7 +173,7 @@ def load_json(path: Path | str, model: type[M], *, otherwise: str, error: type[A
         parse_json(content)
         return model.model_validate_json(content)
     except OSError as problem:
-        raise error(f"{path}: cannot be read: {problem}; {otherwise}") from problem
+        raise error(f"{path}: cannot be read: {why_unread(path, problem)}; {otherwise}") from problem
     except ValidationError as problem:
         raise error(f"{path}: {first_of(problem)}; {otherwise}") from problem
     except ValueError as problem:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from axonn.checkpoint import load_whole, verify
 from axonn.errors import CheckpointError, ConfigError
-from axonn.files import opened
+from axonn.files import opened, why_unread
 from axonn.models.base import PipelineModel
 from axonn.parts import Part, compare_shapes
 from axonn.placement import Shape
@@ -90,7 +90,7 @@ def _opened(path: Path | str) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: cannot be read as safetensors: {error}") from error
+        raise ConfigError(f"{path}: cannot be read as safetensors: {why_unread(path, error)}") from error
 
 
 def _compare(path: Path | str, file: Any, wanted: Mapping[str, Shape]) -> None:

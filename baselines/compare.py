@@ -35,14 +35,15 @@ from baselines.outcome import about_frameworks, write_records_of, write_summary
 from baselines.parts import Found, Part, conditions_over_link, run_over_link, run_part
 from baselines.said import Reporter, make_console
 from baselines.tables import show
-from experiments.definition import ROOT, available_cores
+from experiments.definition import available_cores
 from experiments.link import stage_seconds, why_no_link
 from experiments.pages import explained
+from experiments.places import PROJECT, from_here
 from experiments.provenance import this_machine
 from experiments.workloads import SHAPES, config_of
 
-OUT = ROOT / "results" / "baselines"
-RUNS = ROOT / "runs" / "baselines"
+OUT = PROJECT / "results" / "baselines"
+RUNS = PROJECT / "runs" / "baselines"
 MINUTES = 13.0
 """Of measuring; the rest of the 15 that it may take on 2 cores is for starting and writing."""
 MOST_RANKS = 4
@@ -282,7 +283,7 @@ def main(arguments: Sequence[str]) -> int:
     show(console, rows, results, verdicts, refused)
     for remark in comparison.remarks:
         console.print(f"[yellow]{escape(remark)}[/yellow]", soft_wrap=True)
-    console.print(f"written to {summary}", soft_wrap=True)
+    console.print(f"written to {from_here(summary)}", soft_wrap=True)
     if comparison.interrupted:
         console.print("[yellow]interrupted: the tables hold what was measured until then[/yellow]")
         return INTERRUPTED

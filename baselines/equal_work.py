@@ -14,7 +14,8 @@ from axonn.errors import LaunchError
 from axonn.records import Failure
 from baselines.contenders import serial_work
 from baselines.coordinator import keep_little
-from experiments.definition import ROOT, available_cores
+from experiments.definition import available_cores
+from experiments.places import from_here
 from experiments.provenance import fingerprint, sources
 from experiments.supervisor import supervise
 from experiments.workloads import SAME_WORK, config_of
@@ -52,8 +53,9 @@ def reference_losses(workload: str, *, cache: Path, folder: Path) -> list[float]
     # All cores: it is not timed.
     outcome = supervise(SERIAL, config, folder, threads=available_cores())
     if outcome.failure is not None:
-        where = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
-        raise LaunchError(f"the serial reference of '{workload}' failed: {outcome.failure.detail}; see {where}/log.txt")
+        raise LaunchError(
+            f"the serial reference of '{workload}' failed: {outcome.failure.detail}; see {from_here(folder)}/log.txt"
+        )
     keep_little(folder)
     cache.mkdir(parents=True, exist_ok=True)
     for stale in cache.glob(f"{workload}-*.json"):

@@ -21,10 +21,11 @@ from axonn.launch import mpiexec_command, rank_environment
 from axonn.perf.machine import MachineFile
 from experiments.calibration.describe import Measured, machine_of, write_machine
 from experiments.calibration.worker import PROGRESS, RESULT, Job
-from experiments.definition import HERE, available_cores
+from experiments.definition import available_cores
+from experiments.places import PROJECT
 
-LOCAL = HERE / "machines" / "local.yaml"
-LOCAL_GPU = HERE / "machines" / "local-gpu.yaml"
+LOCAL = PROJECT / "experiments" / "machines" / "local.yaml"
+LOCAL_GPU = LOCAL.with_name("local-gpu.yaml")
 _TIMEOUT_S = 600.0
 _POLL_S = 0.1
 

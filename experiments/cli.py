@@ -15,6 +15,7 @@ from rich.table import Table
 
 from experiments.console import console, launched_once, progress_bar
 from experiments.pages import documented, explained, page_of
+from experiments.places import from_here
 from experiments.plan_command import plan
 from experiments.run_command import predict, run
 from experiments.train_command import export, train
@@ -32,7 +33,11 @@ app = typer.Typer(
 @documented("docs/own-machine.md")
 def calibrate(
     out: Annotated[
-        Path | None, typer.Option(help="Machine file; default experiments/machines/local.yaml, local-gpu.yaml.")
+        Path | None,
+        typer.Option(
+            help="Machine file; default experiments/machines/local.yaml (of a GPU local-gpu.yaml) of the project, or "
+            "where you stand; --machine local finds it."
+        ),
     ] = None,
     ranks: Annotated[int | None, typer.Option(help="Ranks that compute together; default one per core.")] = None,
     precision: Annotated[
@@ -70,7 +75,7 @@ def calibrate(
         )
     rate = machine.gpu.peak.si / 1e9
     console.print(
-        f"{machine.node.gpus.number} rank(s), {rate:.1f} GFLOP/s each at best; written to {file} "
+        f"{machine.node.gpus.number} rank(s), {rate:.1f} GFLOP/s each at best; written to {from_here(file)} "
         f"in {time.perf_counter() - start:.0f} s",
         soft_wrap=True,
     )
@@ -137,9 +142,26 @@ def doctor() -> None:
             problems.append(f"framework {name}: {found.reason}")
             continue
         table.add_row(f"framework {name}", escape(found.version))
+    for what, place in _places():
+        table.add_row(what, escape(str(place)))
     console.print(table)
     for problem in problems:
         console.print(f"[yellow]will not work: {escape(problem)}[/yellow]", soft_wrap=True)
+
+
+def _places() -> list[tuple[str, Path]]:
+    """Where commands look, and where they write if nothing else is said."""
+    from experiments import calibrate, places, runner
+
+    return [
+        ("the suite's own files", places.ROOT),
+        ("named files, from", Path.cwd()),
+        ("runs of axonn train", places.RUNS.absolute()),
+        ("runs of experiments", runner.RUNS),
+        ("results", runner.MEASURED.parent),
+        ("figures", places.PROJECT / "plots" / "out"),
+        ("this machine, measured", calibrate.LOCAL),
+    ]
 
 
 def _gpus() -> list[tuple[str, str]]:
@@ -177,3 +199,7 @@ def main() -> None:
     asked = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     with explained(page_of(commands().get(asked))):
         app()
+
+
+if __name__ == "__main__":
+    main()

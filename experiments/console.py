@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,19 @@ def progress_bar(*, transient: bool = False) -> Progress:
         console=console,
         transient=transient,
     )
+
+
+def say_defaults(taken: Iterable[str]) -> None:
+    """Print, in one line, what an answer hangs on that nobody said."""
+    said = ", ".join(taken)
+    if said:
+        console.print(f"[dim]by default: {escape(said)}[/dim]", soft_wrap=True, highlight=False)
+
+
+def options_left(context: typer.Context) -> set[str]:
+    """Names of the parameters of a command that were not given."""
+    source = context.get_parameter_source
+    return {name for name in context.params if (found := source(name)) is not None and found.name == "DEFAULT"}
 
 
 def warn(message: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,9 @@ from axonn.errors import ConfigError, MachineError
 from axonn.perf.machine import MachineFile, load_machine
 from axonn.perf.strategy import Strategy
 from axonn.strict import Inside, Line, Name, is_plain, shortened
+from experiments.places import ROOT, described_file, described_names
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
+HERE = ROOT / "experiments"
 _LONGEST_SLUG = 150
 OURS = "AxoNN"
 """Label of our engine among the frameworks."""
@@ -213,6 +213,28 @@ def _merged(panel: PredictedPanel, point: PredictedPoint, *, where: str) -> Stra
     return validate(merged, Strategy, where=f"{where}: {point.framework} {point.model}")
 
 
+def strategies_by_default(experiment: Experiment) -> list[str]:
+    """What the predicted points of a file hang on that it does not say, by framework; what the planner chooses is in
+    the records."""
+    panel = experiment.predicted
+    if panel is None:
+        return []
+    found: dict[str, dict[str, None]] = {}
+    for point in panel.points:
+        if point.framework not in panel.planned:
+            said = merge(panel.frameworks.get(point.framework, {}), point.strategy)
+            left = (name for name in Strategy.model_fields if name not in said)
+            found.setdefault(point.framework, {}).update(dict.fromkeys(left))
+    return [f"{framework}: {_in_words(left)}" for framework, left in found.items()]
+
+
+def _in_words(left: Iterable[str]) -> str:
+    """Fields of a strategy with their defaults."""
+    plain = Strategy(grid=GridConfig(), microbatch_size=1).model_dump(mode="json")
+    values = {name: plain[name]["name"] if name == "schedule" else plain[name] for name in left}
+    return ", ".join(f"{name} {' '.join(v) if isinstance(v, list) else v}" for name, v in values.items())
+
+
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """The values of `base` with those of `over` in their place, key by key at every depth."""
     merged = dict(base)
@@ -223,7 +245,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_model(name: str) -> ModelConfig:
-    """A model of experiments/models by name, or a model file by path."""
+    """A model of experiments/models by name, of the project where one stands or the suite's own; or a file by path."""
     path = Path(name) if name.endswith(".yaml") else _find("models", name)
     content = read_yaml(path)
     if isinstance(content, dict) and content.get("kind") == "unet":
@@ -232,14 +254,14 @@ def load_model(name: str) -> ModelConfig:
 
 
 def find_machine(name: str) -> MachineFile:
-    """A machine of experiments/machines by name, or a machine file by path."""
+    """A machine of experiments/machines by name, found as models are, or a machine file by path."""
     return load_machine(Path(name) if name.endswith(".yaml") else _find("machines", name))
 
 
 def _find(folder: str, name: str) -> Path:
-    path = HERE / folder / f"{name}.yaml"
-    if not is_plain(name) or not path.exists():
-        known = sorted(p.stem for p in (HERE / folder).glob("*.yaml"))
+    path = described_file(folder, name) if is_plain(name) else None
+    if path is None:
+        known = described_names(folder)
         near = get_close_matches(name, known, n=2)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         kind = MachineError if folder == "machines" else ConfigError

@@ -30,16 +30,17 @@ from axonn.perf.naive import naive_constant
 from axonn.perf.predict import Prediction, predict
 from axonn.records import Asked, Ran, Record, write_records
 from experiments.calibrate import calibrate
-from experiments.definition import HERE, ROOT, available_cores
+from experiments.definition import HERE, available_cores
 from experiments.framework import load_framework, ran_by
 from experiments.pages import explained
+from experiments.places import PROJECT, from_here
 from experiments.provenance import this_machine
 from experiments.run_record import parts_of, tflops_formula
 from experiments.supervisor import supervise
 
 RUNS_FILE = HERE / "calibration" / "validation.yaml"
-RESULT = ROOT / "results" / "local" / "validation.json"
-FOLDER = ROOT / "runs" / "validate-local"
+RESULT = PROJECT / "results" / "local" / "validation.json"
+FOLDER = PROJECT / "runs" / "validate-local"
 _NAME = "local"
 
 
@@ -111,7 +112,7 @@ def measure_round(
         on_run(name)
         outcome = supervise("axonn", config, folder_of(name), timeout_s=120)
         if outcome.failure is not None:
-            raise LaunchError(f"{name}: {outcome.failure.detail}; see {folder_of(name)}/log.txt")
+            raise LaunchError(f"{name}: {outcome.failure.detail}; see {from_here(folder_of(name))}/log.txt")
         found[name] = outcome.batch_times_s[warmup:]
     return found
 
@@ -177,7 +178,7 @@ def _records(one: Compared, runs: LocalRuns, source: str) -> tuple[Record, Recor
         tflops_formula=formula,
         tflops_per_gpu_without_recompute=tflop / one.measured,
         note=f"median of {len(one.batches)} batches in {runs.rounds} rounds; the parts are of the last round",
-        run_folder=str(folder.relative_to(ROOT)),
+        run_folder=str(folder.relative_to(PROJECT)),
         **common,
     )
     parts = [prediction.parts for prediction in one.predictions]
@@ -255,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(
         f"{len(found)} runs: mean error {summary['mean_pct']:.1f}%, largest {summary['max_pct']:.1f}%, "
         f"rank correlation {summary['rank_correlation']:.3f}; constant rate, fitted on these runs: mean error "
-        f"{summary['constant_mean_pct']:.1f}%; written to {RESULT.relative_to(ROOT)}",
+        f"{summary['constant_mean_pct']:.1f}%; written to {from_here(RESULT)}",
         soft_wrap=True,
     )
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from axonn.errors import AxonnError, CheckpointError, MachineError, RunFailed
+from experiments.places import ROOT, from_here
 
 ERRORS = "docs/errors.md"
 _OF_ERRORS: dict[type[AxonnError], str] = {
@@ -57,5 +58,5 @@ def explained(page: str = ERRORS) -> Iterator[None]:
 def _tell(message: str, page: str) -> None:
     console = Console(stderr=True)
     console.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
-    console.print(f"see {page}", soft_wrap=True)
+    console.print(f"see {from_here(ROOT / page) if (ROOT / page).is_file() else page}", soft_wrap=True)
     sys.exit(2)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from axonn.errors import ConfigError
-from experiments.console import console, progress_bar
+from experiments.console import console, options_left, progress_bar, say_defaults
 from experiments.pages import documented
 
 Count = Annotated[int | None, typer.Option(min=1, help="Pin this extent of the grid.")]
@@ -18,6 +18,7 @@ Count = Annotated[int | None, typer.Option(min=1, help="Pin this extent of the g
 
 @documented("docs/plan.md")
 def plan(
+    context: typer.Context,
     *,
     gpus: Annotated[int, typer.Option(min=1, help="How many GPUs (or ranks) to plan for.")],
     machine: Annotated[str, typer.Option(help="A machine of experiments/machines, or a machine file.")],
@@ -26,7 +27,13 @@ def plan(
     inputs: Annotated[
         list[str] | None, typer.Option("--input", help="Of the module, once each: 'float32[8,3,64,64]'; rows first.")
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Sequences or images in a batch, over all ranks.")] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Sequences or images in a batch, over all ranks; default as the model was published.",
+        ),
+    ] = None,
     precision: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of parameters and activations.")
     ] = "float16",
@@ -87,6 +94,7 @@ def plan(
         sent.append(bytes_by_axis(outline, choice.strategy, batch_size=space.batch_size))
     title = f"{chosen.plannable.name} on {gpus} GPUs of {machine_file.name}, batch {space.batch_size}, {precision}"
     wide.print(planning.table(found, sent, title))
+    say_defaults(planning.taken_by_default(options_left(context), space, pick=pick))
     for line in planning.what_was_searched(found):
         console.print(escape(line), highlight=False, soft_wrap=True)
     best = planning.picked(found, pick)

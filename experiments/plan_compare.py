@@ -6,11 +6,11 @@ framework's point and writes results/predicted/plan-<experiment>.json.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -23,6 +23,8 @@ from axonn.perf.predict import Parts, Prediction, predict
 from axonn.perf.search_space import Space
 from axonn.perf.strategy import Strategy
 from experiments.definition import HERE, OURS, PredictedPoint, find_machine, load_experiment, load_model, strategy_of
+from experiments.pages import explained
+from experiments.places import from_here
 from experiments.planning import TABLE_WIDTH, described, plannable
 from experiments.predictor import PREDICTED
 from experiments.provenance import commit
@@ -78,8 +80,13 @@ def table(point: dict[str, Any]) -> Table:
     return found
 
 
-def main(path: str = str(HERE / "fig6.yaml")) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Compare every point of ours in an experiment file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.plan_compare", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("experiment", nargs="?", default=str(HERE / "fig6.yaml"), help="its file; default that of fig6")
+    path: str = parser.parse_args(arguments).experiment
     console = Console()
     console = Console(width=max(console.width, TABLE_WIDTH + 40))
     experiment = load_experiment(path)
@@ -110,8 +117,9 @@ def main(path: str = str(HERE / "fig6.yaml")) -> None:
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    console.print(f"written to {Path(out)}", soft_wrap=True)
+    console.print(f"written to {from_here(out)}", soft_wrap=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    with explained("docs/plan.md"):
+        main()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -205,6 +205,24 @@ def space_of(
         checkpointing="none" if together == 0 else together,
         optimizer=optimizer,
     )
+
+
+def taken_by_default(left: Collection[str], space: Space, *, pick: int) -> list[str]:
+    """What a plan hangs on that was not asked for, each with its option. `left`: options that were not given; what they
+    leave open and the planner searches is in its table."""
+    said = {
+        "batch": f"batch {space.batch_size}, that of the model's published points",
+        "precision": f"precision {space.precision}",
+        "reserve": f"{space.reserve:.0%} of a GPU's memory left free",
+        "order": f"axes from the slowest to the fastest {' '.join(space.order)}",
+        "pick": f"row {pick} for --out",
+    }
+    if space.schedule is not None:
+        said["chunks"] = f"{space.schedule.chunks} chunk per stage"
+        said["placement"] = f"placement {space.schedule.placement}"
+        if space.schedule.name.startswith("message-driven"):
+            said["in_flight"] = "in-flight limit 2 G_inter"
+    return [f"{text} (--{name.replace('_', '-')})" for name, text in said.items() if name in left]
 
 
 def pinned_schedule(

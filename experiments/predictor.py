@@ -17,11 +17,12 @@ from axonn.records import Asked, Machine, Ran, Record, read_records, write_recor
 from axonn.trace import SpanRecorder, overlap
 from experiments.cases import PredictedCase, predict_case
 from experiments.datasets import FOLDER, Case, Open, case_of, load_data_set, rules_for
-from experiments.definition import HERE, OURS, ROOT, Experiment, find_machine, slug
+from experiments.definition import HERE, OURS, Experiment, find_machine, slug
+from experiments.places import PROJECT, in_project
 from experiments.provenance import commit, fingerprint, sources
 from experiments.run_record import tflops_formula
 
-PREDICTED = ROOT / "results" / "predicted"
+PREDICTED = PROJECT / "results" / "predicted"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +138,7 @@ def done_predictions(experiment: Experiment, jitter: Jitter | None = None) -> li
         return None
     if not records or records[0].fingerprint != fingerprint_of(experiment, jitter):
         return None
-    missing = experiment.spans and not all(r.run_folder and (ROOT / r.run_folder).exists() for r in records)
+    missing = experiment.spans and not all(r.run_folder and (PROJECT / r.run_folder).exists() for r in records)
     return None if missing else records
 
 
@@ -177,7 +178,7 @@ def predict_experiment(
         if spans is not None:
             folder = spans / slug(f"{point.name}-{point.framework}")
             _write_spans(folder, prediction)
-            update["run_folder"] = str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)
+            update["run_folder"] = in_project(folder.absolute())
             if experiment.spans:
                 update["overlap_s"] = overlap(prediction.spans())._asdict()
         records.append(record.model_copy(update=update))

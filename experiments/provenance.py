@@ -28,12 +28,18 @@ def _version(package: str) -> str | None:
 
 def commit() -> str | None:
     """Commit of the checkout, with '+' when it has local changes; None outside of a checkout."""
+    if not (ROOT / ".git").exists():
+        return None  # Installed, maybe below a repository of somebody else's.
     try:
         revision = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.strip()
         changed = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True
+            ["git", "--no-optional-locks", "status", "--porcelain"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

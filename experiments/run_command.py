@@ -11,8 +11,17 @@ import typer
 from rich.markup import escape
 
 from axonn.errors import AxonnError, RunFailed
-from experiments.console import ExperimentFile, command_line, console, launched_once, progress_bar
+from experiments.console import (
+    ExperimentFile,
+    command_line,
+    console,
+    launched_once,
+    options_left,
+    progress_bar,
+    say_defaults,
+)
 from experiments.pages import documented
+from experiments.places import from_here
 
 if TYPE_CHECKING:
     from axonn.perf.jitter import Jitter
@@ -89,7 +98,7 @@ def run(  # noqa: PLR0917
                 failures += 1
                 console.print(
                     f"[red]{point.label} {record.ran.framework} failed ({record.failure.cause}): "
-                    f"{escape(record.failure.detail)}; see {record.run_folder}/log.txt[/red]",
+                    f"{escape(record.failure.detail)}; see {from_here(point.folder)}/log.txt[/red]",
                     soft_wrap=True,
                 )
     for name, reason in without.items():
@@ -114,6 +123,7 @@ def run(  # noqa: PLR0917
 
 @documented("docs/own-figure.md")
 def predict(
+    context: typer.Context,
     names: Annotated[
         list[str] | None,
         typer.Argument(help="Experiment file; with --validate: data sets of experiments/validation, by default all"),
@@ -139,6 +149,8 @@ def predict(
         raise AxonnError("give one experiment file, for instance experiments/fig6.yaml, or --validate")
     else:
         noise = None if jitter is None else Jitter(relative=jitter, repeats=seeds)
+        if noise is not None and "seeds" in options_left(context):
+            say_defaults([f"{seeds} batches are simulated (--seeds)"])
         _predict_experiment(Path(names[0]), fresh=fresh or spans is not None, jitter=noise, spans=spans)
 
 
@@ -179,15 +191,15 @@ def _validate(names: list[str], *, fresh: bool) -> None:
         console.print(tables.goal_table(results))
     if validation is not None:
         console.print(tables.fitted_table(validation.fitted))
-        console.print(f"nothing to do: {file} was written on {validation.created}", soft_wrap=True)
+        console.print(f"nothing to do: {from_here(file)} was written on {validation.created}", soft_wrap=True)
         return
     validation = write_validation(results, command=command_line(), path=file, mark=fingerprint_of(paths))
     console.print(tables.fitted_table(validation.fitted))
-    console.print(f"written to {file}", soft_wrap=True)
+    console.print(f"written to {from_here(file)}", soft_wrap=True)
 
 
 def _predict_experiment(experiment_file: Path, *, fresh: bool, jitter: Jitter | None, spans: Path | None) -> None:
-    from experiments.definition import load_experiment
+    from experiments.definition import load_experiment, strategies_by_default
     from experiments.predictor import done_predictions, points_to_predict, predict_experiment
 
     experiment = load_experiment(experiment_file)
@@ -197,6 +209,7 @@ def _predict_experiment(experiment_file: Path, *, fresh: bool, jitter: Jitter | 
     records = None if fresh else done_predictions(experiment, jitter)
     if records is not None:
         _show_spread(records)
+        say_defaults(strategies_by_default(experiment))
         console.print(f"nothing to do: {len(records)} points were predicted on {records[0].created}")
         return
     start = time.perf_counter()
@@ -212,6 +225,7 @@ def _predict_experiment(experiment_file: Path, *, fresh: bool, jitter: Jitter | 
         records = predict_experiment(experiment, command=command_line(), on_point=on_point, jitter=jitter, spans=spans)
         progress.update(task, description="predicted", completed=len(records))
     _show_spread(records)
+    say_defaults(strategies_by_default(experiment))
     console.print(f"{len(records)} points predicted in {time.perf_counter() - start:.1f} s")
 
 

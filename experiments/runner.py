@@ -12,15 +12,16 @@ from axonn.devices import DeviceType
 from axonn.errors import ConfigError
 from axonn.files import locked_folder
 from axonn.records import Failure, Record, read_records, write_records
-from experiments.definition import ROOT, Experiment, measured_configs, slug
+from experiments.definition import Experiment, measured_configs, slug
 from experiments.framework import Framework, load_adapter, load_framework, ran_by, version_of
 from experiments.outcome import Outcome
+from experiments.places import PROJECT
 from experiments.provenance import fingerprint, sources, this_machine
 from experiments.run_record import function_of, run_record, with_losses_compared
 from experiments.supervisor import supervise
 
-MEASURED = ROOT / "results" / "measured"
-RUNS = ROOT / "runs"
+MEASURED = PROJECT / "results" / "measured"
+RUNS = PROJECT / "runs"
 _SOURCES = (
     "axonn/*.py",
     "axonn/schedules/*.py",
@@ -196,5 +197,5 @@ def _record(point: Point, framework: Framework, outcome: Outcome, command: str) 
         source=command,
         fingerprint=point.fingerprint,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        run_folder=str(point.folder.relative_to(ROOT)),
+        run_folder=str(point.folder.relative_to(PROJECT)),
     )

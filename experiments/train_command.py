@@ -9,14 +9,17 @@ from typing import Annotated
 import typer
 
 from axonn.errors import RunFailed
-from experiments.console import command_line, console, launched_once, warn
+from experiments.console import command_line, console, launched_once, say_defaults, warn
 from experiments.pages import documented
+from experiments.places import check_owner, find_run, recorded, run_folder
 
 
 @documented("docs/train-a-gpt.md")
 def train(
     config_file: Annotated[Path, typer.Argument(help="Training configuration (YAML)")],
-    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<name of the file>.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; default runs/NAME where you stand (a/my.yaml: runs/a/my).")
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start anew, and remove the checkpoints of the run folder.")
     ] = False,
@@ -33,9 +36,9 @@ def train(
     from experiments import training
     from experiments.engine_framework import layers_of_chunks
     from experiments.progress import TrainingProgress
-    from experiments.runner import RUNS
 
-    config = training.resolved(load_yaml(config_file, TrainConfig))
+    given = load_yaml(config_file, TrainConfig)
+    config = training.resolved(given)
     grid = ProcessGrid(**config.grid.model_dump())
     # Everything that can be wrong is found here, before ranks start.
     launched_once()
@@ -43,12 +46,24 @@ def train(
     stages = layers_of_chunks(config)
     count = microbatches_of(batch_size=config.batch_size, microbatch_size=config.microbatch_size, grid=grid)
     data = make_data(config)
-    folder = out or RUNS / config_file.stem
-    session = training.prepare(config, folder, data=data, command=command_line(), fresh=fresh, warn=warn, device=chosen)
+    folder = out or run_folder(config_file)
+    if out is None:
+        check_owner(folder, config_file)
+    session = training.prepare(
+        config,
+        folder,
+        data=data,
+        command=command_line(),
+        fresh=fresh,
+        warn=warn,
+        device=chosen,
+        configuration=recorded(config_file, folder),
+    )
     console.print(
         f"{config.model.parameters / 1e6:.1f}M parameters, {ranks_on(chosen, grid.size)} ({grid}), "
         f"{count} microbatch(es) per pipeline, layers per chunk {[len(s) for s in stages]}, {data.summary}"
     )
+    say_defaults(f"{key} {value}" for key, value in training.taken_by_default(given).items())
     if session.resume is not None:
         if session.first >= config.steps:
             console.print(f"nothing to do: {session.first} batches are done; raise steps, or start anew with --fresh")
@@ -98,7 +113,14 @@ def _sent_by_axis(sizes: Mapping[str, int]) -> str:
 
 @documented("docs/resume.md")
 def export(
-    source: Annotated[Path, typer.Argument(help="Run folder (its newest checkpoint) or one checkpoint")],
+    source: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Run folder (its newest checkpoint), configuration file of a run, or one checkpoint; default the "
+            "newest run below runs/ where you stand."
+        ),
+    ] = None,
+    *,
     out: Annotated[Path, typer.Option(help="File to write, for instance model.safetensors")],
 ) -> None:
     """Write the master weights of a checkpoint as one safetensors file, for initial_weights or other programs."""
@@ -107,11 +129,11 @@ def export(
     from axonn.weights import export_weights
     from experiments.loop import CHECKPOINTS
 
-    checkpoint = source
-    if not (source / "state.json").exists():
-        found = latest(source / CHECKPOINTS, warn=warn)
+    checkpoint = run = find_run(source)
+    if not (run / "state.json").exists():
+        found = latest(run / CHECKPOINTS, warn=warn)
         if found is None:
-            raise CheckpointError(f"{source}: is neither a checkpoint nor a run folder with a good one")
+            raise CheckpointError(f"{run}: is neither a checkpoint nor a run folder with a good one")
         checkpoint = found.folder
     count = export_weights(checkpoint, out)
     console.print(f"{count} parameters of {checkpoint} written to {out}", soft_wrap=True)

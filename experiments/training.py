@@ -31,6 +31,7 @@ from experiments.framework import Framework, load_framework, ran_by
 from experiments.loop import CHECKPOINTS
 from experiments.metrics import BATCHES, read_rows
 from experiments.outcome import Outcome
+from experiments.places import RUN
 from experiments.provenance import this_machine
 from experiments.run_record import parts_of, tflops_formula
 from experiments.supervisor import supervise
@@ -54,6 +55,7 @@ _MAY_CHANGE = {
     "transport",
 }
 """What changes how a run is computed, or how long it is, but not what it computes."""
+_DEFAULT_DATA = {"gpt": "the sources of Python's standard library", "unet": "scikit-learn's digits"}
 _PARTS_FROM = 200
 """Batches at the end of a session from which the parts of its time are taken, at most."""
 
@@ -67,6 +69,8 @@ class Session:
     command: str
     resume: Checkpoint | None
     device: DeviceType = "cpu"
+    configuration: str | None = None
+    """The configuration's file, as `experiments.places.recorded` names it."""
 
     @property
     def first(self) -> int:
@@ -88,6 +92,7 @@ def prepare(
     fresh: bool,
     warn: Callable[[str], None],
     device: DeviceType = "cpu",
+    configuration: str | None = None,
 ) -> Session:
     """Find out where to start; changes nothing on disk. `config` is `resolved`, `data` is its data.
 
@@ -106,7 +111,9 @@ def prepare(
             )
     elif config.initial_weights is not None:
         check_weights(config.initial_weights, make_model(config.model))
-    return Session(config=config, folder=folder, command=command, resume=resume, device=device)
+    return Session(
+        config=config, folder=folder, command=command, resume=resume, device=device, configuration=configuration
+    )
 
 
 def config_differences(checkpoint: Checkpoint, config: TrainConfig, data: Data) -> list[str]:
@@ -117,9 +124,7 @@ def config_differences(checkpoint: Checkpoint, config: TrainConfig, data: Data) 
     differences = [
         f"{key} was {_shown(saved.get(key))}, is {_shown(now.get(key))}"
         for key in sorted(saved.keys() | now.keys())
-        if saved.get(key) != now.get(key)
-        and key != "data.path"
-        and not any(key == free or key.startswith(f"{free}.") for free in _MAY_CHANGE)
+        if saved.get(key) != now.get(key) and key != "data.path" and not _is_free(key)
     ]
     if checkpoint.state.data_digest != data.digest:
         paths = [_shown(values.get("data.path")) for values in (saved, now)]
@@ -217,11 +222,12 @@ def _describe(session: Session, framework: Framework) -> None:
     """Write `config.yaml` and add this session to `run.json`."""
     text = yaml.safe_dump(session.config.model_dump(mode="json"), sort_keys=False)
     replace_durably(session.folder / "config.yaml", text)
-    path = session.folder / "run.json"
+    path = session.folder / RUN
     earlier = json.loads(path.read_text())["sessions"] if session.resume is not None and path.exists() else []
     this = {
         "started": _now(),
         "command": session.command,
+        "configuration": session.configuration,
         "first_batch": session.first,
         "checkpoint": None if session.resume is None else str(session.resume.folder),
         "framework": framework.label,
@@ -233,6 +239,18 @@ def _describe(session: Session, framework: Framework) -> None:
         ),
     }
     replace_durably(path, json.dumps({"schema": "axonn-run/1", "sessions": [*earlier, this]}, indent=1) + "\n")
+
+
+def taken_by_default(config: TrainConfig) -> dict[str, str]:
+    """What is computed because the configuration's file does not say otherwise: keys with dots, and their values."""
+    said = dict(_leaves(config.model_dump(mode="json", exclude_unset=True)))
+    found = {key: _shown(value) for key, value in _flat(config).items() if key not in said and not _is_free(key)}
+    found.pop("model.kind", None)
+    return found | ({"data.path": _DEFAULT_DATA[config.model.kind]} if "data.path" in found else {})
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in _MAY_CHANGE)
 
 
 def _flat(config: TrainConfig) -> dict[str, Any]:

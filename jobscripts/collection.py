@@ -327,7 +327,7 @@ def _said(run: _Run, about: Described) -> dict[str, Any]:
         "machine": about.machine,
         "source": run.command,
         "created": about.created,
-        "run_folder": str(path.relative_to(runner.ROOT) if path.is_relative_to(runner.ROOT) else path),
+        "run_folder": str(path.relative_to(runner.PROJECT) if path.is_relative_to(runner.PROJECT) else path),
     }
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from axonn.errors import ConfigError
 from experiments.console import ExperimentFile, command_line, console, progress_bar, warn
 from experiments.pages import documented
+from experiments.places import from_here
 
 if TYPE_CHECKING:
     from jobscripts.points import Planned
@@ -26,7 +27,7 @@ def jobs(
     *,
     machine: Annotated[str, typer.Option(help="A machine of jobscripts/systems, or a file like these.")],
     small: Annotated[bool, typer.Option("--small", help="What the experiment measures on one machine.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for the jobs; default jobs/EXPERIMENT-MACHINE.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the jobs; default ./jobs/EXPERIMENT-MACHINE.")] = None,
     site: Annotated[Path | None, typer.Option(help="Site file: account, queue, wall time, modules, paths.")] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Batches of each run; default 11, as published.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Jobs of each point; figures take the median.")] = 1,
@@ -168,7 +169,7 @@ def status(
 
 @documented("docs/jobs.md")
 def collect(folder: JobFolder) -> None:
-    """Write records of the jobs of a folder that ended into results/measured, for figures to show.
+    """Write records of the jobs of a folder that ended into results/measured of the project, for figures to show.
 
     Exit status 1 when a job could not be read; the others are collected all the same.
     """
@@ -187,6 +188,6 @@ def collect(folder: JobFolder) -> None:
             said, colour = f"{record.batch_time_s:.3f} s per batch", ""
         console.print(f"{one.entry.name}: {said}", style=colour, markup=False, highlight=False, soft_wrap=True)
     count = sum(one.record is not None for one in found)
-    console.print(f"{count} of {len(found)} jobs have a record in {MEASURED}", soft_wrap=True)
+    console.print(f"{count} of {len(found)} jobs have a record in {from_here(MEASURED)}", soft_wrap=True)
     if any(one.broken for one in found):
         raise typer.Exit(1)

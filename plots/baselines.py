@@ -5,6 +5,7 @@ Reads the summary, writes plots/out/baselines.png and .svg (baselines-quick and 
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from itertools import groupby
@@ -13,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from axonn.errors import RecordError
 from axonn.files import read_json
-from experiments.definition import ROOT
 from experiments.pages import explained
+from experiments.places import PROJECT, from_here
 from plots.style import OUT, PAGE_IN, colours, save, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COMMAND = "make compare-baselines"
-SUMMARY = ROOT / "results" / "baselines" / "summary.json"
+SUMMARY = PROJECT / "results" / "baselines" / "summary.json"
 _BAR_INCHES = 0.24
 _HEADINGS = 0.9
 """Bars' heights that the name of a group of bars takes."""
@@ -143,7 +144,9 @@ def _said(row: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    source = Path(arguments[0]) if arguments else SUMMARY
+    parser = argparse.ArgumentParser(prog="python -m plots.baselines", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("summary", nargs="?", type=Path, default=SUMMARY, help="default that of the last whole run")
+    source: Path = parser.parse_args(arguments).summary
     summary = load(source)
     folder = source.resolve().parent.name
     name = SUMMARY.parent.name if folder == SUMMARY.parent.name else f"baselines-{folder}"
@@ -151,7 +154,7 @@ def main(arguments: Sequence[str]) -> None:
         paths = draw(summary, OUT, name)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise RecordError(f"{source}: cannot be drawn ({type(error).__name__}: {error}); run: {COMMAND}") from error
-    print(f"picture: {', '.join(str(path.relative_to(ROOT)) for path in paths)}")
+    print(f"picture: {', '.join(map(from_here, paths))}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from axonn.trace import Overlap, Span, SpanKind, overlap, read_spans, span_files
 from axonn.trace_events import write_trace
 from experiments import runner
 from experiments.definition import ROOT, load_model
+from experiments.places import PROJECT, in_project
 from experiments.run_record import spans_of
 from plots import style
 from plots.figure import Content, FigureKind, main
@@ -39,7 +40,7 @@ def spans_of_row(content: Content, row: Row) -> list[Span]:
     """The spans that a row's overlap was computed from: all batches after warm-up. Raises `RecordError` without them,
     or when they are not those of the record."""
     folder = Path(row["run_folder"] or "")
-    files = sorted((ROOT / folder).glob("spans-*.parquet"))
+    files = sorted((PROJECT / folder).glob("spans-*.parquet"))
     if row["kind"] == "predicted":
         spans = [s for own in files for file in span_files(own) for s in read_spans(file)]
         batches = 1
@@ -48,7 +49,7 @@ def spans_of_row(content: Content, row: Row) -> list[Span]:
         assert runs is not None
         config = runs.configs(where=content.experiment.name)[row["point"]]
         first, last = runs.warmup_batches, config.steps
-        spans = spans_of(runner.ROOT / folder, config, first=first, last=last)
+        spans = spans_of(runner.PROJECT / folder, config, first=first, last=last)
         batches = last - first
     if not spans:
         raise RecordError(f"{row['point']} has no spans in {folder}; make them again with --fresh")
@@ -80,7 +81,7 @@ def inputs(content: Content) -> list[Path]:
     """The span files, and the code that writes traces."""
     found = [ROOT / "axonn" / "trace_events.py"]
     for row in _rows(content):
-        root = ROOT if row["kind"] == "predicted" else runner.ROOT
+        root = PROJECT if row["kind"] == "predicted" else runner.PROJECT
         found += sorted((root / (row["run_folder"] or "")).glob("spans-*.parquet/[0-9]*.parquet"))
     return found
 
@@ -104,17 +105,13 @@ def extras(content: Content, rows: list[Row]) -> dict[str, Any]:
         )
     return {
         "overlap": shares,
-        "traces": {kind: _shown(trace_file(kind)) for kind in KINDS if _of_kind(content, rows, kind)},
+        "traces": {kind: in_project(trace_file(kind)) for kind in KINDS if _of_kind(content, rows, kind)},
     }
 
 
 def trace_file(kind: str) -> Path:
     """Of the points of a kind."""
     return style.OUT / f"fig5-{kind}.trace.json"
-
-
-def _shown(path: Path) -> str:
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def _of_kind(content: Content, rows: Sequence[Row], kind: str) -> list[Row]:

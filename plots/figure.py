@@ -7,6 +7,7 @@ else, so none is ever drawn as another; what is not there is named in the figure
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import sys
@@ -27,6 +28,7 @@ from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment
 from experiments.framework import load_framework
 from experiments.pages import explained
+from experiments.places import PROJECT, from_here
 from experiments.provenance import THIS_MACHINE, fingerprint, sources, this_machine
 from experiments.published import published_ratios, published_records
 from experiments.run_record import configuration_of, measures
@@ -36,7 +38,7 @@ from plots.summary import Key, failed, key, mape, not_run, rows_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RESULTS = ROOT / "results"
+RESULTS = PROJECT / "results"
 LARGEST = 4096
 """Ranks of the largest cluster on which a small weak scaling may have been measured."""
 MOST_MISSING = 3
@@ -283,7 +285,7 @@ def make_figure(kind: FigureKind, *, fresh: bool = False, console: Console | Non
     for line in content.missing:
         console.print(f"[yellow]missing: {escape(line)}[/yellow]", soft_wrap=True)
     outputs = [*files, summary_file(kind.name)]
-    console.print(f"figure: {', '.join(str(f.relative_to(ROOT) if f.is_relative_to(ROOT) else f) for f in outputs)}")
+    console.print(f"figure: {', '.join(map(from_here, outputs))}")
     return 1 if content.missing else 0
 
 
@@ -306,8 +308,13 @@ def say_missing(figure: Figure, missing: Sequence[str]) -> None:
 
 def main(kind: FigureKind, arguments: Sequence[str] | None = None) -> None:
     """Command line of a figure's module: --fresh draws it anew."""
-    given = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog=f"python -m plots.{kind.name}",
+        description=f"Draws the figure of experiments/{kind.name}.yaml from the records that there are of it.",
+    )
+    parser.add_argument("--fresh", action="store_true", help="draw it anew even if nothing has changed")
+    given = parser.parse_args(arguments)
     with explained("docs/own-figure.md"):
-        status = make_figure(kind, fresh="--fresh" in given)
+        status = make_figure(kind, fresh=given.fresh)
     if status:
         sys.exit(status)

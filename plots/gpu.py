@@ -6,6 +6,7 @@ the place of a GPU's measurements).
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from axonn.errors import RecordError
 from axonn.files import read_json
-from experiments.definition import ROOT
 from experiments.pages import explained
+from experiments.places import PROJECT, from_here
 from plots.style import OUT, PAGE_IN, colours, save, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-RESULTS = ROOT / "results" / "gpu"
+RESULTS = PROJECT / "results" / "gpu"
 SUMMARY = RESULTS / "summary.json"
 COMMAND = "make bench-gpu"
 ON_DEVICE = {
@@ -153,14 +154,16 @@ def _shares(axis: Axes, rows: Rows) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    source = Path(arguments[0]) if arguments else SUMMARY
+    parser = argparse.ArgumentParser(prog="python -m plots.gpu", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("summary", nargs="?", type=Path, default=SUMMARY, help="default that of the last whole run")
+    source: Path = parser.parse_args(arguments).summary
     summary = load(source)
     name = picture_name(source)
     try:
         paths = draw(summary, OUT, name)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise RecordError(f"{source}: cannot be drawn ({type(error).__name__}: {error}); run: {COMMAND}") from error
-    print(f"picture: {', '.join(str(path.relative_to(ROOT)) for path in paths)}")
+    print(f"picture: {', '.join(map(from_here, paths))}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from rich.console import RenderableType
 
 from axonn.perf.machine import Curve, MachineFile, load_machine
 from experiments import calibrate
-from experiments.definition import ROOT
+from experiments.places import from_here
 from plots.figure import Content, FigureKind, main
 from plots.readings import column, read_reading
 from plots.style import COLUMN_IN, KINDS, colours
@@ -58,8 +58,7 @@ def lacks(content: Content) -> list[str]:
     if path.exists():
         alone = load_machine(path).node.gpus.number < LEAST_RANKS
         return ["messages of this machine are not measured: it was calibrated with a single rank"] if alone else []
-    named = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    return [f"messages of this machine are not measured ({named} is not there); run: axonn calibrate --quick"]
+    return [f"messages of this machine are not measured ({from_here(path)} is not there); run: axonn calibrate --quick"]
 
 
 def inputs(content: Content) -> list[Path]:

@@ -18,9 +18,10 @@ from typing import Any
 from markupsafe import Markup, escape
 from rich.console import Console
 
+from experiments.places import from_here
 from experiments.templates import rendered, sandbox
 from plots import figure, report_evidence, report_figures, report_gpu
-from plots.report_figures import Picture, Section, files_of, picture_of, relative
+from plots.report_figures import Picture, Section, files_of, picture_of
 from plots.report_points import KINDS
 from plots.report_tables import Column, Table, numbers, table, texts
 
@@ -186,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"not in the report: {section.heading}; run: {section.command}", highlight=False, soft_wrap=True
             )
     size = path.stat().st_size / 1e6
-    console.print(f"report: {relative(path)} ({size:.1f} MB)", highlight=False, soft_wrap=True)
+    console.print(f"report: {from_here(path)} ({size:.1f} MB)", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 
 from axonn.errors import AxonnError
 from experiments.definition import ROOT, load_experiment
+from experiments.places import PROJECT
 from plots import figure, style
 from plots.report_extras import column_of
 from plots.report_points import KINDS, KNOWN, WOVEN_IN, tables_of
@@ -282,5 +283,5 @@ def files_of(section: Section) -> list[str]:
 
 
 def relative(path: Path) -> str:
-    """To the repository, where it lies inside."""
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+    """To the project, where it lies inside."""
+    return str(path.relative_to(PROJECT)) if path.is_relative_to(PROJECT) else path.name

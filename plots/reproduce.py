@@ -6,6 +6,7 @@ interrupted, the same command goes on, since every target keeps what it has fini
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from types import FrameType
 from rich.console import Console
 from rich.table import Table
 
-from experiments.definition import ROOT
+from experiments.places import PROJECT
 
 INTERRUPTED = 130
 LAST = "report"
@@ -33,7 +34,7 @@ class Terminated(KeyboardInterrupt):
 def make(target: str) -> int:
     """Make one target; returns the exit status. Ctrl-C reaches the child, too, and is awaited there."""
     command = [os.environ.get("MAKE", "make"), "--no-print-directory", "--keep-going", target]
-    with subprocess.Popen(command, cwd=ROOT) as child:
+    with subprocess.Popen(command, cwd=PROJECT) as child:
         try:
             return child.wait()
         except KeyboardInterrupt as stopped:
@@ -83,9 +84,17 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    targets = sys.argv[1:]
+    parser = argparse.ArgumentParser(prog="python -m plots.reproduce", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help="of the Makefile, for instance reproduce-fig6")
+    targets = parser.parse_args().targets
     if not targets:
         sys.exit("error: name the targets of the Makefile to make, or type: make reproduce")
+    if not (PROJECT / "Makefile").is_file():
+        print(
+            f"error: there is no Makefile in {PROJECT}; type make reproduce in the folder of the project",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(reproduce(targets))
 

@@ -29,6 +29,7 @@ from axonn.placement import Placement
 from axonn.schedules import Kind, Task, make_schedule
 from axonn.tensor import TRANSPOSED, Linear, TensorContext, placements
 from experiments.pages import explained
+from experiments.places import from_here
 from plots.style import PAGE_IN, colours, save, styled
 
 if TYPE_CHECKING:
@@ -301,7 +302,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     make_model(config.model).check(ProcessGrid(**config.grid.model_dump()))
     for path in draw_all(config, given.out):
-        Console().print(str(path), soft_wrap=True)
+        Console().print(from_here(path), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.definition import ROOT
+from experiments.places import PROJECT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-OUT = ROOT / "plots" / "out"
+OUT = PROJECT / "plots" / "out"
 COLUMN_IN = 3.5
 """Width of a column of a paper."""
 PAGE_IN = 7.2

@@ -23,8 +23,9 @@ from axonn.records import Record, read_records
 from axonn.trace import Parts, Span, breakdown, overlap, read_spans, span_files
 from axonn.trace_events import write_trace
 from experiments.console import console, warn
-from experiments.definition import ROOT
 from experiments.pages import documented
+from experiments.places import PROJECT, RUNS, from_here
+from experiments.places import find_run as folder_of_run
 from plots import style
 from plots.timeline import MOST_RANKS, View, draw_timeline, whole
 
@@ -102,17 +103,19 @@ def _folder_of_records(path: Path) -> Path:
     if len(folders) > 1:
         raise RecordError(f"{path}: has several runs; name one of {', '.join(sorted(folders))}")
     named = Path(folders.pop())
-    folder = named if named.exists() else ROOT / named
+    # A run that was moved has its record in it all the same.
+    places = [path.parent] if any(path.parent.glob(_FOLDERS)) else [named, PROJECT / named]
+    folder = next((place for place in places if place.exists()), named)
     # What is drawn is written into the folder: a record of a stranger does not choose it.
-    known = any(folder.resolve().is_relative_to(place.resolve()) for place in (ROOT, Path.cwd(), path.parent))
+    known = any(folder.resolve().is_relative_to(place.resolve()) for place in (PROJECT, Path.cwd(), path.parent))
     if folder.is_dir() and not known and not (folder / "record.json").exists():
-        raise RecordError(f"{path}: names {folder}, a folder outside of the repository without record.json; name it")
+        raise RecordError(f"{path}: names {folder}, a folder outside of the project without record.json; name it")
     return folder
 
 
 def _near(run: Path) -> str:
     """What is there in its stead."""
-    beside = run.parent if run.parent.is_dir() else ROOT / "runs"
+    beside = run.parent if run.parent.is_dir() else RUNS
     names = sorted(p.name for p in beside.iterdir() if p.is_dir()) if beside.is_dir() else []
     near = get_close_matches(run.name, names, n=3)
     if near:
@@ -243,9 +246,15 @@ def parts_table(parts: Parts, batch: int) -> Table:
 
 @documented("docs/trace.md")
 def trace(
-    run: Annotated[Path, typer.Argument(help="Run folder, folder of predicted spans, or a record file of one run")],
+    run: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Run folder, configuration file of a run, folder of predicted spans, or a record file of one run; "
+            "default the newest run below runs/ where you stand."
+        ),
+    ] = None,
     *,
-    out: Annotated[Path | None, typer.Option(help="Folder to write to; default the run's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to; default the run's own folder.")] = None,
     step: Annotated[int | None, typer.Option(help="Batch to show; default one in the middle, after warm-up.")] = None,
     first: Annotated[bool, typer.Option("--first", help="Show the first batch.")] = False,
     last: Annotated[bool, typer.Option("--last", help="Show the last batch.")] = False,
@@ -260,7 +269,7 @@ def trace(
 
     The trace has all batches, or the one that an option chooses; the picture one batch.
     """
-    found = find_run(run)
+    found = find_run(folder_of_run(run))
     steps = load_steps(found, step)
     warmup = found.record.warmup_batches if found.record and found.record.warmup_batches is not None else 1
     batch = choose(list(steps), step=step, first=first, last=last, warmup=0 if len(steps) == 1 else warmup)
@@ -305,7 +314,8 @@ def trace(
         console.print(f"record of the run, batches after warm-up: {mean:.0%} hidden", soft_wrap=True)
     if len(drawn) < len(there) and ranks is None:
         console.print(f"drawn: the first {len(drawn)} of {len(there)} ranks; choose others with --ranks")
-    console.print(f"picture: {escape(', '.join(map(str, pictures)))}", soft_wrap=True)
+    console.print(f"picture: {escape(', '.join(map(from_here, pictures)))}", soft_wrap=True)
     console.print(
-        f"trace: {escape(str(file))} ({events} events; open it in chrome://tracing or ui.perfetto.dev)", soft_wrap=True
+        f"trace: {escape(from_here(file))} ({events} events; open it in chrome://tracing or ui.perfetto.dev)",
+        soft_wrap=True,
     )

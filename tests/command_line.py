@@ -34,8 +34,9 @@ class CommandLine:
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self.root, self._monkeypatch, self._capsys = root, monkeypatch, capsys
-        monkeypatch.setattr(runner, "ROOT", root)
+        monkeypatch.setattr(runner, "PROJECT", root)
         monkeypatch.setattr(runner, "RUNS", root / "runs")
+        monkeypatch.chdir(root)
         monkeypatch.setattr(runner, "MEASURED", root / "measured")
         # What it trains is compared to the bit.
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -44,7 +44,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(predictor, "PREDICTED", tmp_path / "results" / "predicted")
     monkeypatch.setattr(runner, "MEASURED", tmp_path / "results" / "measured")
     monkeypatch.setattr(runner, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(runner, "PROJECT", tmp_path)
     monkeypatch.setattr(figure, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(style, "OUT", tmp_path / "out")
     (tmp_path / "results" / "predicted").mkdir(parents=True)

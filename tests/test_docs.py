@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from axonn.config import TrainConfig
 from experiments import definition
+from tests.clones import copy_of_the_project, newcomers_environment
 
 ROOT = definition.ROOT
 DOCS = ROOT / "docs"
 PAGES = sorted(page for page in DOCS.glob("*.md") if "```sh" in page.read_text(encoding="utf-8"))
-NOT_OF_A_CLONE = {".venv", ".baselines", ".git", "runs", "build", "jobs"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"# (\S+\.(?:yaml|py|txt))\b.*")
 STATUS = re.compile(r"#.*exit status (\d+)")
@@ -58,30 +57,9 @@ def blocks_of(page: Path) -> list[Block]:
 @pytest.fixture
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The files of the project alone, and the environment in which the tests run as its `.venv`."""
-    folder = tmp_path / "axonn-reproduction"
-
-    def ignored(parent: str, names: list[str]) -> set[str]:
-        top = Path(parent) == ROOT
-        drop = {n for n in names if n.endswith((".egg-info", "_cache")) or n == "__pycache__"}
-        drop |= NOT_OF_A_CLONE & set(names) if top else set()
-        if Path(parent) == ROOT / "results":
-            drop |= set(names) - {"published"}
-        if Path(parent) == ROOT / "plots":
-            drop |= {"out"} & set(names)
-        return drop | ({"local.yaml", "local-gpu.yaml"} & set(names) if Path(parent).name == "machines" else set())
-
-    shutil.copytree(ROOT, folder, ignore=ignored)
+    folder = copy_of_the_project(tmp_path / "axonn-reproduction")
     (folder / ".venv").symlink_to(sys.prefix)
-    for name in list(os.environ):
-        if name.startswith(("AXONN", "PYTEST")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-    # As a newcomer's terminal, and not this process's: machines may have one core, and tests may be root.
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setenv("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
-    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
-    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    newcomers_environment(monkeypatch, path=folder)
     return folder
 
 
@@ -126,12 +104,56 @@ def pages() -> list[Path]:
     ]
 
 
+def written(page: Path) -> str:
+    """The words of a page, in one line, without what is run and printed."""
+    return " ".join(FENCE.sub("", page.read_text(encoding="utf-8")).split())
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def headings_and_tables(page: Path) -> str:
+    """The headings of a page and the first rows of its tables, in small letters."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    heads = [a for a, b in pairwise(lines) if a.startswith("|") and re.fullmatch(r"\|[-:| ]+\|", b)]
+    return "\n".join([*(line for line in lines if line.startswith("#")), *heads]).lower()
+
+
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"(?:\]\(|src=\")([^)#\"]+)(?:#[^)]*)?[)\"]", text):
+    for target, anchor in re.findall(r"(?:\]\(|src=\")([^)#\"]*)(?:#([^)]*))?[)\"]", written(page)):
         if not target.startswith(("http://", "https://")):
-            assert (page.parent / target).exists(), f"{page.name}: {target} is not there"
+            there = page.parent / target if target else page
+            assert there.exists(), f"{page.name}: {target} is not there"
+            assert not anchor or anchor in anchors(there), f"{page.name}: {target} has no heading #{anchor}"
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_what_is_said_to_be_on_another_page_is_there(page: Path) -> None:
+    text = written(page)
+    # The README is long: who is sent there is told where.
+    assert not re.search(r"\]\([./]*README\.md\)", text), f"{page.name}: links to the README without a section"
+    assert not re.search(r"\b(?:see|in) the README\b", text), f"{page.name}: sends to the README without a link"
+    link = r"\[[^\]]*\]\(([\w./-]+\.md)[^)]*\)"
+    for what in ("table", "list", "section"):
+        said = re.findall(rf"\b{what}s? of (\w+)[^.;]*? \(?(?:in|of|see) (?:the )?{link}", text)
+        said += [(word, to) for to, word in re.findall(rf"{link} has (?:a|the) {what} of (\w+)", text)]
+        for word, target in said:
+            there = headings_and_tables(page.parent / target)
+            assert word.lower().rstrip("s") in there, f"{page.name}: there is no {what} of {word} in {target}"
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_files_that_are_named_are_there(page: Path) -> None:
+    made = {block.name for block in blocks_of(page)} | {"experiments/machines/local.yaml", "plots/out"}
+    packages = "axonn|experiments|plots|baselines|jobscripts|tools|tests|docs"
+    code = " ".join(re.findall(r"`([^`]+)`", written(page)))
+    for name in re.findall(rf"(?<![\w./-])((?:{packages})/[\w./*-]*[\w*])", code):
+        is_one = not re.search(r"NAME|_X\b", name) and not any(name.startswith(str(one)) for one in made)
+        assert not is_one or any(ROOT.glob(name)), f"{page.name}: there is no {name}"
 
 
 def test_the_configuration_page_names_every_key() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import pkgutil
-import sys
 import warnings
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import axonn
 
 
 def main(folder: Path) -> None:
-    """HTML of `axonn` and all that is in it, with the sources. Raises `SystemExit` without a folder."""
+    """HTML of `axonn` and all that is in it, with the sources."""
     # It is imported when it is first asked for, which is too late to be seen.
     vars(axonn).update({name: getattr(axonn, name) for name in axonn.__all__})
     # Packages bring their modules, and dataclasses constructors whose annotations nobody can see.
@@ -25,6 +25,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m tools.reference FOLDER")
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(prog="python -m tools.reference", description="The reference as HTML.")
+    parser.add_argument("folder", type=Path, help="where to write it, for instance build/docs")
+    main(parser.parse_args().folder)

@@ -39,11 +39,11 @@ from baselines.gpu.rows import PartResult, Row, failed, read_parts, write_part
 from baselines.gpu.summary import GPU_RECORDS, same_device, write_gpu_records, write_summary
 from baselines.gpu.table import remarks, table_of
 from baselines.gpu.work import Device, Plan, plan_of
-from experiments.definition import ROOT
 from experiments.pages import explained
+from experiments.places import PROJECT, from_here
 from experiments.provenance import this_machine
 
-RESULTS = ROOT / "results" / "gpu"
+RESULTS = PROJECT / "results" / "gpu"
 SECONDS = 520.0
 """For all parts together, so that the command ends within 9 minutes."""
 
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(table_of(parts, title=title_of(machine, plan)))
     for line in remarks(parts, list(PARTS)):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
-    console.print(f"written to {shown(summary)}", highlight=False, soft_wrap=True)
+    console.print(f"written to {from_here(summary)}", highlight=False, soft_wrap=True)
     empty = [name for name in wanted if all(row.failure is not None for row in parts[name].rows)]
     return 1 if [name for name in empty if name != "predicted"] else 0
 
@@ -213,10 +213,6 @@ def title_of(machine: Machine, plan: Plan) -> str:
     device = machine.cpu if plan.device == "cpu" else machine.device
     mini = " in miniature: times mean nothing" if plan.quick else ""
     return f"measured on {device}{f' ({machine.driver})' if machine.driver else ''}, torch {machine.torch}{mini}"
-
-
-def shown(path: Path) -> str:
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 if __name__ == "__main__":

@@ -21,14 +21,15 @@ from axonn.records import Failure
 from baselines.gpu.peaks import Peak
 from baselines.gpu.rows import PartResult, Row
 from baselines.gpu.work import Plan
-from experiments.definition import ROOT, available_cores
+from experiments.definition import available_cores
 from experiments.framework import load_adapter, load_framework
 from experiments.outcome import Outcome
+from experiments.places import PROJECT
 from experiments.supervisor import supervise
 
 LEAST_S = 3.0
 """Nothing is started with less time than this."""
-_RUNS = ROOT / "runs" / "gpu"
+_RUNS = PROJECT / "runs" / "gpu"
 
 
 class Lost(Exception):
@@ -90,7 +91,6 @@ class Context:
             process = subprocess.Popen(
                 [sys.executable, "-m", "baselines.gpu.worker", str(folder)],
                 env=worker_environment(self.plan),
-                cwd=ROOT,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

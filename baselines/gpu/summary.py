@@ -11,10 +11,10 @@ from typing import Any
 from axonn.config import TrainConfig, validate
 from axonn.records import Asked, Failure, Machine, Ran, Record, write_records
 from baselines.gpu.rows import PartResult, Row
-from experiments.definition import ROOT
 from experiments.engine_framework import EngineFramework
+from experiments.places import PROJECT
 
-GPU_RECORDS = ROOT / "results" / "measured" / "gpu.json"
+GPU_RECORDS = PROJECT / "results" / "measured" / "gpu.json"
 EXPERIMENT = "gpu"
 
 
