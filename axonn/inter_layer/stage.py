@@ -23,9 +23,10 @@ from axonn.tensor import TensorContext, placements
 class ParameterSpec:
     """A parameter, its full name ("layer.parameter") and its placement.
 
-    A tied parameter is called by the first name of its tie wherever it lies. `shared_with`: parameters of other chunks
-    of this stage that are the same one (a head tied to an embedding, where both lie here). They use its memory, but
-    each has a gradient of its own, which is added to the parameter's.
+    A tied parameter is called by the first name of its tie wherever it lies. `shared_with`: other parameters of this
+    stage that are the same one (a head tied to an embedding, where both lie here). They use its memory, but each has a
+    gradient of its own, which is added to the parameter's at the end of a batch: in the order in which stages add
+    theirs, where the two lie apart.
     """
 
     name: str
@@ -64,11 +65,6 @@ class Chunk(nn.Module):
         self.chain = chain.to_empty(device=device)
         self.context = context
         self.placements = placements(self.chain)
-        # A tie inside of the chunk is one parameter; autograd adds its gradients.
-        names = dict(self.chain.named_parameters())
-        for first, second in model.ties:
-            if first in names and second in names:
-                _set_parameter(self.chain, second, names[first])
         self._segments = segments([layers[i] for i in span], recompute)
 
     def forward(self, *tensors: torch.Tensor) -> Tensors:
@@ -120,8 +116,13 @@ def virtual_spans(model: PipelineModel, layout: ChunkLayout) -> list[range]:
 
 
 def initialise(model: PipelineModel, chunk: Chunk, *, seed: int) -> None:
-    """Fill the parameters of a chunk that stands by itself."""
+    """Fill the parameters of a chunk that stands by itself, and make one of two that are tied: autograd adds up its
+    gradients."""
     aliases = {second: first for first, second in model.ties}
+    names = dict(chunk.chain.named_parameters())
+    for first, second in model.ties:
+        if first in names and second in names:
+            _set_parameter(chunk.chain, second, names[first])
     grid, here = chunk.context.grid, chunk.context.here
     for own, parameter in chunk.chain.named_parameters():
         name = aliases.get(own, own)

@@ -19,6 +19,7 @@ from axonn.optim.learning_rate import learning_rate
 from axonn.optim.loss_scale import LossScale
 from axonn.optim.reduction import GradientReduction, Reduction
 from axonn.optim.state import Bucket, OffloadedState, OptimizerState, ResidentState
+from axonn.optim.vectors import whole_vectors
 from axonn.parts import Part
 from axonn.trace import SpanKind
 
@@ -125,7 +126,7 @@ class ModelOptimizer:
         for entry in self._flat.entries:
             initialise(entry.spec.name, entry.view(self._state.master))
         self._round_masters()
-        # A CPU's bits depend on where buckets begin, and are to be those of offloaded state.
+        # Launches are what small buckets cost. A CPU has none.
         few = config.placement == "device" and device.type != "cpu"
         self._chunks = cut(self._flat, bsize=config.bsize, k=config.k, few=few)
         self._reduction = GradientReduction(
@@ -219,24 +220,27 @@ class ModelOptimizer:
             gradient = bucket.gradient.copy_(gradient)
         if isinstance(factor, torch.Tensor) or factor != 1.0:
             gradient.mul_(factor)
-        adamw(
-            [bucket.master],
-            [gradient],
-            [bucket.exp_avg],
-            [bucket.exp_avg_sq],
-            [],
-            [self._updates_before.fill_(self._updates - 1)],
-            fused=True,
-            # Where it is 1, nothing changes.
-            found_inf=None if overflow is None else overflow.view(()),
-            amsgrad=False,
-            beta1=self._config.betas[0],
-            beta2=self._config.betas[1],
-            lr=rate,
-            weight_decay=self._config.weight_decay,
-            eps=self._config.eps,
-            maximize=False,
-        )
+        tensors = (bucket.master, gradient, bucket.exp_avg, bucket.exp_avg_sq)
+        # The same bits wherever buckets begin: on every stage that holds a tied parameter, and on any number of them.
+        for master, reduced, exp_avg, exp_avg_sq in whole_vectors(tensors):
+            adamw(
+                [master],
+                [reduced],
+                [exp_avg],
+                [exp_avg_sq],
+                [],
+                [self._updates_before.fill_(self._updates - 1)],
+                fused=True,
+                # Where it is 1, nothing changes.
+                found_inf=None if overflow is None else overflow.view(()),
+                amsgrad=False,
+                beta1=self._config.betas[0],
+                beta2=self._config.betas[1],
+                lr=rate,
+                weight_decay=self._config.weight_decay,
+                eps=self._config.eps,
+                maximize=False,
+            )
         if self._state.has_own_master:
             self._flat.parameters[part].copy_(bucket.master)
 

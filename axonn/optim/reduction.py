@@ -10,6 +10,7 @@ from axonn.collectives import Collectives, Group, Operation, Work
 from axonn.device_timeline import Moment, Timeline
 from axonn.errors import ConfigError
 from axonn.grid import AXES, Axis, ProcessGrid
+from axonn.optim.exact_sum import from_digits, to_digits
 from axonn.optim.flat import Chunk, Entry, FlatParameters, pieces
 from axonn.trace import SpanKind
 
@@ -123,20 +124,21 @@ class GradientReduction:
 
     def norm(self, length: int) -> torch.Tensor:
         """float64 [1], on the device: norm of the reduced gradient of the whole model, each parameter counted once,
-        from parts of `length`."""
+        from parts of `length`.
+
+        A part ends where its parameter ends, and squares of parts add up exactly: how the layers lie on stages changes
+        no bit.
+        """
         gradients = self._flat.gradients
         # Half types add up in float32, the parts in float64.
         dtype = torch.promote_types(gradients.dtype, torch.float32)
-        parts = [
-            torch.linalg.vector_norm(gradients[part], dtype=dtype)
-            for whole in self._counted
-            for part in pieces(whole, length)
-        ]
-        total = torch.zeros(1, dtype=torch.float64, device=gradients.device)
+        parts = [gradients[part] for whole in self._counted for part in pieces(whole, length)]
+        squares = torch.zeros(0, dtype=torch.float64, device=gradients.device)
         if parts:
-            total += torch.stack(parts).double().square().sum()
-        self._agree(total, self._model, "sum")
-        return total.sqrt_()
+            squares = torch.stack(torch._foreach_norm(parts, dtype=dtype)).double().square()
+        digits = to_digits(squares)
+        self._agree(digits, self._model, "sum")
+        return from_digits(digits).sqrt_()
 
     def _agree(self, value: torch.Tensor, group: Group | None, operation: Operation) -> None:
         if group is not None:
@@ -164,10 +166,6 @@ def _counted_here(entries: Sequence[Entry], here: dict[str, int]) -> list[slice]
         axes = {"row", "col", *placement.partial} - {"data", *placement.cut_axes}
         replicated = any(here[axis] for axis in axes)
         stages = placement.tied_stages
-        if replicated or (stages and here["inter"] != min(stages)):
-            continue
-        if counted and counted[-1].stop == entry.where.start:
-            counted[-1] = slice(counted[-1].start, entry.where.stop)
-        else:
+        if not replicated and not (stages and here["inter"] != min(stages)):
             counted.append(entry.where)
     return counted

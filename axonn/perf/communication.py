@@ -18,9 +18,11 @@ from axonn.perf.outline import Outline
 from axonn.perf.parts import Exchange, Kind, Part
 from axonn.schedules import ChunkLayout, Direction
 
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float64": 8, "int64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """Of one element."""
 _HALF = ("bfloat16", "float16")
+_NORM_DIGITS = 268
+"""int64 numbers in which the squares of a norm add up exactly: 2,124 bits of float64 at 8 each, and two counts."""
 
 
 class Collective(NamedTuple):
@@ -247,7 +249,7 @@ class Training:
         axes = tuple(axis for axis in AXES if axis != "data" and self.grid.extent(axis) > 1)
         if self.optimizer.clip_norm is None or not axes:
             return Counter()
-        return Counter({self._collective(rank, axes, 1, "float64"): 1})
+        return Counter({self._collective(rank, axes, _NORM_DIGITS, "int64"): 1})
 
     def _gradients(self, rank: int) -> Counter[Collective]:
         """Chunks of k buckets of this rank's gradients, over the replicas."""
