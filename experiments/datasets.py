@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -57,6 +58,11 @@ class Open(StrictModel):
     def model_post_init(self, context: object) -> None:
         if (self.take is None) != (not self.among):
             raise ValueError("take and among belong together")
+
+    @cached_property
+    def labels(self) -> frozenset[str] | None:
+        """Labels of the points that it is for; None for all."""
+        return None if self.points is None else frozenset(self.points)
 
 
 class Measured(StrictModel):
@@ -128,6 +134,11 @@ class Variant(StrictModel):
     strategies: dict[str, dict[str, Any]] = {}
     """By label, over `strategy`."""
 
+    @cached_property
+    def labels(self) -> frozenset[str] | None:
+        """Labels of the points that it changes; None for all."""
+        return None if self.points is None else frozenset(self.points)
+
 
 class DataSet(StrictModel):
     """One published table or figure.
@@ -186,7 +197,7 @@ class Case:
 
     def under(self, variant: Variant, where: str) -> Case:
         """The point as the variant has it."""
-        if variant.points is not None and self.label not in variant.points:
+        if variant.labels is not None and self.label not in variant.labels:
             return self
         batch = self.batch_size * variant.batch_scale
         if batch != int(batch):
@@ -218,13 +229,13 @@ def load_data_set(path: Path | str) -> tuple[DataSet, list[Case]]:
     except AxonnError as error:
         # What it names, an experiment or a model, has a file of its own.
         raise ConfigError(str(error) if where in str(error) else f"{where}: {error}") from error
-    known = [case.label for case in cases]
-    if len(set(known)) < len(known):
+    known = {case.label: case for case in cases}
+    if len(known) < len(cases):
         raise ConfigError(f"{where}: two points have the same label")
     for what, names in _mentions(data):
         for name in names:
             if name not in known:
-                near = get_close_matches(name, known, n=1, cutoff=0.4) or known
+                near = get_close_matches(name, known, n=1, cutoff=0.4) or list(known)
                 raise ConfigError(f"{where}: {what} names the point '{name}'; did you mean '{near[0]}'?")
     unknown = set(data.targets.groups) - {case.group for case in cases}
     if unknown:
@@ -255,7 +266,7 @@ def rules_for(data: DataSet, case: Case) -> list[Open]:
 
 
 def _applies(rule: Open, case: Case) -> bool:
-    return rule.points is None or case.label in rule.points
+    return rule.labels is None or case.label in rule.labels
 
 
 def _mentions(data: DataSet) -> Iterator[tuple[str, Sequence[str]]]:
