@@ -30,6 +30,7 @@ from experiments.definition import (
     load_experiment,
     load_model,
     merge,
+    strategy_fields,
 )
 
 FOLDER = HERE / "validation"
@@ -257,7 +258,8 @@ def _all_cases(data: DataSet, where: str) -> list[Case]:
         return _cases_of(experiment)
     panel = None if experiment is None else experiment.predicted
     groups = merge({} if panel is None else panel.frameworks, data.groups)
-    return [_case(data, point, groups, where) for point in data.points]
+    shared = data.defaults.strategy if panel is None else merge({"compute": panel.precision}, data.defaults.strategy)
+    return [_case(data, point, shared, groups, where) for point in data.points]
 
 
 def rules_for(data: DataSet, case: Case) -> list[Open]:
@@ -297,7 +299,9 @@ def _by_number(path: Path) -> list[str | int]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)]
 
 
-def _case(data: DataSet, point: Point, groups: Mapping[str, Mapping[str, Any]], where: str) -> Case:
+def _case(
+    data: DataSet, point: Point, shared: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]], where: str
+) -> Case:
     def given(key: str) -> Any:
         own, shared = getattr(point, key), getattr(data.defaults, key)
         if own is None and shared is None:
@@ -316,7 +320,7 @@ def _case(data: DataSet, point: Point, groups: Mapping[str, Mapping[str, Any]], 
         model=model_of(given("model"), where=f"{where}: point '{point.label}'"),
         gpus=point.gpus,
         batch_size=given("batch_size"),
-        strategy=merge(merge(data.defaults.strategy, groups.get(point.group, {})), point.strategy),
+        strategy=merge(merge(shared, groups.get(point.group, {})), point.strategy),
         published=published,
         note=point.note,
     )
@@ -330,7 +334,7 @@ def case_of(panel: PredictedPanel, point: PredictedPoint) -> Case:
         model=load_model(point.model),
         gpus=point.gpus,
         batch_size=point.batch_size or panel.batch_size,
-        strategy=merge(panel.frameworks.get(point.framework, {}), point.strategy),
+        strategy=strategy_fields(panel, point.framework, point.strategy),
         published={},
     )
 

@@ -7,7 +7,7 @@ grid), `batches.jsonl` and `evaluations.jsonl`, `checkpoints/`, `spans-K.parquet
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,8 +26,9 @@ from axonn.grid import ProcessGrid
 from axonn.launch import find_mpiexec
 from axonn.models import make_model
 from axonn.records import Asked, Failure, Record, write_records
+from axonn.strict import dotted
 from axonn.weights import check_weights
-from experiments.framework import Framework, load_framework, ran_by
+from experiments.framework import Framework, load_framework, ran_by, settings_ran
 from experiments.loop import CHECKPOINTS
 from experiments.metrics import BATCHES, read_rows
 from experiments.outcome import Outcome
@@ -178,7 +179,8 @@ def _write_record(session: Session, framework: Framework, outcome: Outcome) -> R
         experiment="train",
         point=session.folder.name,
         asked=asked,
-        ran=ran_by(framework, config),
+        ran=(ran := ran_by(framework, config)),
+        settings=settings_ran(config, ran),
         machine=this_machine(device=session.device),
         source=session.command,
         batch_time_s=mean,
@@ -250,15 +252,7 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
         "gradients": precision.gradient_type,
         "loss_scale": precision.scaling,
     }
-    return dict(_leaves(values))
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+    return dict(dotted(values))
 
 
 def _shown(value: Any) -> str:

@@ -29,12 +29,12 @@ def naive_constants(batches: Sequence[Batch], groups: Sequence[Hashable]) -> tup
     """
     if not batches:
         raise ConfigError("the naive predictor needs at least one batch to be fitted on")
-    rates = [flops / gpus / seconds for flops, gpus, seconds in batches]
-    order = sorted(range(len(rates)), key=lambda i: -rates[i])
+    rates: list[float] = [flops / gpus / seconds for flops, gpus, seconds in batches]
+    order = sorted(range(len(rates)), key=rates.__getitem__, reverse=True)
     below = list(accumulate((rates[i] for i in order), initial=0.0))
-    places: dict[Hashable, list[int]] = {}
+    of_group: dict[Hashable, list[int]] = {}
     for place, i in enumerate(order):
-        places.setdefault(groups[i], []).append(place)
+        of_group.setdefault(groups[i], []).append(place)
 
     def median(without: Sequence[int] = ()) -> float:
         """Of all places in the order but those `without`, which ascend."""
@@ -54,13 +54,11 @@ def naive_constants(batches: Sequence[Batch], groups: Sequence[Hashable]) -> tup
                 first = middle + 1
         excluded = set(without)
         # Where sums are rounded, the half may seem to be reached at a place that does not count.
-        return next(
-            rates[order[place]]
-            for place in (*range(first, len(order)), *reversed(range(first)))
-            if place not in excluded
-        )
+        places = (*range(first, len(order)), *reversed(range(first)))
+        chosen: int = next(place for place in places if place not in excluded)
+        return rates[order[chosen]]
 
-    held_out = {name: median(own) for name, own in places.items() if len(own) < len(order)}
+    held_out = {name: median(own) for name, own in of_group.items() if len(own) < len(order)}
     return median(), held_out
 
 
