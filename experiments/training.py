@@ -1,7 +1,8 @@
 """Trains a model as a configuration says: from the beginning, or on from the newest checkpoint of the run folder.
 
-The run folder describes itself: `config.yaml` (every value), `run.json` (each session: command, machine, versions,
-grid), `batches.jsonl` and `evaluations.jsonl`, `checkpoints/`, `spans-K.parquet/`, `log.txt`, at the end `record.json`.
+The run folder describes itself: `config.yaml` (every value of the newest session), `run.json` (each session: first
+batch, configuration, log, command, machine, versions; read by `experiments.history`), `batches.jsonl` and
+`evaluations.jsonl`, `checkpoints/`, `spans-K.parquet/`, `log.txt`, at the end `record.json`.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from axonn.records import Asked, Failure, Record, write_records
 from axonn.strict import dotted
 from axonn.weights import check_weights
 from experiments.framework import Framework, load_framework, ran_by, settings_ran
+from experiments.history import NEWEST_LOG, RUN_FILE, entries_of, with_logs
 from experiments.loop import CHECKPOINTS
 from experiments.metrics import BATCHES, read_rows
 from experiments.outcome import Outcome
 from experiments.provenance import this_machine
 from experiments.run_record import parts_of, tflops_formula
-from experiments.supervisor import supervise
+from experiments.supervisor import kept_log, supervise
 
 FRAMEWORK = "axonn"
 _MAY_CHANGE = {
@@ -219,8 +221,8 @@ def _describe(session: Session, framework: Framework) -> None:
     """Write `config.yaml` and add this session to `run.json`."""
     text = yaml.safe_dump(session.config.model_dump(mode="json"), sort_keys=False)
     replace_durably(session.folder / "config.yaml", text)
-    path = session.folder / "run.json"
-    earlier = json.loads(path.read_text())["sessions"] if session.resume is not None and path.exists() else []
+    path = session.folder / RUN_FILE
+    earlier = [] if session.resume is None else with_logs(entries_of(session.folder), kept_log(session.folder))
     this = {
         "started": _now(),
         "command": session.command,
@@ -229,6 +231,8 @@ def _describe(session: Session, framework: Framework) -> None:
         "framework": framework.label,
         "version": framework.version(),
         "grid": session.config.grid.model_dump(),
+        "config": session.config.model_dump(mode="json"),
+        "log": NEWEST_LOG,
         "machine": this_machine(device=session.device).model_dump(exclude_none=True),
         "tflops_formula": tflops_formula(
             session.config.model, recompute=session.config.activation_checkpointing is not None
