@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from axonn.config import GridConfig, ModelConfig, ScheduleConfig, StrictModel, UNetConfig
 from axonn.errors import RecordError
 from axonn.files import read_json, replace_durably
-from axonn.strict import Line, Loss, load_json, shortened
+from axonn.strict import Line, Loss, dotted, load_json, shortened
 
 SCHEMA = "axonn-records/1"
 RecordKind = Literal["published", "predicted", "measured"]
@@ -81,7 +81,7 @@ class Ran(StrictModel):
     microbatch_size: int | None = None
     """None where a publication does not say."""
     overdecomposition: int | None = None
-    """Sub-shards of a microbatch, of a prediction."""
+    """Sub-shards of a microbatch; None where it is not known."""
     schedule: ScheduleConfig | None = None
     microbatches: int | None = None
     """Per pipeline."""
@@ -129,6 +129,9 @@ class Record(StrictModel):
     """Name of the point in the experiment, the same for its published, predicted and measured record."""
     asked: Asked
     ran: Ran
+    settings: dict[str, Any] = {}
+    """Every setting with which it ran, or was predicted, by its dotted name: those of a `TrainConfig`, or of the model
+    (`model.` before them) and of a `Strategy`. Empty of published runs, whose settings are not all known."""
     machine: Machine
     source: str
     """Publication, or the command that measured or computed it."""
@@ -192,6 +195,13 @@ def gpt_flops(*, batch: int, seq_len: int, layers: int, hidden: int, vocab: int,
     return passes * batch * seq_len * layers * hidden**2 * (1 + seq_len / (6 * hidden)) + (
         6 * batch * seq_len * hidden * vocab
     )
+
+
+def settings_of(run: StrictModel, **others: Any) -> dict[str, Any]:
+    """What `Record.settings` says of a run: the fields of its configuration or strategy by their dotted names, and
+    `others` by theirs."""
+    plain = {name: v.model_dump(mode="json") if isinstance(v, StrictModel) else v for name, v in others.items()}
+    return dict(dotted(run.model_dump(mode="json") | plain))
 
 
 def write_records(path: Path | str, records: Sequence[Record]) -> None:

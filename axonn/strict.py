@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -200,6 +200,15 @@ def validate(data: Any, model: type[M], *, where: str) -> M:
         raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from error
     except RecursionError as error:
         raise ConfigError(f"{where}: is nested too deeply; write it flatter") from error
+
+
+def dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Values that are no mappings themselves, with the keys that lead to them joined by dots."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from dotted(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def shortened(value: Any, *, plain: bool = False) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import nn
 
-from axonn.config import FloatType, GPTConfig, LearningRateConfig, TrainConfig
+from axonn.config import FloatType, GPTConfig, LearningRateConfig, PrecisionConfig, ScheduleConfig, TrainConfig
 from axonn.data.text import TextData
 from axonn.devices import on_device
 from axonn.inter_layer.stage import Chunk, initialise
@@ -21,15 +21,31 @@ DEVICE = torch.device("cpu")
 
 
 EXACT: tuple[FloatType, ...] = ("float32", "float64")
+_MASTER: dict[FloatType, FloatType] = {
+    name: "float64" if name == "float64" else "float32" for name in get_args(FloatType)
+}
+"""Type of the weights that the optimizer keeps, by the type that is computed in."""
 
 
-def beyond(config: TrainConfig, *, precisions: Sequence[FloatType] = EXACT) -> str | None:
-    """What `config` asks for that no baseline does, and what to change; None when there is nothing. `precisions`: the
-    types that this one computes in."""
+def beyond(
+    config: TrainConfig, *, schedule: ScheduleConfig | None, precisions: Sequence[FloatType] = EXACT
+) -> str | None:
+    """What `config` asks for that no baseline does, and what to change; None when there is nothing. `schedule` and
+    `precisions`: the pipeline schedule that this one has, and the types that it computes in."""
     if not isinstance(config.model, GPTConfig):
         return f"the baselines train GPTs, and {config.model.name} is none"
     optimizer, precision, model = config.optimizer, config.precision, config.model
+    # That of our engine, the default, stands for whatever the framework has.
+    scheduled = config.grid.inter > 1 and config.schedule not in (ScheduleConfig(), schedule)
     asked = {
+        f"schedule {config.schedule.name} as it is configured": scheduled,
+        "optimizer.placement offloaded": optimizer.placement != "device",
+        "data.held_out": config.data.held_out > 0,
+        "evaluation": config.evaluation is not None,
+        "checkpoints": config.checkpoints is not None,
+        "overdecomposition": config.overdecomposition not in (None, 1),
+        f"master weights in {precision.master_type}": precision.master not in (None, _MASTER[precision.compute]),
+        "precision.loss_scale": precision.scaling not in (1.0, PrecisionConfig(compute=precision.compute).scaling),
         "dropout": model.dropout > 0 or model.attention_dropout > 0,
         "optimizer.clip_norm": optimizer.clip_norm is not None,
         "optimizer.schedule": optimizer.schedule != LearningRateConfig(),

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from axonn.config import FloatType, OptimizerConfig
+from axonn.config import FloatType, OptimizerConfig, ScheduleConfig
 from axonn.errors import ConfigError, LaunchError
 from axonn.perf.strategy import Strategy
+from baselines.untold import OVERFLOW_AFTER
 from experiments.framework import ClusterWork, Launch
 from experiments.trail import STOP
 
@@ -60,7 +61,7 @@ def refusals(work: ClusterWork) -> list[str]:
         f"it places ranks in the order {', '.join(_ORDER)}; set order so": _placed(strategy, strategy.order)
         != _placed(strategy, _ORDER),
         "its pipeline runs 1F1B with as many microbatches in flight as stages follow; set schedule: {name: 1f1b}": (
-            pipelined and (schedule.name != "1f1b" or schedule.chunks > 1 or schedule.in_flight_limit is not None)
+            pipelined and schedule != ScheduleConfig(name="1f1b")
         ),
         "its messages occupy the stream that computes; set blocking_messages": pipelined
         and not strategy.blocking_messages,
@@ -78,6 +79,9 @@ def refusals(work: ClusterWork) -> list[str]:
         "its Adam is one kernel; set optimizer_kernels: fused": strategy.optimizer_kernels != "fused",
         "its ranks agree on overflow after the reduction; set agree_on_overflow: after": (
             strategy.compute == "float16" and strategy.agree_on_overflow in ("before", "never")
+        ),
+        f"in {strategy.compute} its ranks look for no overflow; remove agree_on_overflow": (
+            strategy.compute != "float16" and strategy.agree_on_overflow in ("before", "after")
         ),
         "it does not add weight gradients within the product (switched off in its tensor-parallel layers); set "
         "accumulate: separate": strategy.accumulate != "separate",
@@ -232,6 +236,8 @@ def notes(work: ClusterWork) -> list[str]:
             f"It has no synthetic data: {DATA}.bin and {DATA}.idx must lie beside the script, with at least {tokens} "
             f"tokens below {model.vocab} (tools/preprocess_data.py makes them)."
         )
+    if strategy.compute == "float16" and strategy.agree_on_overflow is None:
+        found.append(OVERFLOW_AFTER)
     if padded != model.vocab:
         found.append(f"The vocabulary is padded from {model.vocab} to {padded}, a multiple of {multiple}.")
     if model.layers % strategy.grid.inter:

@@ -70,7 +70,11 @@ class ForeignFramework(Framework):
         return self.environment.version()
 
     def unavailable(self, config: TrainConfig) -> str | None:
-        return self.environment.missing or beyond(config, precisions=(*EXACT, *self.precisions)) or self.refuses(config)
+        return (
+            self.environment.missing
+            or beyond(config, schedule=self.schedule(config), precisions=(*EXACT, *self.precisions))
+            or self.refuses(config)
+        )
 
     @abstractmethod
     def refuses(self, config: TrainConfig) -> str | None:

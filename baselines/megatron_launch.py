@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from axonn.config import FloatType, OptimizerConfig
+from axonn.config import FloatType, OptimizerConfig, ScheduleConfig
 from axonn.errors import LaunchError
 from axonn.grid import Axis
+from baselines.untold import OVERFLOW_AFTER
 from experiments.framework import ClusterWork, Launch
 
 VERSION = "core_v0.16.0"
@@ -83,11 +84,24 @@ def _check_kind(work: ClusterWork) -> None:
             "Megatron-LM interleaves 2 stages only with messages beside computation: set blocking_messages to false",
         ),
         (s.schedule.in_flight_limit is not None, "its schedules set their own limit: remove in_flight_limit"),
+        (s.schedule.pick != ScheduleConfig().pick, "its schedules have one order: remove the schedule's pick"),
+        (
+            s.grid.inter > 1 and not interleaved and not s.blocking_messages,
+            "Megatron-LM's 1F1B waits for its messages: set blocking_messages to true",
+        ),
+        (
+            s.reduce_type not in (None, s.compute, "float32"),
+            f"Megatron-LM reduces gradients in {s.compute} or float32: set reduce_type to one of them",
+        ),
         (work.gpus > 1 and s.message_library != "nccl", "Megatron-LM sends by NCCL: set message_library to nccl"),
         (s.optimizer_kernels != "fused", "Megatron-LM's Adam is one kernel: set optimizer_kernels to fused"),
         (
             s.compute == "float16" and s.agree_on_overflow in ("before", "never"),
             "Megatron-LM's ranks agree on overflow after the reduction: set agree_on_overflow to after",
+        ),
+        (
+            s.compute != "float16" and s.agree_on_overflow in ("before", "after"),
+            f"in {s.compute} Megatron-LM's ranks look for no overflow: remove agree_on_overflow",
         ),
         (s.clip_norm and work.gradient_clipping is None, "clip_norm needs a norm: set gradient_clipping"),
         (s.overdecomposition > 1, "Megatron-LM does not overdecompose: set overdecomposition to 1"),
@@ -277,6 +291,8 @@ def _notes(work: ClusterWork) -> Iterator[str]:
         yield "This version sends whole messages between stages, where versions 2.x sent each rank's part and gathered."
     if s.grid.col > 1 and not s.sequence_parallel and not s.overlap_input_gradients:
         yield "This version always reduces an input's gradient beside the weight's gradient; versions 2.x did after it."
+    if s.compute == "float16" and s.agree_on_overflow is None:
+        yield OVERFLOW_AFTER
     if s.compute == "float16":
         yield f"--initial-loss-scale {_INITIAL_LOSS_SCALE}: from its default, 2**32, the first batches are skipped."
     if (padded := _padded_vocab(work)) != m.vocab:

@@ -14,7 +14,7 @@ from axonn.errors import LaunchError
 from axonn.records import Asked, Failure, Record, write_records
 from baselines.comparison import Result, Verdict
 from baselines.contenders import Contender, framework_of
-from experiments.framework import ran_by
+from experiments.framework import ran_by, settings_ran
 from experiments.provenance import this_machine
 
 EXPERIMENT = "baselines"
@@ -115,7 +115,8 @@ def record_of(result: Result) -> Record:
         asked=Asked.of(
             config.model, gpus=result.ranks, batch_size=config.batch_size, precision=config.precision.compute
         ),
-        ran=ran_by(framework, config),
+        ran=(ran := ran_by(framework, config)),
+        settings=settings_ran(config, ran),
         machine=this_machine(),
         source=command(),
         batch_time_s=sum(seconds) / len(seconds) if failure is None else None,

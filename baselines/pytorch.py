@@ -21,6 +21,7 @@ from baselines.pytorch_pipelining import (
     TorchPipeliningZBV,
 )
 from baselines.pytorch_tensor import TorchTensorParallel, TorchTensorParallelWholeEmbedding
+from baselines.untold import untold
 from experiments.framework import Adapter, Capabilities, ClusterWork, Framework, Launch, PrintedRun
 from experiments.launched import data_of, launch_worker, read_run
 from experiments.trail import NEWEST
@@ -71,7 +72,7 @@ class PyTorchAdapter(Adapter):
             f"{self.name}/{name}",
             config,
             device=work.device,
-            notes=[anew, *notes],
+            notes=[anew, untold(work.strategy), *notes],
             checkpoint=NEWEST,
             stoppable=True,
         )

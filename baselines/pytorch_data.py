@@ -123,7 +123,7 @@ class TorchDDP(InProcessFramework):
         grid = config.grid
         if grid.data < 2 or grid.inter * grid.row * grid.col > 1:
             return f"{self.label} is data parallelism: set G_data to at least 2 and the other axes to 1"
-        if (reason := beyond(config)) is not None:
+        if (reason := beyond(config, schedule=self.schedule(config))) is not None:
             return reason
         if config.model.tied_head:
             return "the plain modules do not tie an embedding to a head; untie the head"

@@ -70,7 +70,7 @@ class PlainLoop(InProcessFramework):
         grid = config.grid
         if grid.data * grid.inter * grid.row * grid.col > 1:
             return "a plain loop runs on 1 rank"
-        return beyond(config)
+        return beyond(config, schedule=self.schedule(config))
 
     def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
         return None

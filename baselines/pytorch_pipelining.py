@@ -92,7 +92,11 @@ class TorchPipelining(InProcessFramework):
         grid = config.grid
         if grid.data * grid.row * grid.col > 1:
             return "torch.distributed.pipelining is run with G_inter only here; set the other axes to 1"
-        if (reason := beyond(config) or self._too_few_layers(config) or self._wrong_number(config)) is not None:
+        if (
+            reason := beyond(config, schedule=self.schedule(config))
+            or self._too_few_layers(config)
+            or self._wrong_number(config)
+        ) is not None:
             return reason
         return "torch.distributed.pipelining does not tie parameters of two stages" if config.model.tied_head else None
 

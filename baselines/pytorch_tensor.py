@@ -141,7 +141,7 @@ class TorchTensorParallel(InProcessFramework):
             GPT(config.model).check(grid)
         except GridError as error:
             return str(error)
-        return beyond(config)
+        return beyond(config, schedule=self.schedule(config))
 
     def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
         return None

@@ -14,6 +14,7 @@ from axonn.errors import ConfigError, LaunchError
 from axonn.perf.outline import outline_of
 from baselines.environments import Environment
 from baselines.foreign import RANKS, ForeignFramework, stage_settings, stage_starts
+from baselines.untold import OWN_WAY, untold
 from experiments.framework import Adapter, Capabilities, ClusterWork, Framework, Launch, PrintedRun
 from experiments.launched import READ_LATER, read_run, spec_of
 from experiments.trail import SPEC
@@ -156,8 +157,14 @@ def _cannot(work: ClusterWork) -> str | None:
             strategy.tensor > 1
         ),
         f"a schedule '{schedule.name}'; it has message-driven, one chunk per stage": (
-            grid.inter > 1 and (schedule.name != "message-driven" or schedule.chunks > 1)
+            grid.inter > 1
+            and (schedule.name != "message-driven" or schedule.chunks > 1 or schedule.placement != "loop")
         ),
+        f"pick '{schedule.pick}'; it has a rule of its own: remove pick": schedule.pick != ScheduleConfig().pick,
+        "messages over NCCL; its go over MPI: set message_library: mpi": (
+            grid.inter > 1 and strategy.message_library != "mpi"
+        ),
+        "sub-shards of microbatches; set overdecomposition to 1": strategy.overdecomposition > 1,
         f"an in-flight limit of {schedule.in_flight_limit}; its is G_inter = {grid.inter}": (
             grid.inter > 1 and schedule.in_flight_limit not in (None, grid.inter)
         ),
@@ -197,4 +204,5 @@ def _notes(work: ClusterWork, config: TrainConfig) -> list[str]:
     moved = [axis for axis in strategy.order if axis in ("data", "inter")]
     if strategy.grid.data > 1 and strategy.grid.inter > 1 and moved != ["data", "inter"]:
         notes.append("neighbouring ranks are neighbouring stages, always")
-    return [*notes, READ_LATER]
+    # Its stages are cut as the strategy says.
+    return [*notes, untold(strategy, [name for name in OWN_WAY if name != "partition"]), READ_LATER]

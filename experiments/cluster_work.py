@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from axonn.config import TrainConfig
 from axonn.devices import DeviceType
 from axonn.errors import LaunchError
-from axonn.records import Asked, Failure, Machine, Ran, Record
+from axonn.records import Asked, Failure, Machine, Ran, Record, settings_of
 from experiments.datasets import Case
 from experiments.definition import find_machine
 from experiments.framework import ClusterWork, PrintedRun
@@ -114,6 +114,16 @@ def record_of(
             microbatch_size=strategy.microbatch_size,
             schedule=strategy.schedule,
             microbatches=strategy.microbatches(work.batch_size),
+            overdecomposition=strategy.overdecomposition,
+        ),
+        settings=settings_of(
+            strategy,
+            model=work.model,
+            batch_size=work.batch_size,
+            gpus=work.gpus,
+            steps=work.steps,
+            gradient_clipping=work.gradient_clipping,
+            data=work.data,
         ),
         machine=machine,
         source=source,

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,6 +30,7 @@ from experiments.definition import (
     load_experiment,
     load_model,
     merge,
+    strategy_fields,
 )
 
 FOLDER = HERE / "validation"
@@ -57,6 +59,11 @@ class Open(StrictModel):
     def model_post_init(self, context: object) -> None:
         if (self.take is None) != (not self.among):
             raise ValueError("take and among belong together")
+
+    @cached_property
+    def labels(self) -> frozenset[str] | None:
+        """Labels of the points that it is for; None for all."""
+        return None if self.points is None else frozenset(self.points)
 
 
 class Measured(StrictModel):
@@ -128,6 +135,11 @@ class Variant(StrictModel):
     strategies: dict[str, dict[str, Any]] = {}
     """By label, over `strategy`."""
 
+    @cached_property
+    def labels(self) -> frozenset[str] | None:
+        """Labels of the points that it changes; None for all."""
+        return None if self.points is None else frozenset(self.points)
+
 
 class DataSet(StrictModel):
     """One published table or figure.
@@ -186,7 +198,7 @@ class Case:
 
     def under(self, variant: Variant, where: str) -> Case:
         """The point as the variant has it."""
-        if variant.points is not None and self.label not in variant.points:
+        if variant.labels is not None and self.label not in variant.labels:
             return self
         batch = self.batch_size * variant.batch_scale
         if batch != int(batch):
@@ -218,13 +230,13 @@ def load_data_set(path: Path | str) -> tuple[DataSet, list[Case]]:
     except AxonnError as error:
         # What it names, an experiment or a model, has a file of its own.
         raise ConfigError(str(error) if where in str(error) else f"{where}: {error}") from error
-    known = [case.label for case in cases]
-    if len(set(known)) < len(known):
+    known = {case.label: case for case in cases}
+    if len(known) < len(cases):
         raise ConfigError(f"{where}: two points have the same label")
     for what, names in _mentions(data):
         for name in names:
             if name not in known:
-                near = get_close_matches(name, known, n=1, cutoff=0.4) or known
+                near = get_close_matches(name, known, n=1, cutoff=0.4) or list(known)
                 raise ConfigError(f"{where}: {what} names the point '{name}'; did you mean '{near[0]}'?")
     unknown = set(data.targets.groups) - {case.group for case in cases}
     if unknown:
@@ -246,7 +258,8 @@ def _all_cases(data: DataSet, where: str) -> list[Case]:
         return _cases_of(experiment)
     panel = None if experiment is None else experiment.predicted
     groups = merge({} if panel is None else panel.frameworks, data.groups)
-    return [_case(data, point, groups, where) for point in data.points]
+    shared = data.defaults.strategy if panel is None else merge({"compute": panel.precision}, data.defaults.strategy)
+    return [_case(data, point, shared, groups, where) for point in data.points]
 
 
 def rules_for(data: DataSet, case: Case) -> list[Open]:
@@ -255,7 +268,7 @@ def rules_for(data: DataSet, case: Case) -> list[Open]:
 
 
 def _applies(rule: Open, case: Case) -> bool:
-    return rule.points is None or case.label in rule.points
+    return rule.labels is None or case.label in rule.labels
 
 
 def _mentions(data: DataSet) -> Iterator[tuple[str, Sequence[str]]]:
@@ -286,7 +299,9 @@ def _by_number(path: Path) -> list[str | int]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)]
 
 
-def _case(data: DataSet, point: Point, groups: Mapping[str, Mapping[str, Any]], where: str) -> Case:
+def _case(
+    data: DataSet, point: Point, shared: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]], where: str
+) -> Case:
     def given(key: str) -> Any:
         own, shared = getattr(point, key), getattr(data.defaults, key)
         if own is None and shared is None:
@@ -305,7 +320,7 @@ def _case(data: DataSet, point: Point, groups: Mapping[str, Mapping[str, Any]], 
         model=model_of(given("model"), where=f"{where}: point '{point.label}'"),
         gpus=point.gpus,
         batch_size=given("batch_size"),
-        strategy=merge(merge(data.defaults.strategy, groups.get(point.group, {})), point.strategy),
+        strategy=merge(merge(shared, groups.get(point.group, {})), point.strategy),
         published=published,
         note=point.note,
     )
@@ -319,7 +334,7 @@ def case_of(panel: PredictedPanel, point: PredictedPoint) -> Case:
         model=load_model(point.model),
         gpus=point.gpus,
         batch_size=point.batch_size or panel.batch_size,
-        strategy=merge(panel.frameworks.get(point.framework, {}), point.strategy),
+        strategy=strategy_fields(panel, point.framework, point.strategy),
         published={},
     )
 

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import Field
 
 from axonn.config import (
+    FloatType,
     GPTConfig,
     GridConfig,
     ModelConfig,
@@ -63,7 +64,8 @@ class PredictedPanel(StrictModel):
 
     machine: Line
     batch_size: int = Field(ge=1)
-    precision: str
+    precision: FloatType
+    """`compute` of every strategy that does not say its own."""
     frameworks: dict[str, dict[str, Any]]
     adapters: dict[str, str] = {}
     """By which adapter a framework is launched on a cluster, where its label is no adapter's own."""
@@ -205,9 +207,14 @@ def strategy_of(panel: PredictedPanel, point: PredictedPoint, *, where: str) -> 
     return _merged(panel, point, where=where)
 
 
+def strategy_fields(panel: PredictedPanel, framework: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a `Strategy`: those of a point over those of its framework over those of the panel."""
+    return merge(merge({"compute": panel.precision}, panel.frameworks.get(framework, {})), own)
+
+
 def _merged(panel: PredictedPanel, point: PredictedPoint, *, where: str) -> Strategy:
     """The strategy, what the planner will choose being 1 or default."""
-    merged = merge(panel.frameworks.get(point.framework, {}), point.strategy)
+    merged = strategy_fields(panel, point.framework, point.strategy)
     if point.framework in panel.planned:
         merged = {"grid": {}, "microbatch_size": 1} | merged
     return validate(merged, Strategy, where=f"{where}: {point.framework} {point.model}")

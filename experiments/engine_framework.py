@@ -123,6 +123,14 @@ class EngineFramework(InProcessFramework):
     def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
         return config.schedule
 
+    def sub_shards(self, config: TrainConfig) -> int:
+        grid = ProcessGrid(**config.grid.model_dump())
+        try:
+            return sub_shards(config.overdecomposition, microbatch_size=config.microbatch_size, grid=grid)
+        except AxonnError:
+            # It is not run at all: `unavailable` says why.
+            return config.overdecomposition or 1
+
     @contextmanager
     def trainer(self, config: TrainConfig, runtime: Runtime, spans: SpanRecorder | None) -> Iterator[EngineTrainer]:
         yield EngineTrainer(config, runtime, spans)

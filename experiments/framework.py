@@ -23,8 +23,9 @@ from axonn.errors import LaunchError
 from axonn.inter_layer.finite import NotFinite
 from axonn.parts import Part
 from axonn.perf.strategy import Strategy
-from axonn.records import Failure, Ran
+from axonn.records import Failure, Ran, settings_of
 from axonn.runtime import Runtime
+from axonn.strict import dotted
 from axonn.trace import SpanRecorder
 from axonn.traffic import Traffic
 
@@ -114,6 +115,10 @@ class Framework(ABC):
     @abstractmethod
     def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
         """The pipeline schedule that runs `config`, for its record; None where there is no pipeline."""
+
+    def sub_shards(self, config: TrainConfig) -> int:
+        """Into how many sub-shards it cuts a microbatch of `config`, for its record."""
+        return 1
 
     @abstractmethod
     def program(self, config: TrainConfig, folder: Path) -> AbstractContextManager[RankProgram]:
@@ -287,5 +292,12 @@ def ran_by(framework: Framework, config: TrainConfig) -> Ran:
         microbatch_size=config.microbatch_size,
         schedule=framework.schedule(config),
         microbatches=config.batch_size // (config.microbatch_size * config.grid.data),
-        overdecomposition=config.overdecomposition,
+        overdecomposition=framework.sub_shards(config),
     )
+
+
+def settings_ran(config: TrainConfig, ran: Ran) -> dict[str, Any]:
+    """The settings of `config` for a record, what the framework chooses being as it `ran`."""
+    settings = {name: value for name, value in settings_of(config).items() if not name.startswith("schedule.")}
+    chosen = {} if ran.schedule is None else {"schedule": ran.schedule.model_dump(mode="json")}
+    return settings | dict(dotted(chosen)) | {"overdecomposition": ran.overdecomposition}

@@ -31,7 +31,7 @@ from axonn.perf.predict import Prediction, predict
 from axonn.records import Asked, Ran, Record, write_records
 from experiments.calibrate import calibrate
 from experiments.definition import HERE, available_cores
-from experiments.framework import load_framework, ran_by
+from experiments.framework import load_framework, ran_by, settings_ran
 from experiments.pages import explained
 from experiments.places import PROJECT, from_here
 from experiments.provenance import this_machine
@@ -157,7 +157,9 @@ def _records(one: Compared, runs: LocalRuns, source: str) -> tuple[Record, Recor
     ranks = ranks_of(config)
     asked = Asked.of(config.model, gpus=ranks, batch_size=config.batch_size, precision=config.precision.compute)
     created = datetime.now(UTC).isoformat(timespec="seconds")
+    ran = ran_by(load_framework("axonn"), config)
     common: dict[str, Any] = {
+        "settings": settings_ran(config, ran),
         "experiment": _NAME,
         "point": one.name,
         "asked": asked,
@@ -166,7 +168,6 @@ def _records(one: Compared, runs: LocalRuns, source: str) -> tuple[Record, Recor
     }
     tflop = asked.flops(recompute=False) / ranks / 1e12
     formula = tflops_formula(config.model, recompute=False)
-    ran = ran_by(load_framework("axonn"), config)
     folder = folder_of(one.name)
     measured = Record(
         kind="measured",

@@ -12,13 +12,12 @@ from pathlib import Path
 
 from axonn.errors import ConfigError, RecordError
 from axonn.files import read_json
+from experiments.history import RUN_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 """The folder of the suite's own files: a clone, or the site-packages that it is installed in."""
 RUNS = Path("runs")
 """Where runs of `axonn train` lie, from where one stands."""
-RUN = "run.json"
-"""What a run folder says of its sessions."""
 _CONFIGURATIONS = (".yaml", ".yml")
 
 
@@ -74,7 +73,7 @@ def recorded(config_file: Path, folder: Path) -> str:
 def check_owner(folder: Path, config_file: Path) -> None:
     """Raise `ConfigError` where a run folder holds the run of another configuration file."""
     try:
-        named = read_json(folder / RUN)["sessions"][-1]["configuration"]
+        named = read_json(folder / RUN_FILE)["sessions"][-1]["config_file"]
     except (OSError, ValueError, LookupError, TypeError):
         named = None  # No run yet, or one that does not say whose it is.
     owner = _absolute(folder / named) if isinstance(named, str) else None
@@ -90,7 +89,7 @@ def find_run(named: Path | None) -> Path:
     started last. Raises `RecordError` where there is none."""
     if named is not None:
         return run_folder(named) if named.suffix in _CONFIGURATIONS and named.is_file() else named
-    runs = sorted(RUNS.rglob(RUN), key=lambda path: path.stat().st_mtime_ns)
+    runs = sorted(RUNS.rglob(RUN_FILE), key=lambda path: path.stat().st_mtime_ns)
     if not runs:
         raise RecordError(f"there is no run of axonn train below {_absolute(RUNS)}; name its folder")
     return runs[-1].parent

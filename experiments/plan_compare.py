@@ -98,8 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for point in (p for p in panel.points if p.framework == OURS):
         model = load_model(point.model)
         strategy = strategy_of(panel, point, where=path)
-        published = predict(model, machine, strategy, batch_size=panel.batch_size)
-        space = Space(gpus=point.gpus, batch_size=panel.batch_size, precision=strategy.compute)
+        batch_size = point.batch_size or panel.batch_size
+        published = predict(model, machine, strategy, batch_size=batch_size)
+        space = Space(gpus=point.gpus, batch_size=batch_size, precision=strategy.compute)
         with console.status(f"planning {point.model} on {point.gpus} GPUs"):
             best = plan(plannable(model), machine, space, shown=1).best[0]
         found.append(compared(point, Choice(strategy=strategy, prediction=published), best))

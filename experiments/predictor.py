@@ -13,7 +13,7 @@ from axonn.perf.jitter import Jitter
 from axonn.perf.machine import MachineFile
 from axonn.perf.predict import Prediction
 from axonn.perf.sent import bytes_by_axis
-from axonn.records import Asked, Machine, Ran, Record, read_records, write_records
+from axonn.records import Asked, Machine, Ran, Record, read_records, settings_of, write_records
 from axonn.trace import SpanRecorder, overlap
 from experiments.cases import PredictedCase, predict_case
 from experiments.datasets import FOLDER, Case, Open, case_of, load_data_set, rules_for
@@ -35,7 +35,6 @@ class PointToPredict:
     name: str
     framework: str
     case: Case
-    precision: str
     rules: Sequence[Open]
     where: str
     planned: bool = False
@@ -54,7 +53,6 @@ def points_to_predict(experiment: Experiment) -> tuple[str, list[PointToPredict]
                 name=case.label,
                 framework=case.group or OURS,
                 case=case,
-                precision=str(case.strategy.get("compute", "float16")),
                 rules=rules_for(data, case),
                 where=str(path),
             )
@@ -70,7 +68,6 @@ def points_to_predict(experiment: Experiment) -> tuple[str, list[PointToPredict]
             name=point.name,
             framework=point.framework,
             case=case_of(panel, point),
-            precision=panel.precision,
             rules=(),
             where=str(HERE / f"{experiment.name}.yaml"),
             planned=point.framework in panel.planned,
@@ -90,7 +87,6 @@ def fingerprint_of(experiment: Experiment, jitter: Jitter | None = None) -> str:
         {
             "name": p.name,
             "framework": p.framework,
-            "precision": p.precision,
             "gpus": p.case.gpus,
             "batch_size": p.case.batch_size,
             "model": p.case.model.model_dump(mode="json"),
@@ -217,7 +213,7 @@ def _record(
         kind="predicted",
         experiment=experiment.name,
         point=point.name,
-        asked=Asked.of(case.model, gpus=case.gpus, batch_size=case.batch_size, precision=point.precision),
+        asked=Asked.of(case.model, gpus=case.gpus, batch_size=case.batch_size, precision=strategy.compute),
         ran=Ran(
             framework=point.framework,
             version="performance model",
@@ -227,6 +223,7 @@ def _record(
             schedule=strategy.schedule,
             microbatches=prediction.microbatches,
         ),
+        settings=settings_of(strategy, model=case.model, batch_size=case.batch_size, gpus=case.gpus),
         machine=Machine(name=machine, commit=commit()),
         source=command,
         batch_time_s=prediction.batch_time_s,

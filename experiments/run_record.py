@@ -12,14 +12,15 @@ from axonn.config import ModelConfig, TrainConfig, UNetConfig
 from axonn.errors import RecordError
 from axonn.grid import ProcessGrid
 from axonn.phases import phases
-from axonn.records import Asked, Failure, Record
+from axonn.records import Asked, Failure, Ran, Record
 from axonn.trace import Span, breakdown, overlap, read_spans, span_files
+from experiments.framework import settings_ran
 from experiments.outcome import Outcome, steady
 from experiments.provenance import fingerprint
 
 
-def run_record(config: TrainConfig, outcome: Outcome, *, folder: Path, warmup: int, **said: Any) -> Record:
-    """The record of a run of `config` in `folder`; `said`: the fields that neither of them knows.
+def run_record(config: TrainConfig, outcome: Outcome, *, folder: Path, warmup: int, ran: Ran, **said: Any) -> Record:
+    """The record of a run of `config` in `folder`; `said`: the fields that none of them knows.
 
     The rate is that of the published formula without recompute, whatever was recomputed.
     """
@@ -31,6 +32,8 @@ def run_record(config: TrainConfig, outcome: Outcome, *, folder: Path, warmup: i
     return Record(
         kind="measured",
         asked=asked,
+        ran=ran,
+        settings=settings_ran(config, ran),
         tflops_formula=None if mean is None else tflops_formula(config.model, recompute=False),
         tflops_per_gpu_without_recompute=None
         if mean is None

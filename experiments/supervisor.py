@@ -17,6 +17,7 @@ from axonn.devices import DeviceType
 from axonn.launch import find_mpiexec, mpiexec_command, rank_environment
 from axonn.records import Failure
 from experiments.framework import load_framework
+from experiments.history import NEWEST_LOG
 from experiments.launched import spec_of
 from experiments.metrics import BATCHES, Tail
 from experiments.outcome import Outcome, outcome_of, rank_state
@@ -63,7 +64,7 @@ def supervise(
     checkpoint = None if resume is None else str(resume.folder)
     (folder / SPEC).write_text(spec_of(framework, config, checkpoint=checkpoint, turns=turns, device=device))
     with (
-        open(folder / "log.txt", "w") as log,
+        open(folder / NEWEST_LOG, "w") as log,
         load_framework(framework).program(config, folder) as program,
     ):
         command = list(program.command)
@@ -97,6 +98,11 @@ def supervise(
     return outcome_of(folder, ranks, failure)
 
 
+def kept_log(folder: Path) -> str | None:
+    """Name that the log of the newest start has once another goes on with the folder; None where there is no log."""
+    return f"log-{len(list(folder.glob('log-*.txt'))) + 1}.txt" if (folder / NEWEST_LOG).exists() else None
+
+
 def _clear(folder: Path, resume: Checkpoint | None) -> None:
     """Remove what an earlier run left and this one does not go on with."""
     for stale in folder.glob("rank-*"):
@@ -106,9 +112,9 @@ def _clear(folder: Path, resume: Checkpoint | None) -> None:
         for stale in folder.glob("log-*.txt"):
             stale.unlink()
         return
-    log = folder / "log.txt"
-    if log.exists():
-        log.rename(folder / f"log-{len(list(folder.glob('log-*.txt'))) + 1}.txt")
+    log = folder / NEWEST_LOG
+    if (kept := kept_log(folder)) is not None:
+        log.rename(folder / kept)
 
 
 def _watch(

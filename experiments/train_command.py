@@ -57,7 +57,7 @@ def train(
         fresh=fresh,
         warn=warn,
         device=chosen,
-        configuration=recorded(config_file, folder),
+        config_file=recorded(config_file, folder),
     )
     console.print(
         f"{config.model.parameters / 1e6:.1f}M parameters, {ranks_on(chosen, grid.size)} ({grid}), "

@@ -1,13 +1,14 @@
 """Trains a model as a configuration says: from the beginning, or on from the newest checkpoint of the run folder.
 
-The run folder describes itself: `config.yaml` (every value), `run.json` (each session: command, machine, versions,
-grid), `batches.jsonl` and `evaluations.jsonl`, `checkpoints/`, `spans-K.parquet/`, `log.txt`, at the end `record.json`.
+The run folder describes itself: `config.yaml` (every value of the newest session), `run.json` (each session: first
+batch, configuration, log, command, machine, versions; read by `experiments.history`), `batches.jsonl` and
+`evaluations.jsonl`, `checkpoints/`, `spans-K.parquet/`, `log.txt`, at the end `record.json`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,15 +27,16 @@ from axonn.grid import ProcessGrid
 from axonn.launch import find_mpiexec
 from axonn.models import make_model
 from axonn.records import Asked, Failure, Record, write_records
+from axonn.strict import dotted
 from axonn.weights import check_weights
-from experiments.framework import Framework, load_framework, ran_by
+from experiments.framework import Framework, load_framework, ran_by, settings_ran
+from experiments.history import NEWEST_LOG, RUN_FILE, entries_of, with_logs
 from experiments.loop import CHECKPOINTS
 from experiments.metrics import BATCHES, read_rows
 from experiments.outcome import Outcome
-from experiments.places import RUN
 from experiments.provenance import this_machine
 from experiments.run_record import parts_of, tflops_formula
-from experiments.supervisor import supervise
+from experiments.supervisor import kept_log, supervise
 
 FRAMEWORK = "axonn"
 _MAY_CHANGE = {
@@ -69,7 +71,7 @@ class Session:
     command: str
     resume: Checkpoint | None
     device: DeviceType = "cpu"
-    configuration: str | None = None
+    config_file: str | None = None
     """The configuration's file, as `experiments.places.recorded` names it."""
 
     @property
@@ -92,7 +94,7 @@ def prepare(
     fresh: bool,
     warn: Callable[[str], None],
     device: DeviceType = "cpu",
-    configuration: str | None = None,
+    config_file: str | None = None,
 ) -> Session:
     """Find out where to start; changes nothing on disk. `config` is `resolved`, `data` is its data.
 
@@ -111,9 +113,7 @@ def prepare(
             )
     elif config.initial_weights is not None:
         check_weights(config.initial_weights, make_model(config.model))
-    return Session(
-        config=config, folder=folder, command=command, resume=resume, device=device, configuration=configuration
-    )
+    return Session(config=config, folder=folder, command=command, resume=resume, device=device, config_file=config_file)
 
 
 def config_differences(checkpoint: Checkpoint, config: TrainConfig, data: Data) -> list[str]:
@@ -183,7 +183,8 @@ def _write_record(session: Session, framework: Framework, outcome: Outcome) -> R
         experiment="train",
         point=session.folder.name,
         asked=asked,
-        ran=ran_by(framework, config),
+        ran=(ran := ran_by(framework, config)),
+        settings=settings_ran(config, ran),
         machine=this_machine(device=session.device),
         source=session.command,
         batch_time_s=mean,
@@ -222,17 +223,19 @@ def _describe(session: Session, framework: Framework) -> None:
     """Write `config.yaml` and add this session to `run.json`."""
     text = yaml.safe_dump(session.config.model_dump(mode="json"), sort_keys=False)
     replace_durably(session.folder / "config.yaml", text)
-    path = session.folder / RUN
-    earlier = json.loads(path.read_text())["sessions"] if session.resume is not None and path.exists() else []
+    path = session.folder / RUN_FILE
+    earlier = [] if session.resume is None else with_logs(entries_of(session.folder), kept_log(session.folder))
     this = {
         "started": _now(),
         "command": session.command,
-        "configuration": session.configuration,
+        "config_file": session.config_file,
         "first_batch": session.first,
         "checkpoint": None if session.resume is None else str(session.resume.folder),
         "framework": framework.label,
         "version": framework.version(),
         "grid": session.config.grid.model_dump(),
+        "config": session.config.model_dump(mode="json"),
+        "log": NEWEST_LOG,
         "machine": this_machine(device=session.device).model_dump(exclude_none=True),
         "tflops_formula": tflops_formula(
             session.config.model, recompute=session.config.activation_checkpointing is not None
@@ -243,7 +246,7 @@ def _describe(session: Session, framework: Framework) -> None:
 
 def taken_by_default(config: TrainConfig) -> dict[str, str]:
     """What is computed because the configuration's file does not say otherwise: keys with dots, and their values."""
-    said = dict(_leaves(config.model_dump(mode="json", exclude_unset=True)))
+    said = dict(dotted(config.model_dump(mode="json", exclude_unset=True)))
     found = {key: _shown(value) for key, value in _flat(config).items() if key not in said and not _is_free(key)}
     found.pop("model.kind", None)
     return found | ({"data.path": _DEFAULT_DATA[config.model.kind]} if "data.path" in found else {})
@@ -268,15 +271,7 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
         "gradients": precision.gradient_type,
         "loss_scale": precision.scaling,
     }
-    return dict(_leaves(values))
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+    return dict(dotted(values))
 
 
 def _shown(value: Any) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 from pydantic import ValidationError
 
 from axonn.errors import AxonnError, ConfigError
-from axonn.perf.naive import naive_constant, naive_predict
+from axonn.perf.naive import naive_constants, naive_predict
 from axonn.perf.quantities import Size
 from experiments.cases import PredictedCase, predict_case
 from experiments.datasets import DataSet, Quantity, Ratio, Variant, load_data_set, rules_for
@@ -135,36 +135,42 @@ def _rows(found: Iterable[PredictedCase]) -> list[Row]:
 def _with_constant_rate(found: Sequence[PredictedCase], rows: Sequence[Row]) -> list[Row]:
     """The rows with what a constant rate of all GPUs predicts."""
     by_label = {p.case.label: p for p in found}
+    batches = [_batch(row, by_label[row.label]) if row.quantity in _RATED else None for row in rows]
+    rated = [(batch, row.model) for batch, row in zip(batches, rows, strict=True) if batch is not None]
+    if not rated:
+        return list(rows)
+    fitted, held_out = naive_constants([batch for batch, _ in rated], [model for _, model in rated])
+    return [
+        row if batch is None else _with_rates(row, batch, fitted, held_out.get(row.model))
+        for row, batch in zip(rows, batches, strict=True)
+    ]
 
-    def batch(row: Row) -> tuple[float, int, float]:
-        p = by_label[row.label]
-        if row.quantity != "tflops_per_gpu":
-            return p.flops, p.case.gpus, row.measured
-        # FLOPs, GPUs and seconds of which the rate is the measured one.
+
+def _batch(row: Row, found: PredictedCase) -> tuple[float, int, float]:
+    """FLOPs, GPUs and seconds of which the rate is the measured one."""
+    if row.quantity == "tflops_per_gpu":
         return row.measured * 1e12, 1, 1.0
+    return found.flops, found.case.gpus, row.measured
 
-    def value(row: Row, rate: float) -> float:
-        if row.quantity == "tflops_per_gpu":
-            return rate / 1e12
-        flops, gpus, _ = batch(row)
-        return naive_predict(flops=flops, gpus=gpus, flops_per_s=rate)
 
-    rated = [row for row in rows if row.quantity in _RATED]
-    done = []
-    for row in rows:
-        if row not in rated:
-            done.append(row)
-            continue
-        constant = value(row, naive_constant([batch(r) for r in rated]))
-        others = [batch(r) for r in rated if r.model != row.model]
-        held_out = value(row, naive_constant(others)) if others else None
-        update = {
-            "constant": constant,
-            "constant_error_pct": 100 * (constant / row.measured - 1),
-            "constant_held_out_error_pct": None if held_out is None else 100 * (held_out / row.measured - 1),
+def _with_rates(row: Row, batch: tuple[float, int, float], fitted: float, held_out: float | None) -> Row:
+    """A row with what the rate fitted on all rows, and that fitted on those of the other models, make of it."""
+
+    def value(rate: float) -> float:
+        flops, gpus, _ = batch
+        rates = row.quantity == "tflops_per_gpu"
+        return rate / 1e12 if rates else naive_predict(flops=flops, gpus=gpus, flops_per_s=rate)
+
+    def error(rate: float) -> float:
+        return 100 * (value(rate) / row.measured - 1)
+
+    return row.model_copy(
+        update={
+            "constant": value(fitted),
+            "constant_error_pct": error(fitted),
+            "constant_held_out_error_pct": None if held_out is None else error(held_out),
         }
-        done.append(row.model_copy(update=update))
-    return done
+    )
 
 
 def _ratio(ratio: Ratio, found: Mapping[str, PredictedCase]) -> float:
@@ -192,7 +198,7 @@ def _ratio_row(ratio: Ratio, found: Mapping[str, PredictedCase], rows: Sequence[
 
 
 def _variant_row(data: DataSet, variant: Variant, found: Mapping[str, PredictedCase]) -> VariantRow:
-    touched = [p for p in found.values() if variant.points is None or p.case.label in variant.points]
+    touched = [p for p in found.values() if variant.labels is None or p.case.label in variant.labels]
     predicted = {row.key: row.predicted for row in _rows(touched)}
     predicted |= {p.case.label: p.quantity(data.quantity) for p in touched if not p.case.published}
     predicted |= {ratio.label: _ratio(ratio, found) for ratio in data.ratios}
@@ -208,10 +214,11 @@ def _variant_row(data: DataSet, variant: Variant, found: Mapping[str, PredictedC
 def _summed_up(data: DataSet, rows: list[Row], ratios: list[Row], variants: list[VariantRow]) -> SetResult:
     judged = rows or ratios
     errors = [abs(row.error_pct) for row in judged]
-    groups = {
-        name: mean(abs(row.error_pct) for row in rows if row.group == name)
-        for name in dict.fromkeys(row.group for row in rows if row.group)
-    }
+    by_group: dict[str, list[float]] = {}
+    for row in rows:
+        if row.group:
+            by_group.setdefault(row.group, []).append(abs(row.error_pct))
+    groups = {name: mean(own) for name, own in by_group.items()}
     in_sample = [abs(r.constant_error_pct) for r in judged if r.constant_error_pct is not None]
     held_out = [abs(r.constant_held_out_error_pct) for r in rows if r.constant_held_out_error_pct is not None]
     return SetResult(

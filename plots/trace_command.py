@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from axonn.config import GridConfig, read_yaml
 from axonn.errors import ConfigError, RecordError
 from axonn.grid import AXES, ProcessGrid
 from axonn.records import Record, read_records
 from axonn.trace import Parts, Span, breakdown, overlap, read_spans, span_files
 from axonn.trace_events import write_trace
 from experiments.console import console, warn
+from experiments.history import PastSession, session_of, sessions_of
 from experiments.pages import documented
 from experiments.places import PROJECT, RUNS, from_here
 from experiments.places import find_run as folder_of_run
@@ -44,6 +43,14 @@ class TracedRun:
     """Span files by rank; a prediction has a rank for each stage."""
     grid: ProcessGrid | None
     record: Record | None
+    sessions: Sequence[PastSession] = ()
+    """Those whose spans there are; of a run that went on, each may have a grid of its own."""
+
+    def during(self, session: PastSession) -> TracedRun:
+        """The spans of one session alone, with its grid."""
+        grid = ProcessGrid(**session.grid.model_dump())
+        files = {rank: [p for p in own if _in(session, p)] for rank, own in self.files.items() if rank < grid.size}
+        return replace(self, files={r: own for r, own in files.items() if own}, grid=grid, sessions=[session])
 
     @property
     def kind(self) -> str:
@@ -90,10 +97,39 @@ def find_run(run: Path) -> TracedRun:
             "(and axonn predict --spans writes those of predictions)"
         )
     record = _record_of(run)
-    grid = record.ran.grid if record is not None else _configured_grid(run)
+    every = [path for own in files.values() for path in own]
+    sessions = [one for one in sessions_of(run) if any(_in(one, path) for path in every)]
+    grid = sessions[-1].grid if sessions else None if record is None else record.ran.grid
     return TracedRun(
-        folder=run, files=files, grid=None if grid is None else ProcessGrid(**grid.model_dump()), record=record
+        folder=run,
+        files=files,
+        grid=None if grid is None else ProcessGrid(**grid.model_dump()),
+        record=record,
+        sessions=sessions,
     )
+
+
+def _in(session: PastSession, file: Path) -> bool:
+    """Whether a file of spans is of this session: files begin with a session, and end at every checkpoint."""
+    return session.has(int(file.stem)) if file.stem.isdecimal() else session.end is None
+
+
+def session_to_show(run: TracedRun, *, step: int | None, first: bool) -> TracedRun:
+    """The spans of the session of the batch that is asked for, by default of the newest one."""
+    if len(run.sessions) < 2:
+        return run
+    asked = None if step is None else session_of(run.sessions, step)
+    chosen = asked or run.sessions[0 if first else -1]
+    for other in run.sessions:
+        if other is not chosen:
+            end = f" to {other.end - 1}" if other.end is not None else " and on"
+            grid = ProcessGrid(**other.grid.model_dump())
+            console.print(
+                f"not shown: batches {other.first_batch}{end}, of another start ({grid}); choose one with --step",
+                soft_wrap=True,
+                highlight=False,
+            )
+    return run.during(chosen)
 
 
 def _folder_of_records(path: Path) -> Path:
@@ -136,17 +172,6 @@ def _record_of(folder: Path) -> Record | None:
         for record in records:
             if path.parent == folder or (record.run_folder and Path(record.run_folder).name == folder.name):
                 return record
-    return None
-
-
-def _configured_grid(folder: Path) -> GridConfig | None:
-    """That of a run without record, from its configuration."""
-    for name, key in (("spec.json", "config"), ("config.yaml", None)):
-        try:
-            found: Any = read_yaml(folder / name)
-            return GridConfig.model_validate((found[key] if key else found)["grid"])
-        except (ConfigError, KeyError, TypeError, ValidationError):
-            continue
     return None
 
 
@@ -269,10 +294,11 @@ def trace(
 
     The trace has all batches, or the one that an option chooses; the picture one batch.
     """
-    found = find_run(folder_of_run(run))
+    found = session_to_show(find_run(folder_of_run(run)), step=step, first=first)
     steps = load_steps(found, step)
+    begin = found.sessions[0].first_batch if found.sessions else 0
     warmup = found.record.warmup_batches if found.record and found.record.warmup_batches is not None else 1
-    batch = choose(list(steps), step=step, first=first, last=last, warmup=0 if len(steps) == 1 else warmup)
+    batch = choose(list(steps), step=step, first=first, last=last, warmup=0 if len(steps) == 1 else begin + warmup)
     spans = steps[batch]
     there = sorted(found.files)
     drawn = choose_ranks(ranks, there)

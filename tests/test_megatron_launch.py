@@ -71,6 +71,7 @@ def work(strategy: dict[str, Any], model: str = "gpt-12b", batch_size: int = 204
     base: dict[str, Any] = {
         "order": ["inter", "data", "row", "col"],
         "schedule": {"name": "1f1b"},
+        "blocking_messages": True,
         "message_library": "nccl",
         "microbatch_size": 1,
     }

@@ -186,7 +186,7 @@ def test_a_moved_project_goes_on(axonn: CommandLine, monkeypatch: pytest.MonkeyP
         "{}",
         '{"sessions": []}',
         '{"sessions": [{}]}',
-        '{"sessions": [{"configuration": null}]}',
+        '{"sessions": [{"config_file": null}]}',
         "[" * 100_000,
     ],
 )

@@ -1,17 +1,26 @@
 """Data sets of published measurements, and what `axonn predict --validate` makes of them."""
 
 import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from axonn.errors import ConfigError
-from experiments.datasets import FOLDER, find_data_sets, load_data_set
+from axonn.perf.machine import MachineFile
+from axonn.perf.naive import naive_constants, naive_predict
+from experiments.cases import PredictedCase, predict_case
+from experiments.datasets import FOLDER, Case, find_data_sets, load_data_set
 from experiments.definition import find_machine
 from experiments.validate import done_validation, points_of, rank_correlation, validate_set, write_validation
 from experiments.validation_results import Row, SetResult, Validation, fitted_constants
+from experiments.validation_tables import goal_table, remarks, set_table, summary_table, variant_table
 from tests.command_line import CommandLine
 
 TINY: dict[str, Any] = {
@@ -199,3 +208,90 @@ def test_the_command_prints_one_table_per_set(
     assert done_validation(sets, result=file) is None
     axonn.refuses("there is no data set 'fig8'; known are", "predict", "--validate", "fig8")
     axonn.refuses("give one experiment file", "predict")
+
+
+def calls_of(work: Callable[[], object]) -> int:
+    """Calls that `work` makes: of functions, Python's own included, and of generators for each item."""
+    count = 0
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_the_work_is_linear_in_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a set, predicting, fitting constants and printing tables; predictions themselves are counted alone."""
+    known: dict[str, PredictedCase] = {}
+    predicted = 0
+
+    def once_for_each_model(case: Case, machine: MachineFile, **options: Any) -> PredictedCase:
+        nonlocal predicted
+        predicted += 1
+        if case.model.name not in known:
+            known[case.model.name] = predict_case(case, machine, **options)
+        return replace(known[case.model.name], case=case)
+
+    monkeypatch.setattr("experiments.validate.predict_case", once_for_each_model)
+
+    def work(count: int, models: int) -> int:
+        """Calls for `count` rows of as many groups, and of so many models, each named by a rule and a variant."""
+        nonlocal predicted
+        points = [
+            {"label": f"point {i}", "group": f"group {i}", "gpus": 2, "published": 0.2 + 0.001 * (i * 7919 % count),
+             "model": TINY["points"][0]["model"] | {"name": f"model-{i % models}", "layers": 2}}
+            for i in range(count)
+        ]  # fmt: skip
+        labels = [point["label"] for point in points]
+        path = write(
+            tmp_path / "many.yaml",
+            points=points,
+            open=[{"setting": "all", "rule": "as asked", "points": labels}],
+            variants=[{"label": "slower", "points": labels, "strategies": {label: {} for label in labels}}],
+            ratios=[{"label": f"r{i}", "slower": labels[i], "faster": labels[-i], "published": 1.0} for i in range(9)],
+            targets={"groups": {f"group {i}": 1.0 for i in range(count)}},
+        )
+        predicted = 0
+
+        def all_of_it() -> None:
+            result = validate_set(path)
+            list(remarks(result))
+            for table in (set_table(result), variant_table(result), summary_table([result]), goal_table([result])):
+                assert table.row_count
+
+        calls = calls_of(all_of_it)
+        assert predicted == 2 * count
+        return calls
+
+    for models in (2, 10_000):
+        work(20, models)
+        small, large = (work(count, models) for count in (100, 200))
+        assert large < 2.2 * small, f"{small} calls for 100 rows, {large} for 200"
+
+
+@given(
+    st.lists(st.tuples(st.floats(1e9, 1e15), st.integers(1, 512), st.floats(1e-3, 1e3)), min_size=1, max_size=12),
+    st.lists(st.integers(0, 3), min_size=12, max_size=12),
+)
+def test_the_constant_rate_has_the_least_error(batches: list[tuple[float, int, float]], names: list[int]) -> None:
+    """Of all rates, those of the batches come into question; each is tried."""
+    groups = names[: len(batches)]
+
+    def error(rate: float, chosen: list[tuple[float, int, float]]) -> float:
+        return sum(abs(naive_predict(flops=f, gpus=g, flops_per_s=rate) / s - 1) for f, g, s in chosen)
+
+    def least(chosen: list[tuple[float, int, float]]) -> float:
+        return min(error(f / g / s, chosen) for f, g, s in chosen)
+
+    fitted, held_out = naive_constants(batches, groups)
+    assert error(fitted, batches) == pytest.approx(least(batches), rel=1e-9)
+    assert held_out.keys() == ({*groups} if len({*groups}) > 1 else set())
+    for name, rate in held_out.items():
+        others = [batch for batch, group in zip(batches, groups, strict=True) if group != name]
+        assert error(rate, others) == pytest.approx(least(others), rel=1e-9)

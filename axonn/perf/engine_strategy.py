@@ -23,6 +23,8 @@ _ENGINE = {
     "sequence_parallel": False,
     "overlap_reduction": False,
     "optimizer_kernels": "fused",
+    # As follows from the type.
+    "agree_on_overflow": None,
 }
 """What the engine always does."""
 _TENSOR_ONLY = frozenset({"partition_messages", "overlap_input_gradients", "sequence_parallel"})
@@ -78,6 +80,8 @@ def differences(strategy: Strategy) -> list[str]:
     extents = strategy.grid.model_dump()
     if [axis for axis in strategy.order if extents[axis] > 1] == [axis for axis in ours.order if extents[axis] > 1]:
         without_effect = without_effect | {"order"}
+    if strategy.agreement == ours.agreement:
+        without_effect = without_effect | {"agree_on_overflow"}
     return [
         f"{name} {getattr(strategy, name)!r} (the engine: {getattr(ours, name)!r})"
         for name in _ENGINE

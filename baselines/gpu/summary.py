@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from axonn.config import TrainConfig, validate
-from axonn.records import Asked, Failure, Machine, Ran, Record, write_records
+from axonn.records import Asked, Failure, Machine, Ran, Record, settings_of, write_records
 from baselines.gpu.rows import PartResult, Row
 from experiments.engine_framework import EngineFramework
 from experiments.places import PROJECT
@@ -106,6 +106,7 @@ def _record(row: Row, part: PartResult) -> Record:
             microbatch_size=config.microbatch_size,
             microbatches=config.batch_size // (config.microbatch_size * grid.data),
         ),
+        settings=settings_of(config),
         machine=part.machine,
         source=part.command,
         batch_times_s=row.batch_times_s,
