@@ -29,6 +29,7 @@ from axonn.perf.machine import MachineFile, load_machine
 from axonn.perf.naive import naive_constant
 from axonn.perf.predict import Prediction, predict
 from axonn.records import Asked, Ran, Record, write_records
+from experiments.busy_watch import BusyWatch
 from experiments.calibrate import calibrate
 from experiments.definition import HERE, ROOT, available_cores
 from experiments.framework import load_framework, ran_by
@@ -236,6 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = load_yaml(options.runs, LocalRuns)
     configs = {n: c for n, c in runs.configs().items() if options.only in n and ranks_of(c) <= available_cores()}
     times: dict[str, list[float]] = {name: [] for name in configs}
+    watch = BusyWatch()
     machines: list[MachineFile] = [] if options.machine is None else [load_machine(options.machine)]
     with console.status("starting") as status:
         for turn in range(1, runs.rounds + 1):
@@ -258,6 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{summary['constant_mean_pct']:.1f}%; written to {RESULT.relative_to(ROOT)}",
         soft_wrap=True,
     )
+    if warning := watch.warning():
+        console.print(f"[yellow]{warning}[/yellow]", soft_wrap=True)
 
 
 if __name__ == "__main__":

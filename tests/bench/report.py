@@ -13,11 +13,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from experiments.busy_watch import BusyWatch
 from experiments.provenance import this_machine
 from tests.bench.workloads import ROOT
 
 RESULTS = ROOT / "results" / "bench"
 Row = Mapping[str, Any]
+
+
+_WATCH = BusyWatch()
+"""Since the benchmark was started."""
 
 
 def make_console() -> Console:
@@ -47,10 +52,14 @@ def save(name: str, rows: Sequence[Row], *, quick: bool, folder: Path = RESULTS,
         "command": command(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": this_machine().model_dump(exclude_none=True),
+        "others_share": _WATCH.share(),
+        "busy": _WATCH.warning() is not None,
         **about,
         "rows": list(rows),
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
+    if warning := _WATCH.warning():
+        make_console().print(f"[yellow]{warning}[/yellow]", soft_wrap=True)
     return path
 
 
