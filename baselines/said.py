@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,13 +14,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from baselines.coordinator import Say
 from baselines.rounds import Widest
+from experiments import console
 
 _LOG_WIDTH = 130
 
 
 def make_console() -> Console:
     """As wide as the terminal, or as the tables in a log."""
-    return Console() if sys.stdout.isatty() else Console(width=_LOG_WIDTH)
+    return console.make_console(width=_LOG_WIDTH)
 
 
 def _interval(wide: Widest | None, names: Mapping[str, str]) -> str:
@@ -42,10 +42,10 @@ class Reporter:
         began = time.monotonic()
         last = -1
         rounds_began = began
-        if not self._console.is_terminal:
+        if not self._console.is_interactive:
             self._console.print(f"{title}: {', '.join(names.values())}", soft_wrap=True, highlight=False)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self._console, disable=not self._console.is_terminal, transient=True) as bar:
+        with Progress(*columns, console=self._console, disable=not self._console.is_interactive, transient=True) as bar:
             task = bar.add_task(escape(title), total=None)
 
             def say(what: str, done: int, planned: int, wide: Widest | None) -> None:
@@ -64,7 +64,7 @@ class Reporter:
                 bar.update(task, description=escape(text), completed=done, total=planned or None)
                 if done > last and planned:
                     last = done
-                    if not self._console.is_terminal:
+                    if not self._console.is_interactive:
                         text = f"{title}: round {done + 1} of at most {planned}, {beside}"
                         self._console.print(text, soft_wrap=True, highlight=False)
 

@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.console import console, launched_once, progress_bar, warn
+from experiments.console import console, launched_once, progress_bar, unforced, warn
 from experiments.pages import documented, explained, page_of
 from experiments.plan_command import plan
 from experiments.run_command import predict, run
@@ -188,6 +188,7 @@ for name, command in commands().items():
 
 def main() -> None:
     """Entry point: errors of the suite become one message and its page and exit code 2, an interruption 130."""
+    unforced()
     asked = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     with explained(page_of(commands().get(asked))):
         app()

@@ -19,7 +19,6 @@ from typing import Any
 
 import pandas as pd
 from pydantic import Field
-from rich.console import Console
 from rich.table import Table
 
 from axonn.config import StrictModel, TrainConfig, load_yaml, read_yaml, validate
@@ -31,6 +30,7 @@ from axonn.perf.predict import Prediction, predict
 from axonn.records import Asked, Ran, Record, write_records
 from experiments.busy_watch import BusyWatch
 from experiments.calibrate import calibrate
+from experiments.console import make_console
 from experiments.definition import HERE, ROOT, available_cores
 from experiments.framework import load_framework, ran_by
 from experiments.pages import explained
@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=RUNS_FILE, help="the runs")
     parser.add_argument("--only", default="", help="only runs whose name has this in it")
     options = parser.parse_args(arguments)
-    console = Console()
+    console = make_console()
     runs = load_yaml(options.runs, LocalRuns)
     configs = {n: c for n, c in runs.configs().items() if options.only in n and ranks_of(c) <= available_cores()}
     times: dict[str, list[float]] = {name: [] for name in configs}

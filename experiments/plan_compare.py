@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from axonn.errors import ConfigError
@@ -22,6 +21,7 @@ from axonn.perf.planner import Choice, plan
 from axonn.perf.predict import Parts, Prediction, predict
 from axonn.perf.search_space import Space
 from axonn.perf.strategy import Strategy
+from experiments.console import make_console
 from experiments.definition import HERE, OURS, PredictedPoint, find_machine, load_experiment, load_model, strategy_of
 from experiments.planning import TABLE_WIDTH, described, plannable
 from experiments.predictor import PREDICTED
@@ -80,8 +80,8 @@ def table(point: dict[str, Any]) -> Table:
 
 def main(path: str = str(HERE / "fig6.yaml")) -> None:
     """Compare every point of ours in an experiment file."""
-    console = Console()
-    console = Console(width=max(console.width, TABLE_WIDTH + 40))
+    console = make_console()
+    console.width = max(console.width, TABLE_WIDTH + 40)
     experiment = load_experiment(path)
     panel = experiment.predicted
     if panel is None:

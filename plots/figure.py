@@ -25,6 +25,7 @@ from axonn.files import read_json, replace_durably
 from axonn.records import Record, RecordKind, read_records
 from axonn.usage import BUSY_SHARE
 from experiments import predictor, runner
+from experiments.console import make_console
 from experiments.definition import ROOT, Experiment, load_experiment
 from experiments.framework import load_framework
 from experiments.installing import how_to_install, not_installed
@@ -269,7 +270,7 @@ def make_figure(
 ) -> int:
     """Write plots/out/NAME.png and .svg and results/NAME/summary.json, unless they are newer than all that they are
     made from; print the tables. `with_busy`: see `summarise`. Returns the exit status: 1 where something is missing."""
-    console = console or Console()
+    console = console or make_console()
     content = gather(load_experiment(ROOT / "experiments" / f"{kind.name}.yaml"))
     content.missing.extend(kind.lacks(content))
     files = [style.OUT / f"{kind.name}.{ending}" for ending in ("png", "svg")]

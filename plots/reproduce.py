@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from experiments.console import make_console
 from experiments.definition import ROOT
 
 INTERRUPTED = 130
@@ -57,7 +58,7 @@ def make(target: str) -> int:
 
 def reproduce(targets: Sequence[str], *, run: Callable[[str], int] = make, console: Console | None = None) -> int:
     """Make all targets and the report. Returns the exit status: 1 where one failed, 130 when interrupted."""
-    console = console or Console()
+    console = console or make_console()
     parts = [*targets, LAST]
     done: list[tuple[str, int, float]] = []
     for number, target in enumerate(parts, start=1):

@@ -40,6 +40,7 @@ from baselines.gpu.summary import GPU_RECORDS, same_device, write_gpu_records, w
 from baselines.gpu.table import remarks, table_of
 from baselines.gpu.work import Device, Plan, plan_of
 from experiments.busy_watch import BusyWatch
+from experiments.console import make_console
 from experiments.definition import ROOT
 from experiments.pages import explained
 from experiments.provenance import this_machine
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = checked_device(given.device, quick=given.quick)
     command = shlex.join(["python", "-m", "baselines.gpu.bench", *(sys.argv[1:] if arguments is None else arguments)])
     folder = given.out or default_folder(device, quick=given.quick)
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = make_console(width=200)
     machine = this_machine(device=device)
     plan = plan_of(device, quick=given.quick)
     watch = BusyWatch()

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from experiments import console
 from experiments.busy_watch import BusyWatch
 from experiments.provenance import this_machine
 from tests.bench.workloads import ROOT
@@ -27,7 +28,7 @@ _WATCH = BusyWatch()
 
 def make_console() -> Console:
     """Into a file or a pipe, tables are as wide as they need to be."""
-    return Console() if sys.stdout.isatty() else Console(width=180)
+    return console.make_console(width=180)
 
 
 def show(title: str, rows: Sequence[Row], console: Console) -> None:
