@@ -14,8 +14,10 @@ import pytest
 
 from axonn.records import read_all
 from axonn.usage import BUSY_SHARE, TICK_S, BatchUsage, busy_share, is_busy
+from experiments import procfs
 from experiments import usage as noted
 from experiments.batch_usage import batch_usage
+from experiments.busy_watch import BusyWatch
 from experiments.definition import ROOT
 from experiments.launched import spec_of
 from experiments.outcome import outcome_of
@@ -140,6 +142,23 @@ def test_points_measured_beside_busy_processes_are_marked_and_none_is_ended(axon
         assert record.busy_share is not None
         assert record.busy_share > BUSY_SHARE
         assert all(batch.delay_s is not None and batch.processor_s > 0 for batch in record.usage)
+
+
+@needs_proc
+def test_whoever_measures_without_records_is_warned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibrations and benchmarks: what they and their children computed is their own, what others did is not."""
+    watch = BusyWatch()
+    with busy_machine():
+        time.sleep(1.5)
+        warning = watch.warning()
+        usage = watch.usage()
+    assert warning is not None
+    assert "busy with other work" in warning
+    assert usage is not None
+    # The children are ours only when they have ended and were waited for.
+    assert usage.others_s > usage.processor_s
+    monkeypatch.setattr(procfs, "PROC", Path("/no-proc"))
+    assert watch.warning() is None
 
 
 SCRIPT = """
