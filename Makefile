@@ -4,7 +4,10 @@ EXTRAS ?= mpi,dev
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# FRESH=busy: of what is measured, that which was while the machine was busy with other work.
 FRESH_FLAG := $(if $(FRESH),--fresh)
+FRESH_RUN_FLAG := $(if $(filter busy,$(FRESH)),--fresh-busy,$(FRESH_FLAG))
+BUSY_FLAG := $(if $(BUSY),--with-busy)
 DEVICE_FLAG := $(if $(DEVICE),--device $(DEVICE))
 QUICK_FLAG := $(if $(QUICK),--quick)
 GPU_RESULTS := results/gpu$(if $(filter cpu,$(DEVICE)),/cpu)$(if $(QUICK),/quick)
@@ -32,7 +35,7 @@ $(READY): pyproject.toml constraints.txt tools/install.sh tools/torch.sh
 	@bash tools/install.sh $(VENV) $(EXTRAS)
 	@touch $@
 
-reproduce: $(READY) ## all figures, the model against published sets, and results/report.html (FRESH=1: all anew)
+reproduce: $(READY) ## all figures, the model against published sets, and results/report.html (FRESH=1: all anew; FRESH=busy: what a busy machine measured)
 	@$(BIN)/python -m plots.reproduce $(FIGURES:%=reproduce-%) $(OTHERS:%=reproduce-%) schematics validate-published
 
 report: $(READY) ## results/report.html alone, from what is there
@@ -40,7 +43,7 @@ report: $(READY) ## results/report.html alone, from what is there
 
 reproduce-fig3: ## what a batch is made of, without and with the memory optimisation: published, predicted, measured here
 reproduce-fig5: ## the trace of tensor parallelism: predicted, and measured here, with Perfetto traces
-reproduce-fig6: ## weak scaling: published, predicted, and measured here (FRESH=1 measures anew; DEVICE=cuda on GPUs)
+reproduce-fig6: ## weak scaling: published, predicted, and measured here (FRESH=1 measures anew, FRESH=busy what a busy machine measured; BUSY=1: that in ratios, too; DEVICE=cuda on GPUs)
 reproduce-fig7: ## weak scaling of U-Nets: our tensor parallelism and Megatron-LM's scheme
 reproduce-ginter: ## pipeline phase over G_inter: published, predicted
 reproduce-inflight: ## in-flight limit of the message-driven schedule beside 1F1B: predicted, and measured here
@@ -55,9 +58,9 @@ experiments/machines/local.yaml: | $(READY)
 	@$(BIN)/axonn calibrate --quick
 
 $(FIGURES:%=reproduce-%) $(OTHERS:%=reproduce-%): reproduce-%: $(READY)
-	@$(BIN)/axonn predict experiments/$*.yaml $(FRESH_FLAG)
-	@status=0; $(BIN)/axonn run experiments/$*.yaml $(FRESH_FLAG) $(DEVICE_FLAG) || status=$$?; \
-		test $$status -eq 130 || $(BIN)/python -m plots.$* $(FRESH_FLAG) || status=$$?; exit $$status
+	@$(BIN)/axonn predict experiments/$*.yaml $(if $(filter-out busy,$(FRESH)),--fresh)
+	@status=0; $(BIN)/axonn run experiments/$*.yaml $(FRESH_RUN_FLAG) $(DEVICE_FLAG) || status=$$?; \
+		test $$status -eq 130 || $(BIN)/python -m plots.$* $(FRESH_FLAG) $(BUSY_FLAG) || status=$$?; exit $$status
 
 compare-baselines: $(READY) ## AxoNN and other frameworks on the same work (QUICK=1; LINK=1; RANKS=4; OPTIONS='--kinds tensor')
 	@status=0; $(BIN)/python -m baselines.compare --out $(COMPARISON) $(QUICK_FLAG) $(if $(LINK),--link) $(if $(RANKS),--ranks $(RANKS)) $(DEVICE_FLAG) $(OPTIONS) || status=$$?; \
@@ -70,7 +73,7 @@ calibrate: $(READY) ## measure this machine for the performance model (QUICK=1: 
 	@$(BIN)/axonn calibrate $(QUICK_FLAG) $(DEVICE_FLAG)
 
 validate-published: $(READY) ## the model against all published sets (axonn predict --validate)
-	@$(BIN)/axonn predict --validate $(FRESH_FLAG)
+	@$(BIN)/axonn predict --validate $(if $(filter-out busy,$(FRESH)),--fresh)
 
 validate-local: $(READY) ## predicted and measured batch times of 21 runs on this machine (calibrates; about 8 minutes)
 	@$(BIN)/python -m experiments.local_validation

@@ -53,12 +53,16 @@ def mpiexec_command(
     return [mpiexec or find_mpiexec(), "-n", str(ranks), *options, *command]
 
 
+_FORCING_COLOURS = ("FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS", "PYTHON_COLORS", "TTY_COMPATIBLE")
+
+
 def rank_environment(base: Mapping[str, str], *, threads: int = 1) -> dict[str, str]:
     """Environment for ranks that share this machine's cores: `threads` each, and Open MPI that yields when idle.
 
-    What an outer launcher says about this process is left out: the ranks are those of their own launcher.
+    What an outer launcher says about this process is left out: the ranks are those of their own launcher. So is what
+    asks for colours: what ranks print goes to a file.
     """
-    outer = {name for names in LAUNCHERS for name in names} | set(LOCAL_RANKS)
+    outer = {name for names in LAUNCHERS for name in names} | set(LOCAL_RANKS) | set(_FORCING_COLOURS)
     env = {name: value for name, value in base.items() if name not in outer}
     env.update(
         OMP_NUM_THREADS=str(threads),
@@ -66,6 +70,7 @@ def rank_environment(base: Mapping[str, str], *, threads: int = 1) -> dict[str, 
         PRTE_MCA_rmaps_default_mapping_policy=":oversubscribe",
         OMPI_MCA_mpi_yield_when_idle="1",
         PYTHONUNBUFFERED="1",
+        NO_COLOR="1",
     )
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         # Open MPI refuses root by default; inside a container root is the normal user.

@@ -13,6 +13,7 @@ from axonn.config import GridConfig, ModelConfig, ScheduleConfig, StrictModel, U
 from axonn.errors import RecordError
 from axonn.files import read_json, replace_durably
 from axonn.strict import Line, Loss, dotted, load_json, shortened
+from axonn.usage import BatchUsage, busy_share, is_busy
 
 SCHEMA = "axonn-records/1"
 RecordKind = Literal["published", "predicted", "measured"]
@@ -161,6 +162,9 @@ class Record(StrictModel):
     bytes_per_batch: dict[str, int] = {}
     """Bytes that a rank sends for a batch, by axis of the grid, from the rank that sends most along it; all-reduces and
     gathers as over rings (`axonn.traffic.Traffic`). Of the last batch, where it was counted."""
+    usage: list[BatchUsage] = []
+    """What the processors did in the batches of `batch_times_s`, as far as all ranks said it; empty where they did not,
+    as in records of before there was this field: nobody knows then whether the machine was busy."""
     tflops_per_gpu: float | None = None
     tflops_formula: str | None = None
     tflops_per_gpu_without_recompute: float | None = None
@@ -178,6 +182,22 @@ class Record(StrictModel):
         in_phases = self.kind == "published" and bool(self.phases_s)
         if (self.batch_time_s is None) == (self.failure is None) and not (in_phases and self.failure is None):
             raise ValueError("a record has either a batch_time_s or a failure")
+
+    @property
+    def counted_usage(self) -> list[BatchUsage]:
+        """Of the batches after the warm-up ones."""
+        return self.usage[self.warmup_batches or 0 :]
+
+    @property
+    def busy(self) -> bool | None:
+        """Whether the machine was busy with other work while this was measured (`axonn.usage`); None where nobody
+        knows."""
+        return is_busy(self.counted_usage)
+
+    @property
+    def busy_share(self) -> float | None:
+        """Share of the core seconds of these batches that went to others."""
+        return busy_share(self.counted_usage)
 
 
 class _File(StrictModel):

@@ -26,12 +26,22 @@ from axonn.files import locked_folder
 from axonn.models import make_model
 from axonn.records import Asked
 from baselines import contenders as who
-from baselines.comparison import Result, Tolerances, exit_code, load_tolerances, results_of, rows_of, verdicts_of
+from baselines.comparison import (
+    Result,
+    Tolerances,
+    busy_lines,
+    exit_code,
+    load_tolerances,
+    results_of,
+    rows_of,
+    verdicts_of,
+)
 from baselines.contenders import Contender, Kind, choose, load_contenders, refusal
 from baselines.coordinator import LEAST_ROUNDS, LOOPBACK, Condition, PlainLoopback
 from baselines.equal_work import reference_losses
 from baselines.junit import write_junit
 from baselines.outcome import about_frameworks, write_records_of, write_summary
+from baselines.paired import HALF_WIDTH
 from baselines.parts import Found, Part, conditions_over_link, run_over_link, run_part
 from baselines.said import Reporter, make_console
 from baselines.tables import show
@@ -44,11 +54,11 @@ from experiments.workloads import SHAPES, config_of
 
 OUT = PROJECT / "results" / "baselines"
 RUNS = PROJECT / "runs" / "baselines"
-MINUTES = 13.0
-"""Of measuring; the rest of the 15 that it may take on 2 cores is for starting and writing."""
+MINUTES = 40.0
+"""In all, by default; less where every interval is narrow enough before."""
 MOST_RANKS = 4
 """By default, since the fixed workloads cannot be cut much further."""
-MOST_ROUNDS = 60
+MOST_ROUNDS = 200
 QUICK_WORKLOAD, QUICK_MINUTES, QUICK_MARGIN = "tiny", 0.0, 9.0
 ERROR, INTERRUPTED = 2, 130
 
@@ -63,7 +73,20 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, help="batches of each contender; default: as many as fit the time")
     parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help=f"time budget; {LEAST_ROUNDS + 1} batches are made in any case"
+        "--minutes",
+        type=float,
+        default=MINUTES,
+        help=f"of all workloads and kinds together (default {MINUTES:g}): rounds go on until the intervals of all "
+        f"ratios are narrow enough (--within) or these are spent; {LEAST_ROUNDS + 1} batches are made in any case",
+    )
+    parser.add_argument(
+        "--within",
+        type=float,
+        default=100 * HALF_WIDTH,
+        help=f"percent of a ratio that half of its 95%% interval may be (default {100 * HALF_WIDTH:g})",
+    )
+    parser.add_argument(
+        "--with-busy", action="store_true", help="ratios also of batches while which the machine was busy"
     )
     parser.add_argument("--quick", action="store_true", help="a tiny workload, whose times mean nothing: any pass")
     parser.add_argument("--link", action="store_true", help="all of it over an emulated link, and only that (root)")
@@ -78,7 +101,7 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     if given.link and given.no_link:
         parser.error("--link and --no-link contradict each other")
     if given.quick:
-        given.workloads, given.minutes = [QUICK_WORKLOAD], QUICK_MINUTES
+        given.workloads, given.minutes, given.with_busy = [QUICK_WORKLOAD], QUICK_MINUTES, True
         given.no_link = not given.link
     return given
 
@@ -172,6 +195,8 @@ class Comparison:
             most_rounds=given.rounds or MOST_ROUNDS,
             seconds=seconds,
             conditions=conditions,
+            half_width=None if given.rounds else given.within / 100,
+            with_busy=given.with_busy,
             runs=given.runs,
         )
         if link:
@@ -231,6 +256,7 @@ class Comparison:
                     tokens=config.batch_size * config.model.units_per_sample,
                     precision=config.precision.compute,
                     reference=reference,
+                    with_busy=part.with_busy,
                 )
 
     def _remark(self, text: str) -> None:
@@ -281,7 +307,7 @@ def main(arguments: Sequence[str]) -> int:
     write_records_of(given.out / "records", results)
     write_junit(given.out / "junit.xml", results, verdicts, refused)
     show(console, rows, results, verdicts, refused)
-    for remark in comparison.remarks:
+    for remark in [*comparison.remarks, *busy_lines(results)]:
         console.print(f"[yellow]{escape(remark)}[/yellow]", soft_wrap=True)
     console.print(f"written to {from_here(summary)}", soft_wrap=True)
     if comparison.interrupted:

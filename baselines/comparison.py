@@ -12,10 +12,12 @@ from pydantic import Field
 from axonn.config import StrictModel, load_yaml
 from axonn.records import Failure
 from axonn.strict import Loss
+from axonn.usage import busy_share
 from baselines.contenders import Contender, Kind
-from baselines.coordinator import Condition, Measured, Turn
+from baselines.coordinator import Measured, Stopped
 from baselines.equal_work import difference, disagreement
-from baselines.paired import Spread, median_interval, middle_half
+from baselines.paired import Spread, middle_half
+from baselines.rounds import Condition, Quantity, Turn, counted, processor, ratios, spread_of, wall
 
 TOLERANCES = Path(__file__).parent / "tolerances"
 
@@ -46,6 +48,9 @@ class Result(StrictModel):
     tokens: int
     """Of a batch."""
     turns: list[Turn]
+    with_busy: bool = False
+    """Whether batches of a busy machine take part in ratios."""
+    stopped: Stopped | None = None
     memory_bytes: int | None = None
     bytes_sent: int | None = None
     """By a rank for a batch: counted on the link (mean over the ranks), or what our engine says of its busiest rank."""
@@ -59,12 +64,34 @@ class Result(StrictModel):
         return [turn.seconds for turn in self.turns]
 
     @property
+    def counted(self) -> list[Turn]:
+        """Turns that its time is made of: those of a machine that was not busy, where there are some."""
+        return counted(self.turns, with_busy=self.with_busy) or self.turns
+
+    @property
+    def busy_rounds(self) -> int:
+        """Turns while which the machine was busy with other work."""
+        return sum(turn.busy for turn in self.turns)
+
+    @property
+    def busy(self) -> bool | None:
+        """Whether the machine was busy in all turns; None where nobody knows."""
+        known = all(turn.usage is not None for turn in self.turns)
+        return self.busy_rounds == len(self.turns) if self.turns and known else None
+
+    @property
+    def processor_s(self) -> float | None:
+        """Processor seconds of all ranks for a batch, the median."""
+        known = [turn.usage.processor_s for turn in self.counted if turn.usage is not None]
+        return median(known) if known else None
+
+    @property
     def comparable(self) -> bool:
         return self.failure is None and bool(self.turns)
 
     @property
     def time(self) -> Spread:
-        return middle_half(self.seconds)
+        return middle_half([turn.seconds for turn in self.counted])
 
 
 def results_of(
@@ -77,6 +104,7 @@ def results_of(
     tokens: int,
     precision: str,
     reference: Sequence[float],
+    with_busy: bool = False,
 ) -> list[Result]:
     """One result for each condition, from the groups in which the contender took part."""
     failure = next((m.failure for m in measured if m.failure is not None), None)
@@ -97,6 +125,8 @@ def results_of(
                 ranks=ranks,
                 tokens=tokens,
                 turns=turns,
+                with_busy=with_busy,
+                stopped=next((m.stopped for m in measured if m.stopped is not None), None),
                 memory_bytes=max((m.memory_bytes for m in measured if m.memory_bytes is not None), default=None),
                 bytes_sent=round(median(crossed) / ranks) if crossed else said or None,
                 losses=measured[0].losses if measured else [],
@@ -107,12 +137,10 @@ def results_of(
     return results
 
 
-def paired_ratio(over: Result, under: Result) -> Spread | None:
-    """Median over the rounds that both had of the seconds of `under` over those of `over`, with its interval."""
-    ours = {(turn.group, turn.round): turn.seconds for turn in over.turns}
-    theirs = {(turn.group, turn.round): turn.seconds for turn in under.turns}
-    ratios = [theirs[at] / ours[at] for at in theirs if at in ours]
-    return median_interval(ratios) if ratios else None
+def paired_ratio(over: Result, under: Result, quantity: Quantity = wall) -> Spread | None:
+    """Median over the rounds that count in both of the seconds (or another quantity) of `under` over those of `over`,
+    with its interval."""
+    return spread_of(ratios(over.turns, under.turns, with_busy=under.with_busy, quantity=quantity))
 
 
 Where = tuple[str, str, Kind]
@@ -146,6 +174,16 @@ class Verdict(StrictModel):
     """Median of ours over theirs: below 1, ours is faster."""
     low: float | None = None
     high: float | None = None
+    processor_ratio: float | None = None
+    """The same of the processor seconds of all ranks, which vary far less; and its interval."""
+    processor_low: float | None = None
+    processor_high: float | None = None
+    rounds: int = 0
+    """Of which the ratio is made."""
+    busy_rounds: int = 0
+    """That are left out, since the machine was busy with other work."""
+    stopped: Stopped | None = None
+    """Why no more rounds were made."""
     reason: str | None = None
     """Why there is no ratio."""
 
@@ -170,12 +208,48 @@ def verdicts_of(results: Sequence[Result], tolerances: Tolerances) -> list[Verdi
         }
         ratio = paired_ratio(over=theirs, under=ours) if ours and theirs else None
         if ratio is not None:
-            about |= {"ratio": ratio.median, "low": ratio.low, "high": ratio.high}
+            about |= {"ratio": ratio.median, "low": ratio.low, "high": ratio.high, **_about_rounds(ours, theirs)}
+        elif ours and theirs and (left_out := _left_out(ours, theirs)):
+            about["busy_rounds"] = left_out
+            about["reason"] = f"the machine was busy with other work in all {left_out} rounds; {AGAIN}"
         else:
             who = "AxoNN's contenders" if ours is None else "the other frameworks" if theirs is None else None
             about["reason"] = f"none of {who} can be compared" if who else "they had no round in common"
         found.append(Verdict(**about))
     return found
+
+
+def _left_out(*results: Result) -> int:
+    """Rounds that are left out because the machine was busy in a turn of one of these."""
+    if any(result.with_busy for result in results):
+        return 0
+    return len({(turn.group, turn.round) for result in results for turn in result.turns if turn.busy})
+
+
+def _about_rounds(ours: Result, theirs: Result) -> dict[str, Any]:
+    spread = paired_ratio(over=theirs, under=ours, quantity=processor)
+    of_processor = {} if spread is None else dict(
+        zip(("processor_ratio", "processor_low", "processor_high"), spread, strict=True)
+    )  # fmt: skip
+    made_of = len(ratios(theirs.turns, ours.turns, with_busy=ours.with_busy))
+    return {**of_processor, "rounds": made_of, "busy_rounds": _left_out(ours, theirs), "stopped": theirs.stopped}
+
+
+def busy_lines(results: Sequence[Result]) -> list[str]:
+    """What has to be said of batches that a busy machine measured, and what to do."""
+    turns = [turn for result in results for turn in result.turns]
+    busy = [turn for turn in turns if turn.busy]
+    if not busy:
+        return []
+    share = busy_share([turn.usage for turn in busy if turn.usage is not None]) or 0.0
+    how = "in ratios all the same" if any(result.with_busy for result in results) else "left out of ratios"
+    return [
+        f"the machine was busy with other work during {len(busy)} of {len(turns)} batches (others took {share:.0%} of "
+        f"the cores meanwhile): {how}; {AGAIN}"
+    ]
+
+
+AGAIN = "run it again when the machine is idle, or take them in: --with-busy"
 
 
 def exit_code(results: Sequence[Result], verdicts: Sequence[Verdict]) -> int:
@@ -195,7 +269,9 @@ def rows_of(results: Sequence[Result], about: Mapping[str, Mapping[str, str | No
             if not result.turns:
                 continue
             time = result.time
-            ratio = paired_ratio(over=ours, under=result) if ours is not None and result.comparable else None
+            beside = ours if ours is not None and result.comparable else None
+            ratio = None if beside is None else paired_ratio(over=beside, under=result)
+            of_processor = None if beside is None else paired_ratio(over=beside, under=result, quantity=processor)
             said = about.get(result.contender.framework, {})
             rows.append(
                 {
@@ -215,6 +291,14 @@ def rows_of(results: Sequence[Result], about: Mapping[str, Mapping[str, str | No
                     "bytes_sent": result.bytes_sent,
                     "ratio": None if ratio is None else ratio.median,
                     "spread": None if ratio is None else [ratio.low, ratio.high],
+                    "processor_s": result.processor_s,
+                    "processor_ratio": None if of_processor is None else of_processor.median,
+                    "processor_spread": None if of_processor is None else [of_processor.low, of_processor.high],
+                    "rounds": len(result.turns),
+                    "busy_rounds": result.busy_rounds,
+                    "busy": result.busy,
+                    "in_ratios": result.with_busy or not result.busy,
+                    "stopped": result.stopped,
                     "losses": result.losses,
                     "losses_agree": result.failure is None or result.failure.cause != "not-comparable",
                     "loss_difference": result.loss_difference,

@@ -12,13 +12,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from axonn.config import StrictModel, TrainConfig
 from axonn.grid import ProcessGrid
 from axonn.records import Failure
 from axonn.strict import Loss
+from axonn.usage import BatchUsage
 from baselines.contenders import Device
+from baselines.rounds import LOOPBACK, Condition, Turn, Widest, widest
+from experiments.batch_usage import batch_usage
 from experiments.definition import available_cores
 from experiments.metrics import BATCHES, Tail
 from experiments.outcome import Outcome
@@ -34,26 +37,9 @@ _LEAST_TURN_S, _TURN_TIMES_WARM_UP = 120.0, 30.0
 _END_S = 120.0
 
 
-class Condition(StrictModel):
-    """What is between the ranks during a turn."""
-
-    name: str
-    kbit: int | None = None
-    """Rate of the link that all ranks share, kbit/s; None where nothing limits it."""
-
-
-LOOPBACK = Condition(name="loopback")
-
-
-class Turn(StrictModel):
-    """One batch. Turns of the same group and round are pairs."""
-
-    condition: str
-    group: int
-    round: int
-    seconds: float
-    link_bytes: int | None = None
-    """What crossed the link meanwhile, from all ranks."""
+Stopped = Literal["converged", "minutes", "rounds", "interrupted"]
+"""Why no more rounds were made: every interval is narrow enough, the time is spent, as many as were to be, or somebody
+said so."""
 
 
 class Measured(StrictModel):
@@ -65,6 +51,7 @@ class Measured(StrictModel):
     """Of all batches, the warm-up one first."""
     memory_bytes: int | None = None
     bytes_per_batch: dict[str, int] = {}
+    stopped: Stopped | None = None
     failure: Failure | None = None
 
 
@@ -81,6 +68,10 @@ class Job(Protocol):
 
     def turn(self, timeout_s: float) -> float:
         """Train one batch; the seconds that it took. Raises `Lost` when the job has died or takes too long."""
+        ...
+
+    def usage(self) -> Sequence[BatchUsage]:
+        """What the processors did in the batches so far, the warm-up one first, as far as all ranks have said it."""
         ...
 
     def end(self, failure: Failure | None = None) -> Outcome:
@@ -104,6 +95,7 @@ class RanksJob:
         self._outcome = Outcome()
         self._given_up: Failure | None = None
         self._rows = Tail(folder / BATCHES)
+        self._done = 0
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -138,7 +130,11 @@ class RanksJob:
             if time.monotonic() > deadline:
                 self._given_up = Failure(cause="timeout", detail=f"a batch was not finished after {timeout_s:.0f} s")
                 raise Lost
+        self._done += 1
         return float(self._rows.new()[-1]["seconds"])
+
+    def usage(self) -> Sequence[BatchUsage]:
+        return batch_usage(self._folder, self._ranks, self._done)
 
     def end(self, failure: Failure | None = None) -> Outcome:
         if self._thread is None:
@@ -184,10 +180,16 @@ class Group(StrictModel):
     most_rounds: int = 100
     seconds: float
     """In which as many rounds are made as fit, starting included, but never less than `least_rounds`."""
+    ours: list[str] = []
+    """Keys of our contenders, to the fastest of which ratios are made."""
+    half_width: float | None = None
+    """No more rounds are made when no interval of a ratio is wider (`baselines.paired.HALF_WIDTH`); None: all are."""
+    with_busy: bool = False
+    """Whether batches of a busy machine take part in ratios."""
 
 
-Say = Callable[[str, int, int], None]
-"""Hears what is under way, the rounds that are done and those that there will be."""
+Say = Callable[[str, int, int, Widest | None], None]
+"""Hears what is under way, the rounds that are done and those that there will be, and the widest interval."""
 
 
 def take_turns(
@@ -207,26 +209,27 @@ def take_turns(
         try:
             return running[key].turn(limits[key])
         except Lost:
-            say(f"{key} has failed", -1, -1)
+            say(f"{key} has failed", -1, -1, None)
             outcomes[key] = running.pop(key).end(Failure(cause="error", detail="ended after it failed"))
             return None
 
-    interrupted = False
+    interrupted, wide = False, None
+    stopped: Stopped = "minutes"
     try:
         link.apply(LOOPBACK)
         for job in jobs:
             job.start()
         for key in list(running):
-            say(f"warm-up: {key}", 0, 0)
+            say(f"warm-up: {key}", 0, 0, None)
             if (seconds := one(key)) is not None:
                 limits[key] = max(_LEAST_TURN_S, _TURN_TIMES_WARM_UP * seconds)
         rounds_began = clock()
         number, planned = 0, group.least_rounds
-        while running and number < planned:
+        while running and number < planned and stopped != "converged":
             for condition in group.conditions:
                 link.apply(condition)
                 for key in list(running) if number % 2 == 0 else list(reversed(running)):
-                    say(key, number, planned)
+                    say(key, number, planned, wide)
                     before = link.sent()
                     if (seconds := one(key)) is not None:
                         after = link.sent()
@@ -244,16 +247,29 @@ def take_turns(
             each = (clock() - rounds_began) / number
             fit = number + int((began + group.seconds - clock()) / each) if each > 0 else group.most_rounds
             planned = min(max(fit, group.least_rounds, number), group.most_rounds)
+            turns |= {key: _with_usage(turns[key], job.usage()) for key, job in running.items()}
+            wide = widest({key: turns[key] for key in running}, group.ours, with_busy=group.with_busy)
+            narrow = wide is not None and group.half_width is not None and wide.half_width <= group.half_width
+            if narrow and number >= group.least_rounds:
+                stopped = "converged"
+            elif number >= group.most_rounds:
+                stopped = "rounds"
         link.apply(LOOPBACK)
     except KeyboardInterrupt:
-        interrupted = True
+        interrupted, stopped = True, "interrupted"
     except BaseException as error:
         _end_all(running, Failure(cause="error", detail=f"the comparison failed: {error}"))
         raise
-    say("ending", 0, 0)
-    stopped = Failure(cause="interrupted", detail="the comparison was interrupted") if interrupted else None
-    outcomes |= _end_all(running, stopped)
-    return {key: _measured(outcomes[key], turns[key]) for key in turns if key in outcomes}, interrupted
+    say("ending", 0, 0, wide)
+    failure = Failure(cause="interrupted", detail="the comparison was interrupted") if interrupted else None
+    outcomes |= _end_all(running, failure)
+    return {key: _measured(outcomes[key], turns[key], stopped) for key in turns if key in outcomes}, interrupted
+
+
+def _with_usage(turns: Sequence[Turn], usage: Sequence[BatchUsage]) -> list[Turn]:
+    """Turns with what the processors did, where that is known; `usage` begins with the warm-up batch."""
+    found = dict(enumerate(usage[1:]))
+    return [turn if i not in found else turn.model_copy(update={"usage": found[i]}) for i, turn in enumerate(turns)]
 
 
 def _end_all(running: Mapping[str, Job], failure: Failure | None) -> dict[str, Outcome]:
@@ -265,13 +281,14 @@ def _end_all(running: Mapping[str, Job], failure: Failure | None) -> dict[str, O
         return {key: end.result() for key, end in ends.items()}
 
 
-def _measured(outcome: Outcome, turns: Sequence[Turn]) -> Measured:
+def _measured(outcome: Outcome, turns: Sequence[Turn], stopped: Stopped) -> Measured:
     failure = outcome.failure
     if failure is not None and failure.cause == "interrupted" and len({t.round for t in turns}) >= LEAST_ROUNDS:
         # What was measured until then counts.
         failure = None
     return Measured(
-        turns=list(turns),
+        turns=_with_usage(turns, outcome.usage),
+        stopped=stopped,
         losses=outcome.losses,
         memory_bytes=outcome.memory_bytes,
         bytes_per_batch=outcome.bytes_per_batch,

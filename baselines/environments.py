@@ -12,6 +12,7 @@ from pathlib import Path
 
 from axonn.errors import LaunchError
 from experiments.definition import ROOT
+from experiments.installing import INSTALL
 
 FOLDER = ROOT / ".baselines"
 GPUS = Path("/proc/driver/nvidia/gpus")
@@ -52,11 +53,11 @@ class Environment:
     def missing(self) -> str | None:
         """Why the framework is not to be had, and what to do; None where it is."""
         if not self.python.exists() or self.installed(self.distribution) is None:
-            where = self.folder.relative_to(FOLDER.parent)
+            where, how = self.folder.relative_to(FOLDER.parent), f"{INSTALL}{self.name}"
             if self.log.exists():
                 log = self.log.relative_to(FOLDER.parent)
-                return f"{self.distribution} could not be installed in {where}; {log} says why; then make baselines"
-            return f"{self.distribution} is not installed; make baselines installs it ({where})"
+                return f"{self.distribution} could not be installed in {where}; {log} says why; then {how}"
+            return f"{self.distribution} is not installed; {how} installs it ({where})"
         return None
 
     def installed(self, distribution: str) -> str | None:

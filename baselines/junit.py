@@ -8,6 +8,7 @@ from xml.etree.ElementTree import Element, ElementTree, SubElement, indent
 
 from baselines.comparison import Result, Verdict
 from baselines.contenders import Contender
+from baselines.coordinator import Stopped
 
 
 def write_junit(
@@ -28,10 +29,28 @@ def text_of(verdict: Verdict) -> str:
     """A verdict in one line."""
     if verdict.ratio is None:
         return verdict.reason or ""
+    of_processor = (
+        ""
+        if verdict.processor_ratio is None
+        else f", and {verdict.processor_ratio:.3f} ({verdict.processor_low:.3f} to {verdict.processor_high:.3f}) "
+        "of its processor time"
+    )
+    left_out = f", {verdict.busy_rounds} more left out since the machine was busy" if verdict.busy_rounds else ""
+    why = "" if verdict.stopped is None else f": {STOPPED[verdict.stopped]}"
     return (
         f"{verdict.ours} takes {verdict.ratio:.3f} ({verdict.low:.3f} to {verdict.high:.3f}) of the time of "
-        f"{verdict.theirs}, the fastest other framework; up to {1 + verdict.margin:.2f} is allowed"
+        f"{verdict.theirs}, the fastest other framework{of_processor}; up to {1 + verdict.margin:.2f} is allowed; "
+        f"{verdict.rounds} rounds{left_out}{why}"
     )
+
+
+STOPPED: dict[Stopped, str] = {
+    "converged": "the intervals are narrow enough",
+    "minutes": "the minutes are spent",
+    "rounds": "as many as were to be",
+    "interrupted": "interrupted",
+}
+"""Why no more rounds were made, in words."""
 
 
 def _of_verdict(verdict: Verdict) -> Element:
@@ -46,7 +65,10 @@ def _of_result(result: Result) -> Element:
         # Others' failures are no fault of what is tested here, as the exit code has it.
         what = "failure" if result.contender.ours else "skipped"
         return _case(where, result.contender.name, what, f"{result.failure.cause}: {result.failure.detail}")
-    case = _case(where, result.contender.name, None, "")
+    if result.busy and not result.with_busy:
+        return _case(where, result.contender.name, "skipped", "the machine was busy with other work in all its rounds")
+    left_out = f"the machine was busy with other work in {result.busy_rounds} of {len(result.turns)} rounds"
+    case = _case(where, result.contender.name, None, left_out if result.busy_rounds else "")
     case.set("time", f"{sum(result.seconds):.3f}")
     return case
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from axonn.errors import LaunchError
 from axonn.records import Asked, Failure, Record, write_records
-from baselines.comparison import Result, Verdict
+from axonn.usage import BUSY_SHARE
+from baselines.comparison import Result, Verdict, busy_lines
 from baselines.contenders import Contender, framework_of
 from experiments.framework import ran_by, settings_ran
 from experiments.provenance import this_machine
@@ -76,11 +77,16 @@ def write_summary(
             for reason, some in refused.items()
             for c in some
         ],
-        "remarks": list(remarks),
+        "remarks": [*remarks, *busy_lines(results)],
+        "with_busy": any(r.with_busy for r in results),
         "policy": {
             "batch_time_s": "median of the batches after one warm-up batch",
             "ratio": "median over paired rounds of the seconds over those of the fastest AxoNN of the kind",
             "spread": "95% interval of that median by order statistics; least and most where rounds are few",
+            "processor_ratio": "the same of the processor seconds of all ranks for a batch",
+            "rounds": "until half of every interval is within the share asked for, or the minutes are spent (stopped)",
+            "busy": f"others took more than {BUSY_SHARE:.0%} of the core seconds of a batch; "
+            "left out of times and ratios unless with_busy",
             "behind": "the interval of AxoNN over the fastest other framework lies above 1 + margin",
         },
         "provenance": {
@@ -107,7 +113,9 @@ def record_of(result: Result) -> Record:
     failure = result.failure
     if failure is None and not result.turns:
         failure = Failure(cause="interrupted", detail="the comparison was interrupted before its turn came")
-    seconds = result.seconds
+    turns = result.counted
+    seconds = [turn.seconds for turn in turns]
+    usage = [turn.usage for turn in turns if turn.usage is not None]
     return Record(
         kind="measured",
         experiment=EXPERIMENT,
@@ -123,6 +131,7 @@ def record_of(result: Result) -> Record:
         batch_times_s=seconds,
         warmup_batches=0,
         losses=result.losses,
+        usage=usage if len(usage) == len(turns) else [],
         memory_bytes=result.memory_bytes,
         bytes_per_batch={} if result.bytes_sent is None else {"all": result.bytes_sent},
         created=datetime.now(UTC).isoformat(timespec="seconds"),

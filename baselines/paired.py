@@ -8,6 +8,10 @@ from statistics import median, quantiles
 from typing import NamedTuple
 
 CONFIDENCE = 0.95
+LEAST_PAIRS = 6
+"""Of fewer values no interval holds the median with this confidence: least and most are given instead."""
+HALF_WIDTH = 0.03
+"""Of the interval of a ratio, relative to the ratio: when it is no wider, no more rounds are needed."""
 
 
 class Spread(NamedTuple):
@@ -16,6 +20,11 @@ class Spread(NamedTuple):
     median: float
     low: float
     high: float
+
+    @property
+    def half_width(self) -> float:
+        """Half of what lies around it, relative to the median."""
+        return (self.high - self.low) / 2 / self.median
 
 
 def middle_half(values: Sequence[float]) -> Spread:

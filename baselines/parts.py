@@ -49,6 +49,9 @@ class Part(StrictModel):
     most_rounds: int
     seconds: float
     conditions: dict[Kind, list[Condition]]
+    half_width: float | None = None
+    with_busy: bool = False
+    """This and the one before: see `Group`."""
     runs: Path
     """Where the ranks' run folders are."""
 
@@ -171,6 +174,9 @@ def run_part(part: Part, *, link: Link, say: Reporter) -> Found:
             least_rounds=part.least_rounds,
             most_rounds=part.most_rounds,
             seconds=max(0.0, deadline - time.monotonic()) * len(members) / waiting,
+            ours=[c.key for c in members if c.ours],
+            half_width=part.half_width,
+            with_busy=part.with_busy,
         )
         waiting -= len(members)
         jobs = [

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from math import isinf
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from baselines.coordinator import Say
+from baselines.rounds import Widest
+from experiments import console
 
-_LOG_WIDTH = 110
+_LOG_WIDTH = 130
 
 
 def make_console() -> Console:
     """As wide as the terminal, or as the tables in a log."""
-    return Console() if sys.stdout.isatty() else Console(width=_LOG_WIDTH)
+    return console.make_console(width=_LOG_WIDTH)
+
+
+def _interval(wide: Widest | None, names: Mapping[str, str]) -> str:
+    if wide is None or isinf(wide.half_width):
+        return ""
+    return f"intervals within {wide.half_width:.1%} (widest: {names.get(wide.key, wide.key)}), "
 
 
 class Reporter:
@@ -34,13 +42,13 @@ class Reporter:
         began = time.monotonic()
         last = -1
         rounds_began = began
-        if not self._console.is_terminal:
+        if not self._console.is_interactive:
             self._console.print(f"{title}: {', '.join(names.values())}", soft_wrap=True, highlight=False)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self._console, disable=not self._console.is_terminal, transient=True) as bar:
+        with Progress(*columns, console=self._console, disable=not self._console.is_interactive, transient=True) as bar:
             task = bar.add_task(escape(title), total=None)
 
-            def say(what: str, done: int, planned: int) -> None:
+            def say(what: str, done: int, planned: int, wide: Widest | None) -> None:
                 nonlocal last, rounds_began
                 for key, name in names.items():
                     what = what.replace(key, name)
@@ -51,12 +59,13 @@ class Reporter:
                 if planned and last < 0 and not done:
                     rounds_began = now
                 left = (now - rounds_began) / done * (planned - done) if done else max(0.0, seconds - (now - began))
-                text = f"{title}: {what}, {timedelta(seconds=round(left))} left"
+                beside = f"{_interval(wide, names)}at most {timedelta(seconds=round(left))} left"
+                text = f"{title}: {what}, {beside}"
                 bar.update(task, description=escape(text), completed=done, total=planned or None)
                 if done > last and planned:
                     last = done
-                    if not self._console.is_terminal:
-                        text = f"{title}: round {done + 1} of {planned}, {timedelta(seconds=round(left))} left"
+                    if not self._console.is_interactive:
+                        text = f"{title}: round {done + 1} of at most {planned}, {beside}"
                         self._console.print(text, soft_wrap=True, highlight=False)
 
             yield say

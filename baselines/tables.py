@@ -16,9 +16,13 @@ from baselines.contenders import Contender
 from baselines.junit import text_of
 
 Row = Mapping[str, Any]
-_COLUMNS = ("framework", "batch s", "quartiles", "tokens/s", "MiB", "MB sent", "ratio", "interval")
-_WIDE = 95
-"""Columns of a screen on which all of them fit."""
+_COLUMNS = (
+    "framework", "batch s", "quartiles", "tokens/s", "MiB", "MB sent", "ratio", "interval", "cpu s", "cpu ratio",
+    "cpu interval",
+)  # fmt: skip
+_ON_WIDE = ("quartiles", "tokens/s", "cpu interval")
+_WIDE = 126
+"""Columns of a screen on which all of them fit; on a narrower one those of `_ON_WIDE` are left out."""
 
 
 def show(
@@ -39,7 +43,8 @@ def show(
     console.print(
         "batch: median and quartiles of its seconds; MiB: peak of a rank; sent: by a rank for a batch (over the link: "
         "what crossed it); ratio: to the fastest AxoNN of the kind, median of paired rounds with its 95% interval "
-        "(least and most of fewer than 6 rounds)",
+        "(least and most of fewer than 6 rounds); cpu: processor seconds of all ranks for a batch, and the same of "
+        "them; (busy): in all rounds the machine was busy with other work",
         soft_wrap=True,
         highlight=False,
         style="dim",
@@ -72,7 +77,7 @@ def _place(row: Row) -> tuple[str, bool]:
 
 
 def _table(title: str, rows: Sequence[Row], notes: Sequence[str], width: int) -> Table:
-    columns = _COLUMNS if width >= _WIDE else [name for name in _COLUMNS if name != "quartiles"]
+    columns = _COLUMNS if width >= _WIDE else [name for name in _COLUMNS if name not in _ON_WIDE]
     ranks = ", ".join(str(n) for n in sorted({row["ranks"] for row in rows}))
     table = Table(title=f"{title}, {ranks} ranks", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in columns:
@@ -103,8 +108,10 @@ def _cells(row: Row, notes: Sequence[str]) -> dict[str, str]:
     name = escape(f"{row['framework']} {row['strategy']}")
     if row["disclosure"]:
         name += escape(f" [{notes.index(row['disclosure']) + 1}]")
+    if row["busy"]:
+        name += " (busy)"
     low, high = row["batch_time_quartiles_s"]
-    memory, sent, ratio, spread = row["memory_bytes"], row["bytes_sent"], row["ratio"], row["spread"]
+    memory, sent, ratio, processor = row["memory_bytes"], row["bytes_sent"], row["ratio"], row["processor_ratio"]
     return {
         "framework": f"[bold]{name}[/bold]" if row["ours"] else name,
         "batch s": f"{row['batch_time_s']:.3f}",
@@ -113,5 +120,13 @@ def _cells(row: Row, notes: Sequence[str]) -> dict[str, str]:
         "MiB": "-" if memory is None else f"{memory / 2**20:,.0f}",
         "MB sent": "-" if sent is None else f"{sent / 1e6:.1f}",
         "ratio": ("-" if row["failure"] is None else "none") if ratio is None else f"{ratio:.3f}",
-        "interval": "" if spread is None or spread[0] == spread[1] else f"{spread[0]:.3f}-{spread[1]:.3f}",
+        "interval": _interval(row["spread"]),
+        "cpu s": "-" if row["processor_s"] is None else f"{row['processor_s']:.3f}",
+        "cpu ratio": "-" if processor is None else f"{processor:.3f}",
+        "cpu interval": _interval(row["processor_spread"]),
     }
+
+
+def _interval(spread: Sequence[float] | None) -> str:
+    """Both ends; nothing of what is held against itself."""
+    return "" if spread is None or spread[0] == spread[1] else f"{spread[0]:.3f}-{spread[1]:.3f}"

@@ -19,6 +19,7 @@ from axonn.devices import DeviceType
 from axonn.errors import ConfigError, LaunchError
 from axonn.launch import mpiexec_command, rank_environment
 from axonn.perf.machine import MachineFile
+from experiments.busy_watch import BusyWatch
 from experiments.calibration.describe import Measured, machine_of, write_machine
 from experiments.calibration.worker import PROGRESS, RESULT, Job
 from experiments.definition import available_cores
@@ -55,6 +56,7 @@ def calibrate(
     if on_gpu and count > 1:
         raise ConfigError(f"{count} ranks were asked for, and a GPU is measured by one alone; leave out --ranks")
     found: list[dict[str, Any]] = []
+    watch = BusyWatch()
     for size in sorted({1, count}):
 
         def say(part: str, size: int = size) -> None:
@@ -63,10 +65,11 @@ def calibrate(
         job = Job(precision=precision, quick=quick, device=device)
         found.append(_measured(job, size, say))
     given = [f"--ranks {count}", f"--precision {precision}", *["--quick"] * quick, *["--device cuda"] * on_gpu]
+    busy = "" if watch.warning() is None else f"; machine busy: others took {watch.share():.0%} of the cores"
     measured = Measured(
         ranks=count,
         precision=precision,
-        source=f"axonn calibrate {' '.join(given)}",
+        source=f"axonn calibrate {' '.join(given)}{busy}",
         alone=found[0],
         together=found[1] if count > 1 else None,
     )

@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.console import console, launched_once, progress_bar
+from experiments.console import console, launched_once, progress_bar, unforced, warn
 from experiments.pages import documented, explained, page_of
 from experiments.places import from_here
 from experiments.plan_command import plan
@@ -49,6 +49,7 @@ def calibrate(
     """Measure this machine (kernels, messages, collectives, the host) and write a machine file for axonn predict."""
     from axonn.config import PrecisionConfig, validate
     from axonn.devices import device_type
+    from experiments.busy_watch import BusyWatch
     from experiments.calibrate import LOCAL, LOCAL_GPU
     from experiments.calibrate import calibrate as measure
 
@@ -58,6 +59,7 @@ def calibrate(
     if precision is not None:
         compute = validate({"compute": precision}, PrecisionConfig, where="--precision").compute
     kind = device_type(device)
+    watch = BusyWatch()
     with progress_bar() as progress:
         task = progress.add_task("starting", total=None)
 
@@ -73,6 +75,8 @@ def calibrate(
             device=kind,
             on_part=on_part,
         )
+    if warning := watch.warning():
+        warn(warning)
     rate = machine.gpu.peak.si / 1e9
     console.print(
         f"{machine.node.gpus.number} rank(s), {rate:.1f} GFLOP/s each at best; written to {from_here(file)} "
@@ -89,15 +93,25 @@ def compare(
         float | None,
         typer.Option(help="Exit with 1 where it takes more than so many times as long as the fastest other framework."),
     ] = None,
+    with_busy: Annotated[
+        bool, typer.Option("--with-busy", help="Ratios also of what was measured while the machine was busy.")
+    ] = False,
 ) -> None:
     """Show records side by side, with ratios; published, predicted and measured ones apart."""
     from experiments import compare_records
 
-    lines = compare_records.compare(compare_records.load(records), to)
+    lines = compare_records.compare(compare_records.load(records), to, with_busy=with_busy)
     console.print(compare_records.table_of(lines, to))
     for line in lines:
         if line.failure is not None:
             console.print(f"[red]{escape(line.work)}, {line.framework}: {escape(line.failure)}[/red]", soft_wrap=True)
+    if busy := sum(line.busy for line in lines):
+        how = "in ratios all the same" if with_busy else "left out of ratios (--with-busy takes them in)"
+        console.print(
+            f"[yellow]{busy} measured while the machine was busy with other work, marked (busy): {how}; measure them "
+            "anew when it is idle[/yellow]",
+            soft_wrap=True,
+        )
     if fail_above is None:
         return
     slower = compare_records.behind(lines, fail_above)
@@ -196,6 +210,7 @@ for name, command in commands().items():
 
 def main() -> None:
     """Entry point: errors of the suite become one message and its page and exit code 2, an interruption 130."""
+    unforced()
     asked = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     with explained(page_of(commands().get(asked))):
         app()

@@ -35,6 +35,8 @@ class Entry:
     seconds: float | None
     """Of a batch; None of a run that failed."""
     failure: str | None = None
+    busy: bool = False
+    """Whether the machine is known to have been busy with other work meanwhile (`axonn.usage`)."""
 
 
 def load(paths: Sequence[Path]) -> list[Entry]:
@@ -85,6 +87,7 @@ def _of_record(record: Record) -> Entry:
         variant=named or ", ".join(part for part in (grid, schedule) if part),
         seconds=None if record.batch_time_s is None else median(timed) if timed else record.batch_time_s,
         failure=None if record.failure is None else f"{record.failure.cause}: {record.failure.detail}",
+        busy=record.busy is True,
     )
 
 
@@ -102,6 +105,7 @@ def _of_row(row: Any, where: str) -> Entry:
             variant=str(row.get("strategy") or ""),
             seconds=None if failure else _time(row["batch_time_s"]),
             failure=f"{failure['cause']}: {failure['detail']}" if failure else None,
+            busy=row.get("busy") is True,
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise RecordError(f"{where}: is no row of a summary: {type(error).__name__}: {error}") from error
@@ -127,6 +131,8 @@ class Line:
     """To the fastest way of the base; below 1 this one is faster."""
     base: bool
     failure: str | None
+    busy: bool = False
+    """Whether the machine was busy in all runs."""
 
     @property
     def title(self) -> str:
@@ -134,10 +140,11 @@ class Line:
         return self.work.partition(": ")[0]
 
 
-def compare(entries: Iterable[Entry], base: str) -> list[Line]:
+def compare(entries: Iterable[Entry], base: str, *, with_busy: bool = False) -> list[Line]:
     """Entries by kind and work, the base first; repeated runs count with their median.
 
-    Raises `RecordError` when no work was done by the base and another framework both.
+    Runs of a busy machine do not count beside others, and where there are no others no ratio is made of them, unless
+    `with_busy`. Raises `RecordError` when no work was done by the base and another framework both.
     """
     entries = list(entries)
     names = sorted({entry.framework for entry in entries})
@@ -147,7 +154,13 @@ def compare(entries: Iterable[Entry], base: str) -> list[Line]:
     for kind in get_args(RecordKind):
         works = dict.fromkeys(entry.work for entry in entries if entry.kind == kind)
         for work in works:
-            lines += _lines([e for e in entries if e.kind == kind and e.work == work], base)
+            mine = [e for e in entries if e.kind == kind and e.work == work]
+            lines += _lines(mine, base, with_busy=with_busy)
+    if any(line.busy for line in lines) and not any(line.ratio is not None and not line.base for line in lines):
+        raise RecordError(
+            "nothing to compare but what was measured while the machine was busy with other work; measure it anew when "
+            "it is idle (axonn run FILE --fresh-busy), or take it in with --with-busy"
+        )
     if not any(line.ratio is not None and not line.base for line in lines):
         raise RecordError(
             f"nothing to compare: no work of one kind has a time of '{base}' and one of another framework"
@@ -155,14 +168,18 @@ def compare(entries: Iterable[Entry], base: str) -> list[Line]:
     return lines
 
 
-def _lines(entries: Sequence[Entry], base: str) -> list[Line]:
+def _lines(entries: Sequence[Entry], base: str, *, with_busy: bool) -> list[Line]:
     """Of one kind and work."""
     ways: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
         ways.setdefault((entry.framework, entry.variant), []).append(entry)
+    if not with_busy:
+        ways = {way: [e for e in some if not e.busy] or some for way, some in ways.items()}
+    busy = {way: all(e.busy for e in some) for way, some in ways.items()}
+    out = {way for way, is_busy in busy.items() if is_busy and not with_busy}
     times = {way: [e.seconds for e in some if e.seconds is not None] for way, some in ways.items()}
     middle = {way: median(found) if found else None for way, found in times.items()}
-    fastest = min((s for (name, _), s in middle.items() if name == base and s is not None), default=None)
+    fastest = min((s for way, s in middle.items() if way[0] == base and s is not None and way not in out), default=None)
     lines = [
         Line(
             kind=some[0].kind,
@@ -171,8 +188,9 @@ def _lines(entries: Sequence[Entry], base: str) -> list[Line]:
             variant=way[1],
             runs=len(times[way]),
             seconds=seconds,
-            ratio=None if fastest is None or seconds is None else seconds / fastest,
+            ratio=None if fastest is None or seconds is None or way in out else seconds / fastest,
             base=way[0] == base,
+            busy=busy[way],
             failure=next((e.failure for e in some if e.failure is not None), None) if seconds is None else None,
         )
         for way, some in ways.items()
@@ -211,6 +229,7 @@ def table_of(lines: Sequence[Line], base: str) -> Table:
             previous = (line.kind, line.work)
             table.add_row("", f"[bold]{line.title}[/bold]")
         name = f"{line.framework} ({line.variant})" if line.variant else line.framework
+        name += " (busy)" if line.busy else ""
         if line.seconds is None:
             table.add_row(line.kind, name, "0", "failed", (line.failure or "").partition(":")[0])
             continue

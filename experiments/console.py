@@ -14,7 +14,27 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-console = Console()
+FORCING = ("FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
+"""Variables by which programs are told to colour what they print, whatever it goes to."""
+
+
+def make_console(*, stderr: bool = False, width: int | None = None) -> Console:
+    """Return a console that writes escape codes and lines that move on a real terminal alone, whatever `FORCING` says:
+    in a file or a log they are rubbish. `width`: of what goes elsewhere."""
+    stream = sys.stderr if stderr else sys.stdout
+    if stream.isatty():
+        return Console(stderr=stderr)
+    return Console(stderr=stderr, width=width, force_terminal=False, force_interactive=False)
+
+
+def unforced() -> None:
+    """Forget `FORCING` where standard output is no terminal, for libraries that print by themselves."""
+    if not sys.stdout.isatty():
+        for name in FORCING:
+            os.environ.pop(name, None)
+
+
+console = make_console()
 ExperimentFile = Annotated[Path, typer.Argument(help="Experiment file, for instance experiments/fig6.yaml")]
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import pandas as pd
 from pydantic import Field
-from rich.console import Console
 from rich.table import Table
 
 from axonn.config import StrictModel, TrainConfig, load_yaml, read_yaml, validate
@@ -29,7 +28,9 @@ from axonn.perf.machine import MachineFile, load_machine
 from axonn.perf.naive import naive_constant
 from axonn.perf.predict import Prediction, predict
 from axonn.records import Asked, Ran, Record, write_records
+from experiments.busy_watch import BusyWatch
 from experiments.calibrate import calibrate
+from experiments.console import make_console
 from experiments.definition import HERE, available_cores
 from experiments.framework import load_framework, ran_by, settings_ran
 from experiments.pages import explained
@@ -234,10 +235,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=RUNS_FILE, help="the runs")
     parser.add_argument("--only", default="", help="only runs whose name has this in it")
     options = parser.parse_args(arguments)
-    console = Console()
+    console = make_console()
     runs = load_yaml(options.runs, LocalRuns)
     configs = {n: c for n, c in runs.configs().items() if options.only in n and ranks_of(c) <= available_cores()}
     times: dict[str, list[float]] = {name: [] for name in configs}
+    watch = BusyWatch()
     machines: list[MachineFile] = [] if options.machine is None else [load_machine(options.machine)]
     with console.status("starting") as status:
         for turn in range(1, runs.rounds + 1):
@@ -260,6 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{summary['constant_mean_pct']:.1f}%; written to {from_here(RESULT)}",
         soft_wrap=True,
     )
+    if warning := watch.warning():
+        console.print(f"[yellow]{warning}[/yellow]", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -28,6 +28,7 @@ from experiments.framework import ResumableTrainer, Trainer
 from experiments.metrics import BATCHES, EVALUATIONS, Row
 from experiments.resumption import CHECKPOINTS
 from experiments.trail import STOP, Turns
+from experiments.usage import UsageLog, usage_file
 
 _SPANS_IN_MEMORY = 50_000
 
@@ -101,13 +102,16 @@ class TrainingLoop:
         with ExitStack() as files:
             self._batches = self._open(files, BATCHES)
             self._evaluations = self._open(files, EVALUATIONS) if self._config.evaluation is not None else None
+            usage = files.enter_context(self._usage_log())
             self._runtime.barrier()
+            usage.begin()
             before = time.perf_counter()
             for step in range(first, self._config.steps):
                 if self._turns is not None:
                     if not self._turns.wait():
                         break
                     self._runtime.barrier()
+                    usage.begin()
                     before = time.perf_counter()
                 loss = self._trainer.train_batch(step)
                 if self._turns is not None or self._stoppable:
@@ -117,10 +121,14 @@ class TrainingLoop:
                 self._write(
                     self._batches, self._row(step, loss, now - before) | ({"first": True} if step == first else {})
                 )
+                with _writing(str(usage_file(self._folder, self._runtime.rank))):
+                    usage.note(step)
                 self._check_finite(step, loss)
                 self._on_progress()
                 stopped = self._stoppable and step + 1 < self._config.steps and self._told_to_stop()
                 interrupted = self._between(step + 1, stopped=stopped) or self._stoppable
+                if interrupted:
+                    usage.begin()
                 before = time.perf_counter() if interrupted else now
                 if self._turns is not None:
                     self._turns.finish()
@@ -254,6 +262,10 @@ class TrainingLoop:
             return None
         with _writing(str(self._folder / name)):
             return files.enter_context(open(self._folder / name, "a", buffering=1, encoding="utf-8"))
+
+    def _usage_log(self) -> AbstractContextManager[UsageLog]:
+        with _writing(str(usage_file(self._folder, self._runtime.rank))):
+            return closing(UsageLog(self._folder, self._runtime.rank))
 
     def _flush(self, *, at_least: int = 1) -> bool:
         with _writing(f"{self._folder}: spans"):

@@ -14,6 +14,8 @@ from typing import Any
 
 from axonn.files import parse_json, read_bytes
 from axonn.records import Failure
+from axonn.usage import BatchUsage
+from experiments.batch_usage import batch_usage
 from experiments.metrics import BATCHES, Row
 
 
@@ -28,6 +30,8 @@ class Outcome:
     memory_of_all: dict[str, int] = field(default_factory=dict)
     bytes_per_batch: dict[str, int] = field(default_factory=dict)
     """This and the two before: see `axonn.records.Record`."""
+    usage: list[BatchUsage] = field(default_factory=list)
+    """Of the batches, as far as all ranks said it."""
     failure: Failure | None = None
     new_starts: list[int] = field(default_factory=list)
     """Batches with which the run went on after it had been stopped."""
@@ -50,6 +54,7 @@ def outcome_of(folder: Path, ranks: int, failure: Failure | None = None) -> Outc
         memory_parts={part: max(one[part] for one in kept) for part in parts},
         memory_of_all={part: sum(one[part] for one in kept) for part in parts},
         bytes_per_batch=most_sent,
+        usage=batch_usage(folder, ranks, len(batches)),
         failure=failure,
         new_starts=[b["step"] for b in batches if b.get("first") and b["step"] > 0],
     )

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from rich.console import Console
 from rich.markup import escape
 
 from axonn.errors import AxonnError, CheckpointError, MachineError, RunFailed
+from experiments.console import make_console
 from experiments.places import ROOT, from_here
 
 ERRORS = "docs/errors.md"
@@ -51,12 +51,12 @@ def explained(page: str = ERRORS) -> Iterator[None]:
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         _tell(what, ERRORS)
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; what is done is kept, run again to go on")
+        make_console(stderr=True).print("interrupted; what is done is kept, run again to go on")
         sys.exit(130)
 
 
 def _tell(message: str, page: str) -> None:
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     console.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
     console.print(f"see {from_here(ROOT / page) if (ROOT / page).is_file() else page}", soft_wrap=True)
     sys.exit(2)

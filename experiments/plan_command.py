@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from axonn.errors import ConfigError
-from experiments.console import console, options_left, progress_bar, say_defaults
+from experiments.console import console, make_console, options_left, progress_bar, say_defaults
 from experiments.pages import documented
 
 Count = Annotated[int | None, typer.Option(min=1, help="Pin this extent of the grid.")]
@@ -64,7 +63,8 @@ def plan(
     from experiments.definition import find_machine
 
     # A table is no use in pieces: on narrow terminals its lines wrap.
-    wide = Console(width=max(console.width, planning.TABLE_WIDTH))
+    wide = make_console()
+    wide.width = max(console.width, planning.TABLE_WIDTH)
     chosen = planning.chosen_model(model, module, inputs or [], precision=precision)
     machine_file = find_machine(machine)
     space = planning.space_of(

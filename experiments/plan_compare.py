@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from axonn.errors import ConfigError
@@ -22,6 +21,7 @@ from axonn.perf.planner import Choice, plan
 from axonn.perf.predict import Parts, Prediction, predict
 from axonn.perf.search_space import Space
 from axonn.perf.strategy import Strategy
+from experiments.console import make_console
 from experiments.definition import HERE, OURS, PredictedPoint, find_machine, load_experiment, load_model, strategy_of
 from experiments.pages import explained
 from experiments.places import from_here
@@ -87,8 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("experiment", nargs="?", default=str(HERE / "fig6.yaml"), help="its file; default that of fig6")
     path: str = parser.parse_args(arguments).experiment
-    console = Console()
-    console = Console(width=max(console.width, TABLE_WIDTH + 40))
+    console = make_console()
+    console.width = max(console.width, TABLE_WIDTH + 40)
     experiment = load_experiment(path)
     panel = experiment.predicted
     if panel is None:

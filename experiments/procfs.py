@@ -34,6 +34,19 @@ class MachineReading(NamedTuple):
     """Seconds, summed over the cores, that the host of this virtual machine gave to others since it started."""
 
 
+class CoreReading(NamedTuple):
+    """One core at one instant, since the machine started."""
+
+    busy_s: float
+    """Seconds that it computed for processes, in user and system mode; interrupts are nobody's and left out."""
+    stolen_s: float
+    """Seconds that the host of this virtual machine gave to others while the core had something to do."""
+
+
+TICK_S = 1 / _TICKS_PER_S
+"""Step of the counters of `CoreReading`."""
+
+
 def read_process(pid: int) -> ProcessReading | None:
     """Return what /proc says of the process `pid`, or None."""
     try:
@@ -63,3 +76,18 @@ def read_machine() -> MachineReading | None:
         return MachineReading(load, int(cpu[8]) / _TICKS_PER_S)
     except (OSError, ValueError, IndexError):
         return None
+
+
+def read_cores() -> dict[int, CoreReading]:
+    """Return a reading of every core that is on, by its number; nothing where there is none to be had."""
+    try:
+        lines = [line.split() for line in (PROC / "stat").read_text().splitlines()]
+        return {
+            int(fields[0].removeprefix("cpu")): CoreReading(
+                sum(map(int, fields[1:4])) / _TICKS_PER_S, int(fields[8]) / _TICKS_PER_S
+            )
+            for fields in lines
+            if fields and fields[0].startswith("cpu") and fields[0] != "cpu"
+        }
+    except (OSError, ValueError, IndexError):
+        return {}

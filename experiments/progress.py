@@ -36,7 +36,7 @@ class TrainingProgress:
         self._said = 0.0
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        if console.is_terminal:
+        if console.is_interactive:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),

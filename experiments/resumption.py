@@ -8,6 +8,7 @@ from pathlib import Path
 from axonn.checkpoint import clean, latest
 from axonn.ranks import Ranks
 from experiments.metrics import BATCHES, EVALUATIONS, cut_rows
+from experiments.usage import USAGE
 
 CHECKPOINTS = "checkpoints"
 
@@ -17,10 +18,11 @@ def forget_batches(folder: Path, *, after: int) -> None:
     if after == 0:
         for spans in folder.glob("spans-*"):
             shutil.rmtree(spans)
-        for name in (BATCHES, EVALUATIONS):
-            (folder / name).unlink(missing_ok=True)
+        for path in (folder / BATCHES, folder / EVALUATIONS, *folder.glob(USAGE)):
+            path.unlink(missing_ok=True)
         return
-    cut_rows(folder / BATCHES, lambda row: row["step"] < after)
+    for path in (folder / BATCHES, *folder.glob(USAGE)):
+        cut_rows(path, lambda row: row["step"] < after)
     cut_rows(folder / EVALUATIONS, lambda row: row["batches"] <= after)
     for stale in folder.glob("spans-*.parquet/*.parquet"):
         # A file of spans ends at every checkpoint, so none is to be cut.

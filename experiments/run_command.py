@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,13 +37,20 @@ def run(  # noqa: PLR0917
         bool, typer.Option("--resume/--fresh", help="Keep points that are done, or measure all anew.")
     ] = True,
     timeout: Annotated[float, typer.Option(help="Seconds after which a point is given up.")] = 3600.0,
+    fresh_busy: Annotated[
+        bool, typer.Option("--fresh-busy", help="Measure anew what was measured while the machine was busy.")
+    ] = False,
     device: Annotated[
         str, typer.Option(help="What to compute on: cpu, which the points are sized for, cuda or auto.")
     ] = "cpu",
 ) -> None:
-    """Measure the points of an experiment on this machine. What is done is kept; an interrupted run can be resumed."""
+    """Measure the points of an experiment on this machine. What is done is kept; an interrupted run can be resumed.
+
+    A point that was measured while the machine was busy with other work is done, and marked.
+    """
     from axonn.devices import device_type
     from experiments.definition import load_experiment
+    from experiments.installing import how_to_install, not_installed
     from experiments.runner import compare_losses, points_of, run_point
 
     experiment = load_experiment(experiment_file)
@@ -54,26 +61,30 @@ def run(  # noqa: PLR0917
     tolerance = experiment.policy.loss_tolerance
     if not (list_points or dry_run):
         launched_once()
-    done = {p.name: r for p in points if resume and (r := p.finished_record()) is not None}
+    done = {
+        p.name: r for p in points if resume and (r := p.finished_record()) is not None and not (fresh_busy and r.busy)
+    }
     if list_points or dry_run:
         for point in points:
-            state = "done" if point.name in done else "to do"
+            state = "to do" if point.name not in done else "busy" if done[point.name].busy else "done"
             console.print(
                 f"{state:6} {point.name}: {point.ranks} rank(s), {point.config.steps} batches", soft_wrap=True
             )
         return
-    if not resume:
+    if not resume or fresh_busy:
         # So that a fresh measurement which is interrupted goes on where it was, and does not mix with the old one.
         for point in points:
-            point.record_file.unlink(missing_ok=True)
+            if point.name not in done:
+                point.record_file.unlink(missing_ok=True)
     missing = [p for p in points if p.name not in done]
     if not missing:
         newest = max(r.created or "" for r in done.values())
         console.print(f"nothing to do: {len(points)} measured points, newest of {newest}; --fresh measures anew")
+        _say_busy(done.values(), experiment_file)
         return
     failures = 0
     width = max(len(p.label) for p in points)
-    without: dict[str, str] = {}
+    without: dict[str, Record] = {}
     with progress_bar() as progress:
         all_points = progress.add_task(f"measuring {experiment.name}", total=len(points), completed=len(done))
         for point in missing:
@@ -87,12 +98,12 @@ def run(  # noqa: PLR0917
             progress.remove_task(one)
             progress.advance(all_points)
             if record.failure is not None and record.failure.cause == "unavailable":
-                without[f"{point.label} {record.ran.framework}"] = record.failure.detail
+                without[f"{point.label} {record.ran.framework}"] = record
             elif record.failure is None:
                 done[point.name] = record
                 console.print(
                     f"{point.label:>{width}} {record.ran.framework:14} {record.batch_time_s:8.3f} s per batch, "
-                    f"loss {record.losses[-1]:.4f}"
+                    f"loss {record.losses[-1]:.4f}" + (" (machine busy)" if record.busy else "")
                 )
             else:
                 failures += 1
@@ -101,8 +112,9 @@ def run(  # noqa: PLR0917
                     f"{escape(record.failure.detail)}; see {from_here(point.folder)}/log.txt[/red]",
                     soft_wrap=True,
                 )
-    for name, reason in without.items():
-        console.print(f"[yellow]not run: {name}: {escape(reason)}[/yellow]", soft_wrap=True)
+    for name, record in without.items():
+        assert record.failure is not None
+        console.print(f"[yellow]not run: {name}: {escape(record.failure.detail)}[/yellow]", soft_wrap=True)
     if experiment.runs is not None:
         # There is no other framework that could take its place.
         failures += len(without)
@@ -119,6 +131,23 @@ def run(  # noqa: PLR0917
         f"{len(ordered)} of {len(points)} points measured; losses of the same work agree within {tolerance:g} "
         "(relative)"
     )
+    if line := how_to_install(not_installed(without.values())):
+        console.print(f"[yellow]{escape(line)}[/yellow]", soft_wrap=True)
+    _say_busy(done.values(), experiment_file)
+
+
+def _say_busy(records: Iterable[Record], experiment_file: Path) -> None:
+    """Say which points a busy machine measured, and what to do."""
+    busy = [r for r in records if r.busy]
+    if busy:
+        most = max(r.busy_share or 0.0 for r in busy)
+        names = ", ".join(dict.fromkeys(f"{r.point} {r.ran.framework}" for r in busy))
+        console.print(
+            f"[yellow]{len(busy)} of them measured while the machine was busy with other work (others took up to "
+            f"{most:.0%} of the cores): {escape(names)}; when it is idle, measure these anew: "
+            f"axonn run {escape(str(experiment_file))} --fresh-busy[/yellow]",
+            soft_wrap=True,
+        )
 
 
 @documented("docs/own-figure.md")

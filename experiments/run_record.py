@@ -80,6 +80,7 @@ def left_by_ranks(config: TrainConfig, outcome: Outcome, *, folder: Path, batche
         "memory_parts": outcome.memory_parts,
         "memory_of_all": outcome.memory_of_all,
         "bytes_per_batch": outcome.bytes_per_batch,
+        "usage": outcome.usage,
         "configuration": configuration_of(config),
     }
 

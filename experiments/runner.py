@@ -35,6 +35,7 @@ _SOURCES = (
     "baselines/ranks/*.py",
     "experiments/worker.py",
     "experiments/trail.py",
+    "experiments/usage.py",
     "experiments/loop.py",
     "experiments/*framework.py",
 )

@@ -16,7 +16,7 @@ from axonn.errors import RecordError
 from axonn.files import read_json
 from experiments.pages import explained
 from experiments.places import PROJECT, from_here
-from plots.style import OUT, PAGE_IN, colours, save, styled
+from plots.style import OUT, PAGE_IN, colours, mark, mark_handle, save, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,11 +89,12 @@ def _drawn(summary: dict[str, Any]) -> Figure:
                 low, high = row["batch_time_quartiles_s"]
                 time = row["batch_time_s"]
                 agrees = row["failure"] is None
+                quiet = not row.get("busy") or row.get("in_ratios", True)
                 axis.barh(
                     at,
                     time,
                     height=0.76,
-                    color=(ours if row["ours"] else others) if agrees else apart,
+                    color=(ours if row["ours"] else others) if agrees and quiet else apart,
                     hatch="////" if row["disclosure"] else None,
                     edgecolor="white" if agrees else "0.6",
                     linewidth=0.5,
@@ -102,6 +103,8 @@ def _drawn(summary: dict[str, Any]) -> Figure:
                 axis.errorbar(
                     time, at, xerr=[[time - low], [high - time]], color="0.2", linewidth=0.9, capsize=2, capthick=0.9
                 )
+                if row.get("busy"):
+                    mark(axis, [time], [at], "busy")
                 beside = max(time, high) + 0.015 * most
                 axis.text(beside, at, _said(row), fontsize=7, va="center", bbox={"color": "white", "pad": 0.5})
                 names.append((at, f"{row['framework']} {row['strategy']}{' *' if row['disclosure'] else ''}"))
@@ -110,7 +113,7 @@ def _drawn(summary: dict[str, Any]) -> Figure:
         for label, (_, text) in zip(axis.get_yticklabels(), names, strict=True):
             label.set_fontweight("bold" if text.startswith("AxoNN ") and "reference" not in text else "normal")
         axis.set_ylim(at - 0.4, -0.6)
-        axis.set_xlim(0, 1.14 * most)
+        axis.set_xlim(0, 1.25 * most)
         axis.set_title(title, fontsize=8.5, loc="left", fontweight="bold")
         axis.set_xlabel("seconds per batch (median, quartiles)", fontsize=7)
         axis.tick_params(axis="x", labelsize=7)
@@ -125,7 +128,9 @@ def _drawn(summary: dict[str, Any]) -> Figure:
         handles.append(note)
     if any(row["failure"] is not None for row in shown):
         handles.append(Patch(facecolor=apart, edgecolor="0.6", linestyle=":", label="not comparable"))
-    handles.append(Line2D([], [], linewidth=0, label="number: ratio to the fastest AxoNN of the kind"))
+    if any(row.get("busy") for row in shown):
+        handles.append(mark_handle("busy"))
+    handles.append(Line2D([], [], linewidth=0, label="number: ratio to the fastest AxoNN of the kind (95% interval)"))
     figure.legend(handles=handles, fontsize=7, ncols=len(handles), loc="outside lower center", frameon=False)
     machine = summary["provenance"]["machine"]
     ranks = ", ".join(str(n) for n in sorted({row["ranks"] for row in shown}))
@@ -140,7 +145,10 @@ def _said(row: dict[str, Any]) -> str:
     """What stands at the end of a bar."""
     if row["failure"] is not None:
         return "not comparable" if row["failure"]["cause"] == "not-comparable" else "failed"
-    return "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+    if row["ratio"] is None:
+        return "machine busy" if row.get("busy") else ""
+    low, high = row["spread"]
+    return f"{row['ratio']:.2f}" + ("" if low == high else f" ({low:.2f} to {high:.2f})")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from experiments.provenance import THIS_MACHINE
 from plots.figure import Content, FigureKind, main
 from plots.stacks import INSIDE, NAMES, WHOLE, Stack, draw_stacks, legend
 from plots.style import COLUMN_IN
-from plots.summary import device_of, elsewhere, here, machine_of, repeats_of, typical
+from plots.summary import BUSY_MARK, device_of, elsewhere, here, machine_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,15 +53,13 @@ def blocks(row: Row, bar_s: float) -> dict[str, float]:
 
 def extras(content: Content, rows: list[Row]) -> dict[str, Any]:
     """`parts`: the blocks of every bar in seconds; errors of predicted phases; what is unexplained of measured bars."""
-    runs = {key: typical(records) for key, records in repeats_of(content.measured).items()}
     drawn: list[dict[str, Any]] = []
     for row in rows:
         # A bar is one run: of several repeats, the one that the row's parts are of.
-        run = None
-        if row["kind"] == "measured":
-            run = runs.get((row["point"], row["framework"], machine_of(row), row.get("batch_size")))
-        bar_s = row["batch_time_s"] if run is None else run.batch_time_s
+        bar_s = row["typical_s"] if row["kind"] == "measured" else row["batch_time_s"]
         named = {name: row[name] for name in ("point", "framework", "kind")} | _where(row)
+        if row.get("busy"):
+            named["machine_busy"] = True
         drawn.append(named | {"bar_s": bar_s, "parts": {} if bar_s is None else blocks(row, bar_s)})
     published = {row["point"]: row["phases_s"] or {} for row in rows if row["kind"] == "published"}
     return {
@@ -76,11 +74,17 @@ def extras(content: Content, rows: list[Row]) -> dict[str, Any]:
             if row["kind"] == "predicted"
         },
         "unexplained_pct": {
-            " on ".join([bar["point"], *_where(bar).values()]): 100 * bar["parts"]["unexplained"] / bar["bar_s"]
+            " on ".join([bar["point"], *_where(bar).values()]) + (BUSY_MARK if "machine_busy" in bar else ""): 100
+            * bar["parts"]["unexplained"]
+            / bar["bar_s"]
             for bar in drawn
             if bar["kind"] == "measured" and "unexplained" in bar["parts"]
         },
     }
+
+
+def _bar_name(bar: Mapping[str, Any]) -> str:
+    return " on ".join([bar["point"], *_where(bar).values()]) + (BUSY_MARK if "machine_busy" in bar else "")
 
 
 def _where(row: Mapping[str, Any]) -> dict[str, str]:
@@ -95,7 +99,7 @@ def _stacks(summary: dict[str, Any], order: Sequence[str], wanted: Callable[[Row
     found = [
         Stack(
             group=bar["point"], kind=bar["kind"], parts=bar["parts"], total=bar["bar_s"],
-            repeats=_repeats(row), note=_extents(row["grid"]),
+            repeats=_repeats(row), busy=bool(row.get("busy")), note=_extents(row["grid"]),
             label="\n".join([bar["kind"], *_where(row).values()]),
         )
         for bar, row in zip(summary["parts"], summary["rows"], strict=True)
@@ -223,7 +227,10 @@ def _measured(summary: dict[str, Any], order: Sequence[str], title: str, wanted:
     bars = [(bar, row) for bar, row in pairs if bar["parts"] and wanted(row)]
     for bar, row in sorted((b for b in bars if b[0]["point"] in order), key=lambda b: order.index(b[0]["point"])):
         times = row["repeats_s"]
-        table.add_row(f"{escape(bar['point'])} ({len(times)} of {1000 * min(times):.0f} to {1000 * max(times):.0f} ms)")
+        mark = BUSY_MARK if row["busy"] else ""
+        table.add_row(
+            f"{escape(bar['point'])}{mark} ({len(times)} of {1000 * min(times):.0f} to {1000 * max(times):.0f} ms)"
+        )
         for name, seconds in bar["parts"].items():
             table.add_row(f"  {NAMES[name]}", f"{1000 * seconds:.1f}", f"{100 * seconds / bar['bar_s']:.1f}%")
         table.add_row("  batch", f"{1000 * bar['bar_s']:.1f}", "", end_section=True)

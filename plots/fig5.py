@@ -22,7 +22,7 @@ from experiments.run_record import spans_of
 from plots import style
 from plots.figure import Content, FigureKind, main
 from plots.style import PAGE_IN
-from plots.summary import elsewhere, here, machine_of, rows_of
+from plots.summary import BUSY_MARK, elsewhere, here, machine_of, rows_of
 from plots.timeline import ROW_IN, Legend, View, draw_rank, whole
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def extras(content: Content, rows: list[Row]) -> dict[str, Any]:
             | found._asdict()
             | {"hidden_share": found.hidden_share, "reached": found.reached}
             | ({"machine": machine_of(row)} if row in others else {})
+            | ({"machine_busy": True} if row.get("busy") else {})
         )
     return {
         "overlap": shares,
@@ -242,8 +243,10 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
         shown = steps[len(steps) // 2]
         one = [s for s in spans if s.step == shown]
         hidden = f"{share_of(row)}{_versus(measured)}"
+        busy = " while the machine was busy" if row["busy"] else ""
         title = (
-            f"Measured: {row['model']}, {_sub_shards(row)}, {row['gpus']} ranks of this machine (CPU), batch {shown}\n"
+            f"Measured{busy}: {row['model']}, {_sub_shards(row)}, {row['gpus']} ranks of this machine (CPU), "
+            f"batch {shown}\n"
             f"Hidden of the collectives, mean of batches {steps[0]} to {steps[-1]}: {hidden}\n"
         )
         view = whole(one)
@@ -282,7 +285,7 @@ def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType
     for row in summary["overlap"]:
         table.add_row(
             " on ".join(filter(None, (row["kind"], row.get("machine")))),
-            row["point"],
+            row["point"] + (BUSY_MARK if row.get("machine_busy") else ""),
             *(f"{row[name]:.3f}" for name in ("batch_time_s", "collective", "hidden")),
             f"{row['hidden_share']:.1%}",
         )

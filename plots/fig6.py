@@ -11,7 +11,7 @@ from rich.console import RenderableType
 
 from experiments.provenance import this_machine
 from plots.figure import Content, FigureKind, main
-from plots.style import COLUMN_IN, KINDS, colours
+from plots.style import COLUMN_IN, KINDS, colours, mark, mark_handle
 from plots.summary import device_of, elsewhere, here, machine_of, measured_tables, naive, published_table, wrong_orders
 
 if TYPE_CHECKING:
@@ -106,6 +106,8 @@ def _draw_at_scale(upper: Axes, at_scale: Sequence[dict[str, Any]], looks: Looks
                     linewidth=1.1,
                     **filled(kind, machine, looks.palette[framework]),
                 )
+    busy = [r for r in at_scale if r.get("busy")]
+    mark(upper, [r["gpus"] for r in busy], [r["batch_time_s"] for r in busy], "busy")
     names = {r["gpus"]: r["model"].removeprefix("gpt-").upper() for r in at_scale}
     upper.set_xscale("log", base=2)
     upper.set_xticks(list(names), [f"{gpus}\n{name}" for gpus, name in names.items()])
@@ -127,6 +129,8 @@ def _draw_at_scale(upper: Axes, at_scale: Sequence[dict[str, Any]], looks: Looks
         )
         for (kind, machine), line in lines.items() if points(kind, machine)
     ]  # fmt: skip
+    if busy:
+        handles.append(mark_handle("busy"))
     if machines:
         # Above the points there is room for the names of machines.
         upper.set_ylim(top=max(r["batch_time_s"] for r in at_scale) / (1 - 0.05 * len(handles)))
@@ -161,6 +165,8 @@ def _draw_measured(lower: Axes, local: Sequence[dict[str, Any]], looks: Looks) -
         for at, row in zip(x, mine, strict=True):
             repeats = row["repeats_s"]
             lower.plot([at] * len(repeats), repeats, "_", color=colour, markersize=7, alpha=0.8)
+            if row["busy"]:
+                mark(lower, [at], [row["batch_time_s"]], "busy")
     ranks = sorted({r["gpus"] for r in local})
     lower.set_xscale("log", base=2)
     models = {r["gpus"]: r["model"] for r in local}
@@ -168,10 +174,11 @@ def _draw_measured(lower: Axes, local: Sequence[dict[str, Any]], looks: Looks) -
     lower.set_xlim(ranks[0] / 1.3, ranks[-1] * 1.3)
     lower.minorticks_off()
     dash = Line2D([], [], color="0.25", marker="_", linewidth=0, markersize=7, label="one run (mean of its batches)")
+    rings = [mark_handle("busy")] if any(r["busy"] for r in local) else []
     lower.set_ylim(0, 1.15 * max(max(r["repeats_s"]) for r in local))
     # Times of a weak scaling hardly differ, so that there is room below them.
     lower.legend(
-        handles=[*lower.get_legend_handles_labels()[0], dash], fontsize=6, ncols=2, loc="lower left",
+        handles=[*lower.get_legend_handles_labels()[0], dash, *rings], fontsize=6, ncols=2, loc="lower left",
         title="measured", title_fontsize=6, columnspacing=1,
     )  # fmt: skip
 

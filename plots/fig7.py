@@ -19,7 +19,7 @@ from experiments.definition import OURS, load_model
 from experiments.published import published_ratios
 from plots.fig7_panels import GB, MB, SCHEME, axis_of, bytes_along, draw, measured_here
 from plots.figure import Content, FigureKind, main
-from plots.summary import elsewhere, here, machine_of
+from plots.summary import BUSY_MARK, elsewhere, here, machine_of
 
 if TYPE_CHECKING:
     pass
@@ -155,7 +155,9 @@ def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType
         machine = None if here(row) else machine_of(row)
         b = sent.get((row["point"], machine), {"counted": {}, "agree": False})
         counted.add_row(
-            f"{row['grid']['row']} x {row['grid']['col']}" + (f" on {machine}" if machine else ""),
+            f"{row['grid']['row']} x {row['grid']['col']}"
+            + (f" on {machine}" if machine else "")
+            + (BUSY_MARK if row["busy"] else ""),
             str(row["gpus"]),
             f"{row['batch_time_s']:.3f}",
             f"{min(row['repeats_s']):.3f}",

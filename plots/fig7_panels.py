@@ -10,7 +10,7 @@ from axonn.grid import AXES
 from experiments.definition import OURS
 from experiments.provenance import THIS_MACHINE
 from plots.figure import Content
-from plots.style import KINDS, PAGE_IN, colours
+from plots.style import KINDS, PAGE_IN, colours, mark, mark_handle
 from plots.summary import at_scale, device_of, elsewhere, here, machine_of
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
         Line2D([], [], color="black", marker="*", markersize=8, linewidth=0, label="published (a ratio, no time)"),
         Line2D([], [], color="0.25", marker="_", markersize=8, linewidth=0, label="measured: runs (bar: median)"),
     ]  # fmt: skip
+    if any(r.get("busy") for r in summary["rows"]):
+        handles.append(mark_handle("busy"))
     figure.legend(
         handles=handles, loc="outside upper center", ncols=3, fontsize=6.5, frameon=False, title=summary["title"],
         title_fontsize=9,
@@ -124,6 +126,8 @@ def _draw_measured_times(
                     *zip(*points, strict=True), KINDS["measured"], color=palette[framework], marker=marker,
                     markersize=5, markerfacecolor="white", linewidth=1.2,
                 )  # fmt: skip
+    busy = [r for r in mine if r["busy"]]
+    mark(axes, [r["gpus"] for r in busy], [r["batch_time_s"] for r in busy], "busy")
     if machines:
         axes.set(title=f"Batch time (32 pixels): dashed predicted,\ndotted measured on {', '.join(machines)}")
         axes.set_ylim(bottom=0, top=1.08 * max(r["batch_time_s"] for r in [*drawn, *mine]))
@@ -241,6 +245,8 @@ def _draw_small(
         colour = palette[SCHEME if row["grid"]["row"] == 1 else OURS]
         times.bar(i, row["batch_time_s"], 0.6, facecolor="white", edgecolor=colour, linewidth=1.2)
         times.plot([i] * len(row["repeats_s"]), row["repeats_s"], "_", color=colour, markersize=11)
+        if row["busy"]:
+            mark(times, [i], [row["batch_time_s"]], "busy")
         of = by_point.get(row["point"], {"counted": {}, "modelled": {}})
         below = modelled = 0.0
         for axis, alpha in shades.items():

@@ -24,16 +24,28 @@ from axonn.config import TrainConfig
 from axonn.errors import RecordError
 from axonn.files import read_json, replace_durably
 from axonn.records import Record, RecordKind, read_records
+from axonn.usage import BUSY_SHARE
 from experiments import predictor, runner
+from experiments.console import make_console
 from experiments.definition import ROOT, Experiment, load_experiment
 from experiments.framework import load_framework
+from experiments.installing import how_to_install, not_installed
 from experiments.pages import explained
 from experiments.places import PROJECT, from_here
 from experiments.provenance import THIS_MACHINE, fingerprint, sources, this_machine
 from experiments.published import published_ratios, published_records
 from experiments.run_record import configuration_of, measures
 from plots import style
-from plots.summary import Key, failed, key, mape, not_run, rows_of
+from plots.summary import (
+    Key,
+    busy_points,
+    failed,
+    key,
+    mape,
+    not_run,
+    rows_of,
+    unknown_points,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -209,10 +221,11 @@ def _sum_of(summary: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def summarise(kind: FigureKind, content: Content) -> dict[str, Any]:
-    """What summary.json holds (DESIGN section 8)."""
+def summarise(kind: FigureKind, content: Content, *, with_busy: bool = False) -> dict[str, Any]:
+    """What summary.json holds (DESIGN section 8). `with_busy`: what was measured while the machine was busy with other
+    work takes part in ratios, too."""
     experiment = content.experiment
-    rows = rows_of(content.published, [*content.predicted, *content.measured])
+    rows = rows_of(content.published, [*content.predicted, *content.measured], with_busy=with_busy)
     policy = experiment.policy
     own = None if policy is None else {name: getattr(policy, name) for name in ("batches", "warmup_batches", "repeats")}
     return {
@@ -224,12 +237,18 @@ def summarise(kind: FigureKind, content: Content) -> dict[str, Any]:
         "mape_pct": mape(rows),
         **kind.extras(content, rows),
         "missing": content.missing,
+        "busy": busy_points(rows),
+        "busy_in_ratios": with_busy,
+        "not_known_whether_busy": unknown_points(rows),
+        "not_installed": not_installed(content.failures),
         "failures": [r.model_dump(mode="json", exclude_none=True) for r in content.failures],
         "policy": None
         if policy is None or own is None
         else own
         | {
             "batch_time_s": "mean over the batches after warm-up; over repeats the median",
+            "busy": f"others took more than {BUSY_SHARE:.0%} of the core seconds; "
+            + ("in ratios all the same" if with_busy else "left out of ratios, and of medians with other repeats"),
             "loss_tolerance": policy.loss_tolerance,
         },
         "provenance": {
@@ -248,15 +267,17 @@ def summarise(kind: FigureKind, content: Content) -> dict[str, Any]:
     }
 
 
-def make_figure(kind: FigureKind, *, fresh: bool = False, console: Console | None = None) -> int:
+def make_figure(
+    kind: FigureKind, *, fresh: bool = False, with_busy: bool = False, console: Console | None = None
+) -> int:
     """Write plots/out/NAME.png and .svg and results/NAME/summary.json, unless they are newer than all that they are
-    made from; print the tables. Returns the exit status: 1 where something is missing."""
-    console = console or Console()
+    made from; print the tables. `with_busy`: see `summarise`. Returns the exit status: 1 where something is missing."""
+    console = console or make_console()
     content = gather(load_experiment(ROOT / "experiments" / f"{kind.name}.yaml"))
     content.missing.extend(kind.lacks(content))
     files = [style.OUT / f"{kind.name}.{ending}" for ending in ("png", "svg")]
     mark = fingerprint(
-        [[r.model_dump(mode="json") for r in content.records], content.missing],
+        [[r.model_dump(mode="json") for r in content.records], content.missing, with_busy],
         [
             *sources("plots/*.py", f"experiments/{kind.name}.yaml"),
             *(ROOT / reading.file for reading in content.experiment.readings.values()),
@@ -266,10 +287,10 @@ def make_figure(kind: FigureKind, *, fresh: bool = False, console: Console | Non
     whole = all(f.exists() for f in [*files, *kind.outputs(content)])
     summary = None if fresh or not whole else load_summary(kind.name)
     if summary is None or summary.get("fingerprint") != mark or "sha256" not in summary:
-        summary = summarise(kind, content) | {"fingerprint": mark}
+        summary = summarise(kind, content, with_busy=with_busy) | {"fingerprint": mark}
         with style.styled(kind.name):
             figure = kind.draw(summary, content)
-            say_missing(figure, content.missing)
+            say_missing(figure, content.missing, summary["busy"])
             style.save(figure, kind.name)
         path = summary_file(kind.name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -284,20 +305,44 @@ def make_figure(kind: FigureKind, *, fresh: bool = False, console: Console | Non
         console.print(f"[yellow]{escape(line)}[/yellow]", soft_wrap=True)
     for line in content.missing:
         console.print(f"[yellow]missing: {escape(line)}[/yellow]", soft_wrap=True)
+    for line in end_lines(summary, kind.name):
+        console.print(f"[yellow]{escape(line)}[/yellow]", soft_wrap=True)
     outputs = [*files, summary_file(kind.name)]
     console.print(f"figure: {', '.join(map(from_here, outputs))}")
     return 1 if content.missing else 0
 
 
-def say_missing(figure: Figure, missing: Sequence[str]) -> None:
-    """Name what is not drawn at the foot of the figure."""
-    if not missing:
+def end_lines(summary: Mapping[str, Any], name: str) -> list[str]:
+    """What a reader of the figure has to know at its end, each with what to do: points of a busy machine, points of
+    which nobody knows, frameworks that are not there."""
+    lines = []
+    if busy := summary.get("busy"):
+        lines.append(
+            f"{len(busy)} point(s) measured while the machine was busy with other work ({'; '.join(busy)}): marked, "
+            + ("in ratios all the same" if summary.get("busy_in_ratios") else "left out of ratios (BUSY=1: in them)")
+            + f"; when the machine is idle, measure them anew: make reproduce-{name} FRESH=busy"
+        )
+    if unknown := summary.get("not_known_whether_busy"):
+        lines.append(
+            f"not known whether the machine was busy: {len(unknown)} point(s) of records without it; measure them "
+            f"anew to know: make reproduce-{name} FRESH=1"
+        )
+    if line := how_to_install(summary.get("not_installed") or {}):
+        lines.append(line)
+    return lines
+
+
+def say_missing(figure: Figure, missing: Sequence[str], busy: Sequence[str] = ()) -> None:
+    """Name what is not drawn, and what a busy machine measured, at the foot of the figure."""
+    if not missing and not busy:
         return
-    named = [line.partition(";")[0] for line in missing[:MOST_MISSING]]
-    if len(missing) > MOST_MISSING:
-        named.append(f"and {len(missing) - MOST_MISSING} more")
     width = int(figure.get_figwidth() * 22)
-    text = "\n".join(part for line in named for part in wrap(f"missing: {line}", width))
+    text = "\n".join(
+        part
+        for what, lines in (("missing", missing), ("machine busy", busy))
+        for line in _first(lines)
+        for part in wrap(f"{what}: {line}", width)
+    )
     # A legend without a title is at the foot too, and takes the words in.
     if foot := next((legend for legend in figure.legends if not legend.get_title().get_text()), None):
         foot.set_title(text, prop={"size": 5.5})
@@ -306,15 +351,23 @@ def say_missing(figure: Figure, missing: Sequence[str]) -> None:
         figure.supxlabel(text, fontsize=5.5, color="firebrick")
 
 
+def _first(lines: Sequence[str]) -> list[str]:
+    """The first of these lines, and how many there are more."""
+    named = [line.partition(";")[0] for line in lines[:MOST_MISSING]]
+    return [*named, f"and {len(lines) - MOST_MISSING} more"] if len(lines) > MOST_MISSING else named
+
+
 def main(kind: FigureKind, arguments: Sequence[str] | None = None) -> None:
-    """Command line of a figure's module: --fresh draws it anew."""
+    """Command line of a figure's module: --fresh draws it anew, --with-busy has what was measured on a busy machine in
+    ratios, too."""
     parser = argparse.ArgumentParser(
         prog=f"python -m plots.{kind.name}",
         description=f"Draws the figure of experiments/{kind.name}.yaml from the records that there are of it.",
     )
     parser.add_argument("--fresh", action="store_true", help="draw it anew even if nothing has changed")
+    parser.add_argument("--with-busy", action="store_true", help="ratios also of what was measured on a busy machine")
     given = parser.parse_args(arguments)
     with explained("docs/own-figure.md"):
-        status = make_figure(kind, fresh=given.fresh)
+        status = make_figure(kind, fresh=given.fresh, with_busy=given.with_busy)
     if status:
         sys.exit(status)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 
 from plots.figure import Content, FigureKind, main
-from plots.style import COLUMN_IN, KINDS, colours
-from plots.summary import here, small_table
+from plots.style import COLUMN_IN, KINDS, colours, mark
+from plots.summary import BUSY_MARK, compared, here, small_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,13 @@ def extras(content: Content, rows: list[dict[str, Any]]) -> dict[str, Any]:
             if row is not reference
         ]
         limits += own
-        within = [x for x in own if x["activations_over_1f1b"] is not None and x["activations_over_1f1b"] <= 1]
+        within = [
+            x
+            for x in own
+            if x["activations_over_1f1b"] is not None
+            and x["activations_over_1f1b"] <= 1
+            and x["over_1f1b_pct"] is not None
+        ]
         if within:
             best = min(within, key=lambda x: x["batch_time_s"])
             budgets.append({key: best[key] for key in ("kind", "model", "limit", "G_inter", "over_1f1b_pct")})
@@ -55,7 +61,7 @@ def _compared(
 ) -> dict[str, Any]:
     """A limit, and what it is beside 1F1B, whose spread are its own repeats."""
     spread = row.get("repeats_s") or [row["batch_time_s"]]
-    base = None if reference is None else reference["batch_time_s"]
+    base = None if reference is None or not compared(row, reference) else reference["batch_time_s"]
     return {
         "point": row["point"],
         "kind": row["kind"],
@@ -64,12 +70,13 @@ def _compared(
         "limit": row["schedule"].get("in_flight_limit") or 2 * row["grid"]["inter"],
         "G_inter": row["grid"]["inter"],
         "batch_time_s": row["batch_time_s"],
+        **({"machine_busy": True} if row.get("busy") else {}),
         "activation_bytes": kept,
         "activation_bytes_of_1f1b": budget,
         "over_1f1b_pct": None if base is None else 100 * (row["batch_time_s"] / base - 1),
         "repeats_over_1f1b_pct": [] if base is None else [100 * (t / base - 1) for t in spread],
         "spread_of_1f1b_pct": []
-        if reference is None
+        if base is None or reference is None
         else [100 * (t / base - 1) for t in reference.get("repeats_s", [])],
         "activations_over_1f1b": None if not kept or not budget else kept / budget,
     }
@@ -124,6 +131,8 @@ def _panels(
                 linewidth=1,
                 **marker,
             )
+            busy = [(where, x["over_1f1b_pct"]) for where, x in zip(at, drawn, strict=True) if x.get("machine_busy")]
+            mark(time, [where for where, _ in busy], [percent for _, percent in busy], "busy")
             for where, x in zip(at, drawn, strict=True):
                 each = x["repeats_over_1f1b_pct"]
                 if len(each) > 1:
@@ -180,7 +189,7 @@ def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType
     for x in summary["limits"]:
         over, kept = x["over_1f1b_pct"], x["activations_over_1f1b"]
         table.add_row(
-            f"{x['model']} ({x['kind']})",
+            f"{x['model']} ({x['kind']}){BUSY_MARK if x.get('machine_busy') else ''}",
             str(x["limit"]),
             f"{x['limit'] / x['G_inter']:g}",
             f"{x['batch_time_s']:.4g}",

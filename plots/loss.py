@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from experiments.provenance import THIS_MACHINE
 from plots.figure import Content, FigureKind, main
 from plots.readings import column, read_reading
-from plots.style import COLUMN_IN, KINDS, colours
+from plots.style import COLUMN_IN, KINDS, colours, mark
 from plots.summary import small_table
 
 if TYPE_CHECKING:
@@ -39,10 +39,14 @@ def extras(content: Content, rows: list[dict[str, Any]]) -> dict[str, Any]:
     published = {}
     for name, label in LABELS.items():
         table = read_reading(content.experiment, name)
-        published[label] = {"batch": column(table, "batch"), "loss": column(table, "loss")}
+        published[label] = {"batch": column(table, "batch"), "loss": column(table, "loss"), "suspect_batches": [0.0]}
     ours, other = (published[label] for label in LABELS.values())
     apart = [
-        {"batch": batch, "difference_pct": 100 * (_at(ours["batch"], ours["loss"], batch) / loss - 1)}
+        {
+            "batch": batch,
+            "difference_pct": 100 * (_at(ours["batch"], ours["loss"], batch) / loss - 1),
+            "suspect": batch in ours["suspect_batches"],
+        }
         for batch, loss in zip(other["batch"], other["loss"], strict=True)
     ]
     return {
@@ -131,12 +135,19 @@ def _published(axes: Axes, summary: dict[str, Any]) -> None:
         colour = colours(len(LABELS))[i]
         axes.plot(curve["batch"], curve["loss"], KINDS["published"], color=colour, linewidth=(1.8, 0.8)[i], label=label)
         axes.plot(curve["batch"][0], curve["loss"][0], "o^"[i], color=colour, markersize=4)
+        suspect = [n for n in curve["batch"] if n in curve["suspect_batches"]]
+        mark(axes, suspect, [curve["loss"][curve["batch"].index(n)] for n in suspect], "suspect")
         axes.annotate(
             f"{curve['loss'][0]:.2f}", (curve["batch"][0], curve["loss"][0]), textcoords="offset points",
             xytext=(6, (0, 2)[i]), fontsize=5.5,
         )  # fmt: skip
     axes.text(
-        0.97, 0.7, "suspect: should start\nfrom the same loss", ha="right", fontsize=5.5, transform=axes.transAxes
+        0.97,
+        0.7,
+        "suspect (squares): should\nstart from the same loss",
+        ha="right",
+        fontsize=5.5,
+        transform=axes.transAxes,
     )
     axes.legend(fontsize=5.5, loc="upper right")
     axes.set_title("IPDPS 2022 (published)", fontsize=7)

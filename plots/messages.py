@@ -14,7 +14,7 @@ from experiments import calibrate
 from experiments.places import from_here
 from plots.figure import Content, FigureKind, main
 from plots.readings import column, read_reading
-from plots.style import COLUMN_IN, KINDS, colours
+from plots.style import COLUMN_IN, KINDS, colours, mark, mark_handle
 from plots.summary import small_table
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ COLUMNS = {
     "nccl_intra_ms": ("NCCL", "inside a node"),
     "nccl_inter_ms": ("NCCL", "between two nodes"),
 }
+BETWEEN = "between two nodes"
 PLACES = {"inside a node": "1 node", "between two nodes": "2 nodes", "shared memory": "1 node", "loopback": "1 node"}
 """In the table."""
 HERE = {"mpi": ("MPI", "shared memory"), "nccl": ("Gloo", "loopback")}
@@ -38,6 +39,8 @@ SUSPECT = 2.0
 """A message between nodes that is so many times faster than one inside a node is suspect."""
 
 
+SUSPECT_MARK = " ?"
+"""Behind a suspect number in a table."""
 FIT = {"published": "", "measured": " (fit)"}
 STEP = 4
 """From one size of a measured curve to the next."""
@@ -67,21 +70,27 @@ def inputs(content: Content) -> list[Path]:
 
 
 def extras(content: Content, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Every curve by kind (bytes and milliseconds), and what is suspect among the published points."""
+    """Every curve by kind (bytes and milliseconds, and the sizes of its suspect points), and what is suspect among the
+    published points, in words."""
     series, suspect = [], []
     for what, called in WHAT.items():
         table = read_reading(content.experiment, what)
         sizes = [int(size) for size in column(table, "bytes")]
         times = {name: column(table, name) for name in COLUMNS}
         for name, (library, where) in COLUMNS.items():
-            series.append(_series("published", what, (library, where), zip(sizes, times[name], strict=True)))
             found = _outliers(sizes, times[name])
+            curve = _series("published", what, (library, where), zip(sizes, times[name], strict=True))
+            series.append(curve | {"suspect_bytes": found})
             if found:
                 suspect.append(f"{called}, {library} {where}: slower than both neighbours at {_list(found)} bytes")
         for library in ("mpi", "nccl"):
             inside, between = times[f"{library}_intra_ms"], times[f"{library}_inter_ms"]
             faster = [i for i in range(len(sizes)) if inside[i] > SUSPECT * between[i]]
             if faster:
+                # Those between nodes: they cannot be faster (`SUSPECT`).
+                of = (what, library.upper(), BETWEEN)
+                (curve,) = (s for s in series if (s["what"], s["library"], s["where"]) == of)
+                curve["suspect_bytes"] = sorted({*curve["suspect_bytes"], *(sizes[i] for i in faster)})
                 most = max(inside[i] / between[i] for i in faster)
                 suspect.append(
                     f"{called}, {library.upper()}: up to {sizes[faster[-1]]} bytes faster between two nodes than "
@@ -110,7 +119,11 @@ def _fitted(what: str, library: str, where: str, curve: Curve) -> dict[str, Any]
     least, most = curve.segments[0].min_bytes, curve.segments[-1].max_bytes
     sizes = [int(least * STEP**i) for i in range(1 + floor(log(most / least, STEP) + 1e-9))]
     own = _series("measured", what, (library, where), ((size, 1e3 * curve.seconds(size)) for size in sizes))
-    return own | {"source": curve.fit.source, "fit_error_pct": getattr(curve.fit, "in_sample_error_pct", None)}
+    return own | {
+        "suspect_bytes": [],
+        "source": curve.fit.source,
+        "fit_error_pct": getattr(curve.fit, "in_sample_error_pct", None),
+    }
 
 
 def _series(kind: str, what: str, of: tuple[str, str], points: Iterable[tuple[int, float]]) -> dict[str, Any]:
@@ -150,18 +163,28 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
                     markevery=1 if kind == "published" else [0],
                     markerfacecolor=shades[s["library"]] if kind == "published" else "white",
                 )  # fmt: skip
+                sizes = [size for size in s["bytes"] if size in s["suspect_bytes"]]
+                mark(axes, sizes, [s["ms"][s["bytes"].index(size)] for size in sizes], "suspect")
             _label(axes, f"{what.replace('_', '-')}, {where}\n({kind})")
             if not mine:
                 axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes, fontsize=7)
     for axes in (panels[0][0], panels[1][0], panels[1][1]):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=5, loc="upper left", handlelength=2, borderpad=0.3, labelspacing=0.3)
+        handles = axes.get_legend_handles_labels()[0]
+        if axes is panels[0][0] and any(s["suspect_bytes"] for s in summary["series"]):
+            handles.append(mark_handle("suspect"))
+        if handles:
+            axes.legend(handles=handles, fontsize=5, loc="upper left", handlelength=2, borderpad=0.3, labelspacing=0.3)
     figure.suptitle(summary["title"], fontsize=8.5)
     for axes in panels[1]:
         axes.set_xlabel("bytes", fontsize=7)
     for axes in panels[:, 0]:
         axes.set_ylabel("milliseconds", fontsize=7)
     return figure
+
+
+def _marked(series: dict[str, Any], place: int) -> str:
+    """The mark of a suspect point of a curve, of the point in this place."""
+    return SUSPECT_MARK if series["bytes"][place] in series["suspect_bytes"] else ""
 
 
 def _label(axes: Axes, title: str) -> None:
@@ -181,12 +204,14 @@ def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType
         table.add_row(
             f"{s['kind']} {s['what'].replace('_', '-')}, {s['library']}, {PLACES.get(s['where'], s['where'])}",
             str(s["bytes"][0]),
-            f"{s['ms'][0]:.4f}",
+            f"{s['ms'][0]:.4f}{_marked(s, 0)}",
             f"{s['bytes'][-1] / 1e6:.0f}",
-            f"{s['ms'][-1]:.1f}",
-            f"{s['bytes'][-1] / s['ms'][-1] / 1e6:.1f}",
+            f"{s['ms'][-1]:.1f}{_marked(s, -1)}",
+            f"{s['bytes'][-1] / s['ms'][-1] / 1e6:.1f}{_marked(s, -1)}",
         )
     yield table
+    if any(_marked(s, place) for s in summary["series"] for place in (0, -1)):
+        yield f"{SUSPECT_MARK.strip()}: suspect, see below"
     for line in summary["suspect"]:
         yield f"suspect among the published points: {line}"
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup, escape
-from rich.console import Console
 
+from experiments.console import make_console
 from experiments.places import from_here
 from experiments.templates import rendered, sandbox
 from plots import figure, report_evidence, report_figures, report_gpu
@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sections = all_sections()
     temporary.write_text(render(sections), encoding="utf-8")
     temporary.replace(path)
-    console = Console()
+    console = make_console()
     for section in sections:
         if not section.made:
             console.print(

@@ -35,6 +35,13 @@ from plots.report_tables import (
     texts,
 )
 
+STOPPED = {
+    "converged": "intervals narrow enough",
+    "minutes": "minutes spent",
+    "rounds": "as many as were to be",
+    "interrupted": "interrupted",
+}
+"""Why a comparison made no more rounds."""
 QUANTITIES = {
     "batch_time_s": "time of a batch, s",
     "pipeline_s": "pipeline phase, s",
@@ -241,6 +248,17 @@ def comparison() -> Evidence:
         f"{f.get('framework')} {f.get('strategy')}, {f.get('workload')}: {f.get('cause')}: {f.get('detail')}"
         for f in failures
     ]
+    lacking += [
+        f"{row.get('framework')} {row.get('strategy')}, {row.get('workload')}: the machine was busy with other work in "
+        "all rounds; when it is idle, measure it again"
+        for row in rows
+        if row.get("busy") and not row.get("in_ratios", True)
+    ]
+    absent: dict[str, list[str]] = {}
+    for one in found.get("not_compared") or []:
+        if isinstance(one, dict):
+            absent.setdefault(str(one.get("reason")), []).append(f"{one.get('framework')} {one.get('strategy')}")
+    lacking += [f"Not compared: {', '.join(names)}: {reason}" for reason, names in absent.items()]
     provenance = found.get("provenance") or {}
     machine = provenance.get("machine") or None
     said = [
@@ -274,9 +292,11 @@ def _verdicts(found: Mapping[str, Any]) -> Table:
             return str(verdict["reason"])
         return "AxoNN is behind" if verdict.get("behind") else "AxoNN is not behind"
 
-    def interval(verdict: Mapping[str, Any]) -> str | None:
-        low, high = verdict.get("low"), verdict.get("high")
-        return None if low is None or high is None else f"{fixed(low, 3)} to {fixed(high, 3)}"
+    def rounds(verdict: Mapping[str, Any]) -> str | None:
+        if verdict.get("stopped") is None:
+            return None
+        left_out = f", {verdict['busy_rounds']} left out (machine busy)" if verdict.get("busy_rounds") else ""
+        return f"{verdict.get('rounds')}{left_out}: {STOPPED.get(verdict['stopped'], verdict['stopped'])}"
 
     return table(
         "AxoNN's fastest over the fastest other framework of the kind: measured ratios of seconds per batch",
@@ -288,10 +308,28 @@ def _verdicts(found: Mapping[str, Any]) -> Table:
             Column(heading="AxoNN", value=_attribute("ours"), form=texts),
             Column(heading="other", value=_attribute("theirs"), form=texts),
             Column(heading="measured ratio", value=_attribute("ratio"), form=ratios),
-            Column(heading="95% interval", value=interval, form=texts),
+            Column(heading="95% interval", value=lambda v: _ends(v.get("low"), v.get("high")), form=texts),
+            Column(heading="measured ratio of processor seconds", value=_attribute("processor_ratio"), form=ratios),
+            Column(
+                heading="its 95% interval",
+                value=lambda v: _ends(v.get("processor_low"), v.get("processor_high")),
+                form=texts,
+            ),
+            Column(heading="rounds", value=rounds, form=texts),
             Column(heading="verdict", value=said, form=texts),
         ],
     )
+
+
+def _remark(row: Mapping[str, Any]) -> str | None:
+    if row.get("failure"):
+        return str(row["failure"].get("cause"))
+    return "machine busy" if row.get("busy") else None
+
+
+def _ends(low: Any, high: Any) -> str | None:
+    """An interval in words."""
+    return None if low is None or high is None else f"{fixed(low, 3)} to {fixed(high, 3)}"
 
 
 def _baseline_rows(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> Table:
@@ -310,10 +348,18 @@ def _baseline_rows(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> T
             Column(heading="ranks", value=_attribute("ranks"), form=numbers),
             Column(heading="measured, median batch", value=_attribute("batch_time_s"), form=seconds),
             Column(heading="measured ratio to AxoNN's fastest", value=_attribute("ratio"), form=ratios),
+            Column(heading="95% interval", value=lambda r: _ends(*(r.get("spread") or (None, None))), form=texts),
+            Column(heading="measured, processor seconds", value=_attribute("processor_s"), form=seconds),
+            Column(heading="their ratio", value=_attribute("processor_ratio"), form=ratios),
+            Column(
+                heading="its 95% interval",
+                value=lambda r: _ends(*(r.get("processor_spread") or (None, None))),
+                form=texts,
+            ),
             Column(heading="tokens/s", value=_attribute("tokens_per_s"), form=numbers),
             Column(heading="peak memory", value=_attribute("memory_bytes"), form=sizes),
             Column(heading="sent in a batch", value=_attribute("bytes_sent"), form=sizes),
-            Column(heading="remark", value=lambda r: (r.get("failure") or {}).get("cause"), form=texts),
+            Column(heading="remark", value=_remark, form=texts),
         ],
         notes=notes,
     )

@@ -14,6 +14,7 @@ from axonn.errors import AxonnError
 from experiments.definition import ROOT, load_experiment
 from experiments.places import PROJECT
 from plots import figure, style
+from plots.figure import end_lines
 from plots.report_extras import column_of
 from plots.report_points import KINDS, KNOWN, WOVEN_IN, tables_of
 from plots.report_tables import NOTHING, Table, fixed, is_number, mapping, strings
@@ -60,6 +61,8 @@ class Section:
     """Commands, each with what of `missing` it makes; an empty one for the rest."""
     failed: list[str] = field(default_factory=list)
     not_run: list[str] = field(default_factory=list)
+    to_know: list[str] = field(default_factory=list)
+    """What a busy machine measured, and frameworks that are not installed, each with what to do."""
     provenance: list[tuple[str, list[str]]] = field(default_factory=list)
     machines: list[dict[str, Any]] = field(default_factory=list)
 
@@ -97,7 +100,15 @@ def section(name: str) -> Section:
     provenance = mapping(summary.get("provenance"))
     heading = f"Figure {name.removeprefix('fig')}: {title}" if poster else title
     drawn = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
-    states = [f"{len(missing)} missing" if missing else "", f"{len(failed)} failed" if failed else ""]
+    busy, absent = strings(summary.get("busy")), mapping(summary.get("not_installed"))
+    unknown = strings(summary.get("not_known_whether_busy"))
+    states = [
+        f"{len(missing)} missing" if missing else "",
+        f"{len(failed)} failed" if failed else "",
+        f"{len(busy)} measured on a busy machine" if busy else "",
+        f"of {len(unknown)} not known whether the machine was busy" if unknown else "",
+        f"not installed: {', '.join(map(str, absent))}" if absent else "",
+    ]
     picture = picture_of(name, f"{heading}. Drawn are {drawn or 'no'} points; the tables below have their numbers.")
     return Section(
         name=name,
@@ -117,6 +128,15 @@ def section(name: str) -> Section:
         missing=missing,
         ways=ways_to(missing),
         failed=failed,
+        to_know=end_lines(
+            {
+                "busy": busy,
+                "busy_in_ratios": summary.get("busy_in_ratios"),
+                "not_known_whether_busy": unknown,
+                "not_installed": {str(label): str(only) for label, only in absent.items()},
+            },
+            name,
+        ),
         not_run=not_run,
         provenance=_provenance(name, summary, provenance),
         machines=_machines(rows, provenance),

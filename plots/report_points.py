@@ -15,6 +15,7 @@ from plots.report_tables import (
     is_number,
     mapping,
     numbers,
+    percents,
     plain_seconds,
     ratios,
     seconds_like,
@@ -23,12 +24,13 @@ from plots.report_tables import (
     texts,
     words,
 )
+from plots.summary import compared as in_ratios
 from plots.summary import here, machine_of
 
 KINDS = ("published", "predicted", "measured")
 KNOWN = {
     "figure", "title", "about", "differs", "rows", "mape_pct", "missing", "failures", "policy", "provenance",
-    "fingerprint",
+    "fingerprint", "sha256", "busy", "busy_in_ratios", "not_known_whether_busy", "not_installed",
 }  # fmt: skip
 """What every summary has; the rest is of the figure's own."""
 GRID_HEADING = f"grid, data {TIMES} inter {TIMES} row {TIMES} col"
@@ -39,6 +41,19 @@ WOVEN_IN = {"naive", "wrong_orders"}
 
 def _get(key: str) -> Callable[[Mapping[str, Any]], Any]:
     return lambda row: row.get(key)
+
+
+def _share_of_others(row: Mapping[str, Any]) -> str | None:
+    share = row.get("others_share")
+    return f"busy: others took {share:.0%} of the cores" if row.get("busy") and is_number(share) else None
+
+
+def _others_pct(row: Mapping[str, Any]) -> float | None:
+    share = row.get("others_share")
+    return 100 * share if is_number(share) else None
+
+
+_MACHINE_BUSY = Column(heading="the machine while measuring", value=_share_of_others, form=texts)
 
 
 def _who(rows: Sequence[Mapping[str, Any]], *, gpus: str = "GPUs") -> list[Column]:
@@ -106,6 +121,8 @@ def _merged(rows: Sequence[Mapping[str, Any]], value: str) -> list[dict[str, Any
     for row in rows:
         mine = found.setdefault(_key(row), {k: row.get(k) for k in ("point", "framework", "model", "gpus")})
         kind = row.get("kind")
+        if row.get("busy"):
+            mine |= {"busy": True, "others_share": row.get("others_share")}
         mine[f"{kind}"] = row.get(value)
         mine[f"{kind} error"] = row.get("error_pct")
     return list(found.values())
@@ -148,6 +165,7 @@ def _scale_table(rows: Sequence[Mapping[str, Any]], naive: Mapping[str, Any]) ->
             *_compared(merged),
             Column(heading="predicted by a constant rate", value=_get("constant"), form=plain_seconds),
             Column(heading="its error", value=_get("constant error"), form=errors),
+            _MACHINE_BUSY,
         ],
         notes=notes,
     )
@@ -159,7 +177,7 @@ def _phases_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
         return
     merged = []
     for row in _merged(rows, "phases_s"):
-        named = {k: row[k] for k in ("point", "framework", "model", "gpus")}
+        named = {k: row.get(k) for k in ("point", "framework", "model", "gpus", "busy", "others_share")}
         kinds = {kind: mapping(row.get(kind)) for kind in KINDS}
         for phase in dict.fromkeys(p for of in kinds.values() for p in of):
             one = named | {"phase": words(phase)} | {kind: of.get(phase) for kind, of in kinds.items()}
@@ -173,7 +191,7 @@ def _phases_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
             merged.append(one)
     who = _who(merged)
     who.append(Column(heading="phase", value=_get("phase"), form=texts))
-    yield table("Phases of a batch", merged, [*who, *_compared(merged)])
+    yield table("Phases of a batch", merged, [*who, *_compared(merged), _MACHINE_BUSY])
 
 
 def _here_table(
@@ -184,14 +202,17 @@ def _here_table(
 ) -> Table:
     """Measured on one machine; ratios to our engine on the same model and ranks."""
     rows = sorted(rows, key=lambda r: (str(type(r.get("gpus"))), r.get("gpus") or 0))
-    ours = {(r.get("model"), r.get("gpus")): r.get("batch_time_s") for r in rows if r.get("framework") == "AxoNN"}
+    ours = {(r.get("model"), r.get("gpus")): r for r in rows if r.get("framework") == "AxoNN"}
     compared = len({r.get("framework") for r in rows}) > 1
     # Where one run of ours is several configurations, there is no one to take the ratio to.
     compared = compared and len(ours) == sum(r.get("framework") == "AxoNN" for r in rows)
 
     def ratio(row: Mapping[str, Any]) -> float | None:
-        time, reference = row.get("batch_time_s"), ours.get((row.get("model"), row.get("gpus")))
-        return time / reference if compared and is_number(time) and is_number(reference) and reference else None
+        own = ours.get((row.get("model"), row.get("gpus")))
+        if not compared or not in_ratios(row, own):
+            return None
+        time, reference = row.get("batch_time_s"), mapping(own).get("batch_time_s")
+        return time / reference if is_number(time) and is_number(reference) and reference else None
 
     def repeats(row: Mapping[str, Any], which: Callable[[list[float]], float]) -> float | None:
         times = [t for t in row.get("repeats_s") or [] if is_number(t)]
@@ -205,7 +226,7 @@ def _here_table(
         return predicted.get(_key(row), {}).get("batch_time_s")
 
     def error(row: Mapping[str, Any]) -> float | None:
-        pair = (expected(row), row.get("batch_time_s"))
+        pair = (expected(row), row.get("batch_time_s") if in_ratios(row) else None)
         return 100 * (pair[0] / pair[1] - 1) if all(map(is_number, pair)) and pair[1] else None
 
     form = seconds_like(t for r in rows for t in (r.get("batch_time_s"), repeats(r, max), expected(r)))
@@ -223,6 +244,8 @@ def _here_table(
             Column(heading="error of predicted", value=error, form=errors),
             Column(heading="measured, GFLOP/s per rank", value=gflops, form=numbers),
             Column(heading="measured, loss at the end", value=_get("final_loss"), form=numbers),
+            Column(heading="measured, processor seconds", value=_get("processor_s"), form=plain_seconds),
+            _MACHINE_BUSY,
         ],
     )
 
@@ -238,13 +261,19 @@ def _details(rows: Sequence[Mapping[str, Any]], *, parts: bool) -> Iterator[Tabl
             Column(heading=words(p), value=lambda r, p=p: r["parts_s"].get(p), form=form)  # type: ignore[misc]
             for p in names_of
         ]
-        found = table("Where the time of a batch goes, by spans, mean of the ranks", some, [*who, *columns])
+        found = table(
+            "Where the time of a batch goes, by spans, mean of the ranks", some, [*who, *columns, _MACHINE_BUSY]
+        )
         yield Table(**{**vars(found), "folded": True})
     axes = list(dict.fromkeys(a for r in rows for a in mapping(r.get("bytes_per_batch"))))
     columns = [
         Column(heading=GRID_HEADING, value=lambda r: grid_text(r.get("grid")), form=texts),
         Column(heading="microbatch", value=_get("microbatch_size"), form=numbers),
         Column(heading="peak memory", value=_get("memory_bytes"), form=sizes),
+        Column(heading="processor seconds", value=_get("processor_s"), form=plain_seconds),
+        Column(heading="load", value=_get("load"), form=numbers),
+        Column(heading="cores taken by others", value=_others_pct, form=percents),
+        _MACHINE_BUSY,
         *(
             Column(
                 heading=f"sent along {ALL_AXES.get(a, a)}",

@@ -16,8 +16,10 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from experiments.console import make_console
 from experiments.places import PROJECT
 
 INTERRUPTED = 130
@@ -29,6 +31,15 @@ PATIENCE_S = 30.0
 
 class Terminated(KeyboardInterrupt):
     """Stopped by SIGTERM, which reaches this process alone."""
+
+
+def end_of(target: str) -> list[str]:
+    """What the figure of a target says at its end: what a busy machine measured, and frameworks that are not there."""
+    from plots.figure import end_lines, load_summary
+
+    name = target.removeprefix("reproduce-")
+    summary = None if name == target else load_summary(name)
+    return [] if summary is None else end_lines(summary, name)
 
 
 def make(target: str) -> int:
@@ -48,7 +59,7 @@ def make(target: str) -> int:
 
 def reproduce(targets: Sequence[str], *, run: Callable[[str], int] = make, console: Console | None = None) -> int:
     """Make all targets and the report. Returns the exit status: 1 where one failed, 130 when interrupted."""
-    console = console or Console()
+    console = console or make_console()
     parts = [*targets, LAST]
     done: list[tuple[str, int, float]] = []
     for number, target in enumerate(parts, start=1):
@@ -72,6 +83,9 @@ def reproduce(targets: Sequence[str], *, run: Callable[[str], int] = make, conso
         said = "[green]done[/green]" if status == 0 else "[red]not complete[/red], see above"
         table.add_row(f"make {target}", said, f"{seconds:.0f} s")
     console.print(table)
+    for target, _, _ in done:
+        for line in end_of(target):
+            console.print(f"[yellow]make {target}: {escape(line)}[/yellow]", soft_wrap=True)
     failed = [target for target, status, _ in done if status]
     if failed:
         names = ", ".join(f"make {target}" for target in failed)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
 
 from axonn.collectives import SerialCollectives
 from axonn.config import TrainConfig, load_yaml, validate
@@ -28,6 +27,7 @@ from axonn.perf.simulator import Simulation, simulate
 from axonn.placement import Placement
 from axonn.schedules import Kind, Task, make_schedule
 from axonn.tensor import TRANSPOSED, Linear, TensorContext, placements
+from experiments.console import make_console
 from experiments.pages import explained
 from experiments.places import from_here
 from plots.style import PAGE_IN, colours, save, styled
@@ -302,7 +302,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     make_model(config.model).check(ProcessGrid(**config.grid.model_dump()))
     for path in draw_all(config, given.out):
-        Console().print(from_here(path), soft_wrap=True)
+        make_console().print(from_here(path), soft_wrap=True)
 
 
 if __name__ == "__main__":

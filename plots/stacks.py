@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from plots.style import KINDS, colours
+from plots.style import KINDS, colours, mark, mark_handle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,6 +61,8 @@ class Stack:
     """A last line of the group's label."""
     repeats: list[float] = field(default_factory=list)
     """Batch times of single runs, drawn as circles."""
+    busy: bool = False
+    """Whether the machine was busy with other work while it was measured."""
     label: str = ""
     """Below the bar in a group; default its kind."""
 
@@ -85,6 +87,8 @@ def draw_stacks(axes: Axes, stacks: Sequence[Stack], *, unit: str, grouped: bool
             x += 1.0 if stack.group == stacks[i - 1].group else 1.15
         places.setdefault(stack.group, []).append(x)
         reached = _draw_stack(axes, x, stack, scale=scale, decimals=decimals, top=top)
+        if stack.busy:
+            mark(axes, [x], [scale * stack.total], "busy")
         axes.text(
             x, reached + 0.02 * top, f"{_number(scale * stack.total, decimals)} {unit}", ha="center",
             fontsize=5.5 if crowded else 7, fontweight="bold",
@@ -188,4 +192,6 @@ def legend(axes: Axes, stacks: Iterable[Stack]) -> None:
     ]
     if any(stack.repeats for stack in all_stacks):
         handles.append(Line2D([], [], label="single run", **_RUN))  # type: ignore[arg-type]
+    if any(stack.busy for stack in all_stacks):
+        handles.append(mark_handle("busy"))
     axes.legend(handles=handles, fontsize=6.5, ncols=2, loc="center", handlelength=2.2, handleheight=1.1)

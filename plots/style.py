@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from experiments.places import PROJECT
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 OUT = PROJECT / "plots" / "out"
 COLUMN_IN = 3.5
@@ -40,6 +42,29 @@ def colours(count: int) -> list[tuple[float, float, float]]:
     import seaborn as sns
 
     return [(r, g, b) for r, g, b in sns.color_palette("colorblind", count)]
+
+
+def mark(axes: Axes, x: Sequence[float], y: Sequence[float], what: Literal["busy", "suspect"]) -> None:
+    """Ring points that are not to be taken as they are; in an SVG the rings have the id `what`."""
+    if len(x):
+        axes.plot(x, y, gid=what, zorder=5, **_RINGS[what])  # type: ignore[arg-type]
+
+
+def mark_handle(what: Literal["busy", "suspect"]) -> Line2D:
+    """What a legend says of such rings."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], label=_RING_LABELS[what], **_RINGS[what])  # type: ignore[arg-type]
+
+
+_RINGS: dict[str, dict[str, object]] = {
+    name: {
+        "color": "firebrick", "marker": marker, "markersize": size, "markerfacecolor": "none", "markeredgewidth": 0.9,
+        "linewidth": 0,
+    }
+    for name, marker, size in (("busy", "o", 10), ("suspect", "s", 4.5))
+}  # fmt: skip
+_RING_LABELS = {"busy": "machine busy: not in ratios", "suspect": "suspect"}
 
 
 def save(figure: Figure, name: str, folder: Path | None = None) -> list[Path]:

@@ -15,6 +15,8 @@ from experiments.provenance import THIS_MACHINE
 
 Key = tuple[str, str]
 """(point, framework)"""
+BUSY_MARK = " (busy)"
+"""Behind what was measured while the machine was busy with other work."""
 DISTINCT = 0.05
 """Published times that differ by less are taken for equal when orders are compared."""
 
@@ -30,6 +32,17 @@ def group(records: Iterable[Record]) -> dict[Key, list[Record]]:
         if record.failure is None:
             groups.setdefault(key(record), []).append(record)
     return groups
+
+
+def quiet(records: Sequence[Record]) -> list[Record]:
+    """Those of repeats while which the machine was not busy with other work; all of them where it always was."""
+    return [r for r in records if r.busy is not True] or list(records)
+
+
+def busy_of(records: Sequence[Record]) -> bool | None:
+    """Whether the machine was busy during all of these repeats; None where nobody knows of one of them."""
+    known = [r.busy for r in records]
+    return None if None in known else all(known)
 
 
 def typical(records: Sequence[Record]) -> Record:
@@ -95,15 +108,22 @@ def repeats_of(records: Iterable[Record]) -> dict[tuple[str, str, str, int | Non
     return found
 
 
-def rows_of(published: Sequence[Record], others: Sequence[Record]) -> list[dict[str, Any]]:
+def rows_of(published: Sequence[Record], others: Sequence[Record], *, with_busy: bool = False) -> list[dict[str, Any]]:
     """One row per kind, point and framework. Times are seconds; a repeated measurement counts with its median, and its
-    parts, phases, overlap and bytes are those of the run nearest to it."""
+    parts, phases, overlap and bytes are those of the run nearest to it.
+
+    Repeats while which the machine was busy with other work do not count beside others (`quiet`). Of a row that has no
+    others, `busy` is true and `in_ratios` false: no ratio or error is made of its time. `with_busy`: all count.
+    """
     reference = {key(r): r for r in published}
     rows = []
     for kind in ("published", "predicted", "measured"):
         own = [r for r in [*published, *others] if r.kind == kind]
-        for records in (repeats_of(own) if kind == "measured" else group(own)).values():
+        for repeats in (repeats_of(own) if kind == "measured" else group(own)).values():
+            records = repeats if with_busy else quiet(repeats)
             first = typical(records)
+            busy = busy_of(records) if kind == "measured" else False
+            in_ratios = with_busy or not busy
             times = [r.batch_time_s for r in records if r.batch_time_s is not None]
             compared = reference.get(key(first)) if kind != "published" else None
             if compared is not None and _work(compared) != _work(first):
@@ -122,7 +142,7 @@ def rows_of(published: Sequence[Record], others: Sequence[Record]) -> list[dict[
                 "batch_time_s": time,
                 "pct_peak": first.pct_peak,
                 "published_s": known,
-                "error_pct": None if known is None or time is None else 100 * (time / known - 1),
+                "error_pct": None if known is None or time is None or not in_ratios else 100 * (time / known - 1),
                 "grid": first.ran.grid.model_dump(),
                 "microbatch_size": first.ran.microbatch_size,
                 "sub_shards": first.ran.overdecomposition,
@@ -141,6 +161,13 @@ def rows_of(published: Sequence[Record], others: Sequence[Record]) -> list[dict[
             if kind == "measured":
                 row |= {
                     "repeats_s": times,
+                    "typical_s": first.batch_time_s,
+                    "busy": busy,
+                    "in_ratios": in_ratios,
+                    "others_share": max((r.busy_share for r in records if r.busy_share is not None), default=None),
+                    "busy_repeats": sum(r.busy is True for r in repeats),
+                    "processor_s": processor_s(records),
+                    "load": max((u.load for r in records for u in r.counted_usage), default=None),
                     "tflops_per_gpu": median(r.tflops_per_gpu_without_recompute or 0.0 for r in records),
                     "final_loss": first.losses[-1] if first.losses else None,
                     "machine": first.machine.model_dump(exclude_none=True),
@@ -149,6 +176,37 @@ def rows_of(published: Sequence[Record], others: Sequence[Record]) -> list[dict[
                     row["batch_size"] = first.asked.batch_size
             rows.append(row)
     return rows
+
+
+def processor_s(records: Sequence[Record]) -> float | None:
+    """Processor seconds of all ranks for a batch, the median over repeats of the mean over batches."""
+    each = [mean(u.processor_s for u in r.counted_usage) for r in records if r.counted_usage]
+    return median(each) if each else None
+
+
+def compared(*rows: Mapping[str, Any] | None) -> bool:
+    """Whether there are all of these rows, and a ratio may be made of their times."""
+    return all(row is not None and row.get("in_ratios", True) for row in rows)
+
+
+def called(row: Mapping[str, Any]) -> str:
+    """The framework of a row, marked where the machine was busy."""
+    return f"{row['framework']}{BUSY_MARK if row.get('busy') else ''}"
+
+
+def busy_points(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Points that were measured while the machine was busy, in words."""
+    return [
+        f"{row['point']} {row['framework']}{'' if here(row) else f' on {machine_of(row)}'}: others took "
+        f"{row['others_share']:.0%} of the cores"
+        for row in rows
+        if row.get("busy")
+    ]
+
+
+def unknown_points(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Points of this machine of which nobody knows whether it was busy: their records are from before they said it."""
+    return [f"{row['point']} {row['framework']}" for row in rows if here(row) and row.get("busy", False) is None]
 
 
 def mape(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -165,7 +223,7 @@ def mape(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 def wrong_orders(rows: Sequence[dict[str, Any]], kind: str) -> list[str]:
     """Pairs of frameworks whose order at one size is another than the published one."""
     found = []
-    mine = [r for r in rows if r["kind"] == kind and r["published_s"] is not None]
+    mine = [r for r in rows if r["kind"] == kind and r["published_s"] is not None and compared(r)]
     for a in mine:
         for b in mine:
             same = (a["model"], a["gpus"], machine_of(a)) == (b["model"], b["gpus"], machine_of(b))
@@ -240,7 +298,7 @@ def published_table(rows: Sequence[dict[str, Any]], constant: dict[str, Any]) ->
             f"{row['batch_time_s']:.1f}",
             "-" if predicted is None else f"{predicted['batch_time_s']:.1f}",
             "-" if predicted is None else f"{predicted['error_pct']:+.1f}%",
-            *("-" if run is None else f"{run['batch_time_s']:.1f}" for run in runs),
+            *("-" if r is None else f"{r['batch_time_s']:.1f}{BUSY_MARK if r.get('busy') else ''}" for r in runs),
             f"{flat[where]['batch_time_s']:.1f}",
             f"{flat[where]['error_pct']:+.1f}%",
         )
@@ -260,17 +318,17 @@ def _measured_table(where: str, mine: Sequence[dict[str, Any]], failures: Sequen
     table = _table(f"{where}: seconds per batch (ratio to AxoNN; GFLOP/s per rank)", "model", "ranks", "framework")
     for name in ("median", "least", "most", "ratio", "loss", "GFLOP/s"):
         table.add_column(name, justify="right")
-    ours = {(r["model"], r["gpus"]): r["batch_time_s"] for r in mine if r["framework"] == "AxoNN"}
+    ours = {(r["model"], r["gpus"]): r for r in mine if r["framework"] == "AxoNN"}
     for row in sorted(mine, key=lambda r: (r["gpus"], r["framework"])):
         reference = ours.get((row["model"], row["gpus"]))
         table.add_row(
             str(row["model"]),
             str(row["gpus"]),
-            str(row["framework"]),
+            called(row),
             f"{row['batch_time_s']:.3f}",
             f"{min(row['repeats_s']):.3f}",
             f"{max(row['repeats_s']):.3f}",
-            "-" if reference is None else f"{row['batch_time_s'] / reference:.3f}",
+            f"{row['batch_time_s'] / reference['batch_time_s']:.3f}" if reference and compared(row, reference) else "-",
             "-" if row["final_loss"] is None else f"{row['final_loss']:.4f}",
             f"{1000 * row['tflops_per_gpu']:.1f}",
         )

@@ -14,10 +14,12 @@ from rich.console import Console
 
 from axonn.errors import ConfigError
 from axonn.records import Failure
+from axonn.usage import BatchUsage
 from baselines import compare, contenders
 from baselines.comparison import (
     Result,
     Tolerances,
+    busy_lines,
     exit_code,
     load_tolerances,
     paired_ratio,
@@ -28,7 +30,8 @@ from baselines.comparison import (
 from baselines.contenders import KINDS, Contender, choose, load_contenders, refusal
 from baselines.coordinator import LEAST_ROUNDS, LOOPBACK, Condition, Measured, Turn
 from baselines.equal_work import BATCHES, difference, disagreement
-from baselines.junit import write_junit
+from baselines.junit import text_of, write_junit
+from baselines.outcome import record_of
 from baselines.paired import median_interval, middle_half
 from baselines.parts import MEMORY_SHARE, Part, conditions_over_link, groups_of, job_bytes
 from baselines.tables import show
@@ -36,6 +39,7 @@ from experiments.framework import Capabilities
 from experiments.link import message_bytes
 from experiments.workloads import MICROBATCHES
 from plots.baselines import draw, panels_of
+from tests.busy import BUSY, QUIET, usage
 
 LINK = Condition(name="link", kbit=1000)
 
@@ -156,6 +160,63 @@ def test_nothing_compared_and_our_own_failure_are_no_success() -> None:
     partly = [result(OURS, TIMES), failed(OURS_TOO), result(THEIRS, TIMES)]
     assert exit_code(partly, verdicts_of(partly, Tolerances(margin=0.05))) == 1
     assert exit_code(partly[::2], verdicts_of(partly[::2], Tolerances(margin=0.05))) == 0
+
+
+def with_usage(one: Result, usages: Sequence[BatchUsage]) -> Result:
+    turns = [turn.model_copy(update={"usage": use}) for turn, use in zip(one.turns, usages, strict=True)]
+    return one.model_copy(update={"turns": turns})
+
+
+def test_processor_seconds_have_a_ratio_of_their_own() -> None:
+    ours = with_usage(result(OURS, [1.0, 3.0] * 4), [usage(processor_s=1.9)] * 8)
+    theirs = with_usage(result(THEIRS, [3.0, 1.0] * 4), [usage(processor_s=2.0)] * 8)
+    (verdict,) = verdicts_of([ours, theirs], Tolerances(margin=0.05))
+    assert (verdict.low, verdict.high) == (pytest.approx(1 / 3), 3.0)
+    assert verdict.processor_ratio == verdict.processor_low == verdict.processor_high == pytest.approx(0.95)
+    rows = {row["framework"]: row for row in rows_of([ours, theirs], {})}
+    assert (rows["AxoNN"]["processor_s"], rows["PyTorch"]["processor_s"]) == (1.9, 2.0)
+    assert rows["PyTorch"]["processor_ratio"] == pytest.approx(2.0 / 1.9)
+    assert "0.950 (0.950 to 0.950) of its processor time" in text_of(verdict)
+
+
+def test_rounds_of_a_busy_machine_are_in_no_ratio(tmp_path: Path) -> None:
+    """In three rounds others took half of the cores, and AxoNN's batches twice the time."""
+    loud = [BUSY] * 3 + [QUIET] * 5
+    ours = with_usage(result(OURS, [2.0] * 3 + [1.0] * 5), loud)
+    theirs = with_usage(result(THEIRS, [1.1] * 8), [QUIET] * 8)
+    (verdict,) = verdicts_of([ours, theirs], Tolerances(margin=0.05))
+    assert (verdict.ratio, verdict.rounds, verdict.busy_rounds) == (pytest.approx(1 / 1.1), 5, 3)
+    assert not verdict.behind
+    assert "5 rounds, 3 more left out since the machine was busy" in text_of(verdict)
+    assert (ours.busy, ours.busy_rounds, ours.time.median) == (False, 3, 1.0)
+    (line,) = busy_lines([ours, theirs])
+    assert "during 3 of 16 batches (others took 50% of the cores meanwhile): left out of ratios; run it again" in line
+    assert record_of(ours).busy is False
+    # Taken in, they count.
+    both = [one.model_copy(update={"with_busy": True}) for one in (ours, theirs)]
+    (verdict,) = verdicts_of(both, Tolerances(margin=0.05))
+    assert (verdict.rounds, verdict.busy_rounds) == (8, 0)
+    assert verdict.high == pytest.approx(2.0 / 1.1)
+    # Where there was nothing else, nothing is compared, and everything says why.
+    all_loud = [with_usage(result(who, TIMES), [BUSY] * 8) for who in (OURS, THEIRS)]
+    (verdict,) = verdicts_of(all_loud, Tolerances(margin=0.05))
+    assert verdict.ratio is None
+    assert "the machine was busy with other work in all 8 rounds; run it again when the machine is idle" in text_of(
+        verdict
+    )
+    rows = rows_of(all_loud, {})
+    assert [(row["busy"], row["in_ratios"], row["ratio"]) for row in rows] == [(True, False, None)] * 2
+    assert record_of(all_loud[0]).busy is True
+    write_junit(tmp_path / "junit.xml", all_loud, [verdict], {})
+    cases = list(ElementTree.parse(tmp_path / "junit.xml").getroot().iter("testcase"))
+    assert len(cases) == 3
+    assert all("busy" in case.find("skipped").get("message") for case in cases)
+    console = Console(width=120, record=True, file=(tmp_path / "screen").open("w"))
+    show(console, rows, all_loud, [verdict], {})
+    assert console.export_text().count("(busy)") == 3
+    summary = {"rows": rows, "quick": False, "provenance": {"machine": {"cores": 2, "cpu": "some"}}}
+    _, svg = draw(summary, tmp_path)
+    assert svg.read_text().count('<g id="busy"') == 2
 
 
 def test_only_rounds_of_the_same_group_are_paired() -> None:

@@ -13,6 +13,7 @@ from axonn.errors import RecordError
 from axonn.records import Asked, Failure, Machine, Ran, Record, write_records
 from experiments.cli import app, main
 from experiments.compare_records import behind, compare, load
+from tests.busy import BUSY, QUIET
 from tests.rank_pool import ROOT
 
 
@@ -164,3 +165,31 @@ def test_an_error_has_an_exit_code_of_its_own(
         main()
     assert ended.value.code == 2
     assert "missing.json" in capsys.readouterr().err
+
+
+def test_runs_of_a_busy_machine_are_marked_and_in_no_ratio(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loud, calm = {"usage": [BUSY] * 3}, {"usage": [QUIET] * 3}
+    # A repeat of a busy machine does not count beside another.
+    mixed = [record("AxoNN", 2.0, **calm), record("AxoNN", 9.0, **loud), record("PyTorch", 3.0, **calm)]
+    lines = compare(entries_of(tmp_path, *mixed, record("DeepSpeed", 1.0, **loud)), "AxoNN")
+    found = {line.framework: (line.seconds, line.ratio, line.busy) for line in lines}
+    assert found == {"AxoNN": (2.0, 1.0, False), "PyTorch": (3.0, 1.5, False), "DeepSpeed": (1.0, None, True)}
+    assert behind(lines, 1.05) == []
+    taken_in = compare(entries_of(tmp_path, *mixed, record("DeepSpeed", 1.0, **loud)), "AxoNN", with_busy=True)
+    assert {line.framework: line.ratio for line in taken_in}["DeepSpeed"] == pytest.approx(1.0 / 5.5)
+    file = tmp_path / "some.json"
+    monkeypatch.setattr("sys.argv", ["axonn", "compare", str(file), "--fail-above", "1.05"])
+    main_status = 0
+    try:
+        main()
+    except SystemExit as end:
+        main_status = int(end.code or 0)
+    out = " ".join(capsys.readouterr().out.split())
+    assert main_status == 0
+    assert "1 measured while the machine was busy with other work, marked (busy): left out of ratios" in out
+    assert "DeepSpeed (inter 2) (busy)" in out
+    # Nothing else is nothing to compare.
+    with pytest.raises(RecordError, match="measured while the machine was busy"):
+        compare(entries_of(tmp_path, record("AxoNN", 2.0, **loud), record("PyTorch", 3.0, **loud)), "AxoNN")

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import count
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import pytest
 
 from axonn.errors import LaunchError
 from axonn.records import Failure
+from axonn.usage import BatchUsage
 from baselines.contenders import Contender
 from baselines.coordinator import Condition, Group, Lost, Measured, RanksJob, take_turns
 from experiments.link import why_no_link
 from experiments.outcome import Outcome
+from tests.busy import BUSY, QUIET, usage
 from tests.rank_pool import ROOT
 
 LINK = Condition(name="link", kbit=1000)
@@ -45,6 +48,9 @@ class MadeUpJob:
         self.batches += 1
         self.log.append(self.key)
         return float(self.batches)
+
+    def usage(self) -> list[BatchUsage]:
+        return []
 
     def end(self, failure: Failure | None = None) -> Outcome:
         self.ended_with.append(failure)
@@ -112,6 +118,68 @@ def test_as_many_rounds_are_made_as_fit_the_time(seconds: float, rounds: int) ->
     found, _ = turns_of(jobs, log, lambda: now[0], seconds=seconds, most_rounds=12)
     # Each round takes 2.5, and so does the warm-up.
     assert {len(one.turns) for one in found.values()} == {min(rounds, 8) if seconds == 22.5 else rounds}
+
+
+class Noisy(MadeUpJob):
+    """Batches of these seconds, and what the processors did in them; the warm-up one first."""
+
+    def __init__(self, key: str, times: Sequence[float], usages: Sequence[BatchUsage] = ()) -> None:
+        super().__init__(key, [])
+        self.times, self.usages = times, usages
+
+    def turn(self, timeout_s: float) -> float:
+        super().turn(timeout_s)
+        return self.times[self.batches - 1]
+
+    def usage(self) -> list[BatchUsage]:
+        return list(self.usages[: self.batches])
+
+
+WIDE_AND_NARROW = [1.0, *[1.2, 0.8] * 4, *[1.0] * 100]
+"""As of a machine that is noisy for the first 8 rounds."""
+
+
+def rounds_of(theirs: Noisy, **group: Any) -> tuple[int, str | None, list[Any]]:
+    """Rounds that were made beside a job of always the same time, why no more, and the widest intervals that were
+    said."""
+    said: list[Any] = []
+    asked = {"seconds": 1000.0, "least_rounds": 4, "most_rounds": 50, "ours": ["a"], "half_width": 0.03} | group
+    found, _ = take_turns(
+        Group(**asked),
+        [Noisy("a", [1.0] * 200, [QUIET] * 200), theirs],
+        link=MadeUpLink([]),
+        say=lambda what, done, planned, wide: said.append(wide),
+    )
+    return len(found["b"].turns), found["b"].stopped, said
+
+
+def test_rounds_go_on_until_the_intervals_are_narrow() -> None:
+    calm, why, said = rounds_of(Noisy("b", [2.0] * 200))
+    # No fewer make an interval.
+    assert (calm, why) == (6, "converged")
+    noisy, why, said = rounds_of(Noisy("b", WIDE_AND_NARROW))
+    assert why == "converged"
+    assert 12 < noisy < 50
+    assert said[-1].key == "b"
+    assert said[-1].half_width <= 0.03
+    assert any(wide is not None and 0.03 < wide.half_width < inf for wide in said)
+    assert rounds_of(Noisy("b", [1.2, 0.8] * 100))[:2] == (50, "rounds")
+    assert rounds_of(Noisy("b", [1.2, 0.8] * 100), seconds=0.0)[:2] == (4, "minutes")
+    assert rounds_of(Noisy("b", [2.0] * 200), half_width=None)[:2] == (50, "rounds")
+
+
+def test_processor_seconds_have_intervals_that_count_too() -> None:
+    uneven = [usage(processor_s=s) for s in [1.0, *[2.4, 1.6] * 4, *[2.0] * 100]]
+    made, why, _ = rounds_of(Noisy("b", [2.0] * 200, uneven))
+    assert why == "converged"
+    assert made > 12
+
+
+def test_rounds_of_a_busy_machine_bring_no_interval_nearer() -> None:
+    loud = [QUIET, *[BUSY] * 10, *[QUIET] * 100]
+    assert rounds_of(Noisy("b", [2.0] * 200, loud))[:2] == (16, "converged")
+    assert rounds_of(Noisy("b", [2.0] * 200, loud), with_busy=True)[:2] == (6, "converged")
+    assert rounds_of(Noisy("b", [2.0] * 200, [BUSY] * 200))[:2] == (50, "rounds")
 
 
 @pytest.mark.parametrize("dies_at", [0, 3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from experiments.definition import ROOT, find_machine, load_experiment
 from experiments.outcome import Outcome
 from experiments.predictor import predict_experiment
 from experiments.runner import points_of
-from plots import ginter, inflight, loss, memory, messages
+from plots import ginter, inflight, loss, memory, messages, report_figures
 from plots.figure import FigureKind, make_figure
 from tests.command_line import CommandLine
 
@@ -162,6 +163,44 @@ def test_published_messages_without_a_measured_one(
     ]
     curve = machine.network.p2p["mpi"].intra_node
     assert mine[0]["ms"] == pytest.approx([1e3 * curve.seconds(size) for size in mine[0]["bytes"]])
+
+
+SUSPECT = {"messages": messages.MESSAGES, "loss": loss.LOSS}
+
+
+@pytest.mark.parametrize("name", SUSPECT)
+def test_every_suspect_point_is_marked_in_figure_table_and_report(
+    name: str, elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All figures that call something suspect in what they say of themselves."""
+    shipped = [load_experiment(path) for path in sorted((ROOT / "experiments").glob("*.yaml"))]
+    assert {e.name for e in shipped if any(line.startswith("Suspect:") for line in e.differs)} == set(SUSPECT)
+    _, summary = drawn(SUSPECT[name], elsewhere)
+    out = capsys.readouterr().out
+    assert summary["suspect"]
+    if name == "messages":
+        curves = {(s["what"], s["library"], s["where"]): s for s in summary["series"]}
+        counts = {of: len(curve["suspect_bytes"]) for of, curve in curves.items()}
+        # Messages of MPI between nodes, up to 32 KiB, and the points that stand out.
+        mpi = curves["messages", "MPI", "between two nodes"]
+        assert {size for size in mpi["bytes"] if size <= 32768} <= set(mpi["suspect_bytes"])
+        for line in summary["suspect"]:
+            for size in map(int, re.findall(r"at (\d+) bytes", line)):
+                assert any(size in curve["suspect_bytes"] for curve in curves.values())
+        row = next(line for line in out.splitlines() if "messages, MPI, 2 nodes" in line)
+        assert f"{mpi['ms'][0]:.4f} ?" in row
+    else:
+        curves = summary["published_losses"]
+        counts = {label: len(curve["suspect_batches"]) for label, curve in curves.items()}
+        assert set(counts.values()) == {1}
+        assert [row["batch"] for row in summary["published_apart_pct"] if row["suspect"]] == [0.0]
+    # One path with all rings of a curve.
+    groups = re.findall(r'<g id="suspect">(.*?)\n   </g>', (elsewhere / "out" / f"{name}.svg").read_text(), re.DOTALL)
+    assert [group.count("<use ") for group in groups] == [count for count in counts.values() if count]
+    tables = report_figures.section(name).tables
+    assert any("suspect" in heading.text for table in tables for heading in table.headings) or any(
+        "suspect" in cell for table in tables for row in table.rows for cell in row
+    )
 
 
 def test_losses_are_compared_with_the_serial_run(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,8 @@ from baselines.gpu.rows import PartResult, Row, failed, read_parts, write_part
 from baselines.gpu.summary import GPU_RECORDS, same_device, write_gpu_records, write_summary
 from baselines.gpu.table import remarks, table_of
 from baselines.gpu.work import Device, Plan, plan_of
+from experiments.busy_watch import BusyWatch
+from experiments.console import make_console
 from experiments.pages import explained
 from experiments.places import PROJECT, from_here
 from experiments.provenance import this_machine
@@ -80,9 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = checked_device(given.device, quick=given.quick)
     command = shlex.join(["python", "-m", "baselines.gpu.bench", *(sys.argv[1:] if arguments is None else arguments)])
     folder = given.out or default_folder(device, quick=given.quick)
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = make_console(width=200)
     machine = this_machine(device=device)
     plan = plan_of(device, quick=given.quick)
+    watch = BusyWatch()
     with locked_folder(folder, "wait for its end, or choose another --out"):
         parts = measured_parts(
             plan, wanted, folder, machine=machine, command=command, seconds=given.seconds, resume=given.resume,
@@ -94,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(table_of(parts, title=title_of(machine, plan)))
     for line in remarks(parts, list(PARTS)):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
+    if warning := watch.warning():
+        console.print(f"[yellow]{warning}[/yellow]", soft_wrap=True)
     console.print(f"written to {from_here(summary)}", highlight=False, soft_wrap=True)
     empty = [name for name in wanted if all(row.failure is not None for row in parts[name].rows)]
     return 1 if [name for name in empty if name != "predicted"] else 0

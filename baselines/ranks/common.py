@@ -1,11 +1,13 @@
 """What the scripts on the ranks of other frameworks share; torch and safetensors alone, nothing of the suite.
 
-A script sets up its framework and calls `main`. The run folder holds `spec.json` and the work; the trail that it leaves
-there is that of every run (`experiments/trail.py`, loaded by its path).
+A script sets up its framework and calls `main`. The run folder holds `spec.json` and the work; what it leaves there is
+what every run leaves (`experiments.trail` and `experiments.usage`, of the package `experiments`, which is loaded by its
+path).
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import math
@@ -27,14 +29,20 @@ Train = Callable[[int], float]
 """Trains batch number `step` and returns the mean loss of the whole batch, on every rank."""
 
 
-def _load_trail() -> ModuleType:
-    path = Path(__file__).parents[2] / "experiments" / "trail.py"
-    spec = importlib.util.spec_from_file_location("trail", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _of_experiments(name: str) -> ModuleType:
+    """A module of the suite's package `experiments` that needs the standard library alone. The package is found by its
+    path: nothing else of the suite is to be seen by a framework, one of which has the import name of another package.
+    """
+    if "experiments" not in sys.modules:
+        folder = Path(__file__).parents[2] / "experiments"
+        spec = importlib.util.spec_from_file_location(
+            "experiments", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules["experiments"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["experiments"])
+    return importlib.import_module(f"experiments.{name}")
 
 
 def _told(*names: str, otherwise: int) -> int:
@@ -135,13 +143,16 @@ def mean_over_ranks(loss: float) -> float:
 def _loop(work: Work, train: Train, trail: ModuleType) -> None:
     turns = trail.Turns(work.folder, work.rank) if work.turns else None
     batches = open(work.folder / "batches.jsonl", "a", buffering=1) if work.rank == 0 else None  # noqa: SIM115
+    usage = _of_experiments("usage").UsageLog(work.folder, work.rank)
     barrier(work)
+    usage.begin()
     before = time.perf_counter()
     for step in range(work.steps):
         if turns is not None:
             if not turns.wait():
                 break
             barrier(work)
+            usage.begin()
             before = time.perf_counter()
         loss = train(step)
         if turns is not None:
@@ -149,6 +160,7 @@ def _loop(work: Work, train: Train, trail: ModuleType) -> None:
         now = time.perf_counter()
         if batches is not None:
             batches.write(json.dumps({"step": step, "loss": loss, "seconds": now - before}) + "\n")
+        usage.note(step)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of batch {step} is {loss}; lower optimizer.lr")
         before = now
@@ -162,7 +174,7 @@ def main(set_up: Callable[[Work], Train], leave: Callable[[], None] = lambda: No
     `leave` is called at the end of a run that has not failed.
     """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    trail = _load_trail()
+    trail = _of_experiments("trail")
     work = Work(Path(sys.argv[1]), sys.argv[2])
 
     def train() -> None:

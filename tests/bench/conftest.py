@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from rich.console import Console
 from rich.table import Table
+
+from tests.bench.report import make_console
 
 
 def pytest_terminal_summary(config: pytest.Config) -> None:
@@ -19,4 +20,4 @@ def pytest_terminal_summary(config: pytest.Config) -> None:
         table.add_row(
             info["what"], f"{figure:.3f}", f"<= {info['target']:.2f}", "yes" if figure <= info["target"] else "no"
         )
-    Console().print(table)
+    make_console().print(table)

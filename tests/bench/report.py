@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from experiments import console
+from experiments.busy_watch import BusyWatch
 from experiments.provenance import this_machine
 from tests.bench.workloads import ROOT
 
@@ -20,9 +22,13 @@ RESULTS = ROOT / "results" / "bench"
 Row = Mapping[str, Any]
 
 
+_WATCH = BusyWatch()
+"""Since the benchmark was started."""
+
+
 def make_console() -> Console:
     """Into a file or a pipe, tables are as wide as they need to be."""
-    return Console() if sys.stdout.isatty() else Console(width=180)
+    return console.make_console(width=180)
 
 
 def show(title: str, rows: Sequence[Row], console: Console) -> None:
@@ -47,10 +53,14 @@ def save(name: str, rows: Sequence[Row], *, quick: bool, folder: Path = RESULTS,
         "command": command(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": this_machine().model_dump(exclude_none=True),
+        "others_share": _WATCH.share(),
+        "busy": _WATCH.warning() is not None,
         **about,
         "rows": list(rows),
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
+    if warning := _WATCH.warning():
+        make_console().print(f"[yellow]{warning}[/yellow]", soft_wrap=True)
     return path
 
 
