@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-console = Console()
+from experiments.interruption import Interrupted, to_nowhere
+
+
+class CommandConsole(Console):
+    """A console that ends its command when nobody reads its output any more (`axonn ... | head -1`)."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise `Interrupted`, once: what is printed afterwards goes nowhere."""
+        self.quiet = True
+        to_nowhere(sys.stdout.fileno())
+        raise Interrupted(signal.SIGPIPE)
+
+
+console = CommandConsole()
 ExperimentFile = Annotated[Path, typer.Argument(help="Experiment file, for instance experiments/fig6.yaml")]
 
 

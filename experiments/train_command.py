@@ -10,7 +10,9 @@ import typer
 
 from axonn.errors import RunFailed
 from experiments.console import command_line, console, launched_once, warn
+from experiments.interruption import exit_status
 from experiments.pages import documented
+from experiments.trail import STOPPED
 
 
 @documented("docs/train-a-gpt.md")
@@ -57,17 +59,26 @@ def train(
     unit = config.model.sample_unit
     try:
         with TrainingProgress(console, folder, first=session.first, steps=config.steps, unit=unit) as progress:
-            record = training.train(session, fresh=fresh, on_batch=progress)
-    except KeyboardInterrupt:
+            record = training.train(
+                session, fresh=fresh, on_batch=progress, on_stop=_say_that_it_stops, on_warning=warn
+            )
+    except KeyboardInterrupt as interruption:
         _say_how_to_go_on(folder)
-        raise typer.Exit(130) from None
+        raise typer.Exit(exit_status(interruption)) from None
     if record.failure is not None:
         _say_how_to_go_on(folder)
+        if record.failure.cause == "interrupted":
+            console.print(record.failure.detail, soft_wrap=True)
+            raise typer.Exit(STOPPED)
         raise RunFailed(f"{record.failure.detail}; {len(record.losses)} batches are kept in {folder}")
     console.print(f"loss {record.losses[0]:.4f} -> {record.losses[-1]:.4f} in {len(record.losses)} batches; {folder}")
     console.print(_time_of(record.batch_time_s, record.parts_s), soft_wrap=True)
     if len(record.bytes_per_batch) > 1:
         console.print(_sent_by_axis(record.bytes_per_batch), soft_wrap=True, highlight=False)
+
+
+def _say_that_it_stops(why: str) -> None:
+    console.print(f"{why}: saving a checkpoint after this batch; the same once more ends it at once", soft_wrap=True)
 
 
 def _say_how_to_go_on(folder: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-import experiments.supervisor
+import experiments.watch
 from axonn.config import CheckpointConfig, DataConfig, EvaluationConfig
 from experiments import definition
 from experiments.launched import spec_of
@@ -236,5 +236,5 @@ def test_the_state_of_a_rank_is_one_line(tmp_path: Path) -> None:
 
 def test_the_limits_are_apart() -> None:
     """Silence is the machine's, a standstill the work's: who raises one does not raise the other."""
-    assert experiments.supervisor.SILENCE_S < 30.0
+    assert experiments.watch.SILENCE_S < 30.0
     assert tiny().stall_limit_s == 1800.0
