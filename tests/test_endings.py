@@ -1,4 +1,4 @@
-"""Every way to end a run that docs/endings.md lists is tried as it says; or the row is tried elsewhere, or cannot be."""
+"""Every way to end a run in docs/endings.md is tried as it says; or the row is tried elsewhere, or cannot be."""
 
 from __future__ import annotations
 
