@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from axonn.errors import AxonnError, RunFailed
-from experiments.console import ExperimentFile, command_line, console, launched_once, progress_bar
+from experiments.console import ExperimentFile, command_line, console, launched_once, progress_bar, warn
 from experiments.pages import documented
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def run(  # noqa: PLR0917
                 point,
                 command=command_line(),
                 on_batch=lambda n, task=one: progress.update(task, completed=n),  # type: ignore[misc]
+                on_warning=warn,
                 timeout_s=timeout,
             )
             progress.remove_task(one)

@@ -25,9 +25,18 @@ def train(
     device: Annotated[
         str, typer.Option(help="What to compute on: cpu, cuda, or auto: the GPUs where there are any.")
     ] = "auto",
+    force: Annotated[
+        bool, typer.Option("--force", help="Start it also where it does not fit on this machine.")
+    ] = False,
 ) -> None:
     """Train a model as a configuration says; goes on from the newest checkpoint of the run folder if there is one."""
     from axonn.config import TrainConfig, load_yaml
+    from experiments.capacity import check_capacity
+
+    config = load_yaml(config_file, TrainConfig)
+    if not force:
+        # Before PyTorch is loaded, which takes longer.
+        check_capacity(config, device)
     from axonn.data import make_data
     from axonn.devices import device_type, ranks_on
     from axonn.engine import microbatches_of
@@ -37,7 +46,7 @@ def train(
     from experiments.progress import TrainingProgress
     from experiments.runner import RUNS
 
-    config = training.resolved(load_yaml(config_file, TrainConfig))
+    config = training.resolved(config)
     grid = ProcessGrid(**config.grid.model_dump())
     # Everything that can be wrong is found here, before ranks start.
     launched_once()
