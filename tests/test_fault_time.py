@@ -204,10 +204,11 @@ def test_ranks_that_do_not_say_what_they_finish_never_stand_still(
     beats = Heartbeats(tmp_path, 1)
     (tmp_path / "rank-0.alive").write_text(" " * 64)
     beats.look()
-    clock.now += 10_000
-    beats.look()
+    for _ in range(1000):
+        clock.now += 1
+        beats.look()
     assert beats.standstill() == 0.0
-    assert beats.silence(0) == 10_000
+    assert beats.silence(0) == 1000
 
 
 @pytest.mark.parametrize("content", ["", "x", "3", "3 x", "\x00" * 64, "1e9 1"])
