@@ -12,6 +12,7 @@ from pydantic import Field
 from axonn.config import StrictModel, TrainConfig, load_yaml, validate
 from axonn.errors import AxonnError, ConfigError, LaunchError
 from axonn.grid import AXES
+from experiments.capacity import lacking_here
 from experiments.framework import Framework, load_adapter, load_framework
 from experiments.workloads import config_of
 
@@ -135,7 +136,7 @@ def refusal(contender: Contender, workload: str, ranks: int, device: Device) -> 
             return f"runs on {', '.join(can.devices)} only here, and --device {device} is asked for"
         if config.precision.compute not in can.precisions:
             return f"does not compute in {config.precision.compute}"
-        return framework.unavailable(config)
+        return framework.unavailable(config) or "; ".join(lacking_here(config, device)) or None
     except AxonnError as error:
         return str(error)
     except Exception as error:

@@ -24,6 +24,7 @@ from experiments.calibration.describe import Measured, machine_of, write_machine
 from experiments.calibration.worker import PROGRESS, RESULT, Job
 from experiments.definition import available_cores
 from experiments.places import PROJECT
+from experiments.session import session_folders
 
 LOCAL = PROJECT / "experiments" / "machines" / "local.yaml"
 LOCAL_GPU = LOCAL.with_name("local-gpu.yaml")
@@ -81,14 +82,14 @@ def calibrate(
 def _measured(job: Job, ranks: int, on_part: Callable[[str], None]) -> dict[str, Any]:
     """Results of rank 0. The ranks never outlive this call."""
     command = [sys.executable, "-m", "experiments.calibration.worker"]
-    with tempfile.TemporaryDirectory(prefix="axonn-calibrate-") as name:
+    with tempfile.TemporaryDirectory(prefix="axonn-calibrate-") as name, session_folders() as session:
         folder = Path(name)
         job.write(folder)
         command.append(name)
         with open(folder / "log.txt", "w", encoding="utf-8") as log:
             process = subprocess.Popen(
                 mpiexec_command(ranks, command) if ranks > 1 else command,
-                env=rank_environment(os.environ),
+                env=rank_environment(os.environ) | session,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

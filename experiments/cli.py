@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
+from functools import wraps
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
@@ -204,15 +204,26 @@ def commands() -> dict[str, Callable[..., None]]:
     return ours | {entry.name: entry.load() for entry in found}
 
 
+def _explained(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with its errors and interruptions explained: typer would end every interruption with 130."""
+
+    @wraps(command)
+    def run(*arguments: object, **options: object) -> None:
+        with explained(page_of(command)):
+            command(*arguments, **options)
+
+    return run
+
+
 for name, command in commands().items():
-    app.command(name, epilog=f"More in {page_of(command)}")(command)
+    app.command(name, epilog=f"More in {page_of(command)}")(_explained(command))
 
 
 def main() -> None:
-    """Entry point: errors of the suite become one message and its page and exit code 2, an interruption 130."""
+    """Entry point: errors of the suite become one message and its page and exit code 2, an interruption 128 + the
+    number of its signal."""
     unforced()
-    asked = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    with explained(page_of(commands().get(asked))):
+    with explained():
         app()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,8 +15,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from experiments.interruption import Interrupted, to_nowhere
+
 FORCING = ("FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
 """Variables by which programs are told to colour what they print, whatever it goes to."""
+
+
+class CommandConsole(Console):
+    """A console that ends its command when nobody reads its output any more (`axonn ... | head -1`)."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise `Interrupted`, once: what is printed afterwards goes nowhere."""
+        self.quiet = True
+        to_nowhere((sys.stderr if self.stderr else sys.stdout).fileno())
+        raise Interrupted(signal.SIGPIPE)
 
 
 def make_console(*, stderr: bool = False, width: int | None = None) -> Console:
@@ -23,8 +36,8 @@ def make_console(*, stderr: bool = False, width: int | None = None) -> Console:
     in a file or a log they are rubbish. `width`: of what goes elsewhere."""
     stream = sys.stderr if stderr else sys.stdout
     if stream.isatty():
-        return Console(stderr=stderr)
-    return Console(stderr=stderr, width=width, force_terminal=False, force_interactive=False)
+        return CommandConsole(stderr=stderr)
+    return CommandConsole(stderr=stderr, width=width, force_terminal=False, force_interactive=False)
 
 
 def unforced() -> None:

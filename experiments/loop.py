@@ -31,17 +31,19 @@ from experiments.trail import STOP, Turns
 from experiments.usage import UsageLog, usage_file
 
 _SPANS_IN_MEMORY = 50_000
+_LOOK_S, _LOOK_BATCHES = 1.0, 16
+"""How often ranks look whether they are to stop: after so many seconds, but at most so many batches, which may become
+slower."""
 
 
 class TrainingLoop:
     """Runs a trainer from one batch to another. Rank 0 writes the metrics.
 
     A batch takes the seconds from the last finished batch to it, evaluations, checkpoints and metrics left out. With
-    `turns` it waits for its turn before each batch, and a batch begins and ends when all ranks do, as with `stoppable`:
-    then it looks for the file `STOP` between two batches, which costs no batch time, and ends when it is there; a
-    trainer that can go on saves its state first. `on_progress` is called whenever something is done that has no span.
-    Raises `ConfigError` when the configuration asks for what the trainer
-    cannot do.
+    `turns` it waits for its turn before each batch, and a batch begins and ends when all ranks do. With `stoppable` the
+    ranks look together for the file `STOP`, about once a second and between two batches, which costs no batch time,
+    and end when it is there; a trainer that can go on saves its state first. `on_progress` is called whenever something
+    is done that has no span. Raises `ConfigError` when the configuration asks for what the trainer cannot do.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class TrainingLoop:
             usage = files.enter_context(self._usage_log())
             self._runtime.barrier()
             usage.begin()
+            look_at = first
             before = time.perf_counter()
             for step in range(first, self._config.steps):
                 if self._turns is not None:
@@ -114,7 +117,8 @@ class TrainingLoop:
                     usage.begin()
                     before = time.perf_counter()
                 loss = self._trainer.train_batch(step)
-                if self._turns is not None or self._stoppable:
+                looks = self._stoppable and step == look_at
+                if self._turns is not None or looks:
                     # What this rank would wait for others while they agree on stopping belongs to the batch.
                     self._runtime.barrier()
                 now = time.perf_counter()
@@ -125,8 +129,11 @@ class TrainingLoop:
                     usage.note(step)
                 self._check_finite(step, loss)
                 self._on_progress()
-                stopped = self._stoppable and step + 1 < self._config.steps and self._told_to_stop()
-                interrupted = self._between(step + 1, stopped=stopped) or self._stoppable
+                if looks:
+                    told, batches = self._told_to_stop(now - before)
+                    stopped = told and step + 1 < self._config.steps
+                    look_at += batches
+                interrupted = self._between(step + 1, stopped=stopped) or looks
                 if interrupted:
                     usage.begin()
                 before = time.perf_counter() if interrupted else now
@@ -137,14 +144,17 @@ class TrainingLoop:
             self._flush()
         return stopped
 
-    def _told_to_stop(self) -> bool:
-        """Rank 0 looks, since others may see a new file of a shared folder later."""
-        told = torch.zeros(1)
-        if self._runtime.rank == 0 and (self._folder / STOP).exists():
-            told += 1
+    def _told_to_stop(self, batch_s: float) -> tuple[bool, int]:
+        """Whether the ranks are to stop, and after how many batches to look again. Rank 0 looks, since others may see a
+        new file of a shared folder later, and its batch has taken `batch_s`."""
+        answer = torch.zeros(2)
+        if self._runtime.rank == 0:
+            answer[0] = (self._folder / STOP).exists()
+            answer[1] = max(1.0, min(_LOOK_BATCHES, _LOOK_S // max(batch_s, 1e-9)))
         collectives = self._runtime.collectives
-        collectives.all_reduce(told, collectives.axis_group(AXES)).wait()
-        return bool(told.item())
+        collectives.all_reduce(answer, collectives.axis_group(AXES)).wait()
+        told, batches = answer.tolist()
+        return bool(told), int(batches)
 
     def _between(self, done: int, *, stopped: bool) -> bool:
         """What is to do after `done` batches; whether there was anything."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from rich.markup import escape
 
 from axonn.errors import AxonnError, CheckpointError, MachineError, RunFailed
 from experiments.console import make_console
+from experiments.interruption import SAID, Interrupted, exit_status, raised, to_nowhere
 from experiments.places import ROOT, from_here
 
 ERRORS = "docs/errors.md"
@@ -40,19 +42,26 @@ def page_of(command: object) -> str:
 
 @contextmanager
 def explained(page: str = ERRORS) -> Iterator[None]:
-    """Errors of the suite, and of files and disks, become one message with its page and exit status 2; an interruption
-    becomes 130."""
+    """Errors of the suite, and of files and disks, become one message with its page and exit status 2; an interruption,
+    by whatever signal, 128 + its number."""
     try:
-        yield
+        with raised():
+            yield
     except AxonnError as error:
         _tell(str(error), next((found for kind, found in _OF_ERRORS.items() if isinstance(error, kind)), page))
+    except BrokenPipeError:
+        # Of standard output or error: other pipes are handled where they are used.
+        for handle in (1, 2):
+            to_nowhere(handle)
+        sys.exit(exit_status(Interrupted(signal.SIGPIPE)))
     except OSError as error:
         # A full disk, a folder of somebody else's: nothing that a traceback explains better.
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         _tell(what, ERRORS)
-    except KeyboardInterrupt:
-        make_console(stderr=True).print("interrupted; what is done is kept, run again to go on")
-        sys.exit(130)
+    except KeyboardInterrupt as interruption:
+        said = str(interruption) or SAID[signal.SIGINT]
+        make_console(stderr=True).print(f"{said}; what is done is kept, run again to go on", soft_wrap=True)
+        sys.exit(exit_status(interruption))
 
 
 def _tell(message: str, page: str) -> None:

@@ -102,7 +102,7 @@ def plan(
         g = best.strategy.grid
         console.print(f"axonn.parallelize(module, ProcessGrid(data={g.data}, row={g.row}, col={g.col}))")
     elif out is not None:
-        planning.write_config(best, chosen.config, space, out, machine=machine_file)
-        console.print(f"written to {out}; run it with: axonn train {out}", soft_wrap=True)
+        config = planning.write_config(best, chosen.config, space, out, machine=machine_file)
+        console.print(f"written to {out}; {planning.where_it_runs(config, out, machine_file)}", soft_wrap=True)
     else:
         console.print("--out FILE writes the configuration for axonn train (--pick says of which row)")

@@ -24,6 +24,7 @@ from axonn.perf.planner import Choice, Plan, Plannable
 from axonn.perf.search_space import Checkpointing, Space
 from axonn.perf.strategy import Strategy
 from axonn.schedules import make_schedule
+from experiments.capacity import lacking_here
 from experiments.definition import HERE, load_experiment, load_model
 
 TABLE_WIDTH = 160
@@ -123,6 +124,22 @@ def write_config(choice: Choice, model: ModelConfig, space: Space, path: Path, *
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(head + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return config
+
+
+def where_it_runs(config: TrainConfig, path: Path, machine: MachineFile) -> str:
+    """Return on what machine, and how, the written configuration can be run, in words."""
+    how = f"axonn train {path}"
+    if not (lacking := lacking_here(config, "auto")):
+        return f"run it with: {how}"
+    ranks = ProcessGrid(**config.grid.model_dump()).size
+    nodes = -(-ranks // machine.node.gpus.number)
+    here = f"this machine cannot run it: {'; '.join(lacking)}"
+    if nodes == 1:
+        return f"{here}. On a node of {machine.name}: {how}"
+    return (
+        f"{here}. It takes {nodes} nodes of {machine.name}, and axonn train starts ranks on one machine alone: axonn "
+        "jobs writes jobs for the points of an experiment, which may have the planner choose as here (docs/jobs.md)"
+    )
 
 
 def picked(plan: Plan, number: int) -> Choice:

@@ -19,6 +19,7 @@ from experiments.console import (
     options_left,
     progress_bar,
     say_defaults,
+    warn,
 )
 from experiments.pages import documented
 from experiments.places import from_here
@@ -93,6 +94,7 @@ def run(  # noqa: PLR0917
                 point,
                 command=command_line(),
                 on_batch=lambda n, task=one: progress.update(task, completed=n),  # type: ignore[misc]
+                on_warning=warn,
                 timeout_s=timeout,
             )
             progress.remove_task(one)

@@ -12,6 +12,7 @@ from axonn.devices import DeviceType
 from axonn.errors import ConfigError
 from axonn.files import locked_folder
 from axonn.records import Failure, Record, read_records, write_records
+from experiments.capacity import lacking_here
 from experiments.definition import Experiment, measured_configs, slug
 from experiments.framework import Framework, load_adapter, load_framework, ran_by, version_of
 from experiments.outcome import Outcome
@@ -135,14 +136,21 @@ def measured_work(experiment: Experiment, *, most: int | None = None) -> list[tu
 
 
 def run_point(
-    point: Point, *, command: str, on_batch: Callable[[int], None] = lambda done: None, timeout_s: float = 3600.0
+    point: Point,
+    *,
+    command: str,
+    on_batch: Callable[[int], None] = lambda done: None,
+    on_warning: Callable[[str], None] = lambda text: None,
+    timeout_s: float = 3600.0,
 ) -> Record:
-    """Measure one point and write its record, be it a failure, also of a framework that cannot do it here.
+    """Measure one point and write its record, be it a failure, also of a framework or a machine that cannot do it.
 
     Raises `LaunchError` when the ranks cannot start, or another run of the point goes on.
     """
     framework = load_framework(point.framework)
-    reason = framework.unavailable(point.config) or _not_on(point)
+    reason = (
+        framework.unavailable(point.config) or _not_on(point) or "; ".join(lacking_here(point.config, point.device))
+    )
     with locked_folder(point.folder):
         outcome = (
             supervise(
@@ -150,10 +158,11 @@ def run_point(
                 point.config,
                 point.folder,
                 on_batch=on_batch,
+                on_warning=on_warning,
                 timeout_s=timeout_s,
                 device=point.device,
             )
-            if reason is None
+            if not reason
             else Outcome(failure=Failure(cause="unavailable", detail=reason))
         )
         record = _record(point, framework, outcome, command)

@@ -7,8 +7,8 @@ import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from axonn.checkpoint import Checkpoint
@@ -18,16 +18,16 @@ from axonn.launch import find_mpiexec, mpiexec_command, rank_environment
 from axonn.records import Failure
 from experiments.framework import load_framework
 from experiments.history import NEWEST_LOG
+from experiments.interruption import Pending, noted
 from experiments.launched import spec_of
-from experiments.metrics import BATCHES, Tail
 from experiments.outcome import Outcome, outcome_of, rank_state
 from experiments.resumption import forget_batches
-from experiments.trail import SPEC, SUPERVISOR, Heartbeats, stack_of
+from experiments.session import session_folders
+from experiments.trail import SPEC, STOP, SUPERVISOR
+from experiments.watch import Watch
 
-SILENCE_S = 20.0
-"""A rank that has not touched its heartbeat for so long is taken for dead or stopped."""
-_POLL_S = 0.1
 _GRACE_S = 3.0
+"""Between what asks the launcher to end and what ends it."""
 
 
 def supervise(
@@ -44,6 +44,9 @@ def supervise(
     link_only: bool = False,
     device: DeviceType = "cpu",
     threads: int = 1,
+    pending: Pending | None = None,
+    on_stop: Callable[[str], None] | None = None,
+    on_warning: Callable[[str], None] = lambda text: None,
 ) -> Outcome:
     """Run `config` with `framework` on one process per rank of its grid; everything it writes is under `folder`.
 
@@ -51,8 +54,12 @@ def supervise(
     with it. With `resume` the run of that checkpoint goes on: what the folder says of later batches is removed;
     without, everything of an earlier run but its checkpoints. With `turns` the ranks train a batch when the
     `TurnTaking` of the folder says so. With `device` "cuda" they take the GPUs of this machine in turn. `own_cores` and
-    `link_only`: see `mpiexec_command`; `threads`: of each rank. The ranks never outlive this call. Raises `LaunchError`
-    when there is no MPI to start several ranks with.
+    `link_only`: see `mpiexec_command`; `threads`: of each rank. The ranks never outlive this call.
+
+    An interruption ends the run. With `on_stop`, which is told why, the ranks first save what they have after their
+    batch: see `experiments.watch`. It is raised when everything has come to its end, but where the caller notes
+    interruptions as `pending`: then it is a failure of the outcome. `on_warning` hears of ranks that are starved, as
+    does `log.txt`. Raises `LaunchError` when there is no MPI to start several ranks with.
     """
     grid = config.grid
     ranks = grid.data * grid.inter * grid.row * grid.col
@@ -62,11 +69,20 @@ def supervise(
     folder.mkdir(parents=True, exist_ok=True)
     _clear(folder, resume)
     checkpoint = None if resume is None else str(resume.folder)
-    (folder / SPEC).write_text(spec_of(framework, config, checkpoint=checkpoint, turns=turns, device=device))
+    stoppable = on_stop is not None
+    spec = spec_of(framework, config, checkpoint=checkpoint, turns=turns, device=device, stoppable=stoppable)
+    (folder / SPEC).write_text(spec)
     with (
+        noted() if pending is None else nullcontext(pending) as interruption,
         open(folder / NEWEST_LOG, "w") as log,
         load_framework(framework).program(config, folder) as program,
+        session_folders() if ranks > 1 else nullcontext({}) as session,
     ):
+
+        def warn(text: str) -> None:
+            print(f"warning: {text}", file=log, flush=True)
+            on_warning(text)
+
         command = list(program.command)
         if ranks > 1:
             command = mpiexec_command(ranks, command, link_only=link_only, own_cores=own_cores, mpiexec=program.mpiexec)
@@ -74,27 +90,34 @@ def supervise(
             command,
             env=rank_environment(os.environ, threads=threads)
             | {SUPERVISOR: str(os.getpid())}
+            | session
             | dict(program.environment),
+            stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
+        watch = Watch(
+            process,
+            folder,
+            ranks,
+            timeout_s=timeout_s,
+            # Who waits for its turn stands still.
+            stall_limit_s=float("inf") if turns else config.stall_limit_s,
+            on_batch=on_batch,
+            give_up=give_up,
+            pending=interruption,
+            on_stop=on_stop,
+            on_warning=warn,
+        )
         try:
-            failure = _watch(
-                process,
-                folder,
-                ranks,
-                timeout_s=timeout_s,
-                # Who waits for its turn stands still.
-                stall_limit_s=float("inf") if turns else config.stall_limit_s,
-                on_batch=on_batch,
-                give_up=give_up,
-            )
+            failure = watch.until_end()
         finally:
             # Where all is well, a launcher that is still there is one that the ranks have outlived.
             stuck = process.poll() is None
             _end(process)
-    failure = failure or _failure_after_exit(0 if stuck else process.returncode, folder, ranks)
+        failure = failure or _failure_after_exit(0 if stuck else process.returncode, folder, ranks, interruption)
+        (folder / STOP).unlink(missing_ok=True)
     return outcome_of(folder, ranks, failure)
 
 
@@ -105,7 +128,7 @@ def kept_log(folder: Path) -> str | None:
 
 def _clear(folder: Path, resume: Checkpoint | None) -> None:
     """Remove what an earlier run left and this one does not go on with."""
-    for stale in folder.glob("rank-*"):
+    for stale in [*folder.glob("rank-*"), *folder.glob(STOP)]:
         stale.unlink()
     forget_batches(folder, after=0 if resume is None else resume.state.batches)
     if resume is None:
@@ -117,59 +140,11 @@ def _clear(folder: Path, resume: Checkpoint | None) -> None:
         log.rename(folder / kept)
 
 
-def _watch(
-    process: subprocess.Popen[bytes],
-    folder: Path,
-    ranks: int,
-    *,
-    timeout_s: float,
-    stall_limit_s: float,
-    on_batch: Callable[[int], None],
-    give_up: Callable[[], Failure | None],
-) -> Failure | None:
-    """Wait for the end of the run; a failure if the run has to be ended from here."""
-    started = time.monotonic()
-    batches = Tail(folder / BATCHES)
-    beats = Heartbeats(folder, ranks)
-    done = len(batches.new())
-    while process.poll() is None:
-        time.sleep(_POLL_S)
-        if new := len(batches.new()):
-            done += new
-            on_batch(done)
-        if (failure := give_up()) is not None:
-            return failure
-        beats.look()
-        for rank in range(ranks):
-            silence = beats.silence(rank)
-            if silence > SILENCE_S and rank_state(folder, rank).get("state") == "started":
-                return Failure(
-                    cause="dead-rank", rank=rank, detail=f"rank {rank} gave no sign of life for {silence:.0f} s"
-                )
-        if beats.standstill() > stall_limit_s:
-            return _standstill(beats, folder)
-        if min(map(beats.silence, range(ranks))) > SILENCE_S and _all_ended(folder, ranks):
-            return None  # Only the launcher is left, and does not end.
-        if time.monotonic() - started > timeout_s:
-            return Failure(cause="timeout", detail=f"not finished after {timeout_s:.0f} s, {done} batches done")
-    return None
-
-
-def _all_ended(folder: Path, ranks: int) -> bool:
-    return all(rank_state(folder, rank).get("state") in ("done", "stopped") for rank in range(ranks))
-
-
-def _standstill(beats: Heartbeats, folder: Path) -> Failure:
-    rank = beats.first_to_stop()
-    said = beats.said_of_standstill()
-    process = rank_state(folder, rank).get("pid")
-    if isinstance(process, int) and (stack := stack_of(folder, rank, process)) is not None:
-        said = f"{said}; it stands at {stack}"
-    return Failure(cause="timeout", rank=rank, detail=said)
-
-
-def _failure_after_exit(code: int, folder: Path, ranks: int) -> Failure | None:
+def _failure_after_exit(code: int, folder: Path, ranks: int, interruption: Pending) -> Failure | None:
     states = {rank: rank_state(folder, rank) for rank in range(ranks)}
+    if {s.get("state") for s in states.values()} == {"stopped"}:
+        told = interruption.said or f"told to end by the file '{STOP}' of the run folder"
+        return Failure(cause="interrupted", detail=told)
     failed = sorted((s["time"], rank) for rank, s in states.items() if s.get("state") == "failed")
     killed = _killed_rank(folder, code, ranks)
     if killed is not None:

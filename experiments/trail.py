@@ -13,6 +13,7 @@ import errno
 import faulthandler
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -23,9 +24,13 @@ from pathlib import Path
 from typing import Any
 
 HEARTBEAT_S = 1.0
+_LOOK_S = 5.0
+"""More than that between two looks at the heartbeats is not the ranks' fault."""
 DUMP = signal.SIGUSR1
 SUPERVISOR = "AXONN_SUPERVISOR"
 """Variable with the process id of the supervisor, on whose machine the ranks run."""
+SESSION = "AXONN_SESSION"
+"""Variable with the temporary folders of the run, which ranks remove when nobody else is left to do it."""
 SPEC = "spec.json"
 """What the supervisor asks for: framework, configuration and how to run it."""
 STOP = "stop"
@@ -93,7 +98,8 @@ def leave_trail(folder: Path, rank: int, train: Callable[[], int | None], *, pro
         os._exit(1)
 
 
-def _runs(process: int) -> bool:
+def runs(process: int) -> bool:
+    """Return whether there is a process of this id."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -108,8 +114,10 @@ def _heartbeat(folder: Path, rank: int, progress: Progress | None) -> None:
     launcher = os.getppid()
     supervisor = int(os.environ.get(SUPERVISOR, launcher))
     while True:
-        if os.getppid() != launcher or not _runs(supervisor):
-            # Nobody is left who would end this rank.
+        if os.getppid() != launcher or not runs(supervisor):
+            # Nobody is left who would end this rank, and clean up.
+            for left in filter(None, os.environ.get(SESSION, "").split(os.pathsep)):
+                shutil.rmtree(left, ignore_errors=True)
             os._exit(1)
         _beat(path, progress)
         if progress is not None and progress.watched is not None:
@@ -147,11 +155,17 @@ class Heartbeats:
         self._beats: dict[int, tuple[int, float]] = {rank: (0, now) for rank in self._ranks}
         """The last beat that was seen of each rank, and when."""
         self._finished: dict[int, int] = {}
-        self._changed = now
+        self._changed = self._looked = now
 
     def look(self) -> None:
-        """Take note of what is new."""
+        """Take note of what is new. Call it every second or so: time in which nobody looked, because who looks was
+        stopped or had no core, is held against no rank."""
         now = time.monotonic()
+        missed = now - self._looked - _LOOK_S
+        self._looked = now
+        if missed > 0:
+            self._changed += missed
+            self._beats = {rank: (beat, seen + missed) for rank, (beat, seen) in self._beats.items()}
         for rank in self._ranks:
             try:
                 beat = self._path(rank).stat().st_mtime_ns

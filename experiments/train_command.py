@@ -10,8 +10,10 @@ import typer
 
 from axonn.errors import RunFailed
 from experiments.console import command_line, console, launched_once, say_defaults, warn
+from experiments.interruption import exit_status
 from experiments.pages import documented
 from experiments.places import check_owner, find_run, recorded, run_folder
+from experiments.trail import STOPPED
 
 
 @documented("docs/train-a-gpt.md")
@@ -26,9 +28,18 @@ def train(
     device: Annotated[
         str, typer.Option(help="What to compute on: cpu, cuda, or auto: the GPUs where there are any.")
     ] = "auto",
+    force: Annotated[
+        bool, typer.Option("--force", help="Start it also where it does not fit on this machine.")
+    ] = False,
 ) -> None:
     """Train a model as a configuration says; goes on from the newest checkpoint of the run folder if there is one."""
     from axonn.config import TrainConfig, load_yaml
+    from experiments.capacity import check_capacity
+
+    given = load_yaml(config_file, TrainConfig)
+    if not force:
+        # Before PyTorch is loaded, which takes longer.
+        check_capacity(given, device)
     from axonn.data import make_data
     from axonn.devices import device_type, ranks_on
     from axonn.engine import microbatches_of
@@ -37,7 +48,6 @@ def train(
     from experiments.engine_framework import layers_of_chunks
     from experiments.progress import TrainingProgress
 
-    given = load_yaml(config_file, TrainConfig)
     config = training.resolved(given)
     grid = ProcessGrid(**config.grid.model_dump())
     # Everything that can be wrong is found here, before ranks start.
@@ -72,17 +82,26 @@ def train(
     unit = config.model.sample_unit
     try:
         with TrainingProgress(console, folder, first=session.first, steps=config.steps, unit=unit) as progress:
-            record = training.train(session, fresh=fresh, on_batch=progress)
-    except KeyboardInterrupt:
+            record = training.train(
+                session, fresh=fresh, on_batch=progress, on_stop=_say_that_it_stops, on_warning=warn
+            )
+    except KeyboardInterrupt as interruption:
         _say_how_to_go_on(folder)
-        raise typer.Exit(130) from None
+        raise typer.Exit(exit_status(interruption)) from None
     if record.failure is not None:
         _say_how_to_go_on(folder)
+        if record.failure.cause == "interrupted":
+            console.print(record.failure.detail, soft_wrap=True)
+            raise typer.Exit(STOPPED)
         raise RunFailed(f"{record.failure.detail}; {len(record.losses)} batches are kept in {folder}")
     console.print(f"loss {record.losses[0]:.4f} -> {record.losses[-1]:.4f} in {len(record.losses)} batches; {folder}")
     console.print(_time_of(record.batch_time_s, record.parts_s), soft_wrap=True)
     if len(record.bytes_per_batch) > 1:
         console.print(_sent_by_axis(record.bytes_per_batch), soft_wrap=True, highlight=False)
+
+
+def _say_that_it_stops(why: str) -> None:
+    console.print(f"{why}: saving a checkpoint after this batch; the same once more ends it at once", soft_wrap=True)
 
 
 def _say_how_to_go_on(folder: Path) -> None:

@@ -26,13 +26,13 @@ from axonn.files import locked_folder, replace_durably
 from axonn.grid import ProcessGrid
 from axonn.launch import find_mpiexec
 from axonn.models import make_model
-from axonn.records import Asked, Failure, Record, write_records
+from axonn.records import Asked, Record, write_records
 from axonn.strict import dotted
 from axonn.weights import check_weights
 from experiments.framework import Framework, load_framework, ran_by, settings_ran
 from experiments.history import NEWEST_LOG, RUN_FILE, entries_of, with_logs
+from experiments.interruption import noted
 from experiments.loop import CHECKPOINTS
-from experiments.metrics import BATCHES, read_rows
 from experiments.outcome import Outcome
 from experiments.provenance import this_machine
 from experiments.run_record import parts_of, tflops_formula
@@ -132,37 +132,42 @@ def config_differences(checkpoint: Checkpoint, config: TrainConfig, data: Data) 
     return differences
 
 
-def train(session: Session, *, fresh: bool, on_batch: Callable[[int], None] = lambda done: None) -> Record:
+def train(
+    session: Session,
+    *,
+    fresh: bool,
+    on_batch: Callable[[int], None] = lambda done: None,
+    on_stop: Callable[[str], None] = lambda why: None,
+    on_warning: Callable[[str], None] = lambda text: None,
+) -> Record:
     """Train to the end of the configuration and write the record, be it a failure, an interruption included.
 
-    With `fresh`, checkpoints of an earlier run are removed. Raises `LaunchError` when another run uses the folder.
+    With `fresh`, checkpoints of an earlier run are removed. A run with `checkpoints` saves one when it is interrupted;
+    `on_stop` is told that it is about to, and why. An interruption is raised when the record is written. Raises
+    `LaunchError` when another run uses the folder.
     """
     framework = load_framework(FRAMEWORK)
-    with locked_folder(session.folder, "wait for its end, or choose another --out"):
+    with locked_folder(session.folder, "wait for its end, or choose another --out"), noted() as pending:
         checkpoints = session.folder / CHECKPOINTS
         if fresh:
             remove_all(checkpoints)
         clean(checkpoints)
         _describe(session, framework)
-        try:
-            outcome = supervise(
-                FRAMEWORK,
-                session.config,
-                session.folder,
-                timeout_s=float("inf"),
-                on_batch=on_batch,
-                resume=session.resume,
-                device=session.device,
-            )
-        except KeyboardInterrupt:
-            rows = read_rows(session.folder / BATCHES)
-            outcome = Outcome(
-                batch_times_s=[row["seconds"] for row in rows],
-                losses=[row["loss"] for row in rows],
-                failure=Failure(cause="interrupted", detail="interrupted from the keyboard"),
-            )
-            _write_record(session, framework, outcome)
-            raise
+        outcome = supervise(
+            FRAMEWORK,
+            session.config,
+            session.folder,
+            timeout_s=float("inf"),
+            on_batch=on_batch,
+            resume=session.resume,
+            device=session.device,
+            pending=pending,
+            on_stop=None if session.config.checkpoints is None else on_stop,
+            on_warning=on_warning,
+        )
+        if outcome.failure is None:
+            # It came to its end all the same.
+            pending.settle()
         return _write_record(session, framework, outcome)
 
 

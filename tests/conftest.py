@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import atexit
+import contextlib
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +20,24 @@ from tests.rank_pool import RankPool
 if TYPE_CHECKING:
     from jobscripts.generate import Job
 
+
+def _start_mpi() -> None:
+    """Load MPI, as many tests do, where what it leaves of a process that no launcher started is removed."""
+    left = tempfile.mkdtemp(prefix="axonn-tests-")
+    atexit.register(shutil.rmtree, left, ignore_errors=True)
+    variables = {"TMPDIR": left, "OMPI_MCA_btl_sm_backing_directory": left}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    with contextlib.suppress(ImportError, RuntimeError):
+        from mpi4py import MPI  # noqa: F401
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+
+
+_start_mpi()
 torch.set_num_threads(1)
 # No test fails because a machine is slow.
 settings.register_profile("any machine", deadline=None)

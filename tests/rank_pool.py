@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from axonn.launch import mpiexec_command, rank_environment
+from experiments.session import session_folders
 
 ROOT = Path(__file__).parent.parent
 _AFTER_ERROR_S = 3.0
@@ -44,7 +45,9 @@ class RankPool:
         """Start the ranks and wait until each has reported. Raises `AssertionError` when the launcher gives up."""
         self._folder = tempfile.TemporaryDirectory(prefix="axonn-pool-")
         address = str(Path(self._folder.name) / "socket")
-        env = rank_environment(os.environ) | {"AXONN_POOL": address}
+        self._session = contextlib.ExitStack()
+        session = self._session.enter_context(session_folders())
+        env = rank_environment(os.environ) | session | {"AXONN_POOL": address}
         command = mpiexec_command(self.size, [sys.executable, "-m", "tests.rank_pool"])
         links = {}
         with socket.socket(socket.AF_UNIX) as server:
@@ -108,6 +111,7 @@ class RankPool:
                 self._process.wait(seconds)
                 break
         self._process = None
+        self._session.close()
         self._links = []
         self._folder.cleanup()
 

@@ -1,7 +1,8 @@
 """Kills and stops training runs at random moments and lets them go on: python -m tests.soak --times 50 [--seed N].
 
-Whatever happened, and whenever, every resumed run goes on from a good checkpoint, and in the end all its losses and
-weights are those of a run that nothing happened to, bit for bit.
+Ranks are killed or stopped, or the command itself is told to end, by SIGTERM or SIGHUP: then it saves what it has
+(`--signals TERM`: by that one every time). Whatever happened, and whenever, every resumed run goes on from a good
+checkpoint, and in the end all its losses and weights are those of a run that nothing happened to, bit for bit.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ from axonn.config import (
     TrainConfig,
 )
 from axonn.weights import read_weights
+from experiments.interruption import Interrupted, noted, raised
 from experiments.loop import CHECKPOINTS
 from experiments.metrics import BATCHES, EVALUATIONS, read_rows
+from experiments.outcome import Outcome
 from experiments.supervisor import supervise
 from tests.command_line import TEXT
 
@@ -58,11 +61,15 @@ def config_of(grid: GridConfig) -> TrainConfig:
     )
 
 
-class Killer(threading.Thread):
-    """Sends a signal to one rank or to all of a run at a moment drawn from `draw`: one that kills, or with `stops` now
-    and then one that stops."""
+TO_COMMAND = (signal.SIGTERM, signal.SIGHUP)
+"""What this process is told to end with, as a command is: it is handled as there."""
 
-    def __init__(self, folder: Path, draw: random.Random, *, stops: bool) -> None:
+
+class Killer(threading.Thread):
+    """Sends a signal at a moment drawn from `draw`: to one rank or to all of a run one that kills, or with `stops` now
+    and then one that stops; or to this process one of `TO_COMMAND`, with `only` that one every time."""
+
+    def __init__(self, folder: Path, draw: random.Random, *, stops: bool, only: signal.Signals | None = None) -> None:
         super().__init__(daemon=True)
         self._folder = folder
         self._over = threading.Event()
@@ -70,17 +77,26 @@ class Killer(threading.Thread):
         self._victims = draw.choice([[0], [1], [0, 1]])
         kills = [signal.SIGKILL, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM]
         self._signal = draw.choice([*kills, signal.SIGSTOP] if stops else kills)
+        self.to_command = only is not None or draw.random() < 0.5
+        if self.to_command:
+            self._signal = only or draw.choice(TO_COMMAND)
         self._seconds = draw.uniform(0.0, {"during a save": 0.05, "at any time": 5.0}.get(self._moment, 0.0))
         self._batches = draw.randint(1, 25)
         self.killed = False
 
     def __str__(self) -> str:
         when = f"{self._moment} (+{self._seconds:.3f} s, {self._batches} batches)"
-        return f"ranks {self._victims} got {self._signal.name} {when}"
+        who = "the command" if self.to_command else f"ranks {self._victims}"
+        return f"{who} got {self._signal.name} {when}"
 
     def run(self) -> None:
         if self._wait_for(self._all_started) and self._wait_for(self._moment_has_come):
-            self._over.wait(self._seconds)
+            if self._over.wait(self._seconds):
+                return
+            if self.to_command:
+                self.killed = True
+                os.kill(os.getpid(), self._signal)
+                return
             for rank in self._victims:
                 state = self._state(rank)
                 if state.get("state") == "started":
@@ -150,9 +166,8 @@ def go_on(folder: Path, config: TrainConfig, killer: Killer | None) -> Checkpoin
     clean(folder / CHECKPOINTS)
     if killer is not None:
         killer.start()
-    outcome = supervise("axonn", config, folder, resume=checkpoint, timeout_s=300)
-    if killer is not None:
-        killer.stop()
+    saves = killer is not None and killer.to_command
+    outcome = _supervised(config, folder, checkpoint, killer)
     if killer is None or not killer.killed:
         assert outcome.failure is None, outcome.failure
     if outcome.failure is None:
@@ -162,11 +177,39 @@ def go_on(folder: Path, config: TrainConfig, killer: Killer | None) -> Checkpoin
     if checkpoint is not None:
         assert newest is not None
         assert newest.state.batches >= checkpoint.state.batches, "a good checkpoint was lost"
+    if saves and outcome.failure.cause == "interrupted" and "had not saved" not in outcome.failure.detail:
+        assert newest is not None
+        assert newest.state.batches == len(outcome.losses), "it was not saved"
     return newest
 
 
-def soak(folder: Path, *, times: int, seed: int, stops: bool = False, say: bool = False) -> int:
-    """Kill or stop runs `times` times; returns how many runs were finished on the way. Raises `AssertionError`."""
+def _supervised(config: TrainConfig, folder: Path, checkpoint: Checkpoint | None, killer: Killer | None) -> Outcome:
+    """As `axonn train` does it."""
+    with contextlib.suppress(Interrupted), raised(), noted() as pending:
+        outcome = supervise(
+            "axonn",
+            config,
+            folder,
+            resume=checkpoint,
+            timeout_s=300,
+            pending=pending,
+            on_stop=lambda why: None,
+        )
+        if killer is not None:
+            killer.stop()
+    return outcome
+
+
+def soak(
+    folder: Path,
+    *,
+    times: int,
+    seed: int,
+    stops: bool = False,
+    say: bool = False,
+    only: signal.Signals | None = None,
+) -> int:
+    """Harm runs `times` times; returns how many runs were finished on the way. Raises `AssertionError`."""
     draw = random.Random(seed)
     references: dict[int, Result] = {}
     killed = finished = 0
@@ -179,7 +222,7 @@ def soak(folder: Path, *, times: int, seed: int, stops: bool = False, say: bool 
         run = folder / f"run-{finished}"
         over = False
         while not over:
-            killer = Killer(run, draw, stops=stops) if killed < times else None
+            killer = Killer(run, draw, stops=stops, only=only) if killed < times else None
             newest = go_on(run, config, killer)
             over = newest is None and (killer is None or not killer.killed or _is_finished(run, config))
             killed += killer is not None and killer.killed
@@ -203,10 +246,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--times", type=int, default=50)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--signals", choices=[number.name.removeprefix("SIG") for number in TO_COMMAND])
     arguments = parser.parse_args()
+    only = None if arguments.signals is None else signal.Signals[f"SIG{arguments.signals}"]
     print(f"seed {arguments.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        finished = soak(Path(folder), times=arguments.times, seed=arguments.seed, stops=True, say=True)
+        finished = soak(Path(folder), times=arguments.times, seed=arguments.seed, stops=True, say=True, only=only)
     print(f"{arguments.times} kills, {finished} runs finished, each as if nothing had happened")
 
 

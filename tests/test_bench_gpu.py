@@ -302,7 +302,7 @@ def test_the_largest_model_is_searched_from_where_the_memory_model_says(monkeypa
     tried = fitting(monkeypatch, {"device": 14, "offloaded": 200})
     plan = plan_of("cuda", quick=False)
     peak = Peak(device="d", source="s", memory=85_000_000_000)
-    monkeypatch.setattr(part_largest, "free_host_bytes", lambda: 130_000_000_000)
+    monkeypatch.setattr(part_largest, "free_memory", lambda: 130_000_000_000)
     (resident, offloaded), about = part_largest.measure(context_of(plan, peak=peak))
     layers = [n for placement, n in tried if placement == "device"]
     assert len(layers) <= part_largest.PROBES

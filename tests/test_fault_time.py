@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-import experiments.supervisor
+import experiments.watch
 from axonn.config import CheckpointConfig, DataConfig, EvaluationConfig
 from experiments import definition
 from experiments.launched import spec_of
@@ -204,10 +204,11 @@ def test_ranks_that_do_not_say_what_they_finish_never_stand_still(
     beats = Heartbeats(tmp_path, 1)
     (tmp_path / "rank-0.alive").write_text(" " * 64)
     beats.look()
-    clock.now += 10_000
-    beats.look()
+    for _ in range(1000):
+        clock.now += 1
+        beats.look()
     assert beats.standstill() == 0.0
-    assert beats.silence(0) == 10_000
+    assert beats.silence(0) == 1000
 
 
 @pytest.mark.parametrize("content", ["", "x", "3", "3 x", "\x00" * 64, "1e9 1"])
@@ -236,5 +237,5 @@ def test_the_state_of_a_rank_is_one_line(tmp_path: Path) -> None:
 
 def test_the_limits_are_apart() -> None:
     """Silence is the machine's, a standstill the work's: who raises one does not raise the other."""
-    assert experiments.supervisor.SILENCE_S < 30.0
+    assert experiments.watch.SILENCE_S < 30.0
     assert tiny().stall_limit_s == 1800.0

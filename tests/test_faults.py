@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import experiments.supervisor
+import experiments.watch
 from axonn.config import DataConfig, GridConfig, OptimizerConfig
 from axonn.errors import LaunchError
 from experiments import definition, runner
@@ -136,19 +137,19 @@ def test_a_killed_single_rank_is_named(folder: Path) -> None:
 
 
 def test_a_stopped_rank_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiments.supervisor, "SILENCE_S", 6.0)
+    monkeypatch.setattr(experiments.watch, "SILENCE_S", 6.0)
     harm = Harm(folder, signal.SIGSTOP, rank=1)
     outcome = supervise("axonn", tiny(), folder, on_batch=harm, timeout_s=200)
     assert outcome.failure is not None
     assert (outcome.failure.cause, outcome.failure.rank) == ("dead-rank", 1)
-    assert "rank 1 gave no sign of life" in outcome.failure.detail
+    assert "its process is stopped" in outcome.failure.detail
     check_batches(outcome, harm.batches)
     assert nothing_runs(folder)
 
 
 def test_a_launcher_that_stops_costs_no_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ranks come to their end without it."""
-    monkeypatch.setattr(experiments.supervisor, "SILENCE_S", 6.0)
+    monkeypatch.setattr(experiments.watch, "SILENCE_S", 6.0)
 
     def stop(done: int) -> None:
         pid = json.loads((folder / "rank-0.json").read_text())["pid"]
@@ -174,7 +175,7 @@ def test_a_killed_launcher_ends_the_ranks(folder: Path) -> None:
 
 
 def test_a_stopped_rank_is_given_up_within_the_promise() -> None:
-    assert experiments.supervisor.SILENCE_S + 2 * experiments.supervisor._GRACE_S < END_S
+    assert experiments.watch.SILENCE_S + 2 * experiments.supervisor._GRACE_S < END_S
 
 
 def test_a_loss_that_is_not_a_number_is_a_failure_of_its_own(folder: Path) -> None:

@@ -172,7 +172,10 @@ class Stops(OneNumber):
 
 @pytest.mark.parametrize("checkpoints", [None, {"every": 2, "keep": 2}])
 @pytest.mark.parametrize("at", [0, 3, 6])
-def test_a_loop_is_stopped_after_the_batch_and_goes_on(tmp_path: Path, at: int, checkpoints: Any) -> None:
+def test_a_loop_is_stopped_after_the_batch_and_goes_on(
+    tmp_path: Path, at: int, checkpoints: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.loop._LOOK_BATCHES", 1)
     config = small(checkpoints=checkpoints)
     first = loop_of(config, Stops(tmp_path, at), tmp_path, stoppable=True)
     assert first.run(first.start(None)) is (at < 6), "a run that is stopped after its last batch is done"
@@ -219,10 +222,11 @@ def test_looking_costs_no_batch_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """By a clock that only looking moves."""
     now = 0.0
 
-    def look(self: TrainingLoop) -> bool:
+    def look(self: TrainingLoop, batch_s: float) -> tuple[bool, int]:
         nonlocal now
+        assert batch_s == pytest.approx(1.0)
         now += 100.0
-        return False
+        return False, 1
 
     monkeypatch.setattr(TrainingLoop, "_told_to_stop", look)
     monkeypatch.setattr("experiments.loop.time.perf_counter", lambda: now + 1e-3)
@@ -236,7 +240,7 @@ def test_looking_costs_no_batch_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(trainer, "train_batch", train_batch)
     loop_of(small(), trainer, tmp_path, stoppable=True).run(0)
-    assert now == 607.0
+    assert now == 707.0
     assert [row["seconds"] for row in read_rows(tmp_path / BATCHES)] == pytest.approx([1.0] * 7)
 
 

@@ -113,8 +113,23 @@ class Memory:
             )
 
 
-def stage_memory(outline: Outline, machine: MachineFile, strategy: Strategy, *, stage: int, held: int) -> Memory:
-    """Memory of one rank of `stage` while it holds `held` pairs of a chunk and a microbatch, taken to be spread evenly
+class RankBytes(NamedTuple):
+    """Bytes of one rank of a stage, wherever it runs: see `Memory`. `streamed`: what the offloaded optimizer keeps of
+    it in host memory, beside."""
+
+    model_state: int
+    checkpoints: int
+    working: int
+    streamed: int
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return self.model_state + self.checkpoints + self.working
+
+
+def rank_bytes(outline: Outline, strategy: Strategy, *, stage: int, held: int) -> RankBytes:
+    """Bytes of one rank of `stage` while it holds `held` pairs of a chunk and a microbatch, taken to be spread evenly
     over its chunks."""
     grid = strategy.logical_grid
     spans = strategy.spans_of_stages(outline)[stage]
@@ -138,13 +153,20 @@ def stage_memory(outline: Outline, machine: MachineFile, strategy: Strategy, *, 
         working = max(working, inside)
     if any(span.stop == len(outline.links) for span in spans):
         working += loss_bytes(outline, strategy)
+    streamed = state_bytes(strategy.compute).streamed * phi if strategy.optimizer == "offloaded" else 0
+    return RankBytes(state, -(-held * kept // len(spans)), working, streamed)
+
+
+def stage_memory(outline: Outline, machine: MachineFile, strategy: Strategy, *, stage: int, held: int) -> Memory:
+    """Memory of one rank of `stage` of a machine; `held` as of `rank_bytes`."""
+    rank = rank_bytes(outline, strategy, stage=stage, held=held)
     return Memory(
         stage=stage,
-        model_state=state,
-        checkpoints=-(-held * kept // len(spans)),
-        working=working,
+        model_state=rank.model_state,
+        checkpoints=rank.checkpoints,
+        working=rank.working,
         capacity=int(machine.gpu.memory.si),
-        host=host_bytes(phi, machine, strategy.compute) if strategy.optimizer == "offloaded" else 0,
+        host=rank.streamed * machine.node.gpus.number,
         host_capacity=int(machine.node.host_memory.si),
     )
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from typing import NamedTuple
 
 import torch
@@ -33,9 +34,10 @@ def _mpi() -> Finding:
     # In a process of its own: an MPI that cannot start ends the process that tries.
     command = [sys.executable, "-m", "axonn.transport.gpu_aware"]
     try:
-        answer = subprocess.run(
-            command, env=rank_environment(os.environ), capture_output=True, text=True, timeout=_PATIENCE_S, check=False
-        )
+        # A process that no launcher started leaves its session and its shared memory, however it ends.
+        with tempfile.TemporaryDirectory() as left:
+            env = rank_environment(os.environ) | {"TMPDIR": left, "OMPI_MCA_btl_sm_backing_directory": left}
+            answer = subprocess.run(command, env=env, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
     except subprocess.TimeoutExpired:
         return Finding("mpi", False, f"MPI did not start within {_PATIENCE_S:.0f} s")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from axonn.config import GPTConfig, TrainConfig, validate
@@ -11,6 +10,7 @@ from axonn.records import Failure
 from baselines.gpu.context import Context, Lost
 from baselines.gpu.part_offload import ENGINE
 from baselines.gpu.rows import Row, failed
+from experiments.capacity import free_memory
 
 PART = "largest"
 PROBES = 3
@@ -19,8 +19,6 @@ MODEL_SHARE = 0.93
 """Of the device's memory that the first model needs by the memory model, with its activations."""
 HOST_SHARE = 0.85
 """Of the host's free memory that pinned buffers may take."""
-CGROUP = Path("/sys/fs/cgroup")
-MEMINFO = Path("/proc/meminfo")
 SHARES = {"device": 0.4, "offloaded": 1.0}
 """Of the time, by when a placement is done: pinning host memory takes long."""
 
@@ -65,19 +63,6 @@ def pinned_bytes(config: TrainConfig) -> int:
     return 0 if config.optimizer.placement == "device" else 12 * config.model.parameters
 
 
-def free_host_bytes() -> int:
-    """What this process may still take, by the system and by its control group."""
-    lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines() if ":" in line)
-    # In KiB.
-    free = 1024 * int(lines["MemAvailable"].split()[0])
-    try:
-        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):
-        # No limit is "max".
-        return free
-    return min(free, limit - used)
-
-
 def most_layers(context: Context, placement: str, *, device: int, host: int) -> tuple[int, str]:
     """Layers that fit by the model, at least 1, and what keeps more from fitting."""
     layers, why = 1, "the largest that is tried"
@@ -94,7 +79,7 @@ def most_layers(context: Context, placement: str, *, device: int, host: int) -> 
 def measure(context: Context) -> tuple[list[Row], dict[str, Any]]:
     """For each placement: what should just fit, then larger or smaller models by halves of the bracket."""
     total = None if context.peak is None else context.peak.memory
-    host = free_host_bytes()
+    host = free_memory() or 0
     about: dict[str, Any] = {
         "device_bytes": total,
         "free_host_bytes": host,
