@@ -318,7 +318,7 @@ def end_lines(summary: Mapping[str, Any], name: str) -> list[str]:
     lines = []
     if busy := summary.get("busy"):
         lines.append(
-            f"{len(busy)} point(s) measured while the machine was busy with other work ({'; '.join(busy)}): marked, "
+            f"{len(busy)} point(s) measured while the machine was busy with other work ({'; '.join(busy)}): marked *, "
             + ("in ratios all the same" if summary.get("busy_in_ratios") else "left out of ratios (BUSY=1: in them)")
             + f"; when the machine is idle, measure them anew: make reproduce-{name} FRESH=busy"
         )

@@ -64,7 +64,7 @@ _RINGS: dict[str, dict[str, object]] = {
     }
     for name, marker, size in (("busy", "o", 10), ("suspect", "s", 4.5))
 }  # fmt: skip
-_RING_LABELS = {"busy": "machine busy: not in ratios", "suspect": "suspect"}
+_RING_LABELS = {"busy": "machine busy", "suspect": "suspect"}
 
 
 def save(figure: Figure, name: str, folder: Path | None = None) -> list[Path]:

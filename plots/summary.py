@@ -15,7 +15,7 @@ from experiments.provenance import THIS_MACHINE
 
 Key = tuple[str, str]
 """(point, framework)"""
-BUSY_MARK = " (busy)"
+BUSY_MARK = " *"
 """Behind what was measured while the machine was busy with other work."""
 DISTINCT = 0.05
 """Published times that differ by less are taken for equal when orders are compared."""
