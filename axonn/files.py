@@ -23,6 +23,11 @@ _LONGEST_NUMBER = 40
 """Digits of a whole number in a file."""
 
 
+def reason_of(error: Exception) -> str:
+    """What went wrong, without the number and the path that Python puts around it: who reports it names the file."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 def write_durably(path: Path, text: str) -> None:
     """Write a new file and wait until it is on disk. A crash may leave a part of it."""
     with open(path, "w", encoding="utf-8") as file:
