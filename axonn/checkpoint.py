@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError
 
 from axonn.config import StrictModel
 from axonn.errors import CheckpointError, ConfigError
-from axonn.files import regular_file, sync, write_durably
+from axonn.files import reason_of, regular_file, sync, write_durably
 from axonn.part_files import INDEX, FileName, read_parts, stored_tensors, write_parts
 from axonn.parts import Part, compare_shapes
 from axonn.ranks import Ranks
@@ -204,7 +204,7 @@ def read_state(checkpoint: Path | str) -> CheckpointState:
         text = regular_file(path).read_text(encoding="utf-8")
         content = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{checkpoint}: is not a complete checkpoint: {error}") from error
+        raise CheckpointError(f"{checkpoint}: is not a complete checkpoint: {reason_of(error)}") from error
     schema = str(content.get("schema") if isinstance(content, dict) else None)
     family, _, version = schema.partition("/")
     if f"{family}/" == SCHEMA[:-1] and version.isdecimal() and schema != SCHEMA:

@@ -23,6 +23,18 @@ _LONGEST_NUMBER = 40
 """Digits of a whole number in a file."""
 
 
+def reason_of(error: Exception, path: Path | str | None = None) -> str:
+    """Return what went wrong, without the number and the path that Python puts around it: who reports it names the file.
+
+    `path`: the file as the user named it; of one that is not there the reason says where it was looked for.
+    """
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    if not isinstance(error, FileNotFoundError) or path is None or os.path.isabs(path):
+        return error.strerror
+    return f"{error.strerror} (looked for {os.path.abspath(path)})"
+
+
 def write_durably(path: Path, text: str) -> None:
     """Write a new file and wait until it is on disk. A crash may leave a part of it."""
     with open(path, "w", encoding="utf-8") as file:
@@ -121,14 +133,6 @@ def _whole(digits: str) -> int:
     if len(digits) > _LONGEST_NUMBER:
         raise ValueError(f"{digits[:8]}... is a number of {len(digits)} digits")
     return int(digits)
-
-
-def why_unread(path: Path | str, error: Exception) -> str:
-    """Why a file cannot be read, without its name, in words; of one that is not there, where it was looked for."""
-    if not isinstance(error, OSError) or not error.strerror:
-        return str(error)
-    absent = isinstance(error, FileNotFoundError) and not os.path.isabs(path)
-    return error.strerror + (f" (looked for {os.path.abspath(path)})" if absent else "")
 
 
 @contextmanager

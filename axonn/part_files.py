@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from axonn.config import StrictModel
 from axonn.errors import CheckpointError
-from axonn.files import regular_file, sync, write_durably
+from axonn.files import reason_of, regular_file, sync, write_durably
 from axonn.parts import Part, some_names
 from axonn.placement import Piece, Shape
 from axonn.ranks import Ranks
@@ -168,7 +168,7 @@ def read_index(folder: Path) -> Index:
         place = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{folder}: is damaged: {INDEX}: '{place}': {first['msg']}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder}: cannot be read: {error}") from error
+        raise CheckpointError(f"{folder}: cannot be read: {reason_of(error)}") from error
     for name, stored in index.tensors.items():
         if stored.dtype not in _TYPES:
             raise CheckpointError(f"{folder}: is damaged: {INDEX}: {name} is of the unknown type '{stored.dtype}'")

@@ -23,7 +23,7 @@ def partition(costs: Sequence[float], stages: int) -> list[range]:
     """
     layers = len(costs)
     if stages > layers:
-        raise GridError(f"{stages} stages need at least {stages} layers, the model has {layers}; lower G_inter")
+        raise GridError(f"{stages} stages are more than the {layers} into which this model can be cut; lower G_inter")
     total = (0.0, *accumulate(costs))
 
     def cost(first: int, end: int) -> float:

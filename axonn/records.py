@@ -11,7 +11,7 @@ from pydantic import Field
 
 from axonn.config import GridConfig, ModelConfig, ScheduleConfig, StrictModel, UNetConfig
 from axonn.errors import RecordError
-from axonn.files import read_json, replace_durably
+from axonn.files import read_json, reason_of, replace_durably
 from axonn.strict import Line, Loss, dotted, load_json, shortened
 from axonn.usage import BatchUsage, busy_share, is_busy
 
@@ -239,7 +239,7 @@ def read_records(path: Path | str) -> list[Record]:
     try:
         data = read_json(path)
     except (OSError, ValueError) as error:
-        raise RecordError(f"{path}: is not a record file: {error}") from error
+        raise RecordError(f"{path}: is not a record file: {reason_of(error)}") from error
     found = data.get("schema") if isinstance(data, dict) else None
     if found != SCHEMA:
         shown = shortened(found, plain=True)

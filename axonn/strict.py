@@ -13,7 +13,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from axonn.errors import AxonnError, ConfigError, RecordError
-from axonn.files import parse_json, read_bytes, why_unread
+from axonn.files import parse_json, read_bytes, reason_of
 
 M = TypeVar("M", bound=BaseModel)
 LARGEST_YAML = 2**21
@@ -113,7 +113,7 @@ def read_yaml(path: Path | str) -> Any:
     try:
         return parse_yaml(read_bytes(path, most=LARGEST_YAML).decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {why_unread(path, error)}") from error
+        raise ConfigError(f"{path}: cannot be read: {reason_of(error, path)}") from error
     except RecursionError as error:
         raise ConfigError(f"{path}: is nested too deeply; write it flatter") from error
     except (yaml.YAMLError, ValueError) as error:
@@ -173,7 +173,7 @@ def load_json(path: Path | str, model: type[M], *, otherwise: str, error: type[A
         parse_json(content)
         return model.model_validate_json(content)
     except OSError as problem:
-        raise error(f"{path}: cannot be read: {why_unread(path, problem)}; {otherwise}") from problem
+        raise error(f"{path}: cannot be read: {reason_of(problem, path)}; {otherwise}") from problem
     except ValidationError as problem:
         raise error(f"{path}: {first_of(problem)}; {otherwise}") from problem
     except ValueError as problem:
@@ -183,13 +183,13 @@ def load_json(path: Path | str, model: type[M], *, otherwise: str, error: type[A
 def first_of(error: ValidationError) -> str:
     """The first of all mistakes, with its place."""
     first = error.errors(include_url=False)[0]
-    return f"'{'.'.join(shortened(part, plain=True) for part in first['loc'])}': {first['msg']}"
+    return f"'{'.'.join(shortened(part, plain=True) for part in first['loc'])}': {_mistake(first)}"
 
 
 def validate(data: Any, model: type[M], *, where: str) -> M:
     """Check plain data against `model`. Raises `ConfigError` naming `where`, the key and the nearest valid key."""
     if not isinstance(data, dict):
-        raise ConfigError(f"{where}: expected keys and values, found {type(data).__name__}")
+        raise ConfigError(f"{where}: expected keys and values, found {_found(data)}")
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -229,7 +229,22 @@ def _explain(item: Any, model: type[BaseModel]) -> str:
         return f"unknown key '{location}'; {_hint(keys[-1], chosen, others)}"
     if item["type"] == "missing":
         return f"the key '{location}' is missing"
-    return f"'{location}': {item['msg']} (found {shortened(item['input'])})"
+    return f"'{location}': {_mistake(item)} (found {_found(item['input'])})"
+
+
+def _mistake(item: Any) -> str:
+    """What is wrong with a value, in the words of a file."""
+    if item["type"] in ("model_type", "model_attributes_type", "dataclass_type"):
+        # Pydantic names the class.
+        return "expected keys and values"
+    return str(item["msg"]).removeprefix("Value error, ")
+
+
+def _found(value: Any) -> str:
+    """A value as whoever wrote the file knows it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "nothing" if value is None else shortened(value)
 
 
 def _hint(key: str, chosen: list[type[BaseModel]], others: list[type[BaseModel]]) -> str:

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from axonn.errors import RecordError
-from axonn.files import opened
+from axonn.files import opened, reason_of
 
 
 class SpanKind(StrEnum):
@@ -207,7 +207,7 @@ def read_spans(path: Path | str) -> list[Span]:
             raise RecordError(f"{path}: a span in it has a time that is no number; the file is damaged, run it again")
         spans = table.to_pylist()
     except (OSError, pa.ArrowException, ValueError, TypeError, KeyError, MemoryError) as error:
-        raise RecordError(f"{path}: is not a span file: {error}") from error
+        raise RecordError(f"{path}: is not a span file: {reason_of(error)}") from error
     try:
         return [Span(**{**row, "kind": SpanKind(row["kind"])}) for row in spans]
     except ValueError as error:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from axonn.checkpoint import load_whole, verify
 from axonn.errors import CheckpointError, ConfigError
-from axonn.files import opened, why_unread
+from axonn.files import opened, reason_of
 from axonn.models.base import PipelineModel
 from axonn.parts import Part, compare_shapes
 from axonn.placement import Shape
@@ -40,7 +40,7 @@ def export_weights(checkpoint: Path | str, out: Path | str) -> int:
         save_file(weights, temporary, metadata={"format": "pt", "batches": str(state.batches)})
         temporary.replace(out)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{out}: cannot be written: {error}") from error
+        raise CheckpointError(f"{out}: cannot be written: {reason_of(error)}") from error
     return sum(weight.numel() for weight in weights.values())
 
 
@@ -90,7 +90,7 @@ def _opened(path: Path | str) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: cannot be read as safetensors: {why_unread(path, error)}") from error
+        raise ConfigError(f"{path}: cannot be read as safetensors: {reason_of(error, path)}") from error
 
 
 def _compare(path: Path | str, file: Any, wanted: Mapping[str, Shape]) -> None:

@@ -1,0 +1,1 @@
+"""What figures consist of, and the commands that train, measure, predict and plan."""

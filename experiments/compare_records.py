@@ -17,7 +17,7 @@ from rich import box
 from rich.table import Table
 
 from axonn.errors import RecordError
-from axonn.files import read_json
+from axonn.files import read_json, reason_of
 from axonn.records import SCHEMA, Record, RecordKind, read_records
 from axonn.strict import shortened
 
@@ -62,7 +62,7 @@ def _read(path: Path, *, required: bool) -> list[Entry] | None:
     try:
         data = read_json(path)
     except (OSError, ValueError) as error:
-        raise RecordError(f"{path}: cannot be read: {error}") from error
+        raise RecordError(f"{path}: cannot be read: {reason_of(error)}") from error
     if isinstance(data, dict) and "schema" in data and (required or data["schema"] == SCHEMA):
         return [_of_record(record) for record in read_records(path)]
     if isinstance(data, dict) and isinstance(data.get("rows"), list):

@@ -13,7 +13,7 @@ from typing import Any
 
 from axonn.config import GridConfig, TrainConfig, validate
 from axonn.errors import ConfigError, RecordError
-from axonn.files import read_json
+from axonn.files import read_json, reason_of
 from experiments.trail import SPEC
 
 RUN_FILE = "run.json"
@@ -73,7 +73,7 @@ def entries_of(folder: Path) -> list[dict[str, Any]]:
             return list(entries)
         problem = "its sessions lack first_batch or grid"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"{type(error).__name__}: {error}"
+        problem = reason_of(error)
     raise RecordError(f"{path}: does not say what the folder holds ({problem}); put it back, or start with --fresh")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from axonn.errors import RecordError
-from axonn.files import opened, parse_json, replace_durably
+from axonn.files import opened, parse_json, reason_of, replace_durably
 
 BATCHES = "batches.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -38,7 +38,7 @@ class Tail:
                 file.seek(self._offset)
                 text = file.read()
         except OSError as error:
-            raise RecordError(f"{self._path}: cannot be read: {error}") from error
+            raise RecordError(f"{self._path}: cannot be read: {reason_of(error)}") from error
         self._offset += len(text)
         *lines, self._rest = (self._rest + text).split(b"\n")
         return [self._row(line) for line in lines]

@@ -1,1 +1,1 @@
-"""Job scripts for the schedulers of clusters. Not written yet; `axonn run` measures on one machine."""
+"""Jobs on clusters: their scripts are written, submitted and followed, and what they leave is collected as records."""

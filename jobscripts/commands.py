@@ -71,7 +71,8 @@ def jobs(
             )
         )
     console.print(_table(planned))
-    for line in [*planned.warnings, *mine.missing(system.provide)]:
+    gone = [] if system.ended is None else [f"{system.machine} takes no jobs any more: {system.ended}"]
+    for line in [*gone, *planned.warnings, *mine.missing(system.provide)]:
         console.print(f"[yellow]warning: {escape(line)}[/yellow]", soft_wrap=True)
     for line in planned.left_out_lines():
         console.print(f"[yellow]no job: {escape(line)}[/yellow]", soft_wrap=True)

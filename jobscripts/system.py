@@ -52,6 +52,9 @@ class System(StrictModel):
     """What users of a Slurm machine mean by a queue: a partition, or a quality of service."""
     clocks: Line | None = None
     """Command that prints the state of a node's GPUs."""
+    ended: Line | None = None
+    """Since when the machine takes no jobs, and where that is said; None while it runs. Scripts for it are written all
+    the same, to be read, or changed for a machine like it."""
     source: str
     """Where these settings come from."""
 

@@ -6,7 +6,7 @@ import csv
 import io
 
 from axonn.errors import RecordError
-from axonn.files import read_text
+from axonn.files import read_text, reason_of
 from experiments.definition import ROOT, Experiment
 
 
@@ -16,7 +16,7 @@ def read_reading(experiment: Experiment, name: str) -> list[dict[str, str]]:
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RecordError(f"{path}: cannot be read: {error}; check it out again") from error
+        raise RecordError(f"{path}: cannot be read: {reason_of(error)}; check it out again") from error
     if not rows or any(value is None for row in rows for value in row.values()):
         raise RecordError(f"{path}: is no table with a value in each column; check it out again")
     return rows

@@ -88,8 +88,14 @@ def test_the_commands_of_a_page_do_what_it_says(page: Path, clone: Path) -> None
         )
         output = ended.stdout + ended.stderr
         assert ended.returncode == block.status, f"{page.name}:\n{block.text}\n{output}"
-        for line in "".join(block.printed).splitlines():
+        shown = "".join(block.printed).splitlines()
+        for line in shown:
             assert not line.strip() or appears(line, output), f"{page.name}: no {line!r} in\n{output}"
+        # A page does not lead to what the tool itself warns of, but where it shows that.
+        for warning in (line for line in output.splitlines() if line.startswith("warning:")):
+            assert any(appears(line, warning) for line in shown if line.startswith("warning:")), (
+                f"{page.name}: {warning}"
+            )
     after = {path.relative_to(ROOT) for path in ROOT.glob("*")} | {
         path.relative_to(ROOT) for path in ROOT.glob("runs/*")
     }

@@ -51,7 +51,7 @@ def test_what_does_not_fit_is_refused_at_once(options: dict[str, Any], error: ty
 
 def test_more_stages_than_layers_are_refused() -> None:
     world = InProcessWorld(15)
-    with pytest.raises(GridError, match="15 stages need at least 15 layers, the model has 14"):
+    with pytest.raises(GridError, match="15 stages are more than the 14 into which this model can be cut"):
         engine_in(world, Case(inter=15), 0)
 
 

@@ -237,7 +237,7 @@ def test_an_interruption_leaves_no_ranks(folder: Path) -> None:
     [
         ({"batch_size": 9}, "batch_size 9 is not a multiple of G_data x microbatch_size = 1 x 2 = 2"),
         ({"grid": {"data": 3}}, "batch_size 8 is not a multiple of G_data x microbatch_size = 3 x 2 = 6"),
-        ({"grid": {"inter": 7}}, "7 stages need at least 7 layers, the model has 6; lower G_inter"),
+        ({"grid": {"inter": 7}}, "7 stages are more than the 6 into which this model can be cut; lower G_inter"),
         ({"grid": {"row": 3}}, "hidden (16) of embedding, norms and attention cannot be cut along row = 3"),
         ({"grid": {"data": 0}}, "'grid.data'"),
         ({"schedule": {"name": "1f2b"}}, "unknown schedule '1f2b'; known are message-driven, "),

@@ -14,7 +14,7 @@ from experiments.framework import load_adapter
 from jobscripts.generate import TEMPLATES
 from jobscripts.points import Planned
 from jobscripts.site import Site
-from jobscripts.system import load_system
+from jobscripts.system import load_system, systems
 from tests.cluster_jobs import planned, planned_small, site, write
 from tests.scheduler_options import Script, read_script
 
@@ -140,3 +140,9 @@ def test_a_wrong_template_is_named_and_nothing_is_written(tmp_path: Path, name: 
     with pytest.raises(ConfigError, match=said):
         write(planned_small("fig3", "perlmutter"), tmp_path / "jobs", machine="perlmutter", templates=tmp_path)
     assert not (tmp_path / "jobs").exists()
+
+
+def test_a_machine_that_takes_no_jobs_any_more_says_so() -> None:
+    ended = {name: load_system(name).ended for name in systems()}
+    assert {name for name, text in ended.items() if text} == {"summit"}
+    assert "November 2024" in (ended["summit"] or "")

@@ -114,3 +114,13 @@ def test_no_module_keeps_mutable_state() -> None:
 def test_every_package_is_covered_by_a_rule() -> None:
     found = {p.parent.name for p in ROOT.glob("*/__init__.py")}
     assert found <= set(PACKAGES), "a new package needs a place in the layers"
+
+
+MADE_OF_CODE = [path for name in PACKAGES if name != "tests" for path in files_of(name) if path.name == "__init__.py"]
+
+
+@pytest.mark.parametrize("package", MADE_OF_CODE, ids=lambda path: str(path.parent.relative_to(ROOT)))
+def test_every_package_says_what_it_is(package: Path) -> None:
+    said = ast.get_docstring(ast.parse(package.read_text(encoding="utf-8")))
+    assert said, f"{package} has no docstring"
+    assert "not written yet" not in said.lower()

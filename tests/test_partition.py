@@ -60,7 +60,7 @@ def test_one_layer_per_stage_at_the_limit() -> None:
 @pytest.mark.parametrize("stages", [4, 100])
 def test_more_stages_than_layers_are_refused(stages: int) -> None:
     with pytest.raises(
-        GridError, match=f"{stages} stages need at least {stages} layers, the model has 3; lower G_inter"
+        GridError, match=f"{stages} stages are more than the 3 into which this model can be cut; lower G_inter"
     ):
         partition([1.0, 1.0, 1.0], stages)
 

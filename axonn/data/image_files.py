@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from axonn.errors import DataError
-from axonn.files import opened, read_bytes, why_unread
+from axonn.files import opened, read_bytes, reason_of
 
 Pixels = npt.NDArray[np.uint8]
 _ARRAYS = (".npy", ".npz")
@@ -69,7 +69,7 @@ def read_images(path: Path | str | None) -> Images:
             if tarfile.is_tarfile(file):
                 return ImageArray(_cifar(_members(path, file), where=str(path)))
     except (OSError, tarfile.TarError, EOFError, ValueError, zlib.error, lzma.LZMAError, MemoryError) as error:
-        raise DataError(f"{path}: cannot be read: {why_unread(path, error)}") from error
+        raise DataError(f"{path}: cannot be read: {reason_of(error, path)}") from error
     raise DataError(f"{path}: is no folder of images, no .npy or .npz file and no CIFAR archive")
 
 

@@ -18,7 +18,7 @@ import torch
 from axonn.config import GPTConfig, TrainConfig
 from axonn.data.order import SampleOrder, held_out_of
 from axonn.errors import DataError
-from axonn.files import opened, why_unread
+from axonn.files import opened, reason_of
 
 _LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 
@@ -49,7 +49,7 @@ def read_tokens(path: Path | str | None) -> npt.NDArray[np.integer]:
                 raise DataError(f"{path}: holds an odd number of bytes, but a .bin file holds uint16 tokens")
             return np.memmap(file, dtype=np.uint16, mode="r") if size else np.empty(0, np.uint16)
     except (OSError, MemoryError) as error:
-        raise DataError(f"{path}: cannot be read: {why_unread(path, error)}") from error
+        raise DataError(f"{path}: cannot be read: {reason_of(error, path)}") from error
 
 
 class TextData:

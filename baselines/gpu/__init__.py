@@ -1,0 +1,1 @@
+"""Benchmarks of the engine on a GPU, part by part (`make bench-gpu`)."""
