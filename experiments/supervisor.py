@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -116,6 +117,7 @@ def supervise(
             # Where all is well, a launcher that is still there is one that the ranks have outlived.
             stuck = process.poll() is None
             _end(process)
+            _end_ranks(folder, ranks, session_id=process.pid)
         failure = failure or _failure_after_exit(0 if stuck else process.returncode, folder, ranks, interruption)
         (folder / STOP).unlink(missing_ok=True)
     return outcome_of(folder, ranks, failure)
@@ -189,3 +191,21 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def _end_ranks(folder: Path, ranks: int, *, session_id: int) -> None:
+    """End ranks that have outlived their launcher: each has a process group of its own, in the launcher's session."""
+    ours = {pid for rank in range(ranks) if isinstance(pid := rank_state(folder, rank).get("pid"), int)}
+    end = time.monotonic() + _GRACE_S
+    while time.monotonic() < end and (left := {pid for pid in ours if _is_of(pid, session_id)}):
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _is_of(pid: int, session_id: int) -> bool:
+    try:
+        return os.getsid(pid) == session_id
+    except OSError:
+        return False

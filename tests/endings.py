@@ -63,7 +63,14 @@ class Training:
                 [*before, AXONN, "train", root / f"{name}.yaml", "--out", self.folder, "--device", "cpu"],
                 cwd=root,
                 env={**os.environ, "TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"},
-                **{"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT, **popen},
+                **{
+                    "stdin": subprocess.DEVNULL,
+                    "stdout": out,
+                    "stderr": subprocess.STDOUT,
+                    # Where the tests run in the background, it may be ignored.
+                    "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                    **popen,
+                },
             )
 
     @property
