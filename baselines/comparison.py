@@ -242,10 +242,11 @@ def busy_lines(results: Sequence[Result]) -> list[str]:
     if not busy:
         return []
     share = busy_share([turn.usage for turn in busy if turn.usage is not None]) or 0.0
-    how = "in ratios all the same" if any(result.with_busy for result in results) else "left out of ratios"
+    taken_in = any(result.with_busy for result in results)
+    how = "in ratios all the same" if taken_in else "left out of ratios"
     return [
         f"the machine was busy with other work during {len(busy)} of {len(turns)} batches (others took {share:.0%} of "
-        f"the cores meanwhile): {how}; {AGAIN}"
+        f"the cores meanwhile): {how}; {AGAIN if not taken_in else AGAIN.partition(',')[0]}"
     ]
 
 
