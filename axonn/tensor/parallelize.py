@@ -43,7 +43,6 @@ from axonn.tensor.graph.report import Report
 from axonn.tensor.graph.rewrite import Rewriter, part_of
 from axonn.tensor.graph.sub_shards import run_in_sub_shards
 from axonn.tensor.graph.trace import Example, trace
-from axonn.tensor.layer import placements
 from axonn.tensor.relayout import gather
 
 
@@ -119,7 +118,7 @@ class ParallelModule(nn.Module):
         self._signature = signature
         self._constants = dict(constants)
         self._names = list(names)
-        self._read = rewriter.placements
+        self._placed = rewriter.placements
         self._with_rows = plan.rows.inputs
         self._collectives = collectives
         self._data = None
@@ -140,9 +139,8 @@ class ParallelModule(nn.Module):
             yield
 
     def placements(self) -> dict[str, Placement]:
-        """How each parameter lies on the grid, by the name it has among `named_parameters()`."""
-        own = {f"module.{name}": placement for name, placement in self._read.items()}
-        return {name: own.get(name, placement) for name, placement in placements(self).items()}
+        """How each parameter and buffer lies on the grid, by every name that it has here."""
+        return {f"module.{name}": placement for name, placement in self._placed.items()}
 
     @torch.no_grad()
     def average_gradients(self) -> None:
@@ -163,26 +161,27 @@ class ParallelModule(nn.Module):
     @torch.no_grad()
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The whole state under the names of the original, on every rank; all ranks of row x col call it."""
-        mine, placed = self.module.state_dict(), self._placed()
-        found = {}
+        mine = self.module.state_dict(keep_vars=True)
+        gathered: dict[int, torch.Tensor] = {}
         for name in self._names:
-            value = mine[name].detach()
-            for cut in placed[name].cuts if name in placed else ():
-                value = gather(value, cut.dim, cut.axis, context=self.context, segments=cut.segments)  # type: ignore[arg-type]
-            found[name] = value.clone()
-        return found
+            if id(mine[name]) not in gathered:
+                value = mine[name].detach()
+                for cut in self._placed[name].cuts:
+                    value = gather(value, cut.dim, cut.axis, context=self.context, segments=cut.segments)  # type: ignore[arg-type]
+                gathered[id(mine[name])] = value
+        return {name: gathered[id(mine[name])].clone() for name in self._names}
 
     @torch.no_grad()
     def load_full_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take this rank's parts of a whole state under the names of the original. Raises `ConfigError` naming what is
         missing, unknown or of another shape; nothing is changed then."""
-        mine, placed = self.module.state_dict(), self._placed()
+        mine = self.module.state_dict()
         problems = [f"{name} is missing" for name in self._names if name not in state]
         problems += [f"{name} is not known" for name in state if name not in self._names]
         parts = {}
         for name in self._names:
             if name in state:
-                placement = placed.get(name) or Placement(shape=tuple(mine[name].shape))
+                placement = self._placed[name]
                 if tuple(state[name].shape) != placement.shape:
                     problems.append(f"{name} has shape {list(state[name].shape)} instead of {list(placement.shape)}")
                 else:
@@ -191,9 +190,6 @@ class ParallelModule(nn.Module):
             raise ConfigError(f"the state is not one of this module: {'; '.join(problems)}")
         for name, part in parts.items():
             mine[name].copy_(part)
-
-    def _placed(self) -> dict[str, Placement]:
-        return {**placements(self.module), **self._read}
 
     def _bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The tensors that the graph takes, by name. Raises `ConfigError` for other constants than the example's."""
