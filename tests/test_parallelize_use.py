@@ -48,8 +48,8 @@ def test_what_stays_whole_is_said_with_the_reason() -> None:
     assert {line.name: line.reason for line in outcome.report.whole} == {
         "batch_norm": "batch norm mixes rows, and its statistics are those of whole channels",
         "grouped": "grouped convolution (groups = 12)",
-        "transposed": "ConvTranspose2d has no tensor-parallel counterpart",
-        "recurrent": "LSTM has no tensor-parallel counterpart",
+        "transposed": "parallelize does not cut ConvTranspose2d",
+        "recurrent": "parallelize does not cut LSTM",
     }
     assert outcome.report.sub_shards_problem.startswith("batch_norm: rows are mixed")
     text = str(outcome.report)
@@ -329,7 +329,7 @@ def any_number(self: nn.Module, *xs: torch.Tensor) -> torch.Tensor:
     ("forward", "message"),
     [
         (random_noise, "randn_like .* draws random numbers"),
-        (branching, "cannot be traced: .* parallelise the modules inside"),
+        (branching, "cannot be traced .*: .* parallelise the modules inside"),
         (assigning, "assigns to a part of a tensor; write it without"),
         (changing_a_view, "reads another view"),
         (changing_a_buffer, "add_ changes inner.seen of the module"),

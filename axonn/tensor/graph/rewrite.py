@@ -20,6 +20,7 @@ from axonn.tensor.graph.kinds import kind_of
 from axonn.tensor.graph.layers import LayerOperation, WholeModule, build, build_dropout
 from axonn.tensor.graph.operations import Operation
 from axonn.tensor.graph.report import LayerLine, RelayoutLine, Report, WholeLine
+from axonn.tensor.graph.source import at
 from axonn.tensor.graph.table import is_tensor
 from axonn.tensor.layer import TensorLayer
 
@@ -75,6 +76,8 @@ class Rewriter:
             return
         new = self._graph.node_copy(node)
         new.args, new.kwargs = arguments
+        # Annotations may be strings, which the module's code cannot be saved with.
+        new.type = None
         if node.op == "call_module" and isinstance(operation, Operation) and self._is_dropout(node):
             new.target = self._place_dropout(node)
         option = self._plan.options.get(node)
@@ -247,8 +250,8 @@ class Rewriter:
         rows = self._plan.rows.forms.get(node)
         if rows is not None and rows.dim:
             raise ConfigError(
-                f"dropout {node.target} ({node.name}) has the rows of the batch in dim {rows.dim}; its masks are drawn "
-                "by sample, so let it work where they are dim 0"
+                f"dropout {node.target} ({node.name}) has the rows of the batch in dim {rows.dim}{at(node)}; its "
+                "masks are drawn by sample, so let it work where they are dim 0"
             )
         name, calls = str(node.target), 0
         while name in self._attributes:
