@@ -76,11 +76,11 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         if name.startswith(("AXONN", "PYTEST")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("PYTHONPATH", str(folder))
-    # As a newcomer's terminal, and not this process's: machines may have one core, and tests may be root.
+    # As a newcomer's terminal, who may be root, and not this process's.
+    for name in list(os.environ):
+        if name.startswith(("OMPI_", "PRTE_", "PMIX_")):
+            monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setenv("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
-    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
-    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return folder
 

@@ -184,7 +184,7 @@ def expected_calls(outcome: Outcome, module: nn.Module, rows: int) -> Counter[tu
         for axis, size, other in ((first, linear.out_features, second), (second, linear.in_features, first)):
             if axis is not None:
                 calls += [("all-reduce sum", axis, rows * size // context.extent(other))] * uses[line.name]
-    rank = outcome.parallel._collectives.rank  # type: ignore[union-attr]
+    rank = outcome.parallel.context.collectives.rank
     return Counter((kind, context.grid.group(rank, [axis]), elements) for kind, axis, elements in calls)
 
 
