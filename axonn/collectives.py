@@ -69,10 +69,17 @@ class Collectives(ABC):
     nothing.
     """
 
+    device_type = "cpu"
+    """Type of the devices whose tensors are exchanged."""
+
     def __init__(self, grid: ProcessGrid, rank: int) -> None:
         self.grid = grid
         self.rank = rank
         self.calls: Counter[Call] = Counter()
+
+    def __deepcopy__(self, memo: object) -> Collectives:
+        """The same object: groups belong to the job and are not copied."""
+        return self
 
     def axis_group(self, axes: Sequence[Axis]) -> Group:
         """The ranks that differ from this one along `axes` only."""
@@ -146,6 +153,7 @@ class TorchCollectives(Collectives):
 
     def __init__(self, grid: ProcessGrid, rank: int, *, device_type: str = "cpu") -> None:
         super().__init__(grid, rank)
+        self.device_type = device_type
         self._mesh = grid.connect(device_type)
 
     def _group(self, ranks: tuple[int, ...], axes: Sequence[Axis] | None) -> Any:
@@ -221,6 +229,24 @@ class SerialCollectives(Collectives):
 
     def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: Group) -> Work:
         raise GridError(f"{len(group.ranks)} ranks need collectives between them")
+
+
+def job_collectives(grid: ProcessGrid, rank: int | None, device_type: str) -> Collectives:
+    """Connect the ranks of the running job, of which this is `rank` (default: whichever it is); all ranks call it.
+
+    Raises `GridError` when the grid does not fit the job, or this is another rank.
+    """
+    if grid.size == 1:
+        return SerialCollectives(grid, 0)
+    if not dist.is_initialized():
+        raise GridError(
+            f"the grid {grid} needs {grid.size} ranks, but torch.distributed is not initialised; start the job "
+            "(torchrun, mpiexec) and call torch.distributed.init_process_group, or give collectives"
+        )
+    here = dist.get_rank()
+    if rank not in (None, here):
+        raise GridError(f"these are the parts of rank {rank}, but this is rank {here}; each rank has its own")
+    return TorchCollectives(grid, here, device_type=device_type)
 
 
 class _NothingToDo(Work):

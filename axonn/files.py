@@ -24,7 +24,7 @@ _LONGEST_NUMBER = 40
 
 
 def reason_of(error: Exception, path: Path | str | None = None) -> str:
-    """Return what went wrong, without the number and the path that Python puts around it: who reports it names the file.
+    """Return what went wrong, without the number and the path that Python adds: who reports it names the file.
 
     `path`: the file as the user named it; of one that is not there the reason says where it was looked for.
     """

@@ -79,6 +79,8 @@ def plan(
         order=order,
         reserve=reserve,
     )
+    if chosen.config is None:
+        space = planning.without_engine(space)
     if out is not None and chosen.config is None:
         raise ConfigError("--out writes a configuration of axonn train, which trains no other modules; leave it out")
     with progress_bar(transient=True) as progress:
@@ -99,8 +101,9 @@ def plan(
         console.print(escape(line), highlight=False, soft_wrap=True)
     best = planning.picked(found, pick)
     if chosen.config is None:
-        g = best.strategy.grid
-        console.print(f"axonn.parallelize(module, ProcessGrid(data={g.data}, row={g.row}, col={g.col}))")
+        g, sub_shards = best.strategy.grid, best.strategy.overdecomposition
+        turns = f", overdecomposition={sub_shards}" if sub_shards > 1 else ""
+        console.print(f"axonn.parallelize(module, ProcessGrid(data={g.data}, row={g.row}, col={g.col}){turns})")
     elif out is not None:
         config = planning.write_config(best, chosen.config, space, out, machine=machine_file)
         console.print(f"written to {out}; {planning.where_it_runs(config, out, machine_file)}", soft_wrap=True)

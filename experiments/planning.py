@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -180,6 +180,20 @@ def chosen_model(model: str | None, module: str | None, inputs: Sequence[str], *
     from experiments.plan_module import plannable_module
 
     return Chosen(plannable=plannable_module(module, inputs))
+
+
+def without_engine(space: Space) -> Space:
+    """What is left to search of a module that `axonn.parallelize` cuts: grids, rows at a time and sub-shards. Its
+    optimizer is torch's own. Raises `ConfigError` for pins of what only the engine does."""
+    pinned = {
+        "--schedule": space.schedule is not None,
+        "--checkpointing": space.checkpointing not in (None, "none"),
+        "--optimizer offloaded": space.optimizer == "offloaded",
+    }
+    if any(pinned.values()):
+        options = ", ".join(option for option, is_pinned in pinned.items() if is_pinned)
+        raise ConfigError(f"{options}: the engine does that, for a --model; leave it out for a --module")
+    return replace(space, optimizer="device", checkpointing="none")
 
 
 def space_of(

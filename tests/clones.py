@@ -32,16 +32,12 @@ def copy_of_the_project(folder: Path) -> Path:
 
 
 def newcomers_environment(monkeypatch: pytest.MonkeyPatch, *, path: Path) -> None:
-    """As a newcomer's terminal, and not this process's: machines may have one core, and tests may be root. The modules
-    are those of `path`."""
+    """As a newcomer's terminal, who may be root, and not this process's. The modules are those of `path`."""
     for name in list(os.environ):
-        if name.startswith(("AXONN", "PYTEST")):
+        if name.startswith(("AXONN", "PYTEST", "OMPI_", "PRTE_", "PMIX_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("PYTHONPATH", str(path))
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setenv("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
-    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
-    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 

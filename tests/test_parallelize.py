@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -14,20 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.parallel_cases import CASES, STYLES, make, normal
 from tests.parallelizing import Outcome, check, kinds, layer
-from tests.plain_models import Attention, Awkward, Block, Classifier, Gated, LanguageModel, LeNet, UNet
+from tests.plain_models import Attention, Block, UNet
 
 EXTENTS = (1, 2, 3, 4)
 GRIDS = [(row, col) for row in EXTENTS for col in EXTENTS]
-STYLES = ["separate", "split", "view", "interleaved", "einsum", "explicit", "batched", "multi-query"]
-
-
-def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def tokens(rows: int, length: int, below: int) -> torch.Tensor:
-    return torch.randint(0, below, (rows, length), generator=torch.Generator().manual_seed(2))
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -53,26 +44,18 @@ def test_mlp(row: int, col: int) -> None:
             assert kinds(outcome) == expected
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[torch.Tensor]]]] = {
-    "lenet": (LeNet, lambda: [normal(4, 1, 16, 16)]),
-    "unet": (UNet, lambda: [normal(3, 3, 4, 4), normal(3, 4)]),
-    "language model": (lambda: LanguageModel(tied=False), lambda: [tokens(3, 5, 48)]),
-    "tied language model": (lambda: LanguageModel(tied=True), lambda: [tokens(3, 5, 48)]),
-    "classifier": (Classifier, lambda: [tokens(3, 5, 24)]),
-    "gated": (Gated, lambda: [normal(3, 4, 12)]),
-    "awkward": (Awkward, lambda: [normal(3, 12)]),
-}
+BY_STYLE = [f"{style} attention" for style in STYLES]
+"""Cut on other grids below."""
 
 
 @pytest.mark.parametrize(
     ("row", "col", "sub_shards"), [(1, 1, 2), (2, 1, 1), (1, 3, 2), (2, 2, 3), (3, 2, 1), (2, 4, 2), (4, 3, 1)]
 )
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in BY_STYLE])
 def test_models(name: str, row: int, col: int, sub_shards: int) -> None:
-    make, inputs = MODELS[name]
-    outcomes = check(make(), inputs(), row=row, col=col, sub_shards=sub_shards)
-    # Rows of these are computed together, as batch norm does in training.
-    assert {o.report.sub_shards for o in outcomes} == {1 if name == "awkward" else sub_shards}
+    outcomes = check(make(name), CASES[name].inputs(), row=row, col=col, sub_shards=sub_shards)
+    # Rows of some are computed together, as batch norm does in training.
+    assert {o.report.sub_shards for o in outcomes} == {1 if CASES[name].mixes_rows else sub_shards}
 
 
 @pytest.mark.parametrize(("row", "col"), [(2, 2), (1, 4), (3, 2)])
@@ -201,7 +184,7 @@ def expected_calls(outcome: Outcome, module: nn.Module, rows: int) -> Counter[tu
         for axis, size, other in ((first, linear.out_features, second), (second, linear.in_features, first)):
             if axis is not None:
                 calls += [("all-reduce sum", axis, rows * size // context.extent(other))] * uses[line.name]
-    rank = outcome.parallel._collectives.rank  # type: ignore[union-attr]
+    rank = outcome.parallel.context.collectives.rank
     return Counter((kind, context.grid.group(rank, [axis]), elements) for kind, axis, elements in calls)
 
 

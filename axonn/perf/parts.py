@@ -146,28 +146,35 @@ class Linear(Saving):
 class Norm(Saving):
     """A norm over features cut along `axis`, at `positions` places of each row.
 
-    Each rank's mean and sum of squares are gathered; the backward sums the two means that the gradient needs.
-    `spread`: axis along which the positions are cut.
+    Each rank's mean and sum of squares are gathered; the backward sums the two means that the gradient needs. Without
+    a mean (`centred=False`, an RMS norm) the squares are summed, and the backward sums one mean. `weight`, `bias`:
+    whether it has these parameters. `spread`: axis along which the positions are cut.
     """
 
     positions: int
     features: int
     axis: TensorAxis | None = "row"
     spread: TensorAxis | None = None
+    centred: bool = True
+    weight: bool = True
+    bias: bool = True
 
     def places(self, grid: ProcessGrid, rows: int) -> int:
         """Of a rank."""
         return places_of(grid, rows, self.positions, self.spread)
 
     def forward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
+        if not self.centred:
+            return _exchanges(grid, "all-reduce sum", self.axis, self.places(grid, rows), wide=True)
         return _exchanges(grid, "all-gather", self.axis, 2 * self.places(grid, rows), wide=True)
 
     def backward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
-        return _exchanges(grid, "all-reduce sum", self.axis, 2 * self.places(grid, rows), wide=True)
+        moments = 2 if self.centred else 1
+        return _exchanges(grid, "all-reduce sum", self.axis, moments * self.places(grid, rows), wide=True)
 
     def parameters(self, grid: ProcessGrid) -> dict[str, int]:
         features = _share(grid, self.features, self.axis)
-        return {"weight": features, "bias": features}
+        return {name: features for name, has in (("weight", self.weight), ("bias", self.bias)) if has}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,12 +237,14 @@ class GroupNorm(Saving):
     """A group norm whose channels are cut along `axis`, each of `segments` by itself.
 
     Only groups that lie on several ranks need others: their moments are gathered, and their two sums reduced.
+    `affine`: whether it has a weight and a bias.
     """
 
     groups: int
     segments: tuple[int, ...]
     axis: TensorAxis | None = "row"
     positions: int = 1
+    affine: bool = True
 
     def crossing(self, extent: int) -> int:
         """How many groups lie on several of `extent` ranks."""
@@ -260,7 +269,7 @@ class GroupNorm(Saving):
 
     def parameters(self, grid: ProcessGrid) -> dict[str, int]:
         channels = _share(grid, sum(self.segments), self.axis)
-        return {"weight": channels, "bias": channels}
+        return {"weight": channels, "bias": channels} if self.affine else {}
 
     def _of_crossing(self, grid: ProcessGrid, rows: int, kind: Kind) -> list[Exchange]:
         crossing = 0 if self.axis is None else self.crossing(grid.extent(self.axis))

@@ -181,7 +181,8 @@ class _Search:
                         self.discarded.add("more stages than layers", f"{shown}: {error}")
                         continue
                     for optimizer in self.space.optimizers():
-                        for checkpointing in self.space.checkpointings():
+                        # Without blocks there is nothing to recompute: one configuration, whatever is asked for.
+                        for checkpointing in self.space.checkpointings() if blocks else ("none",):
                             candidate = Candidate(shape, schedule, None, optimizer)
                             yield self._checkpointed(candidate, checkpointing, blocks)
 

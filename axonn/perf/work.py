@@ -52,9 +52,11 @@ def work_of(part: Part, grid: ProcessGrid, rows: int) -> Work:
         case Embedding():
             return _embedding(part, grid, rows)
         case Norm():
-            return _norm("layer-norm", part.places(grid, rows) * _share(grid, part.features, part.axis))
+            elements = part.places(grid, rows) * _share(grid, part.features, part.axis)
+            return _norm("layer-norm", elements, trained=part.weight or part.bias)
         case GroupNorm():
-            return _norm("group-norm", rows * part.positions * _share(grid, sum(part.segments), part.axis))
+            elements = rows * part.positions * _share(grid, sum(part.segments), part.axis)
+            return _norm("group-norm", elements, trained=part.affine)
         case Activation():
             elements = rows * part.positions * _share(grid, part.features, part.axis)
             backward = Stream(_backward(part.kind), elements, 3 * elements)
@@ -158,10 +160,11 @@ def _embedding(part: Embedding, grid: ProcessGrid, rows: int) -> Work:
     return Work((forward,), (), (gradient, accumulate), Saved())
 
 
-def _norm(kind: StreamKind, elements: int) -> Work:
+def _norm(kind: StreamKind, elements: int, *, trained: bool) -> Work:
     forward = Stream(kind, elements, 2 * elements)
     # Gradient and input in, gradient out; once more for the gradients of scale and shift.
-    backward = Stream(_backward(kind), elements, 5 * elements, kernels=2)
+    moved, kernels = (5, 2) if trained else (3, 1)
+    backward = Stream(_backward(kind), elements, moved * elements, kernels=kernels)
     return Work((forward,), (backward,), saved=Saved(elements))
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from axonn.collectives import Collectives, Group, Operation, SerialCollectives, Work
+from axonn.collectives import Collectives, Group, Operation, SerialCollectives, Work, job_collectives
 from axonn.compiled import Compiler
 from axonn.device_timeline import Moment, Timeline
 from axonn.errors import ConfigError, GridError
@@ -115,11 +115,19 @@ class TensorContext:
         self.positions = Positions()
         self.compiler = compiler or Compiler()
         self._task: TaskSpans | None = None
-        self._collectives = collectives
+        self.collectives = collectives
         self._groups: dict[TensorAxis, Group] = {}
         for axis in ("row", "col"):
             if grid.extent(axis) > 1:
                 self._groups[axis] = collectives.axis_group([axis])
+
+    def __deepcopy__(self, memo: object) -> TensorContext:
+        """The same object: a rank has one place in its job, whatever copies of its layers there are."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rank = self.grid.rank(**self.here._asdict())
+        return _in_running_job, (self.grid, rank, self.seed, self.collectives.device_type)
 
     @classmethod
     def serial(cls, *, seed: int = 0) -> TensorContext:
@@ -166,7 +174,7 @@ class TensorContext:
     def start_all_reduce(self, tensor: torch.Tensor, axis: TensorAxis | None, operation: Operation = "sum") -> Pending:
         """Start reducing contiguous `tensor` in place along `axis`."""
         group = self._group(axis)
-        return Pending(None if group is None else partial(self._collectives.all_reduce, tensor, group, operation), self)
+        return Pending(None if group is None else partial(self.collectives.all_reduce, tensor, group, operation), self)
 
     def all_reduce(self, tensor: torch.Tensor, axis: TensorAxis | None, operation: Operation = "sum") -> torch.Tensor:
         """Reduce contiguous `tensor` in place along `axis`, other lanes computing meanwhile; returns it."""
@@ -179,7 +187,7 @@ class TensorContext:
         if group is None:
             return tensor.unsqueeze(0)
         gathered = tensor.new_empty(len(group.ranks), *tensor.shape)
-        Pending(partial(self._collectives.all_gather, gathered, tensor.contiguous(), group), self).wait()
+        Pending(partial(self.collectives.all_gather, gathered, tensor.contiguous(), group), self).wait()
         return gathered
 
     def _group(self, axis: TensorAxis | None) -> Group | None:
@@ -216,3 +224,8 @@ class TensorContext:
             chunk=task.chunk,
             shard=shard,
         )
+
+
+def _in_running_job(grid: ProcessGrid, rank: int, seed: int, device_type: str) -> TensorContext:
+    """The context of `rank` where its layers are loaded from a file; all ranks load theirs together."""
+    return TensorContext(grid, rank, job_collectives(grid, rank, device_type), seed=seed)

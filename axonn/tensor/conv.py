@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from axonn.accumulation import add_gradient
 from axonn.errors import GridError
+from axonn.tensor.autocast import product_inputs, without_autocast
 from axonn.tensor.context import TensorContext
 from axonn.tensor.layer import NORMAL, Layout, TensorLayer, check_layout, cut, segments_of
 
@@ -79,7 +80,11 @@ class Conv2d(TensorLayer):
         if self.weight_gradients is None and self.context.grid.tensor == 1:
             return F.conv2d(x, self.weight, self.bias, how.stride, how.padding, how.dilation, how.groups)
         batch = x if x.dim() == 4 else x.unsqueeze(0)
-        y: torch.Tensor = _Conv2d.apply(batch, self.weight, self.bias, self, how)  # type: ignore[no-untyped-call]
+        given = batch, self.weight, self.bias
+        # What is accumulated in place is computed in the parameters' own type.
+        given = given if self.weight_gradients is not None else product_inputs(*given)  # type: ignore[assignment]
+        with without_autocast(x):
+            y: torch.Tensor = _Conv2d.apply(*given, self, how)  # type: ignore[no-untyped-call]
         return y if x.dim() == 4 else y.squeeze(0)
 
     def extra_repr(self) -> str:
@@ -137,7 +142,7 @@ class _Conv2d(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layer: Conv2d, how: _Geometry
     ) -> torch.Tensor:
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, weight)
         # The layer's own parameters, not the tensors that autograd saves for them: their `.grad` is what counts.
         ctx.layer, ctx.how = layer, how
         context, axis = layer.context, layer.layout.input
@@ -148,16 +153,16 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         layer, how = ctx.layer, ctx.how
         needs_input, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
         pending = of_input = of_weight = of_bias = None
         if needs_input:
-            of_input = _dense(_backward(gradient, x, layer.weight, how, of_input=True))
+            of_input = _dense(_backward(gradient, x, weight, how, of_input=True))
             pending = layer.context.start_all_reduce(of_input, layer.layout.output)
 
         def weight_gradient() -> torch.Tensor:
-            return _backward(gradient, x, layer.weight, how, of_input=False)
+            return _backward(gradient, x, weight, how, of_input=False)
 
         def accumulate() -> None:
             if needs_weight:

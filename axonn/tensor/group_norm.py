@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from axonn.placement import Cut, Placement
+from axonn.tensor.autocast import norm_input
 from axonn.tensor.context import TensorAxis, TensorContext
 from axonn.tensor.layer import TensorLayer, cut, segments_of
 from axonn.tensor.norm import mean_and_variance, wide_type
@@ -62,7 +63,7 @@ class GroupNorm(TensorLayer):
             if x.is_cpu or x.is_contiguous():
                 return F.group_norm(*arguments)
             return self.context.compiler.run(_channels_last, *arguments, like=x)
-        y: torch.Tensor = _GroupNorm.apply(x, self.weight, self.bias, self)  # type: ignore[no-untyped-call]
+        y: torch.Tensor = _GroupNorm.apply(norm_input(x), self.weight, self.bias, self)  # type: ignore[no-untyped-call]
         return y
 
     def extra_repr(self) -> str:
@@ -199,7 +200,7 @@ class _GroupNorm(torch.autograd.Function):
         ctx.save_for_backward(normal, scale, weight)
         ctx.layer = layer
         y = normal if weight is None else normal * weight.unsqueeze(-1)
-        return (y if bias is None else y + bias.unsqueeze(-1)).view(x.shape)
+        return (y if bias is None else y + bias.unsqueeze(-1)).view(x.shape).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -48,7 +48,7 @@ class Lanes:
         """Results of the functions, in order; the first runs in the calling thread. Raises what the first failing
         function raised, after the others have ended.
 
-        Whether gradients are recorded is as in the calling thread.
+        Whether gradients are recorded, inference mode and autocast are as in the calling thread.
         """
         if len(functions) == 1 or self.lane is not None:
             with _own_thread():
@@ -58,7 +58,7 @@ class Lanes:
         self._live = [True] * lanes
         self._failure = None
         results: list[Any] = [None] * lanes
-        enabled = torch.is_grad_enabled()
+        modes = _Modes(self._device)
         # All lanes give their work to the caller's stream: its order is that of the turns.
         stream = None if self._device.type == "cpu" else torch.cuda.current_stream(self._device)
 
@@ -69,7 +69,7 @@ class Lanes:
             try:
                 if self._failure is None:
                     same_stream = nullcontext() if stream is None else torch.cuda.stream(stream)
-                    with torch.set_grad_enabled(enabled), _own_thread(), same_stream:
+                    with modes.again() if lane else nullcontext(), _own_thread(), same_stream:
                         results[lane] = functions[lane]()
             except _Stopped:
                 pass
@@ -113,6 +113,27 @@ class Lanes:
     def _next(self, lane: int) -> int | None:
         lanes = len(self._live)
         return next((n for i in range(1, lanes) if self._live[n := (lane + i) % lanes]), None)
+
+
+class _Modes:
+    """What a thread has set for the operations that it runs, to be set in another one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._gradients = torch.is_grad_enabled()
+        self._inference = torch.is_inference_mode_enabled()
+        self._autocast = [
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+            for kind in dict.fromkeys(["cpu", device.type])
+        ]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(self._inference))
+            stack.enter_context(torch.set_grad_enabled(self._gradients))
+            for kind, dtype, enabled in self._autocast:
+                stack.enter_context(torch.autocast(kind, dtype, enabled=enabled))
+            yield
 
 
 def _close(workers: list[_Worker]) -> None:

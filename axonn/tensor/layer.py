@@ -75,15 +75,17 @@ def cut(dim: int, axis: TensorAxis | None, segments: Sequence[int]) -> Cut | Non
 def placements(module: nn.Module) -> dict[str, Placement]:
     """Placement of every parameter of `module` by its name; those of ordinary layers are replicated along row and col.
 
-    A parameter that is shared has several names, and the placement of the first layer that holds it.
+    A parameter that is shared has several names, and under each the placement of the first layer that holds it.
     """
-    found: dict[str, Placement] = {}
-    for path, part in module.named_modules():
-        own = part.placements if isinstance(part, TensorLayer) else {}
-        for name, parameter in part.named_parameters(recurse=False):
-            full = f"{path}.{name}" if path else name
-            found[full] = own.get(name) or Placement(shape=tuple(parameter.shape))
-    return found
+    placed: dict[int, Placement] = {}
+    for part in module.modules():
+        if isinstance(part, TensorLayer):
+            for name, placement in part.placements.items():
+                placed.setdefault(id(getattr(part, name)), placement)
+    return {
+        name: placed.get(id(parameter), Placement(shape=tuple(parameter.shape)))
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+    }
 
 
 def segments_of(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from axonn.accumulation import WeightGradients, add_gradient, add_product
+from axonn.tensor.autocast import product_inputs, without_autocast
 from axonn.tensor.context import TensorContext
 from axonn.tensor.layer import NORMAL, Layout, TensorLayer, check_layout, cut, segments_of
 
@@ -80,7 +81,10 @@ def linear(
     """
     if weight_gradients is None and context.grid.tensor == 1:
         return F.linear(x, weight, bias)
-    y: torch.Tensor = _Linear.apply(x, weight, bias, context, layout, weight_gradients)  # type: ignore[no-untyped-call]
+    # What is accumulated in place is computed in the parameters' own type.
+    given = (x, weight, bias) if weight_gradients is not None else product_inputs(x, weight, bias)
+    with without_autocast(x):
+        y: torch.Tensor = _Linear.apply(*given, context, layout, weight_gradients)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -95,9 +99,9 @@ class _Linear(torch.autograd.Function):
         layout: Layout,
         queue: WeightGradients | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, weight)
         # The parameters themselves, not the tensors that autograd saves for them: their `.grad` is what counts.
-        ctx.weight, ctx.bias = weight, bias
+        ctx.parameters = None if queue is None else (weight, bias)
         ctx.context, ctx.layout, ctx.queue = context, layout, queue
         if context.extent(layout.input) == 1:
             return F.linear(x, weight, bias)
@@ -106,19 +110,19 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         pending = of_input = of_weight = of_bias = None
         if needs_input:
-            of_input = gradient @ ctx.weight
+            of_input = gradient @ weight
             pending = ctx.context.start_all_reduce(of_input, ctx.layout.output)
         rows, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
 
         def accumulate() -> None:
             if needs_weight:
-                add_product(ctx.weight, rows.t(), inputs)
+                add_product(ctx.parameters[0], rows.t(), inputs)
             if needs_bias:
-                add_gradient(ctx.bias, rows.sum(0))
+                add_gradient(ctx.parameters[1], rows.sum(0))
 
         if ctx.queue is not None:
             ctx.queue.add(accumulate)

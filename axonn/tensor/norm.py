@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from axonn.tensor.autocast import norm_input
 from axonn.tensor.context import TensorAxis, TensorContext
 from axonn.tensor.layer import TensorLayer, cut, segments_of
 
@@ -77,7 +78,7 @@ class LayerNorm(_FeatureNorm):
         if self.context.extent(self.axis) == 1:
             return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
         weight, bias = (None if p is None else p.flatten() for p in (self.weight, self.bias))
-        flat = x.flatten(-len(self.normalized_shape))
+        flat = norm_input(x).flatten(-len(self.normalized_shape))
         y: torch.Tensor = _LayerNorm.apply(flat, weight, bias, self)  # type: ignore[no-untyped-call]
         return y.view(x.shape)
 
@@ -106,7 +107,7 @@ class RMSNorm(_FeatureNorm):
         if self.context.extent(self.axis) == 1:
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         weight = None if self.weight is None else self.weight.flatten()
-        flat = x.flatten(-len(self.normalized_shape))
+        flat = norm_input(x).flatten(-len(self.normalized_shape))
         y: torch.Tensor = _RMSNorm.apply(flat, weight, self)  # type: ignore[no-untyped-call]
         return y.view(x.shape)
 
@@ -146,7 +147,7 @@ class _LayerNorm(torch.autograd.Function):
         ctx.save_for_backward(normal, scale, weight)
         ctx.layer = layer
         y = normal if weight is None else normal * weight
-        return y if bias is None else y + bias
+        return (y if bias is None else y + bias).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -175,7 +176,7 @@ class _RMSNorm(torch.autograd.Function):
         normal = (local * scale).to(x.dtype)
         ctx.save_for_backward(normal, scale, weight)
         ctx.layer = layer
-        return normal if weight is None else normal * weight
+        return (normal if weight is None else normal * weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

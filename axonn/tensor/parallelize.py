@@ -30,20 +30,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from axonn.collectives import Collectives, TorchCollectives
+from axonn.collectives import Collectives, job_collectives
 from axonn.errors import ConfigError, GridError
 from axonn.grid import ProcessGrid
 from axonn.placement import Placement
 from axonn.tensor.context import TensorContext
+from axonn.tensor.gradients import GradientAgreement
 from axonn.tensor.graph.assign import Plan, assign
 from axonn.tensor.graph.report import Report
 from axonn.tensor.graph.rewrite import Rewriter, part_of
 from axonn.tensor.graph.sub_shards import run_in_sub_shards
 from axonn.tensor.graph.trace import Example, trace
-from axonn.tensor.layer import placements
 from axonn.tensor.relayout import gather
 
 
@@ -91,7 +90,6 @@ def parallelize(
         inspect.signature(module.forward),
         traced.constants,
         list(module.state_dict()),
-        collectives,
     ).train(module.training)
 
 
@@ -110,7 +108,6 @@ class ParallelModule(nn.Module):
         signature: inspect.Signature,
         constants: Mapping[str, Any],
         names: Sequence[str],
-        collectives: Collectives | None,
     ) -> None:
         super().__init__()
         self.module = rewriter.module
@@ -119,14 +116,16 @@ class ParallelModule(nn.Module):
         self._signature = signature
         self._constants = dict(constants)
         self._names = list(names)
-        self._read = rewriter.placements
+        self._placed = rewriter.placements
         self._with_rows = plan.rows.inputs
-        self._collectives = collectives
-        self._data = None
-        if collectives is not None and context.grid.data > 1:
-            self._data = collectives.axis_group(["data"])
+        self._agreement = GradientAgreement(context)
 
+    # Collectives, and lanes that take turns, are no graph: torch.compile lets the module run as it is.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            # Here, since parameters may be unfrozen, replaced or copied at any time.
+            self._agreement.watch(dict(self.module.named_parameters()), self._placed)
         inputs = self._bound(args, kwargs)
         if self.report.sub_shards == 1:
             return self.module(*inputs.values())
@@ -140,49 +139,64 @@ class ParallelModule(nn.Module):
             yield
 
     def placements(self) -> dict[str, Placement]:
-        """How each parameter lies on the grid, by the name it has among `named_parameters()`."""
-        own = {f"module.{name}": placement for name, placement in self._read.items()}
-        return {name: own.get(name, placement) for name, placement in placements(self).items()}
+        """How each parameter and buffer lies on the grid, by every name that it has here."""
+        return {f"module.{name}": placement for name, placement in self._placed.items()}
 
     @torch.no_grad()
     def average_gradients(self) -> None:
         """Average the gradients over the data-parallel ranks; all ranks call it. A missing one counts as zero."""
-        if self._data is None or self._collectives is None:
-            return
-        of_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                of_dtype.setdefault(parameter.dtype, []).append(parameter)
-        for found in of_dtype.values():
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in found]
-            flat = torch.cat([g.flatten() for g in gradients]).div_(self.context.grid.data)
-            self._collectives.all_reduce(flat, self._data).wait()
-            for parameter, part in zip(found, torch.split(flat, [p.numel() for p in found]), strict=True):
-                parameter.grad = part.view_as(parameter)
+        self._agreement.average(list(self.parameters()))
+
+    @torch.no_grad()
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> torch.Tensor:
+        """Clip the norm of all gradients together and return it, as `torch.nn.utils.clip_grad_norm_` does of the module
+        itself, the same on every rank. All ranks call it; with data-parallel ranks after `average_gradients`.
+
+        torch's own function does the same, with a collective for each parameter; this has one for each axis. Raises
+        `RuntimeError` for a norm that is no number with `error_if_nonfinite`, `ConfigError` before the average.
+        """
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        if not parameters:
+            return torch.tensor(0.0)
+        norms = self._agreement.norms([p.grad for p in parameters if p.grad is not None], float(norm_type))
+        total = torch.nn.utils.get_total_norm(norms, norm_type, error_if_nonfinite)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+        return total
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> Sequence[str]:
+        """What DistributedDataParallel asks for when it wraps a module, which would give every rank rank 0's parts."""
+        raise ConfigError(
+            "DistributedDataParallel would copy rank 0's parts to the ranks that have others; do without it, give the "
+            "grid a G_data and call average_gradients() after the backward"
+        )
 
     @torch.no_grad()
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The whole state under the names of the original, on every rank; all ranks of row x col call it."""
-        mine, placed = self.module.state_dict(), self._placed()
-        found = {}
+        mine = self.module.state_dict(keep_vars=True)
+        gathered: dict[int, torch.Tensor] = {}
         for name in self._names:
-            value = mine[name].detach()
-            for cut in placed[name].cuts if name in placed else ():
-                value = gather(value, cut.dim, cut.axis, context=self.context, segments=cut.segments)  # type: ignore[arg-type]
-            found[name] = value.clone()
-        return found
+            if id(mine[name]) not in gathered:
+                value = mine[name].detach()
+                for cut in self._placed[name].cuts:
+                    value = gather(value, cut.dim, cut.axis, context=self.context, segments=cut.segments)  # type: ignore[arg-type]
+                gathered[id(mine[name])] = value
+        return {name: gathered[id(mine[name])].clone() for name in self._names}
 
     @torch.no_grad()
     def load_full_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take this rank's parts of a whole state under the names of the original. Raises `ConfigError` naming what is
         missing, unknown or of another shape; nothing is changed then."""
-        mine, placed = self.module.state_dict(), self._placed()
+        mine = self.module.state_dict()
         problems = [f"{name} is missing" for name in self._names if name not in state]
         problems += [f"{name} is not known" for name in state if name not in self._names]
         parts = {}
         for name in self._names:
             if name in state:
-                placement = placed.get(name) or Placement(shape=tuple(mine[name].shape))
+                placement = self._placed[name]
                 if tuple(state[name].shape) != placement.shape:
                     problems.append(f"{name} has shape {list(state[name].shape)} instead of {list(placement.shape)}")
                 else:
@@ -191,9 +205,6 @@ class ParallelModule(nn.Module):
             raise ConfigError(f"the state is not one of this module: {'; '.join(problems)}")
         for name, part in parts.items():
             mine[name].copy_(part)
-
-    def _placed(self) -> dict[str, Placement]:
-        return {**placements(self.module), **self._read}
 
     def _bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The tensors that the graph takes, by name. Raises `ConfigError` for other constants than the example's."""
@@ -214,9 +225,7 @@ class ParallelModule(nn.Module):
         return {name: tensors[name] for name in wanted}
 
 
-def _job(
-    grid: ProcessGrid, collectives: Collectives | None, rank: int | None, device: str
-) -> tuple[int, Collectives | None]:
+def _job(grid: ProcessGrid, collectives: Collectives | None, rank: int | None, device: str) -> tuple[int, Collectives]:
     """The rank and the collectives that are given, or else those of the running job."""
     if collectives is not None:
         if collectives.grid != grid:
@@ -224,12 +233,5 @@ def _job(
         if rank not in (None, collectives.rank):
             raise GridError(f"the collectives are of rank {collectives.rank}, not {rank}; leave out rank")
         return collectives.rank, collectives
-    if grid.size == 1:
-        return 0, None
-    if not dist.is_initialized():
-        raise GridError(
-            f"the grid {grid} needs {grid.size} ranks, but torch.distributed is not initialised; start the job "
-            "(torchrun, mpiexec) and call torch.distributed.init_process_group, or give collectives"
-        )
-    rank = dist.get_rank() if rank is None else rank
-    return rank, TorchCollectives(grid, rank, device_type=device)
+    found = job_collectives(grid, rank, device)
+    return found.rank, found

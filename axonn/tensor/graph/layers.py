@@ -13,13 +13,23 @@ from axonn import tensor
 from axonn.placement import Cut
 from axonn.tensor.context import TensorAxis, TensorContext
 from axonn.tensor.graph.forms import Form, Link, Part, State
-from axonn.tensor.graph.layer_kinds import KINDS, Place, Shapes
+from axonn.tensor.graph.layer_kinds import Place, Shapes, has_hooks, layer_kind
 from axonn.tensor.graph.operations import Labelled, Operation, shape_of
 from axonn.tensor.layer import Layout
 
 AXES: tuple[TensorAxis, ...] = ("row", "col")
 Key = tuple[Cut, ...]
 """The cuts of a parameter. Whoever holds the same parameter must have it under the same key."""
+
+
+_ATTENTIONS = (
+    nn.MultiheadAttention,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
 
 
 class Choice(NamedTuple):
@@ -38,7 +48,9 @@ class LayerOperation(Operation):
     def __init__(self, node: fx.Node, inputs: Sequence[fx.Node], module: nn.Module) -> None:
         super().__init__(node, inputs)
         self.module = module
-        self.kind = KINDS[type(module)]
+        kind = layer_kind(module)
+        assert kind is not None, f"{type(module).__name__} is no layer that is cut"
+        self.kind = kind
         self.shapes = Shapes(shape_of(inputs[0]), shape_of(node))
         self.features = self.kind.features(module, self.shapes)
         self.norm = self.kind.normalises
@@ -127,7 +139,8 @@ class WholeModule(Operation):
         batched = -1
         if isinstance(module, nn.modules.conv._ConvNd):
             batched = len(module.kernel_size) + 2
-        if len(shape_of(inputs[0])) == batched or type(module) in (nn.Embedding, nn.Linear, nn.PReLU):
+        known = len(shape_of(inputs[0])) == batched or type(module) in (nn.Embedding, nn.Linear, nn.PReLU)
+        if known and not has_hooks(module):
             source, output = (range(len(shape_of(n))) for n in (inputs[0], node))
             labels = [["rows", *[None] * (len(dims) - 1)] for dims in (source, output)]
             self.alike: Operation = Labelled(node, inputs, [labels[0]], labels[1])
@@ -156,13 +169,19 @@ def module_operation(node: fx.Node, inputs: Sequence[fx.Node], module: nn.Module
 
 def refusal(module: nn.Module) -> str:
     """Why a module stays whole; empty when it is one that can be cut."""
-    if type(module) in KINDS:
-        return KINDS[type(module)].refusal(module)
+    kind = layer_kind(module)
+    if kind is not None:
+        return kind.refusal(module)
     if type(module) is nn.Dropout:
         return ""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return "batch norm mixes rows, and its statistics are those of whole channels"
-    return f"{type(module).__name__} has no tensor-parallel counterpart"
+    if has_hooks(module):
+        return "its hooks expect whole tensors"
+    why = f"parallelize does not cut {type(module).__name__}"
+    if isinstance(module, _ATTENTIONS):
+        why += ", but nn.Linear and F.scaled_dot_product_attention, of which it can be written"
+    return why
 
 
 def build(module: nn.Module, choice: Choice, context: TensorContext) -> nn.Module:
@@ -172,7 +191,9 @@ def build(module: nn.Module, choice: Choice, context: TensorContext) -> nn.Modul
     place = Place(
         context, Layout(_axis(choice.input), _axis(choice.output)), (_segments(choice.input), _segments(choice.output))
     )
-    return KINDS[type(module)].build(module, place, like).train(module.training)
+    kind = layer_kind(module)
+    assert kind is not None, f"{type(module).__name__} is no layer that is cut"
+    return kind.build(module, place, like).train(module.training)
 
 
 def build_dropout(module: nn.Dropout, state: State, context: TensorContext, *, name: str) -> nn.Module:

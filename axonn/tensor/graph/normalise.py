@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from axonn.errors import ConfigError
 from axonn.tensor.graph.kinds import ALIASES, kind_of
+from axonn.tensor.graph.source import at
 
 _RESHAPES = ("reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
 _VIEWS = (*_RESHAPES, "permute", "transpose", "t", "getitem", "chunk", "split", "unbind", "expand", "movedim", "detach")
@@ -37,7 +38,7 @@ def make_functional(graph: fx.Graph) -> None:
         plain = _plain(node, name)
         if kind_of(node) == "setitem" or plain is None:
             raise ConfigError(
-                f"{name} changes a tensor in place, which cannot be followed through a graph ({node.format_node()}); "
+                f"{name} changes a tensor in place{at(node)}, which cannot be followed through a graph; "
                 "write it without, for instance with torch.where or torch.cat"
             )
         changed = node.args[0] if node.args else None
@@ -48,7 +49,7 @@ def make_functional(graph: fx.Graph) -> None:
             continue
         if changed.op == "get_attr":
             raise ConfigError(
-                f"{name} changes {changed.target} of the module, which every rank holds; change it outside"
+                f"{name} changes {changed.target} of the module{at(node)}, which every rank holds; change it outside"
             )
         _check_aliases(node, changed, order)
         if "inplace" in node.kwargs:
@@ -82,8 +83,8 @@ def _check_aliases(node: fx.Node, changed: fx.Node, order: Mapping[fx.Node, int]
         ]
     if others:
         raise ConfigError(
-            f"{node.format_node()} changes a tensor in place of which {others[0].name} reads another view; "
-            "write it without in-place operations"
+            f"{node.name} changes a tensor in place{at(node)} of which {others[0].name} reads another view"
+            f"{at(others[0])}; write it without in-place operations"
         )
 
 
@@ -122,18 +123,33 @@ def name_random(root: fx.GraphModule) -> None:
             node.args, node.kwargs = (node.args[0],), {}
         elif kind in _RANDOM or (kind == "scaled_dot_product_attention" and _attention_dropout(node)):
             raise ConfigError(
-                f"{kind} ({node.name}) draws random numbers, which would differ between ranks; use nn.Dropout, whose "
-                "masks are counter-based, or draw them outside and pass them in"
+                f"{kind} ({node.name}) draws random numbers{at(node)}, which would differ between ranks; use "
+                "nn.Dropout, whose masks are counter-based, or draw them outside and pass them in"
             )
         elif type(module) is not nn.Dropout and _own_dropout(module):
             raise ConfigError(
-                f"{node.target} ({type(module).__name__}) has dropout of its own, which would differ between ranks; "
-                "set it to 0"
+                f"{node.target} ({type(module).__name__}) has dropout of its own{at(node)}, which would differ between "
+                "ranks; set it to 0"
+            )
+        elif kind in ("batch_norm", "instance_norm") and _follows_a_mode(node):
+            raise ConfigError(
+                f"F.{kind} of running statistics is recorded as it is in training{at(node)}, and would stay so after "
+                "eval(); use nn.BatchNorm2d, or a class derived of it, which stays whole and follows the mode"
             )
 
 
-def _own_dropout(module: nn.Module | None) -> Any:
-    return getattr(module, "dropout", None)
+def _own_dropout(module: nn.Module | None) -> bool:
+    parts = [] if module is None else list(module.modules())
+    found = [p.p if isinstance(p, nn.modules.dropout._DropoutNd) else getattr(p, "dropout", 0) for p in parts]
+    return any(isinstance(p, int | float) and p > 0 for p in found)
+
+
+def _follows_a_mode(node: fx.Node) -> bool:
+    """Whether it updates running statistics, as norms do in training alone."""
+    running = node.args[1] if len(node.args) > 1 else node.kwargs.get("running_mean")
+    name, position = ("training", 5) if kind_of(node) == "batch_norm" else ("use_input_stats", 5)
+    training = node.args[position] if len(node.args) > position else node.kwargs.get(name, name != "training")
+    return running is not None and bool(training)
 
 
 def _attention_dropout(node: fx.Node) -> Any:

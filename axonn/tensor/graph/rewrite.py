@@ -20,6 +20,7 @@ from axonn.tensor.graph.kinds import kind_of
 from axonn.tensor.graph.layers import LayerOperation, WholeModule, build, build_dropout
 from axonn.tensor.graph.operations import Operation
 from axonn.tensor.graph.report import LayerLine, RelayoutLine, Report, WholeLine
+from axonn.tensor.graph.source import at
 from axonn.tensor.graph.table import is_tensor
 from axonn.tensor.layer import TensorLayer
 
@@ -33,7 +34,7 @@ def part_of(whole: torch.Tensor, placement: Placement, context: TensorContext) -
 
 
 class Rewriter:
-    """Builds `module` from a plan. `placements`: of the parameters and buffers that the graph reads directly."""
+    """Builds `module` from a plan. `placements`: of every parameter and buffer, under every name the original has."""
 
     def __init__(self, root: fx.GraphModule, original: nn.Module, plan: Plan, context: TensorContext) -> None:
         self._root = root
@@ -47,13 +48,18 @@ class Rewriter:
         self._changes = next(n for n in ("relayouts", "relayouts_", "relayouts__") if not hasattr(original, n))
         self._copies: dict[int, Any] = {}
         """Copies by the identity of what they are copies of, so that what is tied stays tied."""
-        self.placements: dict[str, Placement] = {}
+        self._placed: dict[int, Placement] = {}
+        """How what is cut lies, by the same identity: whatever its name, there is one tensor."""
         self.report = Report(grid=str(context.grid), exact=plan.exact)
         with torch.no_grad():
             for node in root.graph.nodes:
                 self._rewrite(node)
         self.module = fx.GraphModule(self._attributes, self._graph, type(original).__name__)
         self._add_unused()
+        self.placements = {
+            name: self._placed.get(id(value), Placement(shape=tuple(value.shape)))
+            for name, value in _named_tensors(original)
+        }
 
     def _rewrite(self, node: fx.Node) -> None:
         operation = self._plan.operations.get(node)
@@ -70,6 +76,8 @@ class Rewriter:
             return
         new = self._graph.node_copy(node)
         new.args, new.kwargs = arguments
+        # Annotations may be strings, which the module's code cannot be saved with.
+        new.type = None
         if node.op == "call_module" and isinstance(operation, Operation) and self._is_dropout(node):
             new.target = self._place_dropout(node)
         option = self._plan.options.get(node)
@@ -190,7 +198,7 @@ class Rewriter:
         placement = Placement(shape=tuple(value.shape), cuts=cuts)
         if id(value) not in self._copies:
             self._copies[id(value)] = _like(value, part_of(value.detach(), placement, self._context))
-        self.placements[name] = placement
+            self._placed[id(value)] = placement
         self._attributes[name] = self._copies[id(value)]
         if part is None and isinstance(value, nn.Parameter) and value.dim() > 1 and self._context.grid.tensor > 1:
             user = next(iter(node.users))
@@ -233,6 +241,7 @@ class Rewriter:
             parameter.copy_(part_of(whole.detach(), layer.placements[name], self._context))
             parameter.requires_grad_(whole.requires_grad)
             self._copies[id(whole)] = parameter
+            self._placed[id(whole)] = layer.placements[name]
 
     def _place_dropout(self, node: fx.Node) -> str:
         """Each call has a module, and so a stream of masks, of its own."""
@@ -241,8 +250,8 @@ class Rewriter:
         rows = self._plan.rows.forms.get(node)
         if rows is not None and rows.dim:
             raise ConfigError(
-                f"dropout {node.target} ({node.name}) has the rows of the batch in dim {rows.dim}; its masks are drawn "
-                "by sample, so let it work where they are dim 0"
+                f"dropout {node.target} ({node.name}) has the rows of the batch in dim {rows.dim}{at(node)}; its "
+                "masks are drawn by sample, so let it work where they are dim 0"
             )
         name, calls = str(node.target), 0
         while name in self._attributes:
@@ -272,16 +281,24 @@ class Rewriter:
             return self._original.training
 
     def _add_unused(self) -> None:
-        """Parameters and buffers that the graph does not use, whole, so that none is lost."""
-        held = {*dict(self.module.named_parameters(remove_duplicate=False)), *dict(self.module.named_buffers())}
-        for name, value in [
-            *self._original.named_parameters(remove_duplicate=False),
-            *self._original.named_buffers(remove_duplicate=False),
-        ]:
+        """Add the names that the graph does not read: what is tied is the part that others hold, the rest is whole.
+        Buffers that the original does not save are not saved."""
+        held = {name for name, _ in _named_tensors(self.module)}
+        saved = self._original.state_dict()
+        for name, value in _named_tensors(self._original):
             if name not in held:
                 if id(value) not in self._copies:
                     self._copies[id(value)] = _like(value, value.detach().clone())
                 _put(self.module, name, self._copies[id(value)])
+            if name not in saved:
+                holder, _, last = name.rpartition(".")
+                self.module.get_submodule(holder)._non_persistent_buffers_set.add(last)
+
+
+def _named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return all parameters and buffers, each under each of its names."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    return [*parameters, *module.named_buffers(remove_duplicate=False)]
 
 
 def whole_shape(shape: torch.Size, dim: int, extent: int) -> torch.Size:

@@ -14,10 +14,13 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils import checkpoint
 
 from axonn.errors import ConfigError
-from axonn.tensor.graph.layer_kinds import KINDS
+from axonn.tensor.graph.layer_kinds import layer_kind
+from axonn.tensor.graph.layers import refusal
 from axonn.tensor.graph.normalise import make_functional, name_random, unify_shapes
+from axonn.tensor.graph.source import at, calling, innermost, raised_at, shown
 
 Example = Sequence[Any] | Mapping[str, Any]
 
@@ -33,8 +36,12 @@ class Traced(NamedTuple):
 def trace(module: nn.Module, example: Example | None) -> Traced:
     """Record `module` in training mode. Raises `ConfigError`, naming what cannot be recorded and what to do."""
     if _is_leaf(module):
-        kind = type(module).__name__
-        raise ConfigError(f"{kind} is a single layer: put it into nn.Sequential, or use the {kind} of axonn.tensor")
+        kind, why = type(module).__name__, refusal(module)
+        if why or type(module) is nn.Dropout:
+            raise ConfigError(f"there is nothing to cut in {kind}: {why or 'it has no parameters'}")
+        found = layer_kind(module)
+        with_it = " with the layers before and after it" if found is not None and found.normalises else ""
+        raise ConfigError(f"{kind} is a single layer: put it into nn.Sequential{with_it}, whose layers are cut")
     arguments = bound(module, example)
     original = copy.deepcopy(module, {id(p): p for p in module.parameters()}).train()
     tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
@@ -45,7 +52,7 @@ def trace(module: nn.Module, example: Example | None) -> Traced:
     except ConfigError:
         raise
     except Exception as error:
-        where = f" in {tracer.inside}" if tracer.inside else ""
+        where = (f" in {tracer.inside}" if tracer.inside else "") + shown(raised_at(error.__traceback__))
         if "item assignment" in str(error):
             raise ConfigError(
                 f"the forward of {type(module).__name__} cannot be traced{where}: it assigns to a part of a tensor; "
@@ -135,6 +142,18 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return _is_leaf(m)
 
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Record the line of the user's code with each node."""
+        node = super().create_node(*args, **kwargs)
+        frames = calling(inspect.currentframe())
+        node.meta["source"] = innermost(frames)
+        if any(file == checkpoint.__file__ for file, _ in frames):
+            raise ConfigError(
+                f"the forward calls torch.utils.checkpoint{at(node)}, which the graph would lose; leave it out, and "
+                "call the parallel module, or modules that are parallelised one by one, in it instead"
+            )
+        return node
+
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -158,7 +177,10 @@ def _in_assert(frame: FrameType) -> bool:
 def _is_leaf(module: nn.Module) -> bool:
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return False
-    if type(module) in KINDS or type(module) is nn.Dropout:
+    if layer_kind(module) is not None or type(module) is nn.Dropout:
+        return True
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        # Stays whole whatever a derived class adds, and so computes what it does alone.
         return True
     held = any(True for _ in (*module.parameters(), *module.buffers()))
     return held and type(module).__module__.startswith("torch.nn")
@@ -179,11 +201,23 @@ def _propagate(root: fx.GraphModule, tensors: Mapping[str, torch.Tensor]) -> Non
     """Put an example of each node's value, without memory, into `node.meta["val"]`."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     values = [tensors[str(node.target).removeprefix("*")] for node in root.graph.nodes if node.op == "placeholder"]
+    propagation = _Propagation(root, mode)
     try:
-        FakeTensorProp(root, mode).propagate(*values)
+        propagation.propagate(*values)
     except Exception as error:
         reason = str(error).partition("\n\nWhile executing")[0]
-        raise ConfigError(f"the module does not run on the example inputs: {reason}") from error
+        where = "" if propagation.node is None else at(propagation.node)
+        raise ConfigError(f"the module does not run on the example inputs{where}: {reason}") from error
+
+
+class _Propagation(FakeTensorProp):
+    """Computes the examples. `node`: the one that it is at."""
+
+    node: fx.Node | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.node = n
+        return super().run_node(n)
 
 
 def _leaves(value: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -53,5 +54,14 @@ class Conv2dKind(LayerKind[nn.Conv2d]):
             bias=module.bias is not None,
             input_gradient=gradient,
             kernel=module.kernel_size[0] * module.kernel_size[1],
-            input_positions=prod(shapes.input[-2:]),
+            input_positions=_pixels_read(module, shapes.input[-2:]),
         )
+
+
+def _pixels_read(module: nn.Conv2d, size: Sequence[int]) -> int:
+    """Pixels of the image that the convolution itself reads: with what is padded beforehand, since a convolution pads
+    zeros alone, as many on both sides."""
+    left, right, top, bottom = module._reversed_padding_repeated_twice
+    if module.padding_mode == "zeros" and left == right and top == bottom:
+        return prod(size)
+    return (size[0] + top + bottom) * (size[1] + left + right)

@@ -44,4 +44,5 @@ class GroupNormKind(LayerKind[nn.GroupNorm]):
             segments=segments or (module.num_channels,),
             axis=axes[1],
             positions=prod(shapes.output[2:]),
+            affine=module.affine,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -18,6 +18,8 @@ class _LastDims(LayerKind[M]):
 
     normalises = True
     segmented = False
+    centred: ClassVar[bool] = True
+    """Whether the mean is subtracted."""
 
     def features(self, module: M, shapes: Shapes) -> Features:
         last, size = len(shapes.input) - 1, shapes.input[-1]
@@ -27,7 +29,15 @@ class _LastDims(LayerKind[M]):
         return mixing(dims, len(module.normalized_shape))  # type: ignore[arg-type]
 
     def part(self, module: M, shapes: Shapes, *, rows: int, axes: Any, segments: Any, gradient: bool) -> Part:
-        return Norm(positions=prod(shapes.output[:-1]) // rows, features=shapes.output[-1], axis=axes[1])
+        features = prod(module.normalized_shape)  # type: ignore[arg-type]
+        return Norm(
+            positions=prod(shapes.output) // features // rows,
+            features=features,
+            axis=axes[1],
+            centred=self.centred,
+            weight=module.weight is not None,
+            bias=getattr(module, "bias", None) is not None,
+        )
 
 
 class LayerNormKind(_LastDims[nn.LayerNorm]):
@@ -47,6 +57,8 @@ class LayerNormKind(_LastDims[nn.LayerNorm]):
 
 class RMSNormKind(_LastDims[nn.RMSNorm]):
     """Weight [normalized_shape]."""
+
+    centred = False
 
     def build(self, module: nn.RMSNorm, place: Place, like: dict[str, Any]) -> nn.Module:
         return tensor.RMSNorm(
