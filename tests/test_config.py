@@ -78,7 +78,7 @@ def test_the_same_key_in_two_places_is_fine(path: Path) -> None:
     [
         ("steps: '5'", "steps", "'5'"),
         ("steps: 2.5", "steps", "2.5"),
-        ("steps: true", "steps", "True"),
+        ("steps: true", "steps", "true"),
         ("steps: 0", "steps", "0"),
         ("precision: float8", "precision", "'float8'"),
         ("optimizer: {lr: fast}", "optimizer.lr", "'fast'"),
