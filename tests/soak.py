@@ -104,6 +104,10 @@ class Killer(threading.Thread):
                         os.kill(int(str(state["pid"])), self._signal)
                         self.killed = True
 
+    def sent(self, number: int) -> bool:
+        """Whether it has sent this signal to this process."""
+        return self.to_command and self.killed and number == self._signal
+
     def stop(self) -> None:
         self._over.set()
         self.join()
@@ -185,18 +189,22 @@ def go_on(folder: Path, config: TrainConfig, killer: Killer | None) -> Checkpoin
 
 def _supervised(config: TrainConfig, folder: Path, checkpoint: Checkpoint | None, killer: Killer | None) -> Outcome:
     """As `axonn train` does it."""
-    with contextlib.suppress(Interrupted), raised(), noted() as pending:
-        outcome = supervise(
-            "axonn",
-            config,
-            folder,
-            resume=checkpoint,
-            timeout_s=300,
-            pending=pending,
-            on_stop=lambda why: None,
-        )
-        if killer is not None:
-            killer.stop()
+    try:
+        with raised(), noted() as pending:
+            outcome = supervise(
+                "axonn",
+                config,
+                folder,
+                resume=checkpoint,
+                timeout_s=300,
+                pending=pending,
+                on_stop=lambda why: None,
+            )
+            if killer is not None:
+                killer.stop()
+    except Interrupted as interruption:
+        if killer is None or not killer.sent(interruption.number):
+            raise  # Somebody else's.
     return outcome
 
 
