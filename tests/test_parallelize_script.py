@@ -492,7 +492,7 @@ class Checkpointed(nn.Module):
 @row("`torch.utils.checkpoint` inside of its forward")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_inside(reentrant: bool) -> None:
-    with pytest.raises(ConfigError, match=r"checkpoint.*call the parallel module .* in it instead"):
+    with pytest.raises(ConfigError, match=r"checkpoint.*call the parallel module.* in it instead"):
         axonn.parallelize(Checkpointed(reentrant), ProcessGrid(), example_inputs=(torch.zeros(2, 12),))
 
 

@@ -12,6 +12,7 @@
         loss = F.cross_entropy(parallel(images), labels)
         loss.backward()
     parallel.average_gradients()                # over data-parallel ranks, if there are any
+    parallel.clip_grad_norm_(1.0)               # or torch.nn.utils.clip_grad_norm_
     optimizer.step()
     whole = parallel.full_state_dict()          # under the names of `model`, on every rank
 

@@ -43,7 +43,7 @@ def layer_kind(module: nn.Module) -> LayerKind[Any] | None:
     A derived class is of the kind of its base where it inherits all of what that computes. A module with hooks, or
     whose weight is computed from other parameters, is none: it may compute something else.
     """
-    base = next((base for base in KINDS if isinstance(module, base)), None)
+    base = next((ancestor for ancestor in type(module).__mro__ if ancestor in KINDS), None)
     if base is None or "weight" not in module._parameters or has_hooks(module):
         return None
     inherited = {name for ancestor in base.__mro__ for name in vars(ancestor)} - _HARMLESS
