@@ -22,7 +22,7 @@ OTHERS := ginter inflight memory messages loss
 .NOTPARALLEL:
 .PHONY: help install reproduce reproduce-others $(FIGURES:%=reproduce-%) $(OTHERS:%=reproduce-%) report schematics \
 	baselines compare-baselines clean-baselines calibrate validate-local validate-plan validate-published plan-published \
-	docs test test-full test-slurm soak faults lint bench bench-link bench-tensor bench-schedules bench-optimizer bench-gpu clean
+	docs test test-full test-isa test-slurm soak faults lint bench bench-link bench-tensor bench-schedules bench-optimizer bench-gpu clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-21s %s\n", $$1, $$2 }'
@@ -79,11 +79,14 @@ validate-local: $(READY) ## predicted and measured batch times of 21 runs on thi
 	@$(BIN)/python -m experiments.local_validation
 
 # Two files at a time: many tests wait, or compute on one core.
-test: $(READY) ## the tests (about 17 minutes on 2 cores; WORKERS=4: on more)
+test: $(READY) ## the tests (17 to 45 minutes on 2 cores, by machine; WORKERS=4: on more)
 	@$(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadfile
 
 test-full: $(READY) ## the tests with the full product of configurations (long)
 	@$(BIN)/python -m pytest -m 'not slurm' -n $(or $(WORKERS),2) --dist loadfile
+
+test-isa: $(READY) ## the numeric tests under each instruction set of the processor (OPTIONS='--only default --margin 3')
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.isa --workers $(or $(WORKERS),2) $(OPTIONS)
 
 test-slurm: $(READY) ## jobs on a real Slurm cluster of four nodes on this machine (root; apt-get install slurm-wlm munge)
 	@$(BIN)/python -m pytest -m slurm tests/slurm

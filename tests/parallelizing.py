@@ -18,8 +18,9 @@ from axonn.grid import ProcessGrid
 from axonn.tensor.graph.report import Report
 from axonn.tensor.graph.rewrite import part_of
 from axonn.transport import InProcessCollectives, InProcessWorld
+from tests.rounding import tightened
 
-TOLERANCE = 1e-12
+TOLERANCE = tightened(1e-12)
 
 
 @dataclass

@@ -21,8 +21,9 @@ from axonn.tensor import NORMAL, TRANSPOSED, Layout, TensorAxis, TensorContext, 
 from axonn.tensor.in_place import accumulate_in_place
 from axonn.transport import InProcessCollectives, InProcessWorld
 from tests.rank_pool import RankPool
+from tests.rounding import tightened
 
-TOLERANCE = 1e-12
+TOLERANCE = tightened(1e-12)
 BACKWARDS = 2
 """Their gradients accumulate."""
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from axonn.optim.exact_sum import DIGITS, from_digits, to_digits
 
 LARGEST = torch.finfo(torch.float64).max
-# What a sum may still lose where it is put together of its digits, whose places overlap by six bytes.
+# Digits are exact, the number that is put together of them is rounded: of a few that overlap, once each.
 BOUND = 8 * torch.finfo(torch.float64).eps
 addends = st.lists(st.floats(0, 1e300, allow_subnormal=True), max_size=40)
 

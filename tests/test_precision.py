@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
@@ -10,33 +11,49 @@ import torch
 
 from axonn.config import PrecisionConfig
 from axonn.initial import fill
+from axonn.placement import Placement
 from axonn.tensor import TensorContext
 from tests.comparing import part_of
 from tests.rank_pool import RankPool
+from tests.rounding import bound
 from tests.training import OPTIMIZER, Case, Outcome, batch_of, serial_model, train_in_process, train_over_mpi
 
-# Half precision rounds sums over microbatches and rows in another order than over the whole batch. The loss falls from
-# 4.1 to below 4 in the steps of a case.
-LOSS_BOUND = {"bfloat16": 5e-3, "float16": 5e-4}
-# Where a gradient is mostly rounding, Adam's step is its sign: masters differ more than losses.
-MASTER_BOUND = {"bfloat16": 5e-2, "float16": 2e-2}
-# Where layers are cut, sums over ranks round once more; 5.1e-2 and 2.6e-2 are seen.
-CUT_MASTER_BOUND = {"bfloat16": 1e-1, "float16": 4e-2}
+# Adam's step is the sign of a gradient that is far above eps, and where a gradient is mostly rounding, its sign is that
+# of the processor's roundings. Far below eps the step is proportional to the gradient, and so is what rounding does to
+# it.
+PROPORTIONAL = OPTIMIZER.model_copy(update={"lr": 2.0, "eps": 1.0, "weight_decay": 1e-3})
+ROUNDINGS = 6 * 12
+"""Six results in a half type (norm, product, GELU or attention, product, bias, sum) in each of twelve branches."""
 SCALE = 2.0**10
 
 
-def serial_run(case: Case, *, lr: float = OPTIMIZER.lr) -> Outcome:
-    """Half-precision weights and gradients, float32 loss, AdamW on float32 masters."""
+def loss_bound(case: Case) -> float:
+    """Of a mean over tokens, whose roundings are not the same."""
+    return bound(case.dtype, ROUNDINGS) / (case.batch * 10) ** 0.5
+
+
+def update_bound(case: Case) -> float:
+    """Of what a weight has moved: forward and back again. 0.19 in bfloat16, 0.023 in float16; at most 0.024 and
+    0.0052 were seen under the instruction sets of tests/isa.py."""
+    return bound(case.dtype, 2 * ROUNDINGS)
+
+
+def serial_run(case: Case, *, share: float = 1.0, rows: int | None = None) -> Outcome:
+    """Half-precision weights and gradients, float32 loss, AdamW on float32 masters.
+
+    Steps of a `share` of the learning rate, or with only the first `rows` of each batch, are those of another recipe.
+    """
     model, modules, named = serial_model(case)
-    master = {name: torch.empty(p.shape) for name, p in named.items()}
+    master = initial_masters(case)
     for name, parameter in master.items():
-        fill(parameter, model.initial(name), name=name, seed=7)
         named[name].data.copy_(parameter)
-    o = OPTIMIZER
-    optimizer = torch.optim.AdamW(master.values(), lr=lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    o = case.optimizer
+    optimizer = torch.optim.AdamW(
+        master.values(), lr=o.lr * share, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
+    )
     outcome = Outcome()
     for step in range(case.steps):
-        x, targets = batch_of(case, step)
+        x, targets = (tensor[:rows] for tensor in batch_of(case, step))
         for module in modules.values():
             module.zero_grad()
             x = module(x)
@@ -53,26 +70,46 @@ def serial_run(case: Case, *, lr: float = OPTIMIZER.lr) -> Outcome:
     return outcome
 
 
+def initial_masters(case: Case) -> dict[str, torch.Tensor]:
+    model, _, named = serial_model(case)
+    masters = {name: torch.empty(p.shape) for name, p in named.items()}
+    for name, master in masters.items():
+        fill(master, model.initial(name), name=name, seed=7)
+    return masters
+
+
 def case_of(dtype: str, **changes: Any) -> Case:
     scale = 1.0 if dtype == "bfloat16" else SCALE
     precision = PrecisionConfig(compute=dtype, loss_scale=scale)  # type: ignore[arg-type]
     # Sizes that cannot be cut, unless a case changes them.
-    case = Case(microbatches=4, steps=12, same_batch=True, dtype=dtype, precision=precision, heads=3, vocab=61)
-    return replace(case, **changes)
+    case = Case(microbatches=4, steps=6, same_batch=True, dtype=dtype, precision=precision, heads=3, vocab=61)
+    return replace(case, optimizer=PROPORTIONAL, **changes)
 
 
-def check(case: Case, outcomes: list[Outcome], reference: Outcome) -> None:
-    bound = (MASTER_BOUND if case.grid.tensor == 1 else CUT_MASTER_BOUND)[case.dtype]
+def check_losses(case: Case, outcomes: list[Outcome], reference: Outcome) -> None:
     for rank, outcome in enumerate(outcomes):
-        assert outcome.losses == pytest.approx(reference.losses, rel=LOSS_BOUND[case.dtype], abs=0), rank
+        assert outcome.losses == pytest.approx(reference.losses, rel=loss_bound(case), abs=0), rank
+
+
+def check_masters(case: Case, outcomes: list[Outcome], reference: Outcome) -> None:
+    """Compare how far every master has moved, relative to the farthest of its layer."""
+    farthest: dict[str, float] = defaultdict(float)
+    for name, before in initial_masters(case).items():
+        layer = name.partition(".")[0]
+        farthest[layer] = max(farthest[layer], float((reference.parameters[name] - before).abs().max()))
+    for rank, outcome in enumerate(outcomes):
         for name, master in outcome.masters.items():
             assert master.dtype == torch.float32
             part = part_of(reference.parameters[name], outcome.placements[name], case, rank)
-            error = float((master - part).norm() / part.norm())
-            # A bias starts at zero and has moved by the sign of noisy gradients only.
-            assert error < bound or name.endswith("bias"), f"{name} on rank {rank}: {error:.1e}"
+            error = float((master - part).abs().max()) / farthest[name.partition(".")[0]]
+            assert error < update_bound(case), f"{name} on rank {rank}: {error:.1e}"
             # The parameter itself is its rounded copy, bit for bit.
             assert torch.equal(outcome.parameters[name], master.to(getattr(torch, case.dtype))), name
+
+
+def check(case: Case, outcomes: list[Outcome], reference: Outcome) -> None:
+    check_losses(case, outcomes, reference)
+    check_masters(case, outcomes, reference)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -92,12 +129,18 @@ def test_half_precision_trains_like_the_serial_recipe(dtype: str, variant: str, 
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_the_learning_rate_would_be_another_run(dtype: str) -> None:
-    """The bound on the losses can tell recipes apart."""
+@pytest.mark.parametrize(
+    "other", [{"share": 0.5}, {"rows": 12}], ids=["half the learning rate", "a microbatch missing"]
+)
+def test_another_recipe_is_told_apart(dtype: str, other: dict[str, Any]) -> None:
+    """By the losses, and by the masters alone."""
     case = case_of(dtype)
-    right, wrong = serial_run(case), serial_run(case, lr=OPTIMIZER.lr / 2)
-    with pytest.raises(AssertionError):
-        check(case, [replace(right, losses=wrong.losses)], right)
+    right, wrong = serial_run(case), serial_run(case, **other)
+    wrong.masters = wrong.parameters
+    wrong.placements = {name: Placement(shape=tuple(master.shape)) for name, master in wrong.masters.items()}
+    for compare in (check_losses, check_masters):
+        with pytest.raises(AssertionError):
+            compare(case, [wrong], right)
 
 
 def test_gradients_can_accumulate_in_single_precision() -> None:

@@ -79,6 +79,8 @@ class Case:
     recompute: Any = None
     offloaded: bool = False
     k: int | None = 4
+    optimizer: OptimizerConfig = OPTIMIZER
+    """But for what the fields beside this one say."""
     clip: float | None = None
     transport: Any = "mpi"
     precision: PrecisionConfig | None = None
@@ -158,7 +160,7 @@ def optimizer_of(case: Case) -> OptimizerConfig:
     """Small buckets, so that every stage has several."""
     placement: Any = "offloaded" if case.offloaded else "device"
     changes = {"placement": placement, "bsize": BSIZE, "k": case.k, "clip_norm": case.clip}
-    return OPTIMIZER.model_copy(update=changes)
+    return case.optimizer.model_copy(update=changes)
 
 
 def make_engine(case: Case, rank: int, transport: Transport | None, collectives: Collectives | None) -> Engine:
@@ -271,7 +273,7 @@ def train_in_process(case: Case, *, order_seed: int | None = None) -> list[Outco
 
 def serial_reference(case: Case) -> Outcome:
     """The same training in a plain PyTorch loop over the whole batch: no engine, no schedule, no microbatches."""
-    keys = ("model_kind", "microbatches", "tied", "heads", "vocab", "dropout", "dtype", "steps", "clip")
+    keys = ("model_kind", "microbatches", "tied", "heads", "vocab", "dropout", "dtype", "steps", "clip", "optimizer")
     return _serial(**{key: getattr(case, key) for key in keys})
 
 
@@ -297,7 +299,7 @@ def _serial(**keys: Any) -> Outcome:
     model, modules, named = serial_model(case, context)
     for name, parameter in named.items():
         fill(parameter, model.initial(name), name=name, seed=SEED)
-    o = OPTIMIZER
+    o = case.optimizer
     optimizer = torch.optim.AdamW(named.values(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
     outcome = Outcome()
 
