@@ -10,6 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from rich.console import Console
 
 from axonn.errors import ConfigError
@@ -380,7 +381,8 @@ def test_who_cannot_run_says_why() -> None:
     assert "no strategy 'no-such'" in (refusal(unknown, "tiny", 2, "cpu") or "")
     assert "unknown framework" in (refusal(unknown.model_copy(update={"framework": "torch"}), "tiny", 2, "cpu") or "")
     assert refusal(OURS, "tiny", 2, "cpu") is None
-    assert refusal(OURS, "tiny", 2, "cuda") is None
+    on_gpus = refusal(OURS, "tiny", 2, "cuda")
+    assert on_gpus is None if torch.cuda.is_available() else "needs a GPU" in (on_gpus or "")
     with pytest.MonkeyPatch.context() as patch:
         adapter = SimpleNamespace(capabilities=lambda: Capabilities(version="1", strategies={}, devices=("cpu",)))
         patch.setattr(contenders, "load_adapter", lambda name: adapter)

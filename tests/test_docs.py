@@ -91,8 +91,10 @@ def test_the_commands_of_a_page_do_what_it_says(page: Path, clone: Path) -> None
         shown = "".join(block.printed).splitlines()
         for line in shown:
             assert not line.strip() or appears(line, output), f"{page.name}: no {line!r} in\n{output}"
-        # A page does not lead to what the tool itself warns of, but where it shows that.
-        for warning in (line for line in output.splitlines() if line.startswith("warning:")):
+        # A page does not lead to what the tool itself warns of, but where it shows that; other tests keep the machine
+        # busy.
+        warnings = [line for line in output.splitlines() if line.startswith("warning:")]
+        for warning in (line for line in warnings if "the machine was busy" not in line):
             assert any(appears(line, warning) for line in shown if line.startswith("warning:")), (
                 f"{page.name}: {warning}"
             )

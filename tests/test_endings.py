@@ -43,8 +43,8 @@ PAGE = (ROOT / "docs" / "endings.md").read_text(encoding="utf-8")
         ("`kill`, `timeout`", signal.SIGTERM),
         ("terminal closed, connection lost", signal.SIGHUP),
         ("warning of a scheduler", signal.SIGUSR1),
-        ("warning of a scheduler", signal.SIGUSR2),
-        ("limit of processor time", signal.SIGXCPU),
+        pytest.param("warning of a scheduler", signal.SIGUSR2, marks=pytest.mark.full),
+        pytest.param("limit of processor time", signal.SIGXCPU, marks=pytest.mark.full),
     ],
 )
 def test_a_signal_lets_the_run_save(tmp_path: Path, row: str, number: signal.Signals) -> None:
@@ -246,7 +246,10 @@ def test_only_folders_of_ended_runs_are_removed(tmp_path: Path, monkeypatch: pyt
 # --- the other commands
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.full) for n in (signal.SIGHUP, signal.SIGINT))],
+)
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -265,8 +268,8 @@ def test_another_command_ends_with_the_usual_status(
 import sys, time, threading, os
 from pathlib import Path
 from experiments import cli, runner
-runner.ROOT = Path({str(tmp_path)!r})
-runner.RUNS, runner.MEASURED = runner.ROOT / "runs", runner.ROOT / "measured"
+runner.PROJECT = Path({str(tmp_path)!r})
+runner.RUNS, runner.MEASURED = runner.PROJECT / "runs", runner.PROJECT / "measured"
 def send():
     time.sleep(1.0)
     os.kill(os.getpid(), {int(number)})

@@ -269,7 +269,7 @@ def test_a_record_leads_to_no_folder_elsewhere(run: Path, tmp_path: Path) -> Non
     outside = tmp_path / "results" / "record.json"
     write_records(outside, [record(run_folder=str(run))])
     before = sorted(run.rglob("*"))
-    with pytest.raises(RecordError, match="a folder outside of the repository"):
+    with pytest.raises(RecordError, match="a folder outside of the project"):
         trace(outside)
     assert sorted(run.rglob("*")) == before
     write_records(outside, [record(run_folder="../../x")])
