@@ -94,7 +94,7 @@ test-slurm: $(READY) ## jobs on a real Slurm cluster of four nodes on this machi
 # A short form of all of these is among the tests.
 faults: $(READY) ## break it on purpose, for long: faults, damaged files (EXAMPLES=2000 of each kind), then make soak
 	@AXONN_FUZZ_EXAMPLES=$(or $(EXAMPLES),2000) $(BIN)/python -m pytest -n $(or $(WORKERS),2) --timeout 0 \
-		tests/test_fault*.py tests/test_fuzz*.py tests/test_trust.py tests/test_determinism.py tests/test_checkpoint*.py
+		-m 'not slurm' tests/test_fault*.py tests/test_endings.py tests/test_fuzz*.py tests/test_messages.py tests/test_trust.py tests/test_determinism.py tests/test_checkpoint*.py
 	@$(MAKE) soak
 
 soak: $(READY) ## kill or stop training runs 50 times at random moments; every resumed one ends as if nothing had happened

@@ -124,6 +124,7 @@ class _Modes:
         self._autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             for kind in dict.fromkeys(["cpu", device.type])
+            if torch.amp.is_autocast_available(kind)
         ]
 
     @contextmanager
