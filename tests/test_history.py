@@ -97,6 +97,7 @@ FILES: dict[str, Callable[[Path, Path], list[TrainConfig]]] = {
     r"batches\.jsonl": lambda folder, path: [of_batch(folder, row["step"]) for row in read_rows(path)],
     # An evaluation comes after the batch before.
     r"evaluations\.jsonl": lambda folder, path: [of_batch(folder, row["batches"] - 1) for row in read_rows(path)],
+    r"usage-\d+\.jsonl": lambda folder, path: [of_batch(folder, row["step"]) for row in read_rows(path)],
     r"spans-\d+\.parquet/\d+\.parquet": of_spans,
     r"checkpoints/step-\d+/.*": lambda folder, path: [
         TrainConfig.model_validate(json.loads((path.parent / "state.json").read_text())["config"])
