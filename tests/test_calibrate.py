@@ -71,8 +71,8 @@ def test_no_ranks_cannot_be_measured(tmp_path: Path) -> None:
 
 def test_an_unknown_precision_is_an_error() -> None:
     result = CliRunner().invoke(app, ["calibrate", "--precision", "float8"])
-    assert isinstance(result.exception, ConfigError)
-    assert "compute" in str(result.exception)
+    assert result.exit_code == 2
+    assert "compute" in result.stderr
 
 
 def test_host_times_delay_operations_tasks_and_batches(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -166,9 +167,5 @@ def test_there_is_one_way_to_make_a_console() -> None:
     folders = ("axonn", "experiments", "baselines", "plots", "jobscripts", "tools", "tests/bench")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     assert len(files) > 100
-    found = [
-        str(path.relative_to(ROOT))
-        for path in files
-        if " Console(" in path.read_text().replace("=Console(", " Console(")
-    ]
+    found = [str(path.relative_to(ROOT)) for path in files if re.search(r"\b(Command)?Console\(", path.read_text())]
     assert found == ["experiments/console.py"]
