@@ -28,11 +28,11 @@ class _Row(StrictModel):
     cores: dict[int, tuple[_Seconds, _Seconds]]
 
 
-def batch_usage(folder: Path, ranks: int, batches: int) -> list[BatchUsage]:
-    """Return the usage of the first batches of a run, up to the first that a rank said nothing of."""
+def batch_usage(folder: Path, ranks: int, batches: int, *, first: int = 0) -> list[BatchUsage]:
+    """Return the usage of the batches from `first` to before `batches`, up to the first that a rank said nothing of."""
     rows = [_rows(usage_file(folder, rank)) for rank in range(ranks)]
     found: list[BatchUsage] = []
-    for step in range(batches):
+    for step in range(first, batches):
         if not all(step in own for own in rows):
             break
         found.append(combined([own[step] for own in rows]))

@@ -31,14 +31,14 @@ class Outcome:
     bytes_per_batch: dict[str, int] = field(default_factory=dict)
     """This and the two before: see `axonn.records.Record`."""
     usage: list[BatchUsage] = field(default_factory=list)
-    """Of the batches, as far as all ranks said it."""
+    """Of the batches from `first` of `outcome_of` on, as far as all ranks said it."""
     failure: Failure | None = None
     new_starts: list[int] = field(default_factory=list)
     """Batches with which the run went on after it had been stopped."""
 
 
-def outcome_of(folder: Path, ranks: int, failure: Failure | None = None) -> Outcome:
-    """Of the run in a folder, as far as it came."""
+def outcome_of(folder: Path, ranks: int, failure: Failure | None = None, *, first: int = 0) -> Outcome:
+    """Of the run in a folder, as far as it came. `first`: the batch with which its newest start began."""
     batches = batches_of(folder)
     states = [rank_state(folder, rank) for rank in range(ranks)]
     most_sent: dict[str, int] = {}
@@ -54,7 +54,7 @@ def outcome_of(folder: Path, ranks: int, failure: Failure | None = None) -> Outc
         memory_parts={part: max(one[part] for one in kept) for part in parts},
         memory_of_all={part: sum(one[part] for one in kept) for part in parts},
         bytes_per_batch=most_sent,
-        usage=batch_usage(folder, ranks, len(batches)),
+        usage=batch_usage(folder, ranks, len(batches), first=first),
         failure=failure,
         new_starts=[b["step"] for b in batches if b.get("first") and b["step"] > 0],
     )

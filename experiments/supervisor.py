@@ -120,7 +120,8 @@ def supervise(
             _end_ranks(folder, ranks, session_id=process.pid)
         failure = failure or _failure_after_exit(0 if stuck else process.returncode, folder, ranks, interruption)
         (folder / STOP).unlink(missing_ok=True)
-    return outcome_of(folder, ranks, failure)
+    # Earlier batches may have had fewer ranks.
+    return outcome_of(folder, ranks, failure, first=0 if resume is None else resume.state.batches)
 
 
 def kept_log(folder: Path) -> str | None:

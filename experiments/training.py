@@ -199,7 +199,7 @@ def _write_record(session: Session, framework: Framework, outcome: Outcome) -> R
         parts_s={} if mean is None else _parts(session),
         memory_bytes=outcome.memory_bytes,
         bytes_per_batch=outcome.bytes_per_batch,
-        usage=outcome.usage[session.first :],
+        usage=outcome.usage,
         tflops_formula=tflops_formula(config.model, recompute=recompute),
         tflops_per_gpu=tflops(recompute=True) if recompute else None,
         tflops_per_gpu_without_recompute=tflops(recompute=False),

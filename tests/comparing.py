@@ -14,13 +14,11 @@ import pytest
 import torch
 
 from axonn.placement import Placement
-from tests.rounding import bound, tightened
+from tests.rounding import tightened
 from tests.training import Case, Outcome, serial_reference
 
-ROUNDINGS = 12 * 2 * 250
-"""On the way through twelve branches and back: sums of 24, 96 and 10 products, and of 60 words, in each."""
 # In float64 far more than roundings explain: no fault is so small.
-GRADIENT_BOUND = {"float64": tightened(1e-12), "float32": bound("float32", ROUNDINGS)}
+GRADIENT_BOUND = {"float64": tightened(1e-12), "float32": tightened(1e-5)}
 # Adam's steps are relative to the gradient: errors of its small elements count as much as those of the large ones.
 PARAMETER_BOUND = {"float64": tightened(1e-10), "float32": tightened(1e-3)}
 # The gradient of the key bias is zero, since softmax does not see it: what is computed is rounding.

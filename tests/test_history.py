@@ -14,6 +14,7 @@ import yaml
 from axonn.config import GridConfig, TrainConfig
 from axonn.errors import RecordError
 from axonn.grid import ProcessGrid
+from axonn.records import read_records
 from axonn.trace import Span, SpanKind, read_spans
 from experiments.history import PastSession, session_of, sessions_of
 from experiments.metrics import read_rows
@@ -140,6 +141,8 @@ def test_every_file_says_under_which_configuration_it_came_to_be(folder: Path) -
     assert grids["batches.jsonl"] == [grid for grid in each for _ in range(4)]
     assert grids["evaluations.jsonl"] == [grid for grid in each for _ in range(2)]
     assert grids["run.json"] == each
+    (record,) = read_records(folder / "record.json")
+    assert len(record.usage) == len(record.batch_times_s) == 4
     assert [grids[name] for name in ("log-1.txt", "log-2.txt", "log.txt")] == [[grid] for grid in each]
     assert {grids[name][0] == each[-1] for name in ("config.yaml", "spec.json", "record.json")} == {True}
     for done in (2, 4, 6, 8, 10, 12):
