@@ -97,6 +97,14 @@ def test_batches_that_a_rank_says_nothing_of_end_it(tmp_path: Path) -> None:
     assert batch_usage(tmp_path, 2, 3) == []
 
 
+def test_ranks_that_an_earlier_start_did_not_have_leave_no_gap(tmp_path: Path) -> None:
+    write(tmp_path, 0, {}, {}, {})
+    write(tmp_path, 1, {"step": 2, "processor_s": 0.25})
+    assert batch_usage(tmp_path, 2, 3) == []
+    (found,) = batch_usage(tmp_path, 2, 3, first=2)
+    assert (found.load, found.processor_s) == (2.0, 0.25 + batch_usage(tmp_path, 1, 3, first=2)[0].processor_s)
+
+
 def test_a_resumed_run_forgets_what_it_trains_again(tmp_path: Path) -> None:
     for rank in (0, 1):
         write(tmp_path, rank, {}, {}, {})
