@@ -38,6 +38,20 @@ def wait_for(condition: Callable[[], Any], what: str) -> Any:
     return found
 
 
+def processes_of(folder: Path) -> list[int]:
+    """Live processes (launcher and ranks) whose command line names the run folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+            state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue  # ended meanwhile
+        if str(folder).encode() in command and state not in "ZX":
+            found.append(int(process.name))
+    return found
+
+
 class Training:
     """One `axonn train` of a tiny model on two ranks, whose temporary files go to a folder of its own."""
 
@@ -130,16 +144,7 @@ class Training:
 
     def processes(self) -> list[int]:
         """Live processes that name the run folder, the command left out."""
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                command = (process / "cmdline").read_bytes()
-                state = (process / "stat").read_text().rpartition(")")[2].split()[0]
-            except OSError:
-                continue
-            if str(self.folder).encode() in command and state not in "ZX" and int(process.name) != self.process.pid:
-                found.append(int(process.name))
-        return found
+        return [process for process in processes_of(self.folder) if process != self.process.pid]
 
     def leaves_nothing(self) -> None:
         wait_for(lambda: not self.leftovers() or None, f"the end of {self.leftovers()}")

@@ -378,6 +378,24 @@ def test_noted_signals_are_raised_at_the_end() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+TRIED: dict[str, Callable[..., None]] = {
+    "Control-C (SIGINT)": test_a_signal_lets_the_run_save,
+    "Control-C twice": test_a_second_signal_ends_at_once,
+    "Control-\\ (SIGQUIT)": test_sigquit_ends_at_once,
+    "Control-Z": test_a_stopped_command_goes_on,
+    "terminal closed, connection lost": test_a_terminal_that_is_closed_lets_the_run_save,
+    "terminal closed under `nohup`": test_under_nohup_a_closed_terminal_changes_nothing,
+    "`kill`, `timeout`": test_a_signal_lets_the_run_save,
+    "`kill` twice": test_a_second_signal_ends_at_once,
+    "warning of a scheduler": test_a_signal_lets_the_run_save,
+    "limit of processor time": test_a_signal_lets_the_run_save,
+    "nobody reads the output": test_an_output_that_nobody_reads_lets_the_run_save,
+    "input closed": test_a_closed_input_changes_nothing,
+    "`touch runs/my/stop`": test_the_file_stop_lets_the_run_save,
+    "`kill -9` of the command": test_a_killed_command_leaves_nothing,
+    "`kill -9` of a rank": test_a_killed_process_of_the_run,
+    "`kill -9` of mpiexec": test_a_killed_process_of_the_run,
+}
 ELSEWHERE = {
     "a rank stopped": "tests/test_faults.py: test_a_stopped_rank_is_found",
     "memory runs out": "tests/test_faults.py: test_a_killed_rank_ends_the_run_and_is_named",
@@ -393,15 +411,13 @@ CANNOT_BE_TRIED = {
 
 def test_every_row_is_tried_or_says_why_not() -> None:
     rows = [line[2:] for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith("| what happens")]
-    here = Path(__file__).read_text(encoding="utf-8")
-    for row in rows:
-        start = row.split(" (")[0].split(" |")[0]
-        known = [name for name in (*ELSEWHERE, *CANNOT_BE_TRIED) if row.startswith(name)]
-        named = known or [cell for cell in re.findall(r'"([^"\n]+)"', here) if len(cell) > 6 and row.startswith(cell)]
-        by_words = {"Control-Z": "test_a_stopped_command_goes_on", "terminal closed under": "test_under_nohup"}
-        by_words |= {"input closed": "test_a_closed_input", "Control-\\": "test_sigquit"}
-        named += [name for name, test in by_words.items() if row.startswith(name) and f"def {test}" in here]
-        assert named, f"docs/endings.md: nobody tries '{start}'"
+    names = [*TRIED, *ELSEWHERE, *CANNOT_BE_TRIED]
+    assert [sum(row.startswith(name) for name in names) for row in rows] == [1] * len(rows), rows
+    assert len(names) == len(rows), "a name here is of no row of docs/endings.md"
+    for name, test in TRIED.items():
+        cases = [mark.args[1] for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
+        # One test for several rows says which it tries.
+        assert not cases or any(name in str(case) for case in cases), name
     for where in ELSEWHERE.values():
         file, _, name = where.partition(": ")
-        assert name in (ROOT / file).read_text(encoding="utf-8"), where
+        assert f"def {name}" in (ROOT / file).read_text(encoding="utf-8"), where

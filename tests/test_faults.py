@@ -23,6 +23,7 @@ from experiments import definition, runner
 from experiments.outcome import Outcome
 from experiments.supervisor import supervise
 from tests.command_line import CommandLine, tiny
+from tests.endings import processes_of
 from tests.soak import soak
 
 AXONN = Path(sys.executable).parent / "axonn"
@@ -33,20 +34,6 @@ END_S = 30.0
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "run"
-
-
-def processes_of(folder: Path) -> list[int]:
-    """Live processes (launcher and ranks) whose command line names the run folder."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (process / "cmdline").read_bytes()
-            state = (process / "stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue  # ended meanwhile
-        if str(folder).encode() in command and state not in "ZX":
-            found.append(int(process.name))
-    return found
 
 
 def nothing_runs(folder: Path) -> bool:

@@ -20,6 +20,7 @@ from axonn.grid import ProcessGrid
 from axonn.runtime import connect
 from axonn.tensor.graph.forms import Form, Part
 from axonn.transport import InProcessCollectives, InProcessWorld
+from tests.parallel_cases import TiedByHand
 from tests.parallelizing import check, kinds
 from tests.plain_models import Awkward, Classifier, LanguageModel
 from tests.rank_pool import RankPool
@@ -106,18 +107,7 @@ def test_embedding_with_a_norm_limit_stays_whole() -> None:
 
 
 def test_parameters_that_are_tied_lie_alike_or_are_whole_together() -> None:
-    class Tied(nn.Module):
-        """The square weight is also used by hand."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = nn.Linear(12, 12)
-            self.b = nn.Linear(12, 12)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.b(self.a(x)) @ self.a.weight
-
-    for outcome in check(Tied(), [torch.randn(2, 12, dtype=torch.float64)], row=2, col=2):
+    for outcome in check(TiedByHand(), [torch.randn(2, 12, dtype=torch.float64)], row=2, col=2):
         assert len(list(outcome.parallel.parameters())) == 4
         # As the product by hand cannot take a weight that is cut in both dims, it is cut in one at most.
         assert len(outcome.parallel.placements()["module.a.weight"].cuts) <= 1
