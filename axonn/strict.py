@@ -24,7 +24,8 @@ _LONGEST_NUMBER = 40
 """Characters of a whole number."""
 _MOST_ERRORS = 20
 """Of one file, told one by one."""
-_LONGEST_NAME = 100
+LONGEST_NAME = 100
+"""Characters of a name that is to be a file or folder."""
 
 
 class StrictModel(BaseModel):
@@ -40,7 +41,7 @@ def is_plain(name: str) -> bool:
         re.fullmatch(r"[A-Za-z0-9._-]+", name) is not None
         and name not in {".", ".."}
         and not name.startswith("-")
-        and len(name) <= _LONGEST_NAME
+        and len(name) <= LONGEST_NAME
     )
 
 
@@ -48,7 +49,7 @@ def _checked_name(name: str) -> str:
     if not is_plain(name):
         raise ValueError(
             f"{shortened(name)} is no name of a folder or file: it may have letters, digits, '.', '_' and '-', up to "
-            f"{_LONGEST_NAME}, and does not begin with '-'"
+            f"{LONGEST_NAME}, and does not begin with '-'"
         )
     return name
 

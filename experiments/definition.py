@@ -32,11 +32,10 @@ from axonn.config import (
 from axonn.errors import ConfigError, MachineError
 from axonn.perf.machine import MachineFile, load_machine
 from axonn.perf.strategy import Strategy
-from axonn.strict import Inside, Line, Name, is_plain, shortened
+from axonn.strict import LONGEST_NAME, Inside, Line, Name, is_plain, shortened
 from experiments.places import ROOT, described_file, described_names
 
 HERE = ROOT / "experiments"
-_LONGEST_SLUG = 150
 OURS = "AxoNN"
 """Label of our engine among the frameworks."""
 
@@ -277,9 +276,9 @@ def _find(folder: str, name: str) -> Path:
 
 
 def slug(text: str) -> str:
-    """As part of a file's name, which has room for no more than 255 letters."""
+    """A plain name that tells this text, as part of a file's name; of a long one its beginning and a hash."""
     found = re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-")
-    return found if len(found) <= _LONGEST_SLUG else f"{found[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return found if len(found) <= LONGEST_NAME else f"{found[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def available_cores() -> int:

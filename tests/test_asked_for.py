@@ -80,7 +80,10 @@ def files(request: pytest.FixtureRequest, tmp_path: Path) -> list[Path]:
     """Experiment files that predict: one that is shipped, or those of the pages."""
     if isinstance(request.param, Path):
         return [request.param]
-    found = [path for path in files_of_documents(tmp_path) if load_experiment(path).predicts]
+    # As long as paths get: names of jobs and records come from them.
+    folder = tmp_path / "-".join(["a folder"] * 12)
+    folder.mkdir()
+    found = [path for path in files_of_documents(folder) if load_experiment(path).predicts]
     assert len(found) >= 2
     return found
 

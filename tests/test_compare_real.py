@@ -67,7 +67,10 @@ def test_a_real_comparison_with_contenders_that_fail(tmp_path: Path) -> None:
     assert len(records) == 4
     assert {note: r.failure.cause for note, r in records.items() if r.failure is not None} == failures
     cases = list(ElementTree.parse(tmp_path / "out" / "junit.xml").getroot().iter("testcase"))
-    assert sorted(child.tag for case in cases for child in case) == ["skipped", "skipped", "skipped", "system-out"]
+    tags = [child.tag for case in cases for child in case]
+    # Whoever ran beside a busy machine says so, too.
+    assert tags.count("skipped") == 3
+    assert set(tags) == {"skipped", "system-out"}
     assert len(list((tmp_path / "out" / "reference").glob("tiny-*.json"))) == 1
 
 
