@@ -39,7 +39,7 @@ reproduce: $(READY) ## all figures, the model against published sets, and result
 	@$(BIN)/python -m plots.reproduce $(FIGURES:%=reproduce-%) $(OTHERS:%=reproduce-%) schematics validate-published
 
 report: $(READY) ## results/report.html alone, from what is there
-	@$(BIN)/python -m plots.report
+	@$(BIN)/python -m plots.report.report_page
 
 reproduce-fig3: ## what a batch is made of, without and with the memory optimisation: published, predicted, measured here
 reproduce-fig5: ## the trace of tensor parallelism: predicted, and measured here, with Perfetto traces
@@ -64,10 +64,10 @@ $(FIGURES:%=reproduce-%) $(OTHERS:%=reproduce-%): reproduce-%: $(READY)
 
 compare-baselines: $(READY) ## AxoNN and other frameworks on the same work (QUICK=1; LINK=1; RANKS=4; OPTIONS='--kinds tensor')
 	@status=0; $(BIN)/python -m baselines.compare --out $(COMPARISON) $(QUICK_FLAG) $(if $(LINK),--link) $(if $(RANKS),--ranks $(RANKS)) $(DEVICE_FLAG) $(OPTIONS) || status=$$?; \
-		test $$status -gt 1 || $(BIN)/python -m plots.baselines $(COMPARISON)/summary.json || status=$$?; exit $$status
+		test $$status -gt 1 || $(BIN)/python -m plots.figures.baselines $(COMPARISON)/summary.json || status=$$?; exit $$status
 
 schematics: $(READY) ## the grid, the schedule and a layer of a configuration as pictures (CONFIG=my.yaml)
-	@$(BIN)/python -m plots.schematics $(CONFIG)
+	@$(BIN)/python -m plots.figures.schematics $(CONFIG)
 
 calibrate: $(READY) ## measure this machine for the performance model (QUICK=1: coarsely; DEVICE=cuda: its GPU)
 	@$(BIN)/axonn calibrate $(QUICK_FLAG) $(DEVICE_FLAG)
@@ -76,7 +76,7 @@ validate-published: $(READY) ## the model against all published sets (axonn pred
 	@$(BIN)/axonn predict --validate $(if $(filter-out busy,$(FRESH)),--fresh)
 
 validate-local: $(READY) ## predicted and measured batch times of 21 runs on this machine (calibrates; about 8 minutes)
-	@$(BIN)/python -m experiments.local_validation
+	@$(BIN)/python -m experiments.validation.local_validation
 
 # Two files at a time: many tests wait, or compute on one core.
 test: $(READY) ## the tests (17 to 45 minutes on 2 cores, by machine; WORKERS=4: on more)
@@ -129,14 +129,14 @@ bench-optimizer: $(READY) ## offloaded optimizer state; reduction overlapped wit
 
 # Status 2: nothing was measured, so there is nothing new to draw.
 bench-gpu: $(READY) ## our engine on one GPU, beside others, in 9 minutes (DEVICE=cpu QUICK=1: in miniature; OPTIONS='--only gpt')
-	@status=0; $(BIN)/python -m baselines.gpu.bench --device $(or $(DEVICE),cuda) $(QUICK_FLAG) $(OPTIONS) || status=$$?; \
-		test $$status -gt 1 || $(BIN)/python -m plots.gpu $(GPU_RESULTS)/summary.json || status=$$?; exit $$status
+	@status=0; $(BIN)/python -m baselines.gpu.bench_gpu --device $(or $(DEVICE),cuda) $(QUICK_FLAG) $(OPTIONS) || status=$$?; \
+		test $$status -gt 1 || $(BIN)/python -m plots.figures.gpu $(GPU_RESULTS)/summary.json || status=$$?; exit $$status
 
 validate-plan: $(READY) ## the planner's choice for 2 ranks beside an exhaustive measured search (needs axonn calibrate)
 	@$(BIN)/python -m tests.bench.plan_check $(QUICK_FLAG)
 
 plan-published: $(READY) ## published configurations beside the planner's best at the same scale
-	@$(BIN)/python -m experiments.plan_compare
+	@$(BIN)/python -m experiments.planning.plan_compare
 
 baselines: $(READY) ## install the frameworks to compare with, each apart (ONLY="deepspeed megatron": some of them)
 	@bash tools/baselines.sh $(BIN)/python $(or $(ONLY),$(basename $(notdir $(wildcard baselines/environments/*.txt))))

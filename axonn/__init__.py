@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from axonn.tensor.parallelize import ParallelModule as ParallelModule
-    from axonn.tensor.parallelize import parallelize as parallelize
+    from axonn.autoparallel.parallelize import ParallelModule as ParallelModule
+    from axonn.autoparallel.parallelize import parallelize as parallelize
 
 __all__ = ["ParallelModule", "parallelize"]
 
@@ -12,7 +12,7 @@ __all__ = ["ParallelModule", "parallelize"]
 def __getattr__(name: str) -> Any:
     """`parallelize`, which needs torch, is imported when it is first asked for."""
     if name in __all__:
-        from axonn.tensor import parallelize as module
+        from axonn.autoparallel import parallelize as module
 
         return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

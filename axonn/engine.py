@@ -9,27 +9,27 @@ from typing import Literal
 
 import torch
 
-from axonn.collectives import Collectives, Group, SerialCollectives
-from axonn.compiled import CompileMode, Compiler
-from axonn.config import OptimizerConfig, PrecisionConfig
-from axonn.defaults import checkpoint_blocks, sub_shards
-from axonn.device_timeline import Reading, Timeline
-from axonn.devices import usable
+from axonn.checkpoint.local_shard import Part
+from axonn.config.defaults import checkpoint_blocks, sub_shards
+from axonn.config.train_config import OptimizerConfig, PrecisionConfig
+from axonn.device.compilation import CompileMode, Compiler
+from axonn.device.devices import usable
+from axonn.device.streams import Reading, Timeline
+from axonn.distributed.collectives import Collectives, Group, SerialCollectives
+from axonn.distributed.transport import Transport
 from axonn.errors import ConfigError, GridError
 from axonn.grid import AXES, ProcessGrid
-from axonn.initial import fill
-from axonn.inter_layer.batch import Batch, Inputs
+from axonn.inter_layer.batch_shard import Batch, Inputs
 from axonn.inter_layer.executor import PipelineExecutor
-from axonn.inter_layer.finite import NotFinite
+from axonn.inter_layer.non_finite import NotFinite
 from axonn.inter_layer.stage import Chunk, ParameterSpec, parameter_specs, tied_stages, virtual_spans
 from axonn.models.base import PipelineModel
+from axonn.models.initialization import fill
+from axonn.observability.traffic import Traffic, TrafficMeter
 from axonn.optim.model_optimizer import ModelOptimizer
-from axonn.parts import Part
 from axonn.schedules import ScheduleSpec, StageSchedule, make_schedule
+from axonn.spans import SpanKind, SpanRecorder
 from axonn.tensor import TensorContext
-from axonn.trace import SpanKind, SpanRecorder
-from axonn.traffic import Traffic, TrafficMeter
-from axonn.transport import Transport
 
 
 def microbatches_of(*, batch_size: int, microbatch_size: int, grid: ProcessGrid) -> int:
@@ -62,7 +62,7 @@ class Engine:
 
     Every rank makes one with the same arguments. `transport` is needed when G_inter > 1, `collectives` when there is
     more than one rank. `activation_checkpointing` counts blocks, see `TrainConfig`; `overdecomposition`: see
-    `axonn.defaults.sub_shards`; `compile`: see `axonn.compiled.Compiler`. `device`: where this rank computes. `steps`
+    `axonn.config.defaults.sub_shards`; `compile`: see `axonn.device.compilation.Compiler`. `device`: where this rank computes. `steps`
     is the length of the run, if the learning rate goes by it. Raises `GridError` or `ConfigError` when the
     configuration does not fit.
     """

@@ -20,11 +20,16 @@ from types import FrameType
 from rich.console import Console
 from rich.markup import escape
 
-from axonn.config import GPTConfig, TrainConfig, validate
+from axonn.cli.doc_links import explained
+from axonn.config.train_config import TrainConfig, validate
+from axonn.durable_files import locked_folder
 from axonn.errors import AxonnError, ConfigError, LaunchError
-from axonn.files import locked_folder
-from axonn.models import make_model
-from axonn.records import Asked
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.models.registry import make_model
+from axonn.observability.procfs import available_cores
+from axonn.observability.provenance import this_machine
+from axonn.observability.records import Asked
+from axonn.training.places import PROJECT, from_here
 from baselines import contenders as who
 from baselines.comparison import (
     Result,
@@ -36,20 +41,16 @@ from baselines.comparison import (
     rows_of,
     verdicts_of,
 )
+from baselines.comparison_outcome import about_frameworks, write_records_of, write_summary
+from baselines.comparison_progress import Reporter, make_console
+from baselines.comparison_session import Found, Part, conditions_over_link, run_over_link, run_part
+from baselines.comparison_tables import show
 from baselines.contenders import Contender, Kind, choose, load_contenders, refusal
 from baselines.coordinator import LEAST_ROUNDS, LOOPBACK, Condition, PlainLoopback
 from baselines.equal_work import reference_losses
 from baselines.junit import write_junit
-from baselines.outcome import about_frameworks, write_records_of, write_summary
-from baselines.paired import HALF_WIDTH
-from baselines.parts import Found, Part, conditions_over_link, run_over_link, run_part
-from baselines.said import Reporter, make_console
-from baselines.tables import show
-from experiments.definition import available_cores
-from experiments.link import stage_seconds, why_no_link
-from experiments.pages import explained
-from experiments.places import PROJECT, from_here
-from experiments.provenance import this_machine
+from baselines.statistics import HALF_WIDTH
+from experiments.slow_link import stage_seconds, why_no_link
 from experiments.workloads import SHAPES, config_of
 
 OUT = PROJECT / "results" / "baselines"

@@ -9,15 +9,15 @@ from typing import Any
 
 from pydantic import Field
 
-from axonn.config import StrictModel, load_yaml
-from axonn.records import Failure
-from axonn.strict import Loss
-from axonn.usage import busy_share
+from axonn.config.loading import Loss
+from axonn.config.train_config import StrictModel, load_yaml
+from axonn.observability.machine_usage import busy_share
+from axonn.observability.records import Failure
 from baselines.contenders import Contender, Kind
 from baselines.coordinator import Measured, Stopped
 from baselines.equal_work import difference, disagreement
-from baselines.paired import Spread, middle_half
 from baselines.rounds import Condition, Quantity, Turn, counted, processor, ratios, spread_of, wall
+from baselines.statistics import Spread, middle_half
 
 TOLERANCES = Path(__file__).parent / "tolerances"
 

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from axonn.config import StrictModel, TrainConfig, load_yaml, validate
+from axonn.config.train_config import StrictModel, TrainConfig, load_yaml, validate
 from axonn.errors import AxonnError, ConfigError, LaunchError
 from axonn.grid import AXES
-from experiments.capacity import lacking_here
-from experiments.framework import Framework, load_adapter, load_framework
+from axonn.training.capacity import lacking_here
+from axonn.training.framework import Framework, load_adapter, load_framework
 from experiments.workloads import config_of
 
 FILE = Path(__file__).parent / "contenders.yaml"

@@ -14,19 +14,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, Protocol
 
-from axonn.config import StrictModel, TrainConfig
+from axonn.config.loading import Loss
+from axonn.config.train_config import StrictModel, TrainConfig
 from axonn.grid import ProcessGrid
-from axonn.records import Failure
-from axonn.strict import Loss
-from axonn.usage import BatchUsage
+from axonn.observability.batch_usage import batch_usage
+from axonn.observability.machine_usage import BatchUsage
+from axonn.observability.procfs import available_cores
+from axonn.observability.records import Failure
+from axonn.training.metrics import BATCHES, Tail
+from axonn.training.run_outcome import Outcome
+from axonn.training.supervision.supervisor import supervise
+from axonn.training.supervision.turn_taking import TurnTaking
 from baselines.contenders import Device
 from baselines.rounds import LOOPBACK, Condition, Turn, Widest, widest
-from experiments.batch_usage import batch_usage
-from experiments.definition import available_cores
-from experiments.metrics import BATCHES, Tail
-from experiments.outcome import Outcome
-from experiments.supervisor import supervise
-from experiments.turns import TurnTaking
 
 LEAST_ROUNDS = 4
 """With the batch that warms up, as many losses as are compared."""
@@ -183,7 +183,7 @@ class Group(StrictModel):
     ours: list[str] = []
     """Keys of our contenders, to the fastest of which ratios are made."""
     half_width: float | None = None
-    """No more rounds are made when no interval of a ratio is wider (`baselines.paired.HALF_WIDTH`); None: all are."""
+    """No more rounds are made when no interval of a ratio is wider (`baselines.statistics.HALF_WIDTH`); None: all are."""
     with_busy: bool = False
     """Whether batches of a busy machine take part in ratios."""
 

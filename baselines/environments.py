@@ -12,7 +12,7 @@ from pathlib import Path
 
 from axonn.errors import LaunchError
 from experiments.definition import ROOT
-from experiments.installing import INSTALL
+from experiments.missing_frameworks import INSTALL
 
 FOLDER = ROOT / ".baselines"
 GPUS = Path("/proc/driver/nvidia/gpus")

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from axonn.config import TrainConfig, validate
+from axonn.config.train_config import TrainConfig, validate
 from axonn.errors import LaunchError
-from axonn.records import Failure
+from axonn.observability.procfs import available_cores
+from axonn.observability.provenance import fingerprint, sources
+from axonn.observability.records import Failure
+from axonn.training.places import from_here
+from axonn.training.supervision.supervisor import supervise
 from baselines.contenders import serial_work
 from baselines.coordinator import keep_little
-from experiments.definition import available_cores
-from experiments.places import from_here
-from experiments.provenance import fingerprint, sources
-from experiments.supervisor import supervise
 from experiments.workloads import SAME_WORK, config_of
 
 BATCHES = 5
@@ -31,9 +31,9 @@ _SOURCES = (
     "axonn/models/*.py",
     "axonn/data/*.py",
     "axonn/tensor/*.py",
-    "baselines/common.py",
-    "baselines/pytorch_loop.py",
-    "experiments/loop.py",
+    "baselines/adapters/adapter_common.py",
+    "baselines/adapters/pytorch/pytorch_loop.py",
+    "axonn/training/loop.py",
     "experiments/workloads.py",
 )
 

@@ -1,6 +1,6 @@
 """Rounds of a comparison: one batch of each contender, and the ratios that are made of them round by round.
 
-Batches while which the machine was busy with other work (`axonn.usage`) are left out of ratios, by a rule that does not
+Batches while which the machine was busy with other work (`axonn.observability.machine_usage`) are left out of ratios, by a rule that does not
 know whose batch it was; `with_busy` takes them in.
 """
 
@@ -11,9 +11,9 @@ from math import inf
 from statistics import median
 from typing import NamedTuple
 
-from axonn.config import StrictModel
-from axonn.usage import BatchUsage, is_busy
-from baselines.paired import LEAST_PAIRS, Spread, median_interval
+from axonn.config.train_config import StrictModel
+from axonn.observability.machine_usage import BatchUsage, is_busy
+from baselines.statistics import LEAST_PAIRS, Spread, median_interval
 
 
 class Condition(StrictModel):

@@ -1,6 +1,6 @@
 """`python -m experiments`: the `axonn` command."""
 
-from experiments.cli import main
+from axonn.cli.main import main
 
 if __name__ == "__main__":
     main()

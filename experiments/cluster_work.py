@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from axonn.config import TrainConfig
-from axonn.devices import DeviceType
+from axonn.config.train_config import TrainConfig
+from axonn.device.devices import DeviceType
 from axonn.errors import LaunchError
-from axonn.records import Asked, Failure, Machine, Ran, Record, settings_of
-from experiments.datasets import Case
+from axonn.observability.records import Asked, Failure, Machine, Ran, Record, settings_of
+from axonn.training.framework import ClusterWork, PrintedRun
+from axonn.training.run_record import note_of, time_or_failure
 from experiments.definition import find_machine
-from experiments.framework import ClusterWork, PrintedRun
-from experiments.run_record import note_of, tflops_formula, time_or_failure
+from experiments.validation.published_sets import Case
 
 PUBLISHED_STEPS = 11
 """The papers' policy: 11 batches, mean of the last 10."""
@@ -134,7 +134,7 @@ def record_of(
         memory_bytes=run.memory_bytes,
         tflops_per_gpu=rate if recompute else None,
         tflops_per_gpu_without_recompute=None if recompute else rate,
-        tflops_formula=None if rate is None else tflops_formula(work.model, recompute=recompute),
+        tflops_formula=None if rate is None else work.model.flops_formula(recompute=recompute),
         failure=failure,
         note=note_of(new_starts),
     )

@@ -16,10 +16,10 @@ from typing import Any, get_args
 from rich import box
 from rich.table import Table
 
+from axonn.config.loading import shortened
+from axonn.durable_files import read_json, reason_of
 from axonn.errors import RecordError
-from axonn.files import read_json, reason_of
-from axonn.records import SCHEMA, Record, RecordKind, read_records
-from axonn.strict import shortened
+from axonn.observability.records import SCHEMA, Record, RecordKind, read_records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Entry:
     """Of a batch; None of a run that failed."""
     failure: str | None = None
     busy: bool = False
-    """Whether the machine is known to have been busy with other work meanwhile (`axonn.usage`)."""
+    """Whether the machine is known to have been busy with other work meanwhile (`axonn.observability.machine_usage`)."""
 
 
 def load(paths: Sequence[Path]) -> list[Entry]:

@@ -7,7 +7,6 @@ measured here is a weak scaling (`measured`), or single configurations of `axonn
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -16,24 +15,24 @@ from typing import Any
 
 from pydantic import Field
 
-from axonn.config import (
+from axonn.config.loading import LONGEST_NAME, Inside, Line, Name, is_plain, shortened
+from axonn.config.model_config import ModelConfig, validate_model
+from axonn.config.train_config import (
     FloatType,
-    GPTConfig,
     GridConfig,
-    ModelConfig,
     OptimizerConfig,
     StrictModel,
     TrainConfig,
-    UNetConfig,
     load_yaml,
     read_yaml,
     validate,
 )
 from axonn.errors import ConfigError, MachineError
-from axonn.perf.machine import MachineFile, load_machine
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.observability.procfs import available_cores
+from axonn.perf.machine.machine_file import MachineFile, load_machine
 from axonn.perf.strategy import Strategy
-from axonn.strict import LONGEST_NAME, Inside, Line, Name, is_plain, shortened
-from experiments.places import ROOT, described_file, described_names
+from axonn.training.places import ROOT, described_file, described_names
 
 HERE = ROOT / "experiments"
 OURS = "AxoNN"
@@ -69,7 +68,7 @@ class PredictedPanel(StrictModel):
     adapters: dict[str, str] = {}
     """By which adapter a framework is launched on a cluster, where its label is no adapter's own."""
     planned: list[str] = []
-    """Frameworks of whose points the planner chooses what is searched and not given (`experiments.planned`)."""
+    """Frameworks of whose points the planner chooses what is searched and not given (`experiments.planning.planned_points`)."""
     points: list[PredictedPoint]
 
 
@@ -253,10 +252,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def load_model(name: str) -> ModelConfig:
     """A model of experiments/models by name, of the project where one stands or the suite's own; or a file by path."""
     path = Path(name) if name.endswith(".yaml") else _find("models", name)
-    content = read_yaml(path)
-    if isinstance(content, dict) and content.get("kind") == "unet":
-        return load_yaml(path, UNetConfig)
-    return load_yaml(path, GPTConfig)
+    return validate_model(read_yaml(path), where=str(path))
 
 
 def find_machine(name: str) -> MachineFile:
@@ -279,11 +275,6 @@ def slug(text: str) -> str:
     """A plain name that tells this text, as part of a file's name; of a long one its beginning and a hash."""
     found = re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-")
     return found if len(found) <= LONGEST_NAME else f"{found[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def measured_configs(panel: MeasuredPanel, *, most: int | None = None) -> list[TrainConfig]:

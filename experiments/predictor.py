@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from axonn.errors import ConfigError, RecordError
-from axonn.perf.jitter import Jitter
-from axonn.perf.machine import MachineFile
-from axonn.perf.predict import Prediction
-from axonn.perf.sent import bytes_by_axis
-from axonn.records import Asked, Machine, Ran, Record, read_records, settings_of, write_records
-from axonn.trace import SpanRecorder, overlap
-from experiments.cases import PredictedCase, predict_case
-from experiments.datasets import FOLDER, Case, Open, case_of, load_data_set, rules_for
+from axonn.observability.provenance import commit, fingerprint, sources
+from axonn.observability.records import Asked, Machine, Ran, Record, read_records, settings_of, write_records
+from axonn.perf.machine.machine_file import MachineFile
+from axonn.perf.prediction import Prediction
+from axonn.perf.timing.bytes_sent import bytes_by_axis
+from axonn.perf.timing.jitter import Jitter
+from axonn.spans import SpanRecorder, overlap
+from axonn.training.places import PROJECT, in_project
 from experiments.definition import HERE, OURS, Experiment, find_machine, slug
-from experiments.places import PROJECT, in_project
-from experiments.provenance import commit, fingerprint, sources
-from experiments.run_record import tflops_formula
+from experiments.predicted_case import PredictedCase, predict_case
+from experiments.validation.published_sets import FOLDER, Case, Open, case_of, load_data_set, rules_for
 
 PREDICTED = PROJECT / "results" / "predicted"
 
@@ -106,17 +105,17 @@ def fingerprint_of(experiment: Experiment, jitter: Jitter | None = None) -> str:
         sources(
             "axonn/perf/*.py",
             "axonn/schedules/*.py",
-            "axonn/config.py",
+            "axonn/config/train_config.py",
             "axonn/grid.py",
-            "axonn/partition.py",
-            "axonn/records.py",
-            "axonn/trace.py",
-            "axonn/unet_config.py",
-            "axonn/defaults.py",
+            "axonn/inter_layer/partition.py",
+            "axonn/observability/records.py",
+            "axonn/spans.py",
+            "axonn/models/unet/unet_config.py",
+            "axonn/config/defaults.py",
             "axonn/models/*.py",
-            "experiments/cases.py",
-            "experiments/planned.py",
-            "experiments/planning.py",
+            "experiments/predicted_case.py",
+            "experiments/planning/planned_points.py",
+            "experiments/planning/planning.py",
             "experiments/predictor.py",
         ),
     )
@@ -187,7 +186,7 @@ def decided(point: PointToPredict, machine: MachineFile) -> tuple[Case, list[str
     if not point.planned:
         return point.case, []
     # The planner reads models of the engine, and so needs torch; predicting alone does not.
-    from experiments.planned import planned
+    from experiments.planning.planned_points import planned
 
     case = point.case
     choice = planned(case.model, machine, case.strategy, gpus=case.gpus, batch_size=case.batch_size, where=point.where)
@@ -238,7 +237,7 @@ def _record(
         memory_of_all=prediction.memory_of_all(case.gpus),
         bytes_per_batch=bytes_by_axis(found.outline, strategy, batch_size=case.batch_size),
         tflops_per_gpu=prediction.tflops_per_gpu,
-        tflops_formula=tflops_formula(case.model, recompute=strategy.recompute == "full"),
+        tflops_formula=case.model.flops_formula(recompute=strategy.recompute == "full"),
         pct_peak=prediction.pct_peak,
         fingerprint=mark,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

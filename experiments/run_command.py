@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from axonn.errors import AxonnError, RunFailed
-from experiments.console import (
+from axonn.cli.console import (
     ExperimentFile,
     command_line,
     console,
@@ -21,12 +20,13 @@ from experiments.console import (
     say_defaults,
     warn,
 )
-from experiments.pages import documented
-from experiments.places import from_here
+from axonn.cli.doc_links import documented
+from axonn.errors import AxonnError, RunFailed
+from axonn.training.places import from_here
 
 if TYPE_CHECKING:
-    from axonn.perf.jitter import Jitter
-    from axonn.records import Record
+    from axonn.observability.records import Record
+    from axonn.perf.timing.jitter import Jitter
 
 
 @documented("docs/own-figure.md")
@@ -49,9 +49,9 @@ def run(  # noqa: PLR0917
 
     A point that was measured while the machine was busy with other work is done, and marked.
     """
-    from axonn.devices import device_type
+    from axonn.device.devices import device_type
     from experiments.definition import load_experiment
-    from experiments.installing import how_to_install, not_installed
+    from experiments.missing_frameworks import how_to_install, not_installed
     from experiments.runner import compare_losses, points_of, run_point
 
     experiment = load_experiment(experiment_file)
@@ -172,7 +172,7 @@ def predict(
     spans: Annotated[Path | None, typer.Option(help="Folder for what each stage does when, point by point.")] = None,
 ) -> None:
     """Predict the points of an experiment at the published scale, or hold predictions against published sets."""
-    from axonn.perf.jitter import Jitter
+    from axonn.perf.timing.jitter import Jitter
 
     if validate:
         _validate(names or [], fresh=fresh)
@@ -186,9 +186,9 @@ def predict(
 
 
 def _validate(names: list[str], *, fresh: bool) -> None:
-    from experiments import validation_tables as tables
-    from experiments.datasets import find_data_sets
-    from experiments.validate import (
+    from experiments.validation import validation_tables as tables
+    from experiments.validation.published_sets import find_data_sets
+    from experiments.validation.validate import (
         done_validation,
         fingerprint_of,
         points_of,
@@ -262,7 +262,7 @@ def _predict_experiment(experiment_file: Path, *, fresh: bool, jitter: Jitter | 
 
 def _show_spread(records: Sequence[Record]) -> None:
     """Where the times are those of several batches."""
-    from experiments.validation_tables import spread_table
+    from experiments.validation.validation_tables import spread_table
 
     if all(record.batch_times_s for record in records):
         console.print(spread_table(records))

@@ -7,26 +7,26 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from axonn.config import TrainConfig
-from axonn.devices import DeviceType
+from axonn.config.train_config import TrainConfig
+from axonn.device.devices import DeviceType
+from axonn.durable_files import locked_folder
 from axonn.errors import ConfigError
-from axonn.files import locked_folder
-from axonn.records import Failure, Record, read_records, write_records
-from experiments.capacity import lacking_here
+from axonn.observability.provenance import fingerprint, sources, this_machine
+from axonn.observability.records import Failure, Record, read_records, write_records
+from axonn.training.capacity import lacking_here
+from axonn.training.framework import Framework, load_adapter, load_framework, ran_by, version_of
+from axonn.training.places import PROJECT
+from axonn.training.run_outcome import Outcome
+from axonn.training.run_record import function_of, run_record, with_losses_compared
+from axonn.training.supervision.supervisor import supervise
 from experiments.definition import Experiment, measured_configs, slug
-from experiments.framework import Framework, load_adapter, load_framework, ran_by, version_of
-from experiments.outcome import Outcome
-from experiments.places import PROJECT
-from experiments.provenance import fingerprint, sources, this_machine
-from experiments.run_record import function_of, run_record, with_losses_compared
-from experiments.supervisor import supervise
 
 MEASURED = PROJECT / "results" / "measured"
 RUNS = PROJECT / "runs"
 _SOURCES = (
     "axonn/*.py",
     "axonn/schedules/*.py",
-    "axonn/transport/*.py",
+    "axonn/distributed/transport/*.py",
     "axonn/inter_layer/*.py",
     "axonn/optim/*.py",
     "axonn/tensor/*.py",
@@ -34,10 +34,10 @@ _SOURCES = (
     "axonn/data/*.py",
     "baselines/*.py",
     "baselines/ranks/*.py",
-    "experiments/worker.py",
-    "experiments/trail.py",
-    "experiments/usage.py",
-    "experiments/loop.py",
+    "axonn/training/worker.py",
+    "axonn/training/run_folder.py",
+    "axonn/observability/rank_usage.py",
+    "axonn/training/loop.py",
     "experiments/*framework.py",
 )
 """What a measured time depends on: a change here makes a point worth measuring anew."""

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from axonn.files import parse_json, read_bytes, read_json
-from experiments.metrics import BATCHES
+from axonn.durable_files import parse_json, read_bytes, read_json
+from axonn.training.metrics import BATCHES
 
 ENDED = "ended.json"
 STARTED = "started.txt"

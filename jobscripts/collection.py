@@ -9,22 +9,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from axonn.config import GPTConfig, StrictModel, TrainConfig, UNetConfig, validate
+from axonn.config.model_config import validate_model
+from axonn.config.train_config import TrainConfig, validate
+from axonn.durable_files import read_bytes, read_json
 from axonn.errors import AxonnError, ConfigError, RecordError
-from axonn.files import read_bytes, read_json
+from axonn.observability.records import Failure, Record, read_records, write_records
 from axonn.perf.strategy import Strategy
-from axonn.records import Failure, Record, read_records, write_records
+from axonn.training.framework import ClusterWork, PrintedRun, load_adapter, load_framework, ran_by
+from axonn.training.run_folder import SPEC
+from axonn.training.run_outcome import Outcome, outcome_of, steady
+from axonn.training.run_record import function_of, left_by_ranks, readable_spans, run_record, with_losses_compared
 from experiments import runner
 from experiments.cluster_work import SmallWork, record_of
 from experiments.definition import ROOT, find_machine, load_experiment, slug
-from experiments.framework import ClusterWork, PrintedRun, load_adapter, load_framework, ran_by
-from experiments.outcome import Outcome, outcome_of, steady
-from experiments.run_record import function_of, left_by_ranks, readable_spans, run_record, with_losses_compared
-from experiments.trail import SPEC
 from jobscripts.attempts import ENDED, attempts, in_order
-from jobscripts.described import Described, changes, described
-from jobscripts.endings import failure_of_job, not_yet
 from jobscripts.generate import SCHEMA, JobEntry, Manifest, changed_files, hash_of, load_manifest
+from jobscripts.job_failure import failure_of_job, not_yet
+from jobscripts.run_environment import Described, changes, described
 from jobscripts.submission import Standing, standings
 
 RECORD = "record.json"
@@ -211,8 +212,7 @@ def work_of(path: Path, manifest: Manifest, entry: JobEntry) -> Work:
         if "small" in content:
             config = validate(plain["config"], TrainConfig, where=f"{path}: config")
             return SmallWork(**{**plain, "framework": entry.adapter, "config": config})
-        kind: type[StrictModel] = UNetConfig if plain["model"].get("kind") == "unet" else GPTConfig
-        model = validate(plain["model"], kind, where=f"{path}: model")
+        model = validate_model(plain["model"], where=f"{path}: model")
         strategy = validate(plain["strategy"], Strategy, where=f"{path}: strategy")
         return ClusterWork(**{**plain, "model": model, "strategy": strategy})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -10,13 +10,13 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from axonn.cli.console import ExperimentFile, command_line, console, progress_bar, warn
+from axonn.cli.doc_links import documented
 from axonn.errors import ConfigError
-from experiments.console import ExperimentFile, command_line, console, progress_bar, warn
-from experiments.pages import documented
-from experiments.places import from_here
+from axonn.training.places import from_here
 
 if TYPE_CHECKING:
-    from jobscripts.points import Planned
+    from jobscripts.job_plan import Planned
 
 JobFolder = Annotated[Path, typer.Argument(help="Folder that axonn jobs wrote")]
 
@@ -39,8 +39,8 @@ def jobs(
     from experiments.cluster_work import PUBLISHED_STEPS
     from experiments.definition import load_experiment
     from jobscripts.generate import write_jobs
+    from jobscripts.job_plan import plan_jobs, plan_small_jobs
     from jobscripts.launchers import load_launcher
-    from jobscripts.points import plan_jobs, plan_small_jobs
     from jobscripts.schedulers import load_scheduler
     from jobscripts.site import load_site
     from jobscripts.system import load_system
@@ -101,7 +101,7 @@ def jobs(
 
 
 def _table(planned: Planned) -> Table:
-    from jobscripts.points import node_hours
+    from jobscripts.job_plan import node_hours
 
     found = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     # A name is what one types for axonn submit --only: all of it has to be there.
@@ -152,8 +152,8 @@ def status(
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between questions to the scheduler.")] = 30.0,
 ) -> None:
     """Show how the jobs of a folder stand; exit status 1 when one that was submitted ended and is not whole."""
+    from jobscripts.job_status import changes, table
     from jobscripts.submission import standings
-    from jobscripts.watching import changes, table
 
     found = standings(folder)
     if wait:

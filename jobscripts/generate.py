@@ -17,14 +17,14 @@ from typing import Any, Literal
 from jinja2 import Environment
 from pydantic import Field
 
-from axonn.config import StrictModel
+from axonn.config.loading import Line, Name, is_plain, load_json
+from axonn.config.train_config import StrictModel
+from axonn.durable_files import opened
 from axonn.errors import ConfigError
-from axonn.files import opened
-from axonn.strict import Line, Name, is_plain, load_json
+from axonn.training.framework import ClusterWork, Launch
+from axonn.training.run_folder import STOPPED
 from experiments.cluster_work import SmallWork
-from experiments.framework import ClusterWork, Launch
 from experiments.templates import rendered, sandbox
-from experiments.trail import STOPPED
 from jobscripts.launchers import Launcher
 from jobscripts.schedulers import Resources, Scheduler
 from jobscripts.site import Site, as_shell, as_words, in_quotes

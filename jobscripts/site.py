@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, field_validator
 
-from axonn.config import StrictModel, load_yaml
+from axonn.config.train_config import StrictModel, load_yaml
 from axonn.errors import ConfigError
 
 _NAMED = r"\$[A-Za-z_][A-Za-z0-9_]*"

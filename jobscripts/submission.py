@@ -13,9 +13,9 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from axonn.config.loading import first_of
+from axonn.durable_files import LOCK, locked, read_json, replace_durably
 from axonn.errors import LaunchError, RecordError
-from axonn.files import LOCK, locked, read_json, replace_durably
-from axonn.strict import first_of
 from jobscripts.attempts import all_done, attempt_of, attempts, id_of, newest_attempt, reason_of
 from jobscripts.generate import MANIFEST, JobEntry, Manifest, changed_files, load_manifest
 from jobscripts.schedulers import Scheduler, State, Status, load_scheduler

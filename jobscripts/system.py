@@ -12,9 +12,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from axonn.config import StrictModel, load_yaml
+from axonn.config.loading import Line, Name, is_plain
+from axonn.config.train_config import StrictModel, load_yaml
 from axonn.errors import ConfigError
-from axonn.strict import Line, Name, is_plain
 from jobscripts.site import Option
 
 FOLDER = Path(__file__).parent / "systems"

@@ -20,21 +20,21 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, RenderableType
 from rich.markup import escape
 
-from axonn.config import TrainConfig
+from axonn.cli.console import make_console
+from axonn.cli.doc_links import explained
+from axonn.config.train_config import TrainConfig
+from axonn.durable_files import read_json, replace_durably
 from axonn.errors import RecordError
-from axonn.files import read_json, replace_durably
-from axonn.records import Record, RecordKind, read_records
-from axonn.usage import BUSY_SHARE
+from axonn.observability.machine_usage import BUSY_SHARE
+from axonn.observability.provenance import THIS_MACHINE, fingerprint, sources, this_machine
+from axonn.observability.records import Record, RecordKind, read_records
+from axonn.training.framework import load_framework
+from axonn.training.places import PROJECT, from_here
+from axonn.training.run_record import configuration_of, measures
 from experiments import predictor, runner
-from experiments.console import make_console
 from experiments.definition import ROOT, Experiment, load_experiment
-from experiments.framework import load_framework
-from experiments.installing import how_to_install, not_installed
-from experiments.pages import explained
-from experiments.places import PROJECT, from_here
-from experiments.provenance import THIS_MACHINE, fingerprint, sources, this_machine
-from experiments.published import published_ratios, published_records
-from experiments.run_record import configuration_of, measures
+from experiments.missing_frameworks import how_to_install, not_installed
+from experiments.published_points import published_ratios, published_records
 from plots import style
 from plots.summary import (
     Key,

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.console import make_console
-from experiments.places import PROJECT
+from axonn.cli.console import make_console
+from axonn.training.places import PROJECT
 
 INTERRUPTED = 130
 LAST = "report"

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from experiments.places import PROJECT
+from axonn.training.places import PROJECT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

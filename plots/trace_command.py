@@ -15,18 +15,18 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from axonn.cli.console import console, warn
+from axonn.cli.doc_links import documented
 from axonn.errors import ConfigError, RecordError
 from axonn.grid import AXES, ProcessGrid
-from axonn.records import Record, read_records
-from axonn.trace import Parts, Span, breakdown, overlap, read_spans, span_files
-from axonn.trace_events import write_trace
-from experiments.console import console, warn
-from experiments.history import PastSession, session_of, sessions_of
-from experiments.pages import documented
-from experiments.places import PROJECT, RUNS, from_here
-from experiments.places import find_run as folder_of_run
+from axonn.observability.perfetto_events import write_trace
+from axonn.observability.records import Record, read_records
+from axonn.spans import Parts, Span, breakdown, overlap, read_spans, span_files
+from axonn.training.places import PROJECT, RUNS, from_here
+from axonn.training.places import find_run as folder_of_run
+from axonn.training.session_history import PastSession, session_of, sessions_of
 from plots import style
-from plots.timeline import MOST_RANKS, View, draw_timeline, whole
+from plots.timeline_picture import MOST_RANKS, View, draw_timeline, whole
 
 _FOLDERS = "spans-*.parquet"
 _MOST_MISSING = 1000

@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from axonn.config import TrainConfig
+from axonn.config.train_config import TrainConfig
+from axonn.training.framework import Launch
 from experiments.definition import HERE, ROOT
-from experiments.framework import Launch
 
 BLOCK = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
 

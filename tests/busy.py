@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from axonn.usage import BatchUsage
-from experiments.definition import available_cores
+from axonn.observability.machine_usage import BatchUsage
+from axonn.observability.procfs import available_cores
 
 
 def usage(seconds: float = 1.0, *, others: float = 0.002, **changes: Any) -> BatchUsage:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from axonn.checkpoint import CheckpointState
+from axonn.checkpoint.checkpoints import CheckpointState
+from axonn.checkpoint.local_shard import Part
 from axonn.grid import ProcessGrid
-from axonn.initial import Normal, fill
-from axonn.parts import Part
+from axonn.models.initialization import Normal, fill
 from axonn.placement import Cut, Placement
 from tests.parts import Tensors
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from axonn.config import validate
+from axonn.config.train_config import validate
 from experiments.definition import HERE, Experiment, load_experiment
 from jobscripts.generate import Manifest, write_jobs
+from jobscripts.job_plan import Planned, plan_jobs, plan_small_jobs
 from jobscripts.launchers import load_launcher
-from jobscripts.points import Planned, plan_jobs, plan_small_jobs
 from jobscripts.schedulers import load_scheduler
 from jobscripts.site import Site
 from jobscripts.system import load_system

@@ -10,8 +10,10 @@ import pytest
 import torch
 import yaml
 
-from axonn.config import GPTConfig, GridConfig, TrainConfig
-from experiments import cli, definition, runner
+from axonn.cli import main
+from axonn.config.train_config import GridConfig, TrainConfig
+from axonn.models.gpt.gpt_config import GPTConfig
+from experiments import definition, runner
 
 ENDLESS = 1_000_000
 TEXT = definition.ROOT / "LICENSE"
@@ -46,7 +48,7 @@ class CommandLine:
         self._monkeypatch.setattr(sys, "argv", ["axonn", *map(str, arguments)])
         code = 0
         try:
-            cli.main()
+            main.main()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
         return code, *self._capsys.readouterr()

@@ -26,8 +26,8 @@ from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from axonn.collectives import Collectives, Group, Operation, Work
-from axonn.tensor.interleave import Lanes
+from axonn.distributed.collectives import Collectives, Group, Operation, Work
+from axonn.tensor.overdecomposition import Lanes
 
 _device_constructors()  # It remembers the functions that make tensors, which are not yet others here.
 DEVICE = torch.device("meta")

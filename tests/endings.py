@@ -14,13 +14,13 @@ from typing import Any
 
 import yaml
 
-from axonn.checkpoint import latest
-from axonn.config import TrainConfig
-from axonn.records import Failure, read_records
+from axonn.checkpoint.checkpoints import latest
+from axonn.config.train_config import TrainConfig
+from axonn.observability.records import Failure, read_records
+from axonn.training.loop import CHECKPOINTS
+from axonn.training.metrics import BATCHES, read_rows
+from axonn.training.supervision.session_folders import SHARED_MEMORY
 from experiments import definition
-from experiments.loop import CHECKPOINTS
-from experiments.metrics import BATCHES, read_rows
-from experiments.session import SHARED_MEMORY
 from tests.command_line import ENDLESS, TEXT, tiny
 
 AXONN = Path(sys.executable).parent / "axonn"

@@ -9,16 +9,16 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from axonn.config import TrainConfig, validate
+from axonn.config.train_config import TrainConfig, validate
+from axonn.distributed.runtime import connect
 from axonn.grid import ProcessGrid
-from axonn.initial import fill
 from axonn.inter_layer.stage import virtual_spans
-from axonn.models.gpt import GPT
-from axonn.runtime import connect
+from axonn.models.gpt.gpt_model import GPT
+from axonn.models.initialization import fill
 from axonn.schedules import ChunkLayout
 from axonn.tensor import TensorContext
-from baselines.common import Batches
-from experiments.framework import Framework
+from axonn.training.framework import Framework
+from baselines.adapters.adapter_common import Batches
 from tests.rank_pool import RankPool
 
 STEPS = 4

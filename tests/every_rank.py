@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from mpi4py import MPI
 
-from axonn.collectives import Collectives
+from axonn.distributed.collectives import Collectives
+from axonn.distributed.runtime import connect
+from axonn.distributed.transport import InProcessCollectives, InProcessWorld
 from axonn.grid import ProcessGrid
-from axonn.runtime import connect
-from axonn.transport import InProcessCollectives, InProcessWorld
 from tests.rank_pool import RankPool
 
 GRID = ProcessGrid(data=2, inter=4)

@@ -13,7 +13,7 @@ from experiments import definition
 # Only ranks are harmed, and not the launcher, which may be a Python program too.
 _HEAD = """\
 import os, sys
-if "experiments.worker" in sys.orig_argv:
+if "axonn.training.worker" in sys.orig_argv:
     RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
 """
 

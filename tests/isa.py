@@ -43,7 +43,7 @@ NUMERIC = [
     "tensor_layers",
     "tensor_norms",
     "tensor_overlap",
-    "tensor_relayout",
+    "tensor_redistribution",
     "unet",
     "unet_training",
 ]

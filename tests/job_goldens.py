@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from jobscripts.points import Planned
+from jobscripts.job_plan import Planned
 from tests.cluster_jobs import planned, planned_small, write
 
 GOLDENS = Path(__file__).parent / "goldens" / "jobs"

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from axonn.records import Record
-from axonn.trace import Span, SpanKind, SpanRecorder
+from axonn.observability.records import Record
+from axonn.spans import Span, SpanKind, SpanRecorder
+from axonn.training.cluster_launch import launch_worker
+from axonn.training.framework import load_adapter, load_framework
 from experiments.cluster_work import SmallWork, cluster_work
-from experiments.datasets import case_of
 from experiments.definition import ROOT, load_experiment
-from experiments.framework import load_adapter, load_framework
-from experiments.launched import launch_worker
 from experiments.runner import measured_work
+from experiments.validation.published_sets import case_of
 from jobscripts.collection import Collected, collect
 from jobscripts.generate import Job, hash_of, write_jobs
 from jobscripts.launchers import load_launcher

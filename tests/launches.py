@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from axonn.config import GPTConfig
-from axonn.launch import mpiexec_command, rank_environment
+from axonn.distributed.launch import mpiexec_command, rank_environment
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.training.framework import ClusterWork, Launch, load_adapter
 from experiments.cluster_work import cluster_work
-from experiments.datasets import case_of, find_data_sets, load_data_set, rules_for
 from experiments.definition import HERE, ROOT, PredictedPanel, PredictedPoint, load_experiment
-from experiments.framework import ClusterWork, Launch, load_adapter
+from experiments.validation.published_sets import case_of, find_data_sets, load_data_set, rules_for
 
 GOLDENS = Path(__file__).parent / "goldens" / "launch"
 

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from axonn.collectives import Call, Collectives, SerialCollectives
-from axonn.config import OptimizerConfig, PrecisionConfig
-from axonn.device_timeline import Timeline
+from axonn.checkpoint.local_shard import Part
+from axonn.config.train_config import OptimizerConfig, PrecisionConfig
+from axonn.device.streams import Timeline
+from axonn.distributed.collectives import Call, Collectives, SerialCollectives
+from axonn.distributed.runtime import connect
+from axonn.distributed.transport import InProcessCollectives, InProcessWorld
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.stage import ParameterSpec
 from axonn.optim.model_optimizer import ModelMemory, ModelOptimizer, StepResult
-from axonn.parts import Part
 from axonn.placement import Cut, Placement
-from axonn.runtime import connect
-from axonn.trace import Span, SpanRecorder
-from axonn.transport import InProcessCollectives, InProcessWorld
+from axonn.spans import Span, SpanRecorder
 from tests.parts import part_of
 
 CPU = torch.device("cpu")

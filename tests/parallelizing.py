@@ -13,11 +13,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import axonn
-from axonn.collectives import Call
+from axonn.autoparallel.parallel_report import Report
+from axonn.autoparallel.rewrite import part_of
+from axonn.distributed.collectives import Call
+from axonn.distributed.transport import InProcessCollectives, InProcessWorld
 from axonn.grid import ProcessGrid
-from axonn.tensor.graph.report import Report
-from axonn.tensor.graph.rewrite import part_of
-from axonn.transport import InProcessCollectives, InProcessWorld
 from tests.rounding import tightened
 
 TOLERANCE = tightened(1e-12)
@@ -105,7 +105,7 @@ def _same(a: torch.Tensor | None, b: torch.Tensor | None, what: str) -> None:
 def kinds(outcome: Outcome) -> dict[str, int]:
     """How many re-layouts of each kind there are."""
     found: dict[str, int] = {}
-    for line in outcome.report.relayouts:
+    for line in outcome.report.redistributions:
         found[line.kind] = found.get(line.kind, 0) + 1
     return found
 

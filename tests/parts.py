@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
+from axonn.checkpoint.local_shard import Part
 from axonn.grid import Axis, Coordinates, ProcessGrid
-from axonn.parts import Part
 from axonn.placement import Cut, Placement
 
 Tensors = dict[str, torch.Tensor]

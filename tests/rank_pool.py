@@ -16,8 +16,8 @@ from multiprocessing.connection import Client, Connection, wait
 from pathlib import Path
 from typing import Any
 
-from axonn.launch import mpiexec_command, rank_environment
-from experiments.session import session_folders
+from axonn.distributed.launch import mpiexec_command, rank_environment
+from axonn.training.supervision.session_folders import session_folders
 
 ROOT = Path(__file__).parent.parent
 _AFTER_ERROR_S = 3.0

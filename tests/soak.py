@@ -22,22 +22,22 @@ from pathlib import Path
 
 import torch
 
-from axonn.checkpoint import Checkpoint, clean, latest
-from axonn.config import (
+from axonn.checkpoint.checkpoints import Checkpoint, clean, latest
+from axonn.config.train_config import (
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
-    GPTConfig,
     GridConfig,
     OptimizerConfig,
     TrainConfig,
 )
-from axonn.weights import read_weights
-from experiments.interruption import Interrupted, noted, raised
-from experiments.loop import CHECKPOINTS
-from experiments.metrics import BATCHES, EVALUATIONS, read_rows
-from experiments.outcome import Outcome
-from experiments.supervisor import supervise
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.models.weights_file import read_weights
+from axonn.training.loop import CHECKPOINTS
+from axonn.training.metrics import BATCHES, EVALUATIONS, read_rows
+from axonn.training.run_outcome import Outcome
+from axonn.training.supervision.interruption import Interrupted, noted, raised
+from axonn.training.supervision.supervisor import supervise
 from tests.command_line import TEXT
 
 GRIDS = [GridConfig(inter=2), GridConfig(data=2), GridConfig(col=2)]

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from mpi4py import MPI
 from torch import nn
 
-from axonn.accumulation import WeightGradients
-from axonn.collectives import Collectives
+from axonn.distributed.collectives import Collectives
+from axonn.distributed.runtime import connect
+from axonn.distributed.transport import InProcessCollectives, InProcessWorld
 from axonn.grid import ProcessGrid
 from axonn.placement import Cut, Placement
-from axonn.runtime import connect
 from axonn.tensor import NORMAL, TRANSPOSED, Layout, TensorAxis, TensorContext, placements
+from axonn.tensor.gradient_accumulation import WeightGradients
 from axonn.tensor.in_place import accumulate_in_place
-from axonn.transport import InProcessCollectives, InProcessWorld
 from tests.rank_pool import RankPool
 from tests.rounding import tightened
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from axonn.accumulation import WeightGradients
+from axonn.tensor.gradient_accumulation import WeightGradients
 from axonn.tensor.in_place import accumulate_in_place
 
 Make = Callable[[], nn.Module]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from axonn.config import GPTConfig, GridConfig, PrecisionConfig
+from axonn.config.train_config import GridConfig, PrecisionConfig
+from axonn.distributed.transport import InProcessCollectives, InProcessTransport, InProcessWorld
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
-from axonn.models import make_model
-from axonn.perf.memory import activation_bytes, link_bytes, model_state_bytes
-from axonn.perf.outline import outline_of
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.models.registry import make_model, outline_of
+from axonn.perf.layers.layer_work import work_of
 from axonn.perf.strategy import Strategy
-from axonn.perf.work import work_of
-from axonn.transport import InProcessCollectives, InProcessTransport, InProcessWorld
+from axonn.perf.timing.memory_model import activation_bytes, link_bytes, model_state_bytes
 from tests.training import ROWS, Case, batch_of, make_engine
 
 MODEL = GPTConfig(name="wide", layers=4, hidden=128, heads=4, seq_len=16, vocab=128, dropout=0.1, attention_dropout=0.1)

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from axonn.config import GPTConfig
-from axonn.defaults import default_checkpoint_blocks
+from axonn.config.defaults import default_checkpoint_blocks
 from axonn.errors import ConfigError
 from axonn.inter_layer.stage import Chunk, initialise, segments
 from axonn.models.base import Layer
-from axonn.models.gpt import GPT
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.models.gpt.gpt_model import GPT
 from axonn.tensor import TensorContext
 from tests.training import ROWS, Case, batch_of, make_engine
 

@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 from axonn import schedules, tensor
-from axonn.config import ScheduleConfig
+from axonn.autoparallel.layer_kinds import KINDS, Place
+from axonn.autoparallel.layer_kinds.linear_kind import LinearKind
+from axonn.config.train_config import ScheduleConfig
 from axonn.errors import ConfigError, LaunchError
-from axonn.perf.closed_form import most_held
-from axonn.perf.simulator import simulate
+from axonn.perf.pipeline.simulator import simulate
+from axonn.perf.planner.closed_form import most_held
 from axonn.schedules import ScheduleSpec, StaticOrder, Task, make_schedule
 from axonn.schedules.base import Kind
-from axonn.tensor.graph.layer_kinds import KINDS, Place
-from axonn.tensor.graph.layer_kinds.linear import LinearKind
-from experiments import framework
+from axonn.training import framework
+from axonn.training.framework import Adapter, Capabilities, Framework, adapter_names, load_adapter, load_framework
 from experiments.cluster_work import ClusterWork
-from experiments.framework import Adapter, Capabilities, Framework, adapter_names, load_adapter, load_framework
 from jobscripts import launchers, schedulers
 from tests.parallelizing import check
 

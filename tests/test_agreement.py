@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpi4py import MPI
 
+from axonn.distributed.runtime import connect
+from axonn.distributed.transport import Address, Decision, Decisions, Message, Sent, Transport
 from axonn.errors import DeadlockError, TransportError
 from axonn.grid import Axis, ProcessGrid
-from axonn.inter_layer.agreement import Agreement
-from axonn.runtime import connect
+from axonn.inter_layer.stage_leader import Agreement
 from axonn.schedules import ChunkLayout, Direction, Forwards, MessageDriven, ScheduleSpec, StageSchedule, Task
-from axonn.transport import Address, Decision, Decisions, Message, Sent, Transport
 from tests.comparing import check_every_rank, check_same_bits
 from tests.rank_pool import RankPool
 from tests.test_schedules import DRIVEN, Driver, make_all, specs

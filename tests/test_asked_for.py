@@ -13,29 +13,31 @@ from typing import Any
 import pytest
 import yaml
 
-from axonn.config import GPTConfig
 from axonn.errors import AxonnError
-from axonn.perf import planner
-from axonn.perf.engine_strategy import as_the_engine, differences
-from axonn.perf.outline import Outline, outline_of
-from axonn.perf.predict import Prediction, predict
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.models.registry import outline_of
+from axonn.observability.records import Failure, Machine, Record, read_records, write_records
+from axonn.perf.layers.model_outline import Outline
+from axonn.perf.planner import planner
+from axonn.perf.planner.engine_strategy import as_the_engine, differences
+from axonn.perf.prediction import Prediction, predict
 from axonn.perf.strategy import Strategy
-from axonn.records import Failure, Machine, Record, read_records, write_records
-from experiments import cases, planned, predictor
-from experiments.cases import PredictedCase
+from axonn.training.cluster_launch import spec_of
+from axonn.training.framework import ClusterWork, PrintedRun, load_framework, ran_by
+from axonn.training.run_outcome import Outcome
+from axonn.training.run_record import run_record
+from experiments import predicted_case, predictor
 from experiments.cluster_work import SmallWork, record_of
 from experiments.definition import HERE, Experiment, find_machine, load_experiment
-from experiments.framework import ClusterWork, PrintedRun, load_framework, ran_by
-from experiments.launched import spec_of
-from experiments.outcome import Outcome
-from experiments.planned import Plannable
+from experiments.planning import planned_points
+from experiments.planning.planned_points import Plannable
+from experiments.predicted_case import PredictedCase
 from experiments.predictor import predict_experiment
-from experiments.run_record import run_record
 from experiments.runner import measured_work
 from jobscripts.collection import work_of
 from jobscripts.generate import Job, _plain, write_jobs
+from jobscripts.job_plan import plan_jobs
 from jobscripts.launchers import load_launcher
-from jobscripts.points import plan_jobs
 from jobscripts.schedulers import load_scheduler
 from jobscripts.system import FOLDER as SYSTEMS
 from jobscripts.system import load_system
@@ -67,8 +69,8 @@ def assumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Predic
         discarded = planner.Discarded()
         return planner.Plan(best=[choice], estimated=1, estimating_s=1.0, simulated=1, discarded=discarded)
 
-    monkeypatch.setattr(cases, "predict", instead)
-    monkeypatch.setattr(planned, "plan", first)
+    monkeypatch.setattr(predicted_case, "predict", instead)
+    monkeypatch.setattr(planned_points, "plan", first)
     monkeypatch.setattr(predictor, "PREDICTED", tmp_path / "predicted")
     # Nothing is drawn here.
     monkeypatch.setattr(predictor, "_write_spans", lambda folder, prediction: None)
@@ -113,7 +115,7 @@ def test_what_is_predicted_is_what_was_asked_for(
     found: list[PredictedCase] = []
 
     def noted(*arguments: Any, **options: Any) -> PredictedCase:
-        found.append(cases.predict_case(*arguments, **options))
+        found.append(predicted_case.predict_case(*arguments, **options))
         return found[-1]
 
     monkeypatch.setattr(predictor, "predict_case", noted)

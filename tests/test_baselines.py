@@ -11,25 +11,25 @@ import pytest
 from mpi4py import MPI
 from torch.profiler import profile
 
-from axonn.collectives import Call
-from axonn.config import TrainConfig
+from axonn.config.train_config import TrainConfig
+from axonn.distributed.collectives import Call
+from axonn.distributed.runtime import connect
 from axonn.grid import ProcessGrid
-from axonn.runtime import connect
 from axonn.schedules import ChunkLayout
-from baselines.pytorch_loop import PlainLoop
-from baselines.pytorch_pipelining import (
+from axonn.training.framework import Framework
+from baselines.adapters.pytorch.pytorch_loop import PlainLoop
+from baselines.adapters.pytorch.pytorch_pipelining import (
     TorchPipelining,
     TorchPipeliningGPipe,
     TorchPipeliningInterleaved,
     TorchPipeliningZBV,
 )
-from baselines.pytorch_tensor import (
+from baselines.adapters.pytorch.pytorch_tensor import (
     CountedCollectives,
     TorchTensorParallel,
     TorchTensorParallelTrainer,
     TorchTensorParallelWholeEmbedding,
 )
-from experiments.framework import Framework
 from tests.equal_work import check, config_of, model_of, serial_losses
 from tests.rank_pool import ROOT, RankPool
 

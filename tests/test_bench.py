@@ -16,20 +16,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mpi4py import MPI
 
-from axonn.config import TrainConfig, validate
+from axonn.config.train_config import TrainConfig, validate
+from axonn.distributed.runtime import connect
+from axonn.distributed.tensor_spec import TensorSpec
+from axonn.distributed.transport import Address, Edge, InProcessCollectives, InProcessTransport, InProcessWorld
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
-from axonn.models.gpt import GPT
-from axonn.runtime import connect
+from axonn.models.gpt.gpt_model import GPT
 from axonn.schedules import ChunkLayout, Direction, Kind, ScheduleSpec, Task, make_schedule
-from axonn.tensors import TensorSpec
-from axonn.trace import Overlap, SpanRecorder
-from axonn.transport import Address, Edge, InProcessCollectives, InProcessTransport, InProcessWorld
-from baselines.pytorch_pipelining import TorchPipelining, TorchPipeliningZBV
-from baselines.pytorch_tensor import TorchTensorParallel
-from experiments.engine_framework import EngineFramework
-from experiments.framework import Framework
-from experiments.link import kbit_per_second, message_bytes
+from axonn.spans import Overlap, SpanRecorder
+from axonn.training.engine_framework import EngineFramework
+from axonn.training.framework import Framework
+from baselines.adapters.pytorch.pytorch_pipelining import TorchPipelining, TorchPipeliningZBV
+from baselines.adapters.pytorch.pytorch_tensor import TorchTensorParallel
+from experiments.slow_link import kbit_per_second, message_bytes
 from experiments.workloads import MICROBATCHES, SHAPES, config_of
 from tests.bench import jitter, sleeping, tensor
 from tests.bench.frameworks import Comparison, OneRank

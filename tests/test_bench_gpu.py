@@ -12,25 +12,29 @@ from typing import Any
 import pytest
 import torch
 
-from axonn.config import GridConfig
+from axonn.config.train_config import GridConfig
 from axonn.errors import ConfigError, RecordError
-from axonn.records import Asked, Failure, Machine, Ran, Record, read_records, write_records
-from axonn.trace import Span, SpanKind
+from axonn.observability import provenance
+from axonn.observability.records import Asked, Failure, Machine, Ran, Record, read_records, write_records
+from axonn.spans import Span, SpanKind
 from baselines import environments
-from baselines.gpu import bench, part_gpt, part_largest, part_predicted, task_gpt
-from baselines.gpu.context import Context, Lost
-from baselines.gpu.part_offload import config_of, state_by_model
-from baselines.gpu.parts_common import TOLERANCE, agreement, flops_of
+from baselines.gpu import bench_gpu
+from baselines.gpu.bench_context import Context, Lost
+from baselines.gpu.bench_rows import PartResult, Row, read_parts, write_part
+from baselines.gpu.bench_summary import same_device
+from baselines.gpu.bench_table import result_of
+from baselines.gpu.bench_work import Plan, plan_of
+from baselines.gpu.parts import part_gpt, part_largest, part_predicted
+from baselines.gpu.parts.part_offload import config_of, state_by_model
+from baselines.gpu.parts.parts_common import TOLERANCE, agreement, flops_of
 from baselines.gpu.peaks import Peak, data_sheet, peak_of
-from baselines.gpu.rows import PartResult, Row, read_parts, write_part
-from baselines.gpu.summary import same_device
-from baselines.gpu.table import result_of
-from baselines.gpu.task_memory import run as measure_memory
-from baselines.gpu.task_overlap import covered, hidden_share, tail
-from baselines.gpu.work import Plan, plan_of
-from experiments import provenance
+from baselines.gpu.tasks import task_gpt
+from baselines.gpu.tasks.task_memory import run as measure_memory
+from baselines.gpu.tasks.task_overlap import covered, hidden_share, tail
 from experiments.definition import HERE
-from plots import figure, gpu, report, style
+from plots import figure, style
+from plots.figures import gpu
+from plots.report import report_page
 from tests.test_report import Page
 
 CPU = torch.device("cpu")
@@ -54,23 +58,23 @@ def context_of(plan: Plan = PLAN, *, seconds: float = 60.0, **fields: Any) -> Co
 )
 def test_bad_input_is_refused_before_anything_runs(arguments: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        bench.main(arguments)
+        bench_gpu.main(arguments)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_way_to_the_miniature_is_said() -> None:
     with pytest.raises(ConfigError, match=r"needs a GPU.*make bench-gpu DEVICE=cpu QUICK=1"):
-        bench.main(["--quick"])
+        bench_gpu.main(["--quick"])
 
 
 def test_a_part_that_fails_is_a_row_and_time_that_is_used_up_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(context: Context) -> Any:
         raise RuntimeError("a broken part")
 
-    monkeypatch.setitem(bench.PARTS, "unet", bench.Share(broken, 1))  # type: ignore[index]
-    (row,), _ = bench.attempt("unet", context_of())
+    monkeypatch.setitem(bench_gpu.PARTS, "unet", bench_gpu.Share(broken, 1))  # type: ignore[index]
+    (row,), _ = bench_gpu.attempt("unet", context_of())
     assert row.failure == Failure(cause="error", detail="RuntimeError: a broken part")
-    rows, _ = bench.attempt("offload", context_of(seconds=0.0))
+    rows, _ = bench_gpu.attempt("offload", context_of(seconds=0.0))
     ours = [row.failure for row in rows if row.ours]
     assert len(ours) == 2
     assert all(f is not None and f.cause == "timeout" and "was used up" in f.detail for f in ours)
@@ -96,8 +100,8 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(environments, "FOLDER", folder / "none")
-        patch.setattr("baselines.gpu.context._RUNS", folder / "runs")
-        status = bench.main(["--device", "cpu", "--quick", "--only", "unet,offload,largest", "--out", str(folder)])
+        patch.setattr("baselines.gpu.bench_context._RUNS", folder / "runs")
+        status = bench_gpu.main(["--device", "cpu", "--quick", "--only", "unet,offload,largest", "--out", str(folder)])
     assert status == 0
     return folder
 
@@ -112,8 +116,8 @@ def test_the_miniature_says_that_it_was_measured_on_this_cpu(miniature: Path) ->
     assert (summary["kind"], summary["device"], summary["quick"]) == ("measured", "cpu", True)
     assert summary["provenance"]["machine"]["cpu"] == provenance.cpu_name()
     assert set(summary["parts"]) == {"offload", "unet", "largest"}
-    assert bench.default_folder("cpu", quick=True) == bench.RESULTS / "cpu" / "quick"
-    assert bench.default_folder("cuda", quick=False) == bench.RESULTS
+    assert bench_gpu.default_folder("cpu", quick=True) == bench_gpu.RESULTS / "cpu" / "quick"
+    assert bench_gpu.default_folder("cuda", quick=False) == bench_gpu.RESULTS
 
 
 def test_every_row_has_a_number_or_a_reason(miniature: Path) -> None:
@@ -153,19 +157,21 @@ def test_records_are_of_the_one_schema(miniature: Path) -> None:
 
 
 def test_parts_are_kept_and_those_of_another_device_left_out(miniature: Path) -> None:
-    parts = read_parts(miniature / "parts", list(bench.PARTS))
+    parts = read_parts(miniature / "parts", list(bench_gpu.PARTS))
     assert list(parts) == ["offload", "unet", "largest"]
     assert same_device(parts, "NVIDIA H100 80GB HBM3") == {}
     part = parts["unet"]
     clean = part.machine.model_copy(update={"commit": "abc"})
     done = part.model_copy(update={"machine": clean})
-    assert bench.is_done(done, clean)
-    assert not bench.is_done(done, clean.model_copy(update={"commit": "abd"}))
-    assert not bench.is_done(part.model_copy(update={"machine": clean}), clean.model_copy(update={"commit": "abc+"}))
+    assert bench_gpu.is_done(done, clean)
+    assert not bench_gpu.is_done(done, clean.model_copy(update={"commit": "abd"}))
+    assert not bench_gpu.is_done(
+        part.model_copy(update={"machine": clean}), clean.model_copy(update={"commit": "abc+"})
+    )
     late = Row(part="unet", model="m", contender="c", failure=Failure(cause="timeout", detail="d"))
-    assert not bench.is_done(done.model_copy(update={"rows": [late]}), clean)
+    assert not bench_gpu.is_done(done.model_copy(update={"rows": [late]}), clean)
     (miniature / "parts" / "grids.json").write_text('{"schema_": "another"}')
-    assert "grids" not in read_parts(miniature / "parts", list(bench.PARTS))
+    assert "grids" not in read_parts(miniature / "parts", list(bench_gpu.PARTS))
 
 
 # --- equal work
@@ -428,7 +434,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_report_says_that_nothing_was_measured_on_a_gpu(elsewhere: Path) -> None:
-    text = report.render()
+    text = report_page.render()
     assert "Nothing has been measured on a GPU here" in text
     assert "make bench-gpu" in text
 
@@ -438,7 +444,7 @@ def test_what_was_measured_is_drawn_and_tabled(miniature: Path, elsewhere: Path)
     path.parent.mkdir(parents=True)
     path.write_text((miniature / "summary.json").read_text())
     assert {p.suffix for p in gpu.draw(gpu.load(path), style.OUT, "gpu")} == {".png", ".svg"}
-    page = Page(report.render())
+    page = Page(report_page.render())
     resident, offloaded, _ = page.table("The memory optimisation", inside="gpu")
     assert resident["what"] == "AxoNN, state on the device"
     assert offloaded["error of that (%)"] in {"0.0", "+0.0", "\N{MINUS SIGN}0.0"}
@@ -459,4 +465,4 @@ def test_what_is_no_summary_is_said(elsewhere: Path, content: str) -> None:
     path.write_text(content)
     with pytest.raises(RecordError, match="make bench-gpu"):
         gpu.load(path)
-    assert "no summary of a run" in report.render()
+    assert "no summary of a run" in report_page.render()

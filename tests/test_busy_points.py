@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from axonn.config import TrainConfig
-from axonn.records import Failure, read_all, read_records, write_records
-from axonn.usage import BatchUsage
+from axonn.config.train_config import TrainConfig
+from axonn.observability.machine_usage import BatchUsage
+from axonn.observability.records import Failure, read_all, read_records, write_records
+from axonn.training.run_outcome import Outcome
 from experiments import runner
 from experiments.definition import ROOT, load_experiment
-from experiments.outcome import Outcome
 from experiments.runner import Point, points_of
-from plots import fig3, fig6, fig7, inflight, report_figures, reproduce
+from plots import reproduce
 from plots.figure import end_lines, load_summary, make_figure
+from plots.figures import fig3, fig6, fig7, inflight
+from plots.report import figure_sections
 from plots.summary import BUSY_MARK
 from tests.busy import BUSY, QUIET
 from tests.command_line import CommandLine
@@ -76,7 +78,7 @@ def test_every_busy_point_is_marked_and_in_no_ratio(
     assert out.count(BUSY_MARK) >= len(measured) - (name == "inflight")
     assert f"make reproduce-{name} FRESH=busy" in " ".join(out.split())
     assert all(limit["over_1f1b_pct"] is None for limit in summary.get("limits", []) if limit["kind"] == "measured")
-    section = report_figures.section(name)
+    section = figure_sections.section(name)
     assert "complete" not in section.status
     assert f"{len(measured)} measured on a busy machine" in section.status
     assert any("busy" in line for line in section.to_know)
@@ -134,7 +136,7 @@ def test_of_old_records_nobody_knows(
     assert len(summary["not_known_whether_busy"]) == 3
     assert {row["in_ratios"] for row in summary["rows"] if row["kind"] == "measured"} == {True}
     assert "not known whether the machine was busy: 3 point(s)" in " ".join(capsys.readouterr().out.split())
-    assert "not known whether" in report_figures.section("fig3").status
+    assert "not known whether" in figure_sections.section("fig3").status
 
 
 def test_frameworks_that_are_not_installed_are_named_with_the_command(
@@ -158,7 +160,7 @@ def test_frameworks_that_are_not_installed_are_named_with_the_command(
     assert any(line.startswith(wanted) for line in end_lines(summary, "fig6"))
     assert wanted in (out := " ".join(capsys.readouterr().out.split()))
     assert 'make baselines ONLY="deepspeed megatron' in out
-    status = report_figures.section("fig6").status
+    status = figure_sections.section("fig6").status
     assert "not installed: DeepSpeed pipeline, Megatron-LM 1F1B" in status
     assert "complete" not in status
     # make reproduce says it once more at its end.

@@ -9,17 +9,18 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from axonn.config import GPTConfig, GridConfig, TrainConfig
+from axonn.cli.main import app
+from axonn.config.loading import load_yaml
+from axonn.config.train_config import GridConfig, TrainConfig
 from axonn.errors import ConfigError
-from axonn.perf.engine_strategy import strategy_of_config
-from axonn.perf.machine import MachineFile, load_machine
-from axonn.perf.operations import Stream
-from axonn.perf.predict import predict
-from axonn.strict import load_yaml
-from experiments import calibrate as calibration
-from experiments.calibration.worker import Job
-from experiments.cli import app
-from experiments.local_validation import RUNS_FILE, LocalRuns, compare, ranks_of, summary_of, table_of
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.perf.layers.kernel_operations import Stream
+from axonn.perf.machine.machine_file import MachineFile, load_machine
+from axonn.perf.planner.engine_strategy import strategy_of_config
+from axonn.perf.prediction import predict
+from experiments.calibration import measure_machine as calibration
+from experiments.calibration.calibration_worker import Job
+from experiments.validation.local_validation import RUNS_FILE, LocalRuns, compare, ranks_of, summary_of, table_of
 from tests.test_tables import content, load
 
 MODEL = GPTConfig(name="g", layers=4, hidden=64, heads=2, seq_len=32, vocab=256)

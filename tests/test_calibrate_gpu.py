@@ -10,17 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from axonn.config import GPTConfig, PrecisionConfig, TrainConfig
+from axonn.config.train_config import PrecisionConfig, TrainConfig
 from axonn.errors import ConfigError
+from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.optim.model_optimizer import ModelOptimizer
-from axonn.perf.engine_strategy import strategy_of_config
-from axonn.perf.machine import load_machine
-from axonn.perf.predict import predict
-from experiments import calibrate as calibration
-from experiments.calibration.kernels import GPU, GPU_QUICK, QUICK, measure, sizes_of
-from experiments.calibration.links import copy_rate, empty_kernel, host_link_rate
+from axonn.perf.machine.machine_file import load_machine
+from axonn.perf.planner.engine_strategy import strategy_of_config
+from axonn.perf.prediction import predict
+from experiments.calibration import measure_machine as calibration
+from experiments.calibration.calibration_worker import Job
+from experiments.calibration.kernel_timing import GPU, GPU_QUICK, QUICK, measure, sizes_of
+from experiments.calibration.link_timing import copy_rate, empty_kernel, host_link_rate
 from experiments.calibration.timing import DeviceClock, Timer
-from experiments.calibration.worker import Job
 from tests.command_line import CommandLine
 from tests.cuda_standin import DEVICE, standing_in
 

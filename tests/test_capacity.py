@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import yaml
 
-from axonn.config import TrainConfig
-from axonn.perf.predict import predict
+from axonn.config.train_config import TrainConfig
+from axonn.perf.prediction import predict
+from axonn.training import capacity
+from axonn.training.capacity import Host, free_memory, need_of, shortage
 from baselines.contenders import load_contenders, refusal
-from experiments import capacity, definition, planning
-from experiments.capacity import Host, free_memory, need_of, shortage
+from experiments import definition
 from experiments.definition import find_machine, load_model
+from experiments.planning import planning
 from experiments.runner import points_of, run_point
 from tests.command_line import CommandLine, tiny
 
@@ -43,7 +45,7 @@ def test_a_plan_for_64_gpus_is_refused_and_nothing_is_started(
     axonn: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here(monkeypatch)
-    monkeypatch.setattr("experiments.training.supervise", lambda *given, **options: pytest.fail("it was started"))
+    monkeypatch.setattr("axonn.training.trainer.supervise", lambda *given, **options: pytest.fail("it was started"))
     path = axonn.root / "plan.yaml"
     path.write_text(yaml.safe_dump(of_64().model_dump(mode="json")))
     axonn.refuses("64 ranks are more than 4 on each of 2 cores; the ranks need", "train", path)
@@ -104,7 +106,7 @@ def test_memory_of_all_ranks_together_counts_on_a_cpu() -> None:
 def test_the_need_is_that_of_the_planner() -> None:
     """Of the fullest GPU, where the planner's simulation holds as many microbatches as any order of messages may."""
     config = of_64(schedule={"name": "1f1b"})
-    from axonn.perf.engine_strategy import strategy_of_config
+    from axonn.perf.planner.engine_strategy import strategy_of_config
 
     machine = find_machine("perlmutter")
     predicted = predict(config.model, machine, strategy_of_config(config), batch_size=config.batch_size)

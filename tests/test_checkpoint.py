@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from axonn import checkpoint as ckpt
-from axonn import part_files
-from axonn.checkpoint import Checkpoint, latest, load, read_state, save, verify
+from axonn.checkpoint import checkpoints as ckpt
+from axonn.checkpoint import sharded_files
+from axonn.checkpoint.checkpoints import Checkpoint, latest, load, read_state, save, verify
+from axonn.checkpoint.sharded_files import stored_tensors
 from axonn.errors import CheckpointError, ConfigError
-from axonn.part_files import stored_tensors
-from axonn.weights import export_weights, import_weights
+from axonn.models.weights_file import export_weights, import_weights
 from tests.checkpoints import PARAMETERS, masters, one_rank, same, state_of
 from tests.parts import wholes
 
@@ -323,7 +323,7 @@ def test_a_checksum_of_a_file_elsewhere_is_not_computed(tmp_path: Path) -> None:
 
 
 def test_large_states_are_written_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(part_files, "SHARD_BYTES", 2000)
+    monkeypatch.setattr(sharded_files, "SHARD_BYTES", 2000)
     path = save(tmp_path, tensors=one_rank(), state=state_of(1))
     sizes = [file.stat().st_size for file in path.glob("*.safetensors")]
     assert len(sizes) >= 4

@@ -13,15 +13,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from axonn import part_files
-from axonn.checkpoint import latest, load, save, verify
+from axonn.checkpoint import sharded_files
+from axonn.checkpoint.checkpoints import latest, load, save, verify
+from axonn.checkpoint.local_shard import Part, box_elements
+from axonn.checkpoint.sharded_files import read_index, stored_tensors
+from axonn.distributed.runtime import connect
 from axonn.errors import CheckpointError, ConfigError
 from axonn.grid import ProcessGrid
-from axonn.part_files import read_index, stored_tensors
-from axonn.parts import Part, box_elements
+from axonn.models.weights_file import export_weights, import_weights
 from axonn.placement import Cut, Placement
-from axonn.runtime import connect
-from axonn.weights import export_weights, import_weights
 from tests.checkpoints import PARAMETERS, masters, one_rank, parts_of, same, state_of
 from tests.rank_pool import RankPool
 
@@ -113,15 +113,15 @@ def test_replicas_share_the_writing(pool: RankPool, tmp_path: Path) -> None:
 def boxes_read_on(comm: Any, grid: ProcessGrid, folder: Path) -> tuple[set[Box], set[Box]]:
     """A job of the rank pool: the stored boxes that this rank reads, and those that it is made of."""
     read: set[Box] = set()
-    overlaps_of = part_files._overlaps
+    overlaps_of = sharded_files._overlaps
 
-    def watched(name: str, part: Part, index: part_files.Index) -> Iterator[Any]:
+    def watched(name: str, part: Part, index: sharded_files.Index) -> Iterator[Any]:
         for overlap in overlaps_of(name, part, index):
             read.add((name, tuple(overlap.box.offsets)))
             yield overlap
 
     with connect(grid, comm=comm) as runtime, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(part_files, "_overlaps", watched)
+        patch.setattr(sharded_files, "_overlaps", watched)
         mine = parts_of(grid, runtime.rank, seed=0)
         load(folder / "step-00000004", mine)
         return read, {(n, tuple(s.start for s in piece.whole)) for n, part in mine.items() for piece in part.pieces}
@@ -239,7 +239,7 @@ def import_on(comm: Any, grid: ProcessGrid, folder: Path) -> list[Any]:
             yield File(file)
 
     with connect(grid, comm=comm) as runtime, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("axonn.weights.safe_open", opened)
+        patch.setattr("axonn.models.weights_file.safe_open", opened)
         mine = parts_of(grid, runtime.rank, seed=2)
         import_weights(folder / "model.safetensors", mine)
         expected = parts_of(grid, runtime.rank, seed=2) | {

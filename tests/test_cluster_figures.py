@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 from matplotlib.text import Text
 
-from axonn.config import TrainConfig
-from axonn.records import Asked, Machine, Ran, Record, write_records
+from axonn.config.train_config import TrainConfig
+from axonn.observability.records import Asked, Machine, Ran, Record, write_records
+from axonn.training.framework import load_framework
+from axonn.training.run_record import configuration_of
 from experiments import runner
 from experiments.definition import ROOT, Experiment, load_experiment
-from experiments.framework import load_framework
-from experiments.published import published_records
-from experiments.run_record import configuration_of
+from experiments.published_points import published_records
 from experiments.runner import measured_work
-from plots import fig3, fig5, fig6, fig7, report_points
 from plots.figure import FigureKind, gather, make_figure, say_missing, summarise
+from plots.figures import fig3, fig5, fig6, fig7
+from plots.report import point_tables
 from plots.summary import elsewhere as other_machines
 from plots.summary import here, rows_of, wrong_orders
 
@@ -131,7 +132,7 @@ def test_figure_6_has_a_panel_for_each_machine(elsewhere: Path, capsys: pytest.C
     assert "On four-nodes (CPU), batch 64" in out
     machines = {row["machine"]["name"] for row in summary["rows"] if row["kind"] == "measured"}
     assert machines == {"four-nodes", "summit", "frontier"}
-    titles = [table.caption for table in report_points.tables_of(summary, summary["rows"])]
+    titles = [table.caption for table in point_tables.tables_of(summary, summary["rows"])]
     for text in ("on four-nodes, batch 64", "on summit, at the published scale", "on frontier, at the published scale"):
         assert any(f"Measured {text}" in title for title in titles)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from axonn.records import Failure, Machine, Record, read_records, write_records
+from axonn.observability.records import Failure, Machine, Record, read_records, write_records
+from axonn.training.framework import ClusterWork, PrintedRun
 from experiments.cluster_work import record_of
 from experiments.definition import HERE, load_experiment
-from experiments.framework import ClusterWork, PrintedRun
 from tests.launches import point_work, published
 
 SECONDS = [90.0, *(10.0 + i for i in range(10))]

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from axonn.records import read_records
-from experiments.run_record import configuration_of, function_of
-from jobscripts import collection, endings
+from axonn.observability.records import read_records
+from axonn.training.run_record import configuration_of, function_of
+from jobscripts import collection, job_failure
 from jobscripts.collection import in_order
 from jobscripts.submission import attempts
 from tests.jobs_left import (
@@ -279,7 +279,7 @@ def test_where_nobody_knows_fresh_files_are_those_of_a_run(small: Small, monkeyp
     run = trail(folder, job, batches=5, state="started")
     (run / "rank-0.alive").touch()
     assert gather(folder)[0].why == "runs, as its files say"
-    monkeypatch.setattr(endings, "FRESH_S", 0.0)
+    monkeypatch.setattr(job_failure, "FRESH_S", 0.0)
     assert "without a word" in why(folder)
 
 

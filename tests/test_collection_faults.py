@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from axonn.errors import RecordError
-from axonn.records import read_records
+from axonn.observability.records import read_records
 from jobscripts.generate import hash_of
 from tests.command_line import CommandLine, tiny
 from tests.jobs_left import (

@@ -6,7 +6,7 @@ from collections import Counter
 
 import torch
 
-from axonn.collectives import Call, Collectives, SerialCollectives
+from axonn.distributed.collectives import Call, Collectives, SerialCollectives
 from axonn.grid import AXES, Axis, ProcessGrid
 from tests.every_rank import GRID, RunsRanks
 

@@ -10,19 +10,21 @@ from pathlib import Path
 import pytest
 import typer
 
-from axonn.config import TrainConfig, load_yaml
+from axonn.cli import main
+from axonn.config.train_config import TrainConfig, load_yaml
 from axonn.perf.strategy import Strategy
-from experiments import cli, predictor, training
+from axonn.training import trainer
+from experiments import predictor
 from experiments.definition import ROOT
 from tests.command_line import TEXT, CommandLine
 
 PACKAGES = ("axonn", "experiments", "baselines", "plots", "jobscripts", "tools")
 STARTED_BY_THE_SUITE = {
-    "axonn.transport.gpu_aware",
-    "baselines.gpu.worker",
-    "baselines.parts",
-    "experiments.calibration.worker",
-    "experiments.worker",
+    "axonn.distributed.transport.gpu_aware",
+    "baselines.gpu.bench_worker",
+    "baselines.comparison_session",
+    "experiments.calibration.calibration_worker",
+    "axonn.training.worker",
 }
 """Ranks and their like, which are given a folder and asked nothing; and all of baselines.ranks."""
 MINIMAL = """
@@ -92,7 +94,7 @@ def asked_by_people() -> list[str]:
 
 def test_every_module_with_a_command_line_runs_by_itself() -> None:
     # What these two have is called by others: figures, and ranks.
-    shared = {"plots.figure", "baselines.ranks.common"}
+    shared = {"plots.figure", "baselines.ranks.rank_common"}
     silent = {name for name, path in modules().items() if has_a_command_line(path) and not runs_by_itself(path)}
     assert silent == shared
 
@@ -111,11 +113,11 @@ def test_a_module_says_how_it_is_used(
 
 
 def test_the_command_has_its_name_and_that_of_its_package() -> None:
-    assert {"axonn", "experiments", "experiments.cli"} <= set(asked_by_people())
+    assert {"axonn", "experiments", "axonn.cli.main"} <= set(asked_by_people())
 
 
 def test_a_plan_says_what_it_hangs_on(axonn: CommandLine) -> None:
-    command = typer.main.get_command(cli.app).commands["plan"]  # type: ignore[attr-defined]
+    command = typer.main.get_command(main.app).commands["plan"]  # type: ignore[attr-defined]
     options = {f"--{p.name.replace('_', '-')}": p.default for p in command.params}
     # A default that is none leaves something to the search, which its table shows; or it is that of another option.
     filled = {"--batch", *(name for name, default in options.items() if default not in (None, False))}
@@ -140,16 +142,16 @@ def test_training_says_what_it_hangs_on(axonn: CommandLine) -> None:
     said = {"batch_size", "precision.compute", "optimizer.lr", "optimizer.schedule.warmup", "data.path"}
     said |= {f"model.{name}" for name in ("name", "kind", "layers", "hidden", "heads", "seq_len", "vocab")}
     said.add("microbatch_size")
-    free = {key for key in training._flat(config) if training._is_free(key)}
-    taken = training.taken_by_default(config)
-    assert taken.keys() == training._flat(config).keys() - said - free
+    free = {key for key in trainer._flat(config) if trainer._is_free(key)}
+    taken = trainer.taken_by_default(config)
+    assert taken.keys() == trainer._flat(config).keys() - said - free
     assert taken["precision.master"] == "float64"
     _, printed, _ = axonn("train", "my.yaml")
     (line,) = (line for line in printed.splitlines() if line.startswith("by default: "))
     assert line == "by default: " + ", ".join(f"{key} {value}" for key, value in taken.items())
     assert "seed 0" in line
     path.write_text(MINIMAL, encoding="utf-8")
-    assert "library" in training.taken_by_default(load_yaml(path, TrainConfig))["data.path"]
+    assert "library" in trainer.taken_by_default(load_yaml(path, TrainConfig))["data.path"]
 
 
 def test_a_prediction_says_what_it_hangs_on(axonn: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:

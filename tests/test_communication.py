@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from axonn.collectives import Call, Collectives
-from axonn.config import PrecisionConfig
+from axonn.config.train_config import PrecisionConfig
+from axonn.distributed.collectives import Call, Collectives
+from axonn.distributed.runtime import connect
+from axonn.distributed.transport import InProcessCollectives, InProcessTransport, InProcessWorld, Transport
+from axonn.distributed.transport.base import Sent
 from axonn.grid import AXES, ProcessGrid
-from axonn.perf.communication import Collective, StageMessage, Training
-from axonn.perf.outline import outline_of
-from axonn.runtime import connect
+from axonn.models.registry import outline_of
+from axonn.observability.traffic import Traffic, sent_by_axis
+from axonn.perf.timing.communication import Collective, StageMessage, Training
 from axonn.schedules import ChunkLayout
-from axonn.traffic import Traffic, sent_by_axis
-from axonn.transport import InProcessCollectives, InProcessTransport, InProcessWorld, Transport
-from axonn.transport.base import Sent
 from tests.pairwise import pairwise_cover
 from tests.rank_pool import RankPool
 from tests.training import ROWS, Case, batch_of, make_engine, optimizer_of

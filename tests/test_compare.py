@@ -14,8 +14,9 @@ import torch
 from rich.console import Console
 
 from axonn.errors import ConfigError
-from axonn.records import Failure
-from axonn.usage import BatchUsage
+from axonn.observability.machine_usage import BatchUsage
+from axonn.observability.records import Failure
+from axonn.training.framework import Capabilities
 from baselines import compare, contenders
 from baselines.comparison import (
     Result,
@@ -28,18 +29,17 @@ from baselines.comparison import (
     rows_of,
     verdicts_of,
 )
+from baselines.comparison_outcome import record_of
+from baselines.comparison_session import MEMORY_SHARE, Part, conditions_over_link, groups_of, job_bytes
+from baselines.comparison_tables import show
 from baselines.contenders import KINDS, Contender, choose, load_contenders, refusal
 from baselines.coordinator import LEAST_ROUNDS, LOOPBACK, Condition, Measured, Turn
 from baselines.equal_work import BATCHES, difference, disagreement
 from baselines.junit import text_of, write_junit
-from baselines.outcome import record_of
-from baselines.paired import median_interval, middle_half
-from baselines.parts import MEMORY_SHARE, Part, conditions_over_link, groups_of, job_bytes
-from baselines.tables import show
-from experiments.framework import Capabilities
-from experiments.link import message_bytes
+from baselines.statistics import median_interval, middle_half
+from experiments.slow_link import message_bytes
 from experiments.workloads import MICROBATCHES
-from plots.baselines import draw, panels_of
+from plots.figures.baselines import draw, panels_of
 from tests.busy import BUSY, QUIET, usage
 
 LINK = Condition(name="link", kbit=1000)

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from axonn.records import read_all
+from axonn.observability.records import read_all
 from baselines.coordinator import LEAST_ROUNDS
 from tests.rank_pool import ROOT
 

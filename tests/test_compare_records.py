@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from axonn.cli.main import app, main
 from axonn.errors import RecordError
-from axonn.records import Asked, Failure, Machine, Ran, Record, write_records
-from experiments.cli import app, main
+from axonn.observability.records import Asked, Failure, Machine, Ran, Record, write_records
 from experiments.compare_records import behind, compare, load
 from tests.busy import BUSY, QUIET
 from tests.rank_pool import ROOT

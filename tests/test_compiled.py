@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from axonn.compiled import Compiler
-from axonn.random import keep_elements, keep_mask, keep_threshold, packed_keys, stream_key
+from axonn.device.compilation import Compiler
 from axonn.tensor import TensorContext, cross_entropy
-from axonn.tensor.dropout import Dropout
-from axonn.tensor.group_norm import _channels_last
+from axonn.tensor.counter_random import keep_elements, keep_mask, keep_threshold, packed_keys, stream_key
+from axonn.tensor.layers.dropout import Dropout
+from axonn.tensor.layers.group_norm import _channels_last
 from tests.comparing import check_every_rank
 from tests.training import Case, train_in_process
 
@@ -151,7 +151,7 @@ def test_a_unet_with_channels_last_computes_the_same(case: Case, monkeypatch: py
         seen.append(x.is_contiguous(memory_format=torch.channels_last))
         return x.contiguous(memory_format=torch.channels_last)
 
-    monkeypatch.setattr("axonn.models.unet.channels_last", always)
+    monkeypatch.setattr("axonn.models.unet.unet_model.channels_last", always)
     check_every_rank(case, train_in_process(case))
     # Most are so already: what is between keeps the order.
     assert case.grid.tensor > 1 or sum(seen) > len(seen) / 2

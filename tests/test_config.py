@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from axonn.config import GPTConfig, TrainConfig, load_yaml, read_yaml
+from axonn.config.train_config import TrainConfig, load_yaml, read_yaml
 from axonn.errors import ConfigError
-from axonn.models.gpt import GPT
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.models.gpt.gpt_model import GPT
 from axonn.tensor import TensorContext
 
 CONFIG = """\

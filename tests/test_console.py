@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from axonn.launch import rank_environment
+from axonn.distributed.launch import rank_environment
 from experiments.definition import ROOT
 
 ESCAPE = b"\x1b"
@@ -24,10 +24,10 @@ ENVIRONMENTS = {
 DISPLAYS = """
 import json, sys, time
 from pathlib import Path
-from experiments.console import console, make_console, progress_bar, warn
-from experiments.progress import TrainingProgress
+from axonn.cli.console import console, make_console, progress_bar, warn
+from axonn.training.progress import TrainingProgress
 from baselines.rounds import Widest
-from baselines.said import Reporter
+from baselines.comparison_progress import Reporter
 
 folder = Path(sys.argv[1])
 with progress_bar() as bar:
@@ -85,18 +85,18 @@ def test_every_display_prints_plain_lines_where_there_is_no_terminal(name: str, 
 @pytest.mark.parametrize(
     "command",
     [
-        ["-m", "experiments.cli", "--help"],
-        ["-m", "experiments.cli", "no-such-command"],
-        ["-m", "experiments.cli", "predict", "no-such-file.yaml"],
-        ["-m", "experiments.cli", "run", "experiments/fig6.yaml", "--list"],
+        ["-m", "axonn.cli.main", "--help"],
+        ["-m", "axonn.cli.main", "no-such-command"],
+        ["-m", "axonn.cli.main", "predict", "no-such-file.yaml"],
+        ["-m", "axonn.cli.main", "run", "experiments/fig6.yaml", "--list"],
         ["-m", "baselines.compare", "--ranks", "1"],
     ],
     ids=lambda command: " ".join(command[1:3]),
 )
 def test_commands_print_no_escape_codes_into_a_file(command: list[str], tmp_path: Path) -> None:
     run = (
-        "import sys; sys.argv = sys.argv[1:]; import experiments.cli; experiments.cli.main()"
-        if command[1] == "experiments.cli"
+        "import sys; sys.argv = sys.argv[1:]; import axonn.cli.main; axonn.cli.main.main()"
+        if command[1] == "axonn.cli.main"
         else "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_module('baselines.compare', run_name='__main__')"
     )
     with open(tmp_path / "out", "wb") as file:
@@ -168,4 +168,4 @@ def test_there_is_one_way_to_make_a_console() -> None:
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     assert len(files) > 100
     found = [str(path.relative_to(ROOT)) for path in files if re.search(r"\b(Command)?Console\(", path.read_text())]
-    assert found == ["experiments/console.py"]
+    assert found == ["axonn/cli/console.py"]

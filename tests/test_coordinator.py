@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from axonn.errors import LaunchError
-from axonn.records import Failure
-from axonn.usage import BatchUsage
+from axonn.observability.machine_usage import BatchUsage
+from axonn.observability.records import Failure
+from axonn.training.run_outcome import Outcome
 from baselines.contenders import Contender
 from baselines.coordinator import Condition, Group, Lost, Measured, RanksJob, take_turns
-from experiments.link import why_no_link
-from experiments.outcome import Outcome
+from experiments.slow_link import why_no_link
 from tests.busy import BUSY, QUIET, usage
 from tests.rank_pool import ROOT
 
@@ -235,7 +235,7 @@ def test_an_adapter_that_fails_to_prepare_is_a_failure(tmp_path: Path) -> None:
 THROUGH_THE_LINK = """
 import socket, threading, time
 from baselines.coordinator import LOOPBACK, Condition
-from baselines.parts import EmulatedLink
+from baselines.comparison_session import EmulatedLink
 link, size, kbit = EmulatedLink(), 1_000_000, 40_000
 server = socket.create_server(("127.0.0.1", 0))
 def receive():

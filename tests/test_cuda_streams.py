@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from axonn import engine as engine_module
-from axonn.config import OptimizerConfig, PrecisionConfig
-from axonn.device_timeline import Moment, Reading, Timeline
+from axonn.config.train_config import OptimizerConfig, PrecisionConfig
+from axonn.device.pinned_memory import pinned_zeros
+from axonn.device.streams import Moment, Reading, Timeline
+from axonn.distributed.transport import Address, Decision, Edge, Message, Transport
+from axonn.distributed.transport.staging import StagedPath
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
-from axonn.models import make_model
-from axonn.optim.pinned import pinned_zeros
+from axonn.models.registry import make_model
 from axonn.schedules import Direction, ScheduleSpec
-from axonn.trace import SpanRecorder
-from axonn.transport import Address, Decision, Edge, Message, Transport
-from axonn.transport.staging import StagedPath
+from axonn.spans import SpanRecorder
 from tests.cuda_standin import DEVICE, Gpu, HostWaits, Race, StandInCollectives, Stream, standing_in
 from tests.training import Case
 
@@ -246,7 +246,7 @@ def test_host_state_is_locked_where_it_lies_until_nothing_refers_to_it(monkeypat
 
 
 def test_spans_of_a_gpu_are_recorded_when_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    from axonn.trace import SpanKind
+    from axonn.spans import SpanKind
 
     with standing_in(monkeypatch):
         spans = SpanRecorder(0)

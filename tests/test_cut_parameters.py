@@ -10,12 +10,12 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from axonn.config import PrecisionConfig
+from axonn.checkpoint.local_shard import Part
+from axonn.config.train_config import PrecisionConfig
+from axonn.distributed.runtime import connect
+from axonn.distributed.transport import InProcessCollectives, InProcessWorld
 from axonn.grid import Axis
-from axonn.parts import Part
-from axonn.perf.memory import model_state_bytes, state_bytes
-from axonn.runtime import connect
-from axonn.transport import InProcessCollectives, InProcessWorld
+from axonn.perf.timing.memory_model import model_state_bytes, state_bytes
 from tests.parts import assembled, detached
 from tests.rank_pool import RankPool
 from tests.training import BSIZE, Case, batch_of, make_engine, serial_reference, train_in_process

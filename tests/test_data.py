@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from axonn.config import DataConfig, EvaluationConfig, GPTConfig, TrainConfig
+from axonn.config.train_config import DataConfig, EvaluationConfig, TrainConfig
 from axonn.data.text import TextData, read_tokens, standard_library_text
+from axonn.distributed.transport import InProcessCollectives, InProcessTransport, InProcessWorld
 from axonn.engine import Engine
 from axonn.errors import DataError
 from axonn.grid import ProcessGrid
-from axonn.models.gpt import GPT
-from axonn.transport import InProcessCollectives, InProcessTransport, InProcessWorld
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.models.gpt.gpt_model import GPT
 
 
 @pytest.fixture

@@ -12,15 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mpi4py import MPI
 
+from axonn.distributed.runtime import connect
+from axonn.distributed.transport import (
+    Address,
+    Decision,
+    Decisions,
+    InProcessTransport,
+    InProcessWorld,
+    Sent,
+    Transport,
+)
+from axonn.distributed.transport.base import DECISION_BYTES
+from axonn.distributed.transport.message_header import open_decision, pack_decision
+from axonn.distributed.transport.mpi import MPITransport
+from axonn.distributed.transport.torch_distributed import Channel, TorchTransport, channels_of
 from axonn.errors import DeadlockError, TransportError
 from axonn.grid import AXES, ProcessGrid
-from axonn.runtime import connect
 from axonn.schedules import Direction
-from axonn.transport import Address, Decision, Decisions, InProcessTransport, InProcessWorld, Sent, Transport
-from axonn.transport.base import DECISION_BYTES
-from axonn.transport.header import open_decision, pack_decision
-from axonn.transport.mpi import MPITransport
-from axonn.transport.torch_distributed import Channel, TorchTransport, channels_of
 from tests.rank_pool import RankPool
 from tests.transports import TRANSPORTS, compute_until, edge, own_threads, receive, run_over
 

@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from axonn.config import TrainConfig, validate
+from axonn.config.train_config import TrainConfig, validate
 from axonn.errors import LaunchError
 from axonn.inter_layer.stage import virtual_spans
-from axonn.models.gpt import GPT
+from axonn.models.gpt.gpt_model import GPT
 from axonn.schedules import ChunkLayout
+from axonn.training.framework import load_framework
+from axonn.training.supervision.supervisor import supervise
 from baselines import environments
-from baselines.deepspeed import DeepSpeedAdapter
-from baselines.deepspeed_frameworks import ENVIRONMENT, KINDS, STRATEGIES
+from baselines.adapters.deepspeed.deepspeed_adapter import DeepSpeedAdapter
+from baselines.adapters.deepspeed.deepspeed_frameworks import ENVIRONMENT, KINDS, STRATEGIES
 from experiments.definition import load_model
-from experiments.framework import load_framework
-from experiments.supervisor import supervise
 
 STEPS = 6
 INSTALLED = pytest.mark.skipif(ENVIRONMENT.missing is not None, reason=f"make baselines: {ENVIRONMENT.missing}")

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from axonn.config import GPTConfig
 from axonn.errors import LaunchError
+from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.perf.strategy import Strategy
-from baselines.deepspeed import DeepSpeedAdapter
-from baselines.deepspeed_launch import CONFIG_FILE
+from axonn.training.framework import ClusterWork, Launch
+from axonn.training.run_folder import STOP
+from baselines.adapters.deepspeed.deepspeed_adapter import DeepSpeedAdapter
+from baselines.adapters.deepspeed.deepspeed_launch import CONFIG_FILE
 from experiments.definition import ROOT, PredictedPanel, PredictedPoint, load_experiment
-from experiments.framework import ClusterWork, Launch
-from experiments.trail import STOP
 from tests.launches import check_goldens, point_work, write_goldens
 
 PANEL = load_experiment(ROOT / "experiments" / "fig6.yaml").predicted

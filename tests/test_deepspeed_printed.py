@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from baselines.deepspeed import DeepSpeedAdapter
-from experiments.framework import PrintedRun
+from axonn.training.framework import PrintedRun
+from baselines.adapters.deepspeed.deepspeed_adapter import DeepSpeedAdapter
 
 LOGS = Path(__file__).parent / "logs"
 MEGATRON = ("elapsed time per iteration (ms): {:.1f}", 1e3)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from axonn.checkpoint import latest
-from axonn.config import CheckpointConfig, DataConfig, EvaluationConfig, GridConfig, OptimizerConfig
-from axonn.weights import read_weights
-from experiments.resumption import CHECKPOINTS
-from experiments.supervisor import supervise
+from axonn.checkpoint.checkpoints import latest
+from axonn.config.train_config import CheckpointConfig, DataConfig, EvaluationConfig, GridConfig, OptimizerConfig
+from axonn.models.weights_file import read_weights
+from axonn.training.resumption import CHECKPOINTS
+from axonn.training.supervision.supervisor import supervise
 from tests import training
 from tests.command_line import TEXT, tiny
 from tests.rank_pool import RankPool

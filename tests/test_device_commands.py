@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from axonn.devices import ranks_on
+from axonn.device.devices import ranks_on
+from axonn.training.supervision.supervisor import supervise
 from experiments import runner
 from experiments.definition import ROOT, load_experiment
 from experiments.runner import points_of, run_point
-from experiments.supervisor import supervise
-from jobscripts.points import plan_small_jobs
+from jobscripts.job_plan import plan_small_jobs
 from jobscripts.site import Site
 from jobscripts.system import load_system
 from tests.command_line import CommandLine, tiny

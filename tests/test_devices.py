@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from axonn.collectives import StagedCollectives
-from axonn.devices import are_shared, device_type, local_rank, peak_bytes, rank_device
+from axonn.device.devices import are_shared, device_type, local_rank, peak_bytes, rank_device
+from axonn.distributed.collectives import StagedCollectives
+from axonn.distributed.launch import LAUNCHERS, LOCAL_RANKS, rank_environment
+from axonn.distributed.runtime import connect
+from axonn.distributed.transport.mpi import MPITransport
+from axonn.distributed.transport.staging import StagedPath
 from axonn.errors import ConfigError
 from axonn.grid import AXES, ProcessGrid
-from axonn.launch import LAUNCHERS, LOCAL_RANKS, rank_environment
-from axonn.runtime import connect
-from axonn.transport.mpi import MPITransport
-from axonn.transport.staging import StagedPath
 from tests.comparing import check_every_rank
 from tests.rank_pool import RankPool
 from tests.training import Case, Outcome, train

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from axonn.config import TrainConfig
+from axonn.config.train_config import TrainConfig
 from experiments import definition
 from tests.clones import copy_of_the_project, newcomers_environment
 

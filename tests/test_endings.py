@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments import interruption
+from axonn.training.supervision import interruption
+from axonn.training.supervision.interruption import Interrupted, Pending, exit_status, noted, raised
+from axonn.training.supervision.rank_watch import SAVE_S, Watch
+from axonn.training.supervision.session_folders import remove_stale, session_folders
 from experiments.definition import ROOT
-from experiments.interruption import Interrupted, Pending, exit_status, noted, raised
-from experiments.session import remove_stale, session_folders
-from experiments.watch import SAVE_S, Watch
 from tests.endings import Training, wait_for
 
 SAID = "saving a checkpoint after this batch"
@@ -221,7 +221,7 @@ def test_what_was_killed_together_is_removed_by_the_next_run(tmp_path: Path) -> 
 
 def test_only_folders_of_ended_runs_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("experiments.session.SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr("axonn.training.supervision.session_folders.SHARED_MEMORY", tmp_path)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     (tmp_path / f"axonn-run-{gone.pid}-x").mkdir()

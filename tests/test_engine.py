@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from axonn.distributed.transport import InProcessCollectives, InProcessTransport, InProcessWorld
 from axonn.engine import Engine, microbatches_of
 from axonn.errors import ConfigError, GridError
 from axonn.grid import ProcessGrid
-from axonn.models.gpt import GPT
+from axonn.models.gpt.gpt_model import GPT
 from axonn.schedules import ScheduleSpec
-from axonn.trace import Span, SpanKind
-from axonn.transport import InProcessCollectives, InProcessTransport, InProcessWorld
+from axonn.spans import Span, SpanKind
 from tests.training import CHUNK, ROWS, Case, batch_of, make_engine
 
 CASE = Case(data=2, inter=2, microbatches=3)

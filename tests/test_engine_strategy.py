@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axonn.config import GPTConfig, GridConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from axonn.config.train_config import GridConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from axonn.errors import ConfigError, GridError
-from axonn.perf.engine_strategy import config_of_strategy, strategy_of_config
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.perf.planner.engine_strategy import config_of_strategy, strategy_of_config
 
 MODEL = GPTConfig(name="g", layers=8, hidden=64, heads=4, seq_len=32, vocab=64)
 

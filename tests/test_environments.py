@@ -14,11 +14,14 @@ from pathlib import Path
 import pytest
 
 from axonn.errors import LaunchError
-from baselines import deepspeed, environments, megatron, reference
+from baselines import environments
+from baselines.adapters import reference
+from baselines.adapters.deepspeed import deepspeed_adapter
+from baselines.adapters.megatron import megatron_adapter
 from baselines.environments import LOCKS, Environment
 from experiments.definition import ROOT
 
-ENVIRONMENTS = [module.ENVIRONMENT for module in (deepspeed, megatron, reference)]
+ENVIRONMENTS = [module.ENVIRONMENT for module in (deepspeed_adapter, megatron_adapter, reference)]
 
 
 def pinned(path: Path) -> dict[str, str]:

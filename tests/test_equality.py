@@ -10,10 +10,10 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from axonn.collectives import TorchCollectives
-from axonn.runtime import connect
-from axonn.transport import InProcessCollectives, InProcessTransport, InProcessWorld
-from axonn.transport.mpi import MPITransport
+from axonn.distributed.collectives import TorchCollectives
+from axonn.distributed.runtime import connect
+from axonn.distributed.transport import InProcessCollectives, InProcessTransport, InProcessWorld
+from axonn.distributed.transport.mpi import MPITransport
 from tests.comparing import check_every_rank, check_gradients, check_parameters, check_same_bits
 from tests.pairwise import full_product, pairs_of, pairwise_cover
 from tests.rank_pool import RankPool

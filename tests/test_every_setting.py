@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from axonn.config import GPTConfig, TrainConfig, validate
+from axonn.config.train_config import TrainConfig, validate
 from axonn.errors import AxonnError
+from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.perf.strategy import Strategy
+from axonn.training.framework import ClusterWork, Launch, adapter_names, load_adapter, load_framework
 from baselines.environments import Environment
-from experiments.framework import ClusterWork, Launch, adapter_names, load_adapter, load_framework
 from tests.asked_for import leaf_names, leaves, over
 
 MODEL = {"name": "small", "layers": 8, "hidden": 64, "heads": 4, "seq_len": 16, "vocab": 512}

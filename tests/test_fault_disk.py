@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from axonn.checkpoint import latest
-from axonn.config import CheckpointConfig, DataConfig, TrainConfig
-from axonn.weights import read_weights
-from experiments.outcome import Outcome
-from experiments.resumption import CHECKPOINTS
-from experiments.supervisor import supervise
-from experiments.trail import set_state
+from axonn.checkpoint.checkpoints import latest
+from axonn.config.train_config import CheckpointConfig, DataConfig, TrainConfig
+from axonn.models.weights_file import read_weights
+from axonn.training.resumption import CHECKPOINTS
+from axonn.training.run_folder import set_state
+from axonn.training.run_outcome import Outcome
+from axonn.training.supervision.supervisor import supervise
 from tests.command_line import TEXT, CommandLine, tiny
 
 FULL = "No space left on device"

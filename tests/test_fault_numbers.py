@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from axonn.checkpoint import latest
-from axonn.config import CheckpointConfig, DataConfig, GridConfig, OptimizerConfig
+from axonn.checkpoint.checkpoints import latest
+from axonn.config.train_config import CheckpointConfig, DataConfig, GridConfig, OptimizerConfig
+from axonn.distributed.transport import InProcessCollectives, InProcessTransport, InProcessWorld
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
-from axonn.inter_layer.finite import NotFinite
-from axonn.transport import InProcessCollectives, InProcessTransport, InProcessWorld
-from axonn.weights import read_weights
-from experiments.supervisor import supervise
+from axonn.inter_layer.non_finite import NotFinite
+from axonn.models.weights_file import read_weights
+from axonn.training.supervision.supervisor import supervise
 from tests.command_line import TEXT, tiny
 from tests.harming import IN_A_LAYER, harm_ranks
 from tests.training import Case, Outcome, make_engine, train_step

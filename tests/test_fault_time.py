@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-import experiments.watch
-from axonn.config import CheckpointConfig, DataConfig, EvaluationConfig
+import axonn.training.supervision.rank_watch
+from axonn.config.train_config import CheckpointConfig, DataConfig, EvaluationConfig
+from axonn.training.cluster_launch import spec_of
+from axonn.training.metrics import BATCHES, read_rows
+from axonn.training.run_folder import Heartbeats, Progress, set_state
+from axonn.training.supervision.supervisor import supervise
 from experiments import definition
-from experiments.launched import spec_of
-from experiments.metrics import BATCHES, read_rows
-from experiments.supervisor import supervise
-from experiments.trail import Heartbeats, Progress, set_state
 from tests.command_line import TEXT, tiny
 from tests.harming import harm_ranks
 
@@ -62,7 +62,7 @@ def test_without_a_supervisor_the_first_rank_ends_a_standstill(tmp_path: Path, m
     config = tiny(inter=1, stall_limit_s=3.0)
     (tmp_path / "spec.json").write_text(spec_of("axonn", config, checkpoint=None, turns=False, device="cpu"))
     ended = subprocess.run(
-        [sys.executable, "-m", "experiments.worker", str(tmp_path)],
+        [sys.executable, "-m", "axonn.training.worker", str(tmp_path)],
         cwd=definition.ROOT,
         capture_output=True,
         text=True,
@@ -237,5 +237,5 @@ def test_the_state_of_a_rank_is_one_line(tmp_path: Path) -> None:
 
 def test_the_limits_are_apart() -> None:
     """Silence is the machine's, a standstill the work's: who raises one does not raise the other."""
-    assert experiments.watch.SILENCE_S < 30.0
+    assert axonn.training.supervision.rank_watch.SILENCE_S < 30.0
     assert tiny().stall_limit_s == 1800.0

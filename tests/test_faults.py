@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-import experiments.supervisor
-import experiments.watch
-from axonn.config import DataConfig, GridConfig, OptimizerConfig
+import axonn.training.supervision.rank_watch
+import axonn.training.supervision.supervisor
+from axonn.config.train_config import DataConfig, GridConfig, OptimizerConfig
 from axonn.errors import LaunchError
+from axonn.training.run_outcome import Outcome
+from axonn.training.supervision.supervisor import supervise
 from experiments import definition, runner
-from experiments.outcome import Outcome
-from experiments.supervisor import supervise
 from tests.command_line import CommandLine, tiny
 from tests.endings import processes_of
 from tests.soak import soak
@@ -124,7 +124,7 @@ def test_a_killed_single_rank_is_named(folder: Path) -> None:
 
 
 def test_a_stopped_rank_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiments.watch, "SILENCE_S", 6.0)
+    monkeypatch.setattr(axonn.training.supervision.rank_watch, "SILENCE_S", 6.0)
     harm = Harm(folder, signal.SIGSTOP, rank=1)
     outcome = supervise("axonn", tiny(), folder, on_batch=harm, timeout_s=200)
     assert outcome.failure is not None
@@ -136,7 +136,7 @@ def test_a_stopped_rank_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_launcher_that_stops_costs_no_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ranks come to their end without it."""
-    monkeypatch.setattr(experiments.watch, "SILENCE_S", 6.0)
+    monkeypatch.setattr(axonn.training.supervision.rank_watch, "SILENCE_S", 6.0)
 
     def stop(done: int) -> None:
         pid = json.loads((folder / "rank-0.json").read_text())["pid"]
@@ -162,7 +162,7 @@ def test_a_killed_launcher_ends_the_ranks(folder: Path) -> None:
 
 
 def test_a_stopped_rank_is_given_up_within_the_promise() -> None:
-    assert experiments.watch.SILENCE_S + 2 * experiments.supervisor._GRACE_S < END_S
+    assert axonn.training.supervision.rank_watch.SILENCE_S + 2 * axonn.training.supervision.supervisor._GRACE_S < END_S
 
 
 def test_a_loss_that_is_not_a_number_is_a_failure_of_its_own(folder: Path) -> None:

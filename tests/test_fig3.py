@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from axonn.config import TrainConfig
-from axonn.records import Failure, Record, read_records, write_records
-from axonn.trace import SpanKind, SpanRecorder
+from axonn.config.train_config import TrainConfig
+from axonn.observability.records import Failure, Record, read_records, write_records
+from axonn.spans import SpanKind, SpanRecorder
+from axonn.training.run_outcome import Outcome
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment
-from experiments.outcome import Outcome
 from experiments.runner import Point, points_of
-from plots import fig3
 from plots.figure import gather, make_figure, summarise
+from plots.figures import fig3
 
 FIG3 = ROOT / "experiments" / "fig3.yaml"
 FILES = ("fig3.png", "fig3.svg")

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from axonn.config import TrainConfig
+from axonn.config.train_config import TrainConfig
 from axonn.grid import ProcessGrid
-from axonn.perf.outline import outline_of
-from axonn.perf.tensor_grid import best_tensor_grid, widths_of
-from axonn.trace import Overlap, SpanKind, SpanRecorder, overlap, read_spans, span_files
+from axonn.models.registry import outline_of
+from axonn.perf.timing.tensor_grid import best_tensor_grid, widths_of
+from axonn.spans import Overlap, SpanKind, SpanRecorder, overlap, read_spans, span_files
+from axonn.training.run_outcome import Outcome
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment, load_model
-from experiments.outcome import Outcome
 from experiments.runner import points_of
-from plots import fig5
 from plots.figure import gather, make_figure
+from plots.figures import fig5
 
 FIG5 = ROOT / "experiments" / "fig5.yaml"
 

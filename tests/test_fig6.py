@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from axonn.config import TrainConfig
+from axonn.config.train_config import TrainConfig
 from axonn.errors import ConfigError
-from axonn.records import Failure, Record, read_records, write_records
-from baselines.pytorch_pipelining import TorchPipelining
+from axonn.observability.records import Failure, Record, read_records, write_records
+from axonn.training.framework import load_framework
+from axonn.training.run_outcome import Outcome
+from baselines.adapters.pytorch.pytorch_pipelining import TorchPipelining
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment, measured_configs
-from experiments.framework import load_framework
-from experiments.outcome import Outcome
 from experiments.runner import Point, compare_losses, points_of
-from plots import fig6
 from plots.figure import make_figure
+from plots.figures import fig6
 from plots.summary import not_run, rows_of, wrong_orders
 
 FIG6 = ROOT / "experiments" / "fig6.yaml"

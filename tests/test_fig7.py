@@ -9,19 +9,20 @@ from typing import Any
 
 import pytest
 
-from axonn.config import TrainConfig
-from axonn.records import read_records, write_records
-from axonn.unet_config import UNetConfig
-from experiments import planned, predictor, runner
-from experiments.datasets import FOLDER, load_data_set
+from axonn.config.train_config import TrainConfig
+from axonn.models.unet.unet_config import UNetConfig
+from axonn.observability.records import read_records, write_records
+from axonn.training.run_outcome import Outcome
+from experiments import predictor, runner
 from experiments.definition import OURS, ROOT, Experiment, load_experiment, load_model
-from experiments.outcome import Outcome
-from experiments.published import published_ratios, published_records
+from experiments.planning import planned_points
+from experiments.published_points import published_ratios, published_records
 from experiments.runner import points_of
-from plots import fig7
-from plots.fig7 import modelled_bytes
-from plots.fig7_panels import SCHEME
+from experiments.validation.published_sets import FOLDER, load_data_set
 from plots.figure import gather, make_figure
+from plots.figures import fig7
+from plots.figures.fig7 import modelled_bytes
+from plots.figures.fig7_panels import SCHEME
 from plots.summary import rows_of
 
 FIG7 = ROOT / "experiments" / "fig7.yaml"
@@ -41,19 +42,19 @@ def experiment() -> Experiment:
     return load_experiment(FIG7)
 
 
-def quickly(model: Any, machine: Any, given: dict[str, Any], *, gpus: int, **rest: Any) -> planned.Planned:
+def quickly(model: Any, machine: Any, given: dict[str, Any], *, gpus: int, **rest: Any) -> planned_points.Planned:
     """A choice without a search."""
     row = given["grid"].get("row", 2)
     grid = {"data": gpus // 4, "row": row, "col": 4 // row}
-    whole = planned.Strategy.model_validate({**given, "grid": grid, "microbatch_size": 16, "partition": "work"})
-    return planned.Planned(strategy=whole, searched=2, fitting=1)
+    whole = planned_points.Strategy.model_validate({**given, "grid": grid, "microbatch_size": 16, "partition": "work"})
+    return planned_points.Planned(strategy=whole, searched=2, fitting=1)
 
 
 @pytest.fixture(scope="module")
 def predictions(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(predictor, "PREDICTED", tmp_path_factory.mktemp("predicted"))
-        patch.setattr(planned, "planned", quickly)
+        patch.setattr(planned_points, "planned", quickly)
         predictor.predict_experiment(experiment, command="test")
         return predictor.predicted_file(experiment)
 

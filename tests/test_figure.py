@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from rich.console import RenderableType
 
-from axonn.config import ScheduleConfig, TrainConfig
+from axonn.config.train_config import ScheduleConfig, TrainConfig
+from axonn.durable_files import locked_folder
 from axonn.errors import LaunchError, RecordError
-from axonn.files import locked_folder
-from axonn.records import Failure, Machine, Record, read_records, write_records
+from axonn.observability.records import Failure, Machine, Record, read_records, write_records
+from axonn.training.run_outcome import Outcome
+from axonn.training.run_record import configuration_of
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment
-from experiments.outcome import Outcome
-from experiments.run_record import configuration_of
 from experiments.runner import Point, points_of
 from plots.figure import FigureKind, gather, load_summary, main, make_figure, summary_file
 from plots.summary import here, rows_of

@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from axonn.data.image_files import Images, read_images
 from axonn.data.text import TextData, read_tokens
 from axonn.errors import AxonnError, ConfigError, DataError
-from axonn.models import make_model
+from axonn.models.registry import make_model
+from axonn.models.weights_file import check_weights
 from axonn.tensor import TensorContext
-from axonn.weights import check_weights
 from tests.command_line import tiny
 from tests.fuzzing import bounded_memory, damaged, fuzz, read_or_refused, special_files
 

@@ -12,14 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from axonn.config import TrainConfig, UNetConfig, load_yaml
+from axonn.config.loading import read_yaml, shortened
+from axonn.config.train_config import TrainConfig, load_yaml
 from axonn.errors import ConfigError
-from axonn.perf.machine import load_machine
-from axonn.strict import read_yaml, shortened
+from axonn.models.unet.unet_config import UNetConfig
+from axonn.perf.machine.machine_file import load_machine
 from baselines.comparison import load_tolerances
 from baselines.contenders import FILE, load_contenders
-from experiments.datasets import load_data_set
 from experiments.definition import HERE, ROOT, load_experiment, load_model
+from experiments.validation.published_sets import load_data_set
 from jobscripts.site import load_site
 from jobscripts.system import load_system
 from tests.command_line import tiny

@@ -13,17 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from axonn.errors import RecordError
-from axonn.records import read_records, write_records
-from axonn.trace import Span, SpanKind, read_spans, write_spans
+from axonn.observability.records import read_records, write_records
+from axonn.spans import Span, SpanKind, read_spans, write_spans
+from axonn.training.metrics import BATCHES, Tail, read_rows
+from axonn.training.run_outcome import outcome_of
+from axonn.training.run_record import run_record
 from experiments.compare_records import compare, load, table_of
-from experiments.metrics import BATCHES, Tail, read_rows
-from experiments.outcome import outcome_of
-from experiments.run_record import run_record
 from jobscripts.attempts import all_done, reason_of, steps_of
 from jobscripts.generate import hash_of, load_manifest
+from jobscripts.job_status import table
 from jobscripts.submission import standings, submitted
-from jobscripts.watching import table
-from plots import baselines, gpu
+from plots.figures import baselines, gpu
 from plots.summary import mape, measured_tables, rows_of, wrong_orders
 from plots.trace_command import find_run, load_steps, trace
 from tests.command_line import tiny

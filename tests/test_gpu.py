@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from axonn.config import GPTConfig, OptimizerConfig, PrecisionConfig
+from axonn.config.train_config import OptimizerConfig, PrecisionConfig
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
-from axonn.models import make_model
-from axonn.perf.memory import model_state_bytes
-from axonn.trace import SpanKind, SpanRecorder, overlap
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.models.registry import make_model
+from axonn.perf.timing.memory_model import model_state_bytes
+from axonn.spans import SpanKind, SpanRecorder, overlap
 from tests.comparing import check_every_rank
 from tests.rank_pool import RankPool
 from tests.training import Case, train, train_over_mpi

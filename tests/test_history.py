@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from axonn.config import GridConfig, TrainConfig
+from axonn.config.train_config import GridConfig, TrainConfig
 from axonn.errors import RecordError
 from axonn.grid import ProcessGrid
-from axonn.records import read_records
-from axonn.trace import Span, SpanKind, read_spans
-from experiments.history import PastSession, session_of, sessions_of
-from experiments.metrics import read_rows
+from axonn.observability.records import read_records
+from axonn.spans import Span, SpanKind, read_spans
+from axonn.training.metrics import read_rows
+from axonn.training.session_history import PastSession, session_of, sessions_of
 from plots.trace_command import find_run, load_steps, trace
 from tests.command_line import CommandLine
 

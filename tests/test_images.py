@@ -14,12 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from axonn.config import DataConfig, EvaluationConfig, TrainConfig
-from axonn.data import ImageData, TextData, make_data
+from axonn.config.train_config import DataConfig, EvaluationConfig, TrainConfig
 from axonn.data.diffusion import Noising, signal_variances
 from axonn.data.image_files import read_images
-from axonn.data.images import fitted
+from axonn.data.images import ImageData, fitted
+from axonn.data.text import TextData
 from axonn.errors import DataError
+from axonn.models.registry import make_data
 from tests.command_line import tiny
 from tests.training import UNET
 

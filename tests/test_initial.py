@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import axonn.initial
+import axonn.models.initialization
 from axonn.grid import ProcessGrid
-from axonn.initial import Constant, Normal, fill
+from axonn.models.initialization import Constant, Normal, fill
 from axonn.placement import Cut, Placement
-from axonn.random import normal, stream_key
+from axonn.tensor.counter_random import normal, stream_key
 from tests.parts import part_of, placed
 
 
@@ -29,7 +29,7 @@ def test_a_part_is_filled_like_the_slice_of_the_whole(case: tuple[Placement, Pro
     placement, grid = case
     whole = whole_of(*placement.shape)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(axonn.initial, "AT_ONCE", at_once)
+        patch.setattr(axonn.models.initialization, "AT_ONCE", at_once)
         for rank in range(grid.size):
             here = grid.coordinates(rank)
             part = torch.full(placement.local_shape(grid), float("nan"), dtype=torch.float64)
@@ -71,14 +71,14 @@ def test_a_constant_is_the_same_everywhere() -> None:
 @pytest.mark.parametrize("block", [1 << 20, 300])
 def test_the_part_of_a_huge_parameter_costs_only_itself(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """8 TiB in float64, were the whole built anywhere; what is made at once is bounded too."""
-    monkeypatch.setattr(axonn.initial, "AT_ONCE", block)
+    monkeypatch.setattr(axonn.models.initialization, "AT_ONCE", block)
     made: list[int] = []
 
     def counted(key: int, index: torch.Tensor) -> torch.Tensor:
         made.append(index.numel())
         return normal(key, index)
 
-    monkeypatch.setattr(axonn.initial, "normal", counted)
+    monkeypatch.setattr(axonn.models.initialization, "normal", counted)
     size = 1 << 20
     grid = ProcessGrid(row=1 << 12, col=1 << 18)
     half = size // 2

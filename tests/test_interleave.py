@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axonn.tensor.interleave import Lanes
+from axonn.tensor.overdecomposition import Lanes
 
 PATIENCE_S = 60.0
 """After which a test is taken to hang."""

@@ -16,21 +16,21 @@ from typing import Any
 import pytest
 import torch
 
-from axonn.checkpoint import latest, load_whole
-from axonn.config import TrainConfig
+from axonn.checkpoint.checkpoints import latest, load_whole
+from axonn.config.train_config import TrainConfig
+from axonn.distributed.launch import rank_environment
+from axonn.distributed.runtime import connect
 from axonn.grid import ProcessGrid
-from axonn.launch import rank_environment
-from axonn.runtime import connect
-from axonn.trace import SpanRecorder, read_spans
+from axonn.spans import SpanRecorder, read_spans
+from axonn.training.cluster_launch import launch_worker, read_run
+from axonn.training.engine_framework import EngineTrainer
+from axonn.training.framework import Launch
+from axonn.training.loop import TrainingLoop
+from axonn.training.metrics import BATCHES, read_rows
+from axonn.training.resumption import CHECKPOINTS, newest_checkpoint
+from axonn.training.run_folder import NEWEST, STOP, STOPPED
 from experiments.cluster_work import SmallWork
 from experiments.definition import ROOT
-from experiments.engine_framework import EngineTrainer
-from experiments.framework import Launch
-from experiments.launched import launch_worker, read_run
-from experiments.loop import TrainingLoop
-from experiments.metrics import BATCHES, read_rows
-from experiments.resumption import CHECKPOINTS, newest_checkpoint
-from experiments.trail import NEWEST, STOP, STOPPED
 from jobscripts.generate import Job, write_jobs
 from jobscripts.launchers import Launcher, load_launcher
 from jobscripts.schedulers import Resources, load_scheduler

@@ -13,7 +13,7 @@ import yaml
 from axonn.errors import ConfigError
 from experiments.definition import HERE, load_experiment
 from jobscripts.generate import title_of
-from jobscripts.points import plan_jobs, plan_small_jobs
+from jobscripts.job_plan import plan_jobs, plan_small_jobs
 from jobscripts.site import Site, load_site
 from jobscripts.system import load_system
 from tests.cluster_jobs import SCHEME, few, planned, site

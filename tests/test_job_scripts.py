@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from experiments.definition import HERE, ROOT, load_experiment
+from jobscripts.job_plan import Planned, node_hours, plan_jobs
 from jobscripts.launchers import launcher_names
-from jobscripts.points import Planned, node_hours, plan_jobs
 from jobscripts.schedulers import scheduler_names
 from jobscripts.site import load_site
 from jobscripts.system import load_system, systems

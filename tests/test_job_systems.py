@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from axonn.errors import ConfigError
-from experiments.engine_framework import EngineAdapter
-from experiments.framework import load_adapter
+from axonn.training.engine_framework import EngineAdapter
+from axonn.training.framework import load_adapter
 from jobscripts.generate import TEMPLATES
-from jobscripts.points import Planned
+from jobscripts.job_plan import Planned
 from jobscripts.site import Site
 from jobscripts.system import load_system, systems
 from tests.cluster_jobs import planned, planned_small, site, write

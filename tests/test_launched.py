@@ -14,14 +14,16 @@ from typing import Any
 
 import pytest
 
-from axonn.config import GPTConfig, TrainConfig, UNetConfig, validate
+from axonn.config.train_config import TrainConfig, validate
 from axonn.errors import LaunchError
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.models.unet.unet_config import UNetConfig
 from axonn.perf.strategy import Strategy
+from axonn.training.cluster_launch import data_of, read_run
+from axonn.training.engine_framework import EngineAdapter
+from axonn.training.framework import ClusterWork
+from axonn.training.supervision.supervisor import supervise
 from experiments.definition import ROOT
-from experiments.engine_framework import EngineAdapter
-from experiments.framework import ClusterWork
-from experiments.launched import data_of, read_run
-from experiments.supervisor import supervise
 from tests.command_line import tiny
 from tests.launches import check_goldens, files_of, published, run_launch, write_goldens
 

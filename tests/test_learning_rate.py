@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axonn.config import LearningRateConfig, OptimizerConfig
+from axonn.config.train_config import LearningRateConfig, OptimizerConfig
 from axonn.errors import ConfigError
 from axonn.optim.learning_rate import learning_rate
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from axonn.config import PrecisionConfig, validate
+from axonn.config.train_config import PrecisionConfig, validate
 from axonn.errors import ConfigError
 from axonn.optim.loss_scale import SMALLEST_SCALE, LossScale
 

@@ -5,9 +5,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from axonn.perf.kernels import gemm_time
-from axonn.perf.machine import Curve, MachineFile, load_machine
-from axonn.perf.network import GroupPlacement, all_reduce_time, message_time, ring_factor
+from axonn.perf.machine.kernel_times import gemm_time
+from axonn.perf.machine.machine_file import Curve, MachineFile, load_machine
+from axonn.perf.machine.network import GroupPlacement, all_reduce_time, message_time, ring_factor
 from experiments.definition import HERE
 
 # Not what axonn calibrate has left here.

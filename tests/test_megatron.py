@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from axonn.config import TrainConfig, validate
+from axonn.config.train_config import TrainConfig, validate
 from axonn.errors import LaunchError
-from baselines.megatron import MegatronAdapter
-from baselines.megatron_here import ENVIRONMENT
-from experiments.outcome import Outcome
-from experiments.supervisor import supervise
+from axonn.training.run_outcome import Outcome
+from axonn.training.supervision.supervisor import supervise
+from baselines.adapters.megatron.megatron_adapter import MegatronAdapter
+from baselines.adapters.megatron.megatron_local import ENVIRONMENT
 
 STEPS = 6
 BOUND = 1e-5

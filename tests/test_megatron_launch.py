@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from axonn.config import validate
+from axonn.config.train_config import validate
 from axonn.errors import LaunchError
 from axonn.perf.strategy import Strategy
-from baselines.megatron import MegatronAdapter
+from axonn.training.framework import ClusterWork
+from baselines.adapters.megatron.megatron_adapter import MegatronAdapter
 from experiments.cluster_work import cluster_work
-from experiments.datasets import find_data_sets, load_data_set
 from experiments.definition import HERE, load_experiment, load_model
-from experiments.framework import ClusterWork
+from experiments.validation.published_sets import find_data_sets, load_data_set
 from tests.launches import GOLDENS, as_text, point_work
 
 FOLDER = GOLDENS / "megatron"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from baselines.deepspeed import DeepSpeedAdapter
-from baselines.megatron import MegatronAdapter
-from experiments.framework import PrintedRun
+from axonn.training.framework import PrintedRun
+from baselines.adapters.deepspeed.deepspeed_adapter import DeepSpeedAdapter
+from baselines.adapters.megatron.megatron_adapter import MegatronAdapter
 
 LOGS = Path(__file__).parent / "logs"
 MIB = 2**20

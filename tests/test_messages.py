@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
+from axonn.cli import main
 from axonn.errors import AxonnError, RecordError
-from axonn.records import read_records
-from experiments import cli
+from axonn.observability.records import read_records
 from experiments.definition import HERE
 from tests.command_line import CommandLine
 from tests.fuzzing import _places, special_files
@@ -117,10 +117,10 @@ ARGUMENTS: dict[str, list[list[str]]] = {
 
 
 def test_every_command_is_tried() -> None:
-    assert set(ARGUMENTS) >= set(cli.commands())
+    assert set(ARGUMENTS) >= set(main.commands())
 
 
-@pytest.mark.parametrize("name", sorted(cli.commands()))
+@pytest.mark.parametrize("name", sorted(main.commands()))
 def test_a_command_refuses_files_that_are_none_in_plain_words(axonn: CommandLine, name: str, tmp_path: Path) -> None:
     folder = tmp_path / "special"
     folder.mkdir()

@@ -15,14 +15,14 @@ import torch
 from mpi4py import MPI
 from typer.testing import CliRunner
 
+from axonn.cli.main import app
+from axonn.distributed.tensor_spec import TensorSpec
+from axonn.distributed.transport import Address, Message
+from axonn.distributed.transport.diagnostics import Finding, survey
+from axonn.distributed.transport.gpu_aware import gpu_aware_mpi, judge
+from axonn.distributed.transport.mpi import MPITransport
+from axonn.distributed.transport.staging import DevicePath, HostPath, Landed, StagedPath, Tensors, path_for
 from axonn.schedules import Direction
-from axonn.tensors import TensorSpec
-from axonn.transport import Address, Message
-from axonn.transport.gpu_aware import gpu_aware_mpi, judge
-from axonn.transport.mpi import MPITransport
-from axonn.transport.staging import DevicePath, HostPath, Landed, StagedPath, Tensors, path_for
-from axonn.transport.survey import Finding, survey
-from experiments.cli import app
 from tests.rank_pool import RankPool
 from tests.transports import CPU, compute_until, edge, receive
 
@@ -159,7 +159,7 @@ def test_staging_is_for_an_mpi_that_cannot_do_without(
     def made(self: object, device: torch.device) -> None:
         raise _Chosen(type(self))
 
-    monkeypatch.setattr("axonn.transport.gpu_aware.gpu_aware_mpi", lambda: aware)
+    monkeypatch.setattr("axonn.distributed.transport.gpu_aware.gpu_aware_mpi", lambda: aware)
     for kind in (DevicePath, StagedPath):
         monkeypatch.setattr(kind, "__init__", made)
     with pytest.raises(_Chosen) as error:
@@ -212,7 +212,7 @@ def test_both_transports_work_where_these_tests_run() -> None:
 
 def test_doctor_says_which_transports_work(monkeypatch: pytest.MonkeyPatch) -> None:
     findings = [Finding("smoke", True, "from hill to hill"), Finding("pigeons", False, "they are [all] on strike")]
-    monkeypatch.setattr("axonn.transport.survey.survey", lambda: findings)
+    monkeypatch.setattr("axonn.distributed.transport.diagnostics.survey", lambda: findings)
     outcome = CliRunner().invoke(app, ["doctor"])
     assert outcome.exit_code == 0, outcome.output
     assert re.search("transport smoke +from hill to hill", outcome.output)

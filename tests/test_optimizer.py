@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from axonn.collectives import Call, Collectives, Group, Operation, SerialCollectives, Work
-from axonn.config import LearningRateConfig, OptimizerConfig, PrecisionConfig
-from axonn.device_timeline import Timeline
+from axonn.config.train_config import LearningRateConfig, OptimizerConfig, PrecisionConfig
+from axonn.device.streams import Timeline
+from axonn.distributed.collectives import Call, Collectives, Group, Operation, SerialCollectives, Work
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.stage import ParameterSpec
 from axonn.optim.model_optimizer import ModelOptimizer
-from axonn.perf.memory import model_state_bytes, state_bytes
+from axonn.perf.timing.memory_model import model_state_bytes, state_bytes
 from axonn.placement import Placement
-from axonn.trace import SpanKind
+from axonn.spans import SpanKind
 from tests.optimizing import (
     CPU,
     PRECISIONS,

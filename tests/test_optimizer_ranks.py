@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from mpi4py import MPI
 from torch import nn
 
-from axonn.collectives import Call, Collectives
-from axonn.config import OptimizerConfig, PrecisionConfig
-from axonn.device_timeline import Timeline
+from axonn.config.train_config import OptimizerConfig, PrecisionConfig
+from axonn.device.streams import Timeline
+from axonn.distributed.collectives import Call, Collectives
 from axonn.grid import AXES, Axis, ProcessGrid
 from axonn.inter_layer.stage import ParameterSpec
 from axonn.optim.model_optimizer import ModelOptimizer
-from axonn.perf.memory import model_state_bytes, state_bytes
+from axonn.perf.timing.memory_model import model_state_bytes, state_bytes
 from axonn.placement import Placement
-from axonn.trace import SpanKind
+from axonn.spans import SpanKind
 from tests.every_rank import GRID, RunsRanks, body_over_mpi
 from tests.optimizing import (
     CPU,
@@ -207,7 +207,7 @@ def test_all_reduce_spans_follow_each_other_one_for_each_chunk(pool: RankPool) -
 
 
 def test_agreeing_on_overflow_is_waiting_for_the_others() -> None:
-    """As `axonn.perf.step` has it: no all-reduce of gradients has begun yet."""
+    """As `axonn.perf.timing.step_times` has it: no all-reduce of gradients has begun yet."""
     for outcome in optimize_in_process(Case(data=2, steps=1, precision="float16", options={"bsize": 16, "k": 1})):
         kinds = [s.kind for s in sorted(outcome.spans, key=lambda s: s.start)]
         assert kinds[0] == SpanKind.IDLE

@@ -13,15 +13,15 @@ from mpi4py import MPI
 from torch import nn
 
 from axonn import tensor
-from axonn.collectives import Collectives, Group, Operation, Work
+from axonn.distributed.collectives import Collectives, Group, Operation, Work
+from axonn.distributed.runtime import connect
+from axonn.distributed.tensor_spec import TensorSpec
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
-from axonn.initial import Initial, Normal
 from axonn.models.base import Layer
-from axonn.runtime import connect
+from axonn.models.initialization import Initial, Normal
+from axonn.spans import Overlap, Span, SpanKind, SpanRecorder, breakdown, overlap
 from axonn.tensor import TRANSPOSED, TensorContext
-from axonn.tensors import TensorSpec
-from axonn.trace import Overlap, Span, SpanKind, SpanRecorder, breakdown, overlap
 from tests.rank_pool import RankPool
 from tests.training import Case, batch_of, make_engine
 
@@ -137,7 +137,7 @@ def spans_of_a_batch(sub_shards: int, monkeypatch: pytest.MonkeyPatch) -> list[S
         clock.pass_by(inputs.shape[0])
         weight.grad = rows @ inputs if weight.grad is None else weight.grad + rows @ inputs
 
-    monkeypatch.setattr("axonn.tensor.linear.add_product", add_product)
+    monkeypatch.setattr("axonn.tensor.layers.linear.add_product", add_product)
     grid = ProcessGrid(col=2)
     spans = SpanRecorder(0)
     engine = Engine(

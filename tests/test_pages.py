@@ -10,24 +10,24 @@ import pytest
 from typer.testing import CliRunner
 
 from axonn import errors
+from axonn.cli import main
+from axonn.cli.doc_links import ERRORS, documented, explained, page_of
 from axonn.errors import AxonnError, CheckpointError, ConfigError, MachineError, RunFailed
-from experiments import cli
 from experiments.definition import ROOT
-from experiments.pages import ERRORS, documented, explained, page_of
 
 
-@pytest.mark.parametrize("name", sorted(cli.commands()))
+@pytest.mark.parametrize("name", sorted(main.commands()))
 def test_help_of_a_command_names_its_page(name: str) -> None:
-    page = page_of(cli.commands()[name])
+    page = page_of(main.commands()[name])
     assert (ROOT / page).is_file()
     assert f"axonn {name}" in (ROOT / page).read_text(encoding="utf-8")
-    shown = CliRunner().invoke(cli.app, [name, "--help"])
+    shown = CliRunner().invoke(main.app, [name, "--help"])
     assert shown.exit_code == 0
     assert f"More in {page}" in shown.output
 
 
 def test_help_names_the_index() -> None:
-    shown = CliRunner().invoke(cli.app, ["--help"])
+    shown = CliRunner().invoke(main.app, ["--help"])
     (page,) = re.findall(r"docs/\S+\.md", shown.output)
     assert (ROOT / page).is_file()
 

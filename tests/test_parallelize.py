@@ -101,7 +101,7 @@ class Residual(nn.Module):
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 @pytest.mark.parametrize(("row", "col"), [(2, 2), (2, 3), (3, 4)])
-def test_a_path_with_an_odd_number_of_layers_needs_one_relayout(depth: int, row: int, col: int) -> None:
+def test_a_path_with_an_odd_number_of_layers_needs_one_redistribution(depth: int, row: int, col: int) -> None:
     for outcome in check(Residual(depth), [normal(4, 12)], row=row, col=col):
         assert kinds(outcome) == {"split": 1, "gather": 1} | ({"re-layout": 1} if depth % 2 else {})
 
@@ -142,7 +142,7 @@ def test_one_gather_serves_all_who_read_it() -> None:
         assert kinds(outcome) == {"split": 1, "gather": 1}
 
 
-def test_one_relayout_that_two_paths_share_is_cheaper_than_two_small_ones() -> None:
+def test_one_redistribution_that_two_paths_share_is_cheaper_than_two_small_ones() -> None:
     class Paths(nn.Module):
         """Either the 12 features that both paths begin with are laid out another way, or 8 of each path."""
 

@@ -15,9 +15,9 @@ from torch import nn
 
 import axonn
 from axonn import tensor
+from axonn.autoparallel.sharded_layers import refusal
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
-from axonn.tensor.graph.layers import refusal
 from tests.parallel_cases import normal
 from tests.parallelizing import check, layer
 from tests.test_parallelize_use import function
@@ -162,10 +162,10 @@ def test_what_a_single_layer_is_told_exists_and_works(name: str) -> None:
 
 def test_every_name_in_the_sources_of_the_errors_exists() -> None:
     """Whatever the modules of parallelize say in a string can be found under that name."""
-    from axonn.tensor import gradients, parallelize
-    from axonn.tensor.graph import layers, normalise, rewrite, trace
+    from axonn.autoparallel import parallelize, part_gradients, rewrite, sharded_layers
+    from axonn.autoparallel.tracing import module_trace, normalisation
 
-    for module in (gradients, parallelize, layers, normalise, rewrite, trace):
+    for module in (part_gradients, parallelize, sharded_layers, normalisation, rewrite, module_trace):
         for string in re.findall(r'f?"([^"\n]*)"', inspect.getsource(module)):
             for name in suggestions(string):
                 assert eval(name, {"axonn": axonn, "torch": torch, "nn": nn, "F": F}), f"{module.__name__}: {name}"

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from axonn.tensor.graph.forms import Form, Part, pieces, reshaped, splits
-from axonn.tensor.graph.search import minimise
+from axonn.autoparallel.layouts.min_cost_search import minimise
+from axonn.autoparallel.layouts.shardings import Form, Part, pieces, reshaped, splits
 
 
 @st.composite

@@ -19,10 +19,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import axonn
+from axonn.distributed.runtime import connect
+from axonn.distributed.transport import InProcessCollectives, InProcessWorld
 from axonn.errors import ConfigError, GridError
 from axonn.grid import ProcessGrid
-from axonn.runtime import connect
-from axonn.transport import InProcessCollectives, InProcessWorld
 from tests.rank_pool import RankPool
 
 GRIDS = [ProcessGrid(col=2), ProcessGrid(row=2, col=2), ProcessGrid(data=2, row=2)]
@@ -258,7 +258,7 @@ def test_autocast(sub_shards: int) -> None:
             # Steps of 0.1: what is left of a gradient's rounding to 8 bits.
             torch.testing.assert_close(found, state, rtol=0.0, atol=4e-3)
     if sub_shards == 1:
-        expected = {"_Linear", "_Conv2d", "_Embedding", "_LayerNorm", "_RMSNorm", "_GroupNorm", "_Relayout"}
+        expected = {"_Linear", "_Conv2d", "_Embedding", "_LayerNorm", "_RMSNorm", "_GroupNorm", "_Redistribute"}
         assert expected <= {kind.removesuffix("Backward") for kind in kinds}
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import axonn
+from axonn.distributed.transport import InProcessCollectives, InProcessWorld
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
-from axonn.transport import InProcessCollectives, InProcessWorld
 from tests.parallel_cases import CASES, make
 
 GRIDS = [

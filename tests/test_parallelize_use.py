@@ -15,11 +15,11 @@ from mpi4py import MPI
 from torch import nn
 
 import axonn
+from axonn.autoparallel.layouts.shardings import Form, Part
+from axonn.distributed.runtime import connect
+from axonn.distributed.transport import InProcessCollectives, InProcessWorld
 from axonn.errors import ConfigError, GridError
 from axonn.grid import ProcessGrid
-from axonn.runtime import connect
-from axonn.tensor.graph.forms import Form, Part
-from axonn.transport import InProcessCollectives, InProcessWorld
 from tests.parallel_cases import TiedByHand
 from tests.parallelizing import check, kinds
 from tests.plain_models import Awkward, Classifier, LanguageModel
@@ -57,7 +57,7 @@ def test_what_stays_whole_is_said_with_the_reason() -> None:
     assert "G_col=2" in text
     assert all(line.reason in text for line in outcome.report.whole)
     assert all(line.name in text for line in outcome.report.layers)
-    assert all(line.reason in text for line in outcome.report.relayouts)
+    assert all(line.reason in text for line in outcome.report.redistributions)
 
 
 def test_sizes_that_one_axis_divides_are_cut_along_that_axis_only() -> None:

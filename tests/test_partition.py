@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from axonn.config import GPTConfig
 from axonn.errors import GridError
+from axonn.inter_layer.partition import partition, partition_chunks
 from axonn.inter_layer.stage import virtual_spans
-from axonn.models.gpt import GPT
-from axonn.partition import partition, partition_chunks
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.models.gpt.gpt_model import GPT
 from axonn.schedules import ChunkLayout
 
 

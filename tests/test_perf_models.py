@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import yaml
 
-from axonn.config import GPTConfig, GridConfig, ScheduleConfig, load_yaml
+from axonn.config.train_config import GridConfig, ScheduleConfig, load_yaml
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
-from axonn.perf import fit
-from axonn.perf.kernels import gemm_time, stream_time
-from axonn.perf.machine import Curve, MachineFile, load_machine
-from axonn.perf.memory import DoesNotFit, model_state_bytes, stage_memory, stage_parameters
-from axonn.perf.network import (
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.models.registry import outline_of
+from axonn.perf.machine import coefficient_fit
+from axonn.perf.machine.kernel_times import gemm_time, stream_time
+from axonn.perf.machine.machine_file import Curve, MachineFile, load_machine
+from axonn.perf.machine.network import (
     GroupPlacement,
     all_reduce_time,
     edge,
@@ -26,9 +27,9 @@ from axonn.perf.network import (
     ring_factor,
     shared_with,
 )
-from axonn.perf.outline import outline_of
-from axonn.perf.stages import stage_times
 from axonn.perf.strategy import Strategy
+from axonn.perf.timing.memory_model import DoesNotFit, model_state_bytes, stage_memory, stage_parameters
+from axonn.perf.timing.stage_times import stage_times
 
 ROOT = Path(__file__).parents[1]
 SUMMIT = ROOT / "experiments/machines/summit.yaml"
@@ -129,7 +130,7 @@ def check_curve(curve: Curve, rows: list[dict[str, str]], column: str) -> None:
 def test_the_slowdown_inside_layers_is_the_fit_of_the_published_layers(
     machine: MachineFile, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fit.main([str(PUBLISHED / "v100_kernels_ms.csv"), "--machine", str(SUMMIT)])
+    coefficient_fit.main([str(PUBLISHED / "v100_kernels_ms.csv"), "--machine", str(SUMMIT)])
     printed = yaml.safe_load(capsys.readouterr().out)
     stated = machine.gpu.in_layer
     assert printed["gemm_slowdown"] == pytest.approx(stated.gemm_slowdown, abs=2e-3)
@@ -172,9 +173,9 @@ def test_the_fit_finds_the_coefficients_that_made_the_data() -> None:
     )
     true = np.array([6e-6, 100.0, 0.7, 0.8, 0.88, 0.8, 0.6, 0.4, 0.3])
     machine = {"peak": 125e12, "bandwidth": 900e9, "multiprocessors": 80}
-    seconds = fit.gemm_model(true, shapes.astype(float), **machine)  # type: ignore[arg-type]
-    found = fit.fit_gemm(shapes.astype(float), seconds, **machine)  # type: ignore[arg-type]
-    again = fit.gemm_model(found, shapes.astype(float), **machine)  # type: ignore[arg-type]
+    seconds = coefficient_fit.gemm_model(true, shapes.astype(float), **machine)  # type: ignore[arg-type]
+    found = coefficient_fit.fit_gemm(shapes.astype(float), seconds, **machine)  # type: ignore[arg-type]
+    again = coefficient_fit.gemm_model(found, shapes.astype(float), **machine)  # type: ignore[arg-type]
     assert np.mean(np.abs(again / seconds - 1)) < 0.03
 
 
@@ -190,7 +191,9 @@ def test_the_fit_and_the_model_are_one_formula(machine: MachineFile) -> None:
         ]
     )
     shapes = [(4096, 13536, 4512), (512, 2112, 6336), (8, 4096, 512), (1504, 4512, 1024), (1024, 8, 65536)]
-    vectorised = fit.gemm_model(p, np.array(shapes, dtype=float), peak=125e12, bandwidth=900e9, multiprocessors=80)
+    vectorised = coefficient_fit.gemm_model(
+        p, np.array(shapes, dtype=float), peak=125e12, bandwidth=900e9, multiprocessors=80
+    )
     assert [gemm_time(machine.gpu, *s) for s in shapes] == pytest.approx(list(vectorised))
 
 

@@ -10,18 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from axonn.config import GridConfig, ScheduleConfig
+from axonn.config.train_config import GridConfig, ScheduleConfig
 from axonn.errors import ConfigError
-from axonn.perf.machine import MachineFile, load_machine
-from axonn.perf.memory import stage_parameters
-from axonn.perf.outline import Outline, outline_of
-from axonn.perf.predict import Prediction, messages, predict
-from axonn.perf.stages import StageTimes, stage_times
+from axonn.models.registry import outline_of
+from axonn.observability.records import read_records
+from axonn.perf.layers.model_outline import Outline
+from axonn.perf.machine.machine_file import MachineFile, load_machine
+from axonn.perf.prediction import Prediction, messages, predict
 from axonn.perf.strategy import Strategy
-from axonn.perf.update import step_times
-from axonn.records import read_records
+from axonn.perf.timing.memory_model import stage_parameters
+from axonn.perf.timing.stage_times import StageTimes, stage_times
+from axonn.perf.timing.update_times import step_times
 from axonn.schedules import Kind
-from axonn.trace import breakdown
+from axonn.spans import breakdown
 from experiments.definition import load_experiment, load_model, strategy_of
 from plots.summary import key, naive
 

@@ -14,17 +14,18 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from axonn.config import GPTConfig, OptimizerConfig
+from axonn.config.train_config import OptimizerConfig
+from axonn.distributed.runtime import connect
 from axonn.engine import Engine
 from axonn.errors import RecordError
 from axonn.grid import ProcessGrid
-from axonn.models import make_model
-from axonn.perf.machine import load_machine
-from axonn.perf.predict import Prediction, predict
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.models.registry import make_model
+from axonn.observability.phases import Phases, phases
+from axonn.perf.machine.machine_file import load_machine
+from axonn.perf.prediction import Prediction, predict
 from axonn.perf.strategy import Strategy
-from axonn.phases import Phases, phases
-from axonn.runtime import connect
-from axonn.trace import Span, SpanKind, SpanRecorder, breakdown
+from axonn.spans import Span, SpanKind, SpanRecorder, breakdown
 from tests.rank_pool import RankPool
 
 ROOT = Path(__file__).parents[1]

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from axonn.checkpoint.local_shard import Part
 from axonn.errors import GridError
 from axonn.grid import Axis, Coordinates, ProcessGrid
-from axonn.parts import Part
 from axonn.placement import Cut, Piece, Placement
 from tests.parts import part_of, placed
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from axonn.config import GPTConfig
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.training.places import check_owner
 from experiments.definition import ROOT
-from experiments.places import check_owner
 from tests.clones import copy_of_the_project, files_in, newcomers_environment
 from tests.command_line import TEXT, CommandLine, tiny
 
@@ -44,7 +44,7 @@ SITE = 'account: a\nqueue: regular\nwall_time: "1:00"\nwarn: "0:10"\n'
 CONFIG = tiny(inter=1, steps=2, checkpoints={"every": 2}, data={"path": str(TEXT)}).model_dump(mode="json")
 UNET: dict[str, Any] = {"kind": "unet", "name": "u", "image_size": 8, "channels": 1, "width": 8, "multipliers": [1]}
 PIP = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-compile"]
-COMMAND = "experiments.cli"
+COMMAND = "axonn.cli.main"
 Command = tuple[str, Sequence[object], int]
 """Module, arguments, and the exit status."""
 SEVERAL = """
@@ -55,10 +55,10 @@ for module, arguments, status in json.loads(sys.argv[1]):
     ended, said = 0, io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            if module == "experiments.cli":
-                from experiments.cli import main
-                import experiments.console
-                experiments.console.console.file = said
+            if module == "axonn.cli.main":
+                from axonn.cli.main import main
+                import axonn.cli.console
+                axonn.cli.console.console.file = said
                 main()
             else:
                 runpy.run_module(module, run_name="__main__")
@@ -241,9 +241,9 @@ def test_experiments_and_figures_lie_where_one_stands(clone: Path, here: Path) -
         (COMMAND, (*plan, "own", "--out", "plans/plan.yaml"), 0),
         (COMMAND, jobs, 0),
         (COMMAND, ("collect", "jobs/mine-perlmutter"), 0),
-        ("plots.schematics", ("my.yaml",), 0),
-        ("plots.ginter", ("--fresh",), 1),
-        ("plots.report", (), 0),
+        ("plots.figures.schematics", ("my.yaml",), 0),
+        ("plots.figures.ginter", ("--fresh",), 1),
+        ("plots.report.report_page", (), 0),
         ("plots.reproduce", ("reproduce-fig6",), 2),
     )
     assert files_in(clone) == before
@@ -289,7 +289,7 @@ def test_every_place_to_write_to_is_where_one_stands(clone: Path, here: Path) ->
     assert absent == {"baselines.environments.FOLDER"}
     # Below a clone, results are those of the clone, wherever one stands in it.
     inside: dict[str, str] = run_here(clone / "docs", PATHS, ["experiments"])
-    assert inside["experiments.places.PROJECT"] == str(clone)
+    assert inside["axonn.training.places.PROJECT"] == str(clone)
     assert inside["experiments.runner.MEASURED"] == str(clone / "results" / "measured")
 
 
@@ -307,7 +307,7 @@ def test_nothing_is_written_into_an_installed_package(
         (COMMAND, ("doctor",), 0),
         (COMMAND, ("train", "my.yaml"), 0),
         (COMMAND, ("predict", "--validate", "ipdps22-fig11"), 0),
-        ("plots.ginter", ("--fresh",), 1),
+        ("plots.figures.ginter", ("--fresh",), 1),
     )
     assert str(here / "results") in doctor
     assert files_in(site) == before

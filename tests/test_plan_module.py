@@ -13,11 +13,11 @@ from torch import nn
 
 import axonn
 from axonn import tensor
-from axonn.collectives import Call
+from axonn.autoparallel.layer_kinds import KINDS
+from axonn.autoparallel.module_outline import outline_of_module
+from axonn.distributed.collectives import Call
+from axonn.distributed.transport import InProcessCollectives, InProcessWorld
 from axonn.grid import ProcessGrid
-from axonn.tensor.graph.layer_kinds import KINDS
-from axonn.tensor.graph.outline import outline_of_module
-from axonn.transport import InProcessCollectives, InProcessWorld
 from tests.command_line import CommandLine
 
 ROWS = 4

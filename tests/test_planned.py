@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
-from axonn.config import GPTConfig, GridConfig, UNetConfig
+from axonn.config.train_config import GridConfig
 from axonn.errors import ConfigError
-from axonn.perf.machine import MachineFile
-from axonn.perf.memory import DoesNotFit
-from axonn.perf.predict import predict
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.models.unet.unet_config import UNetConfig
+from axonn.observability.records import read_records
+from axonn.perf.machine.machine_file import MachineFile
+from axonn.perf.prediction import predict
 from axonn.perf.strategy import Strategy
-from axonn.records import read_records
+from axonn.perf.timing.memory_model import DoesNotFit
 from experiments import predictor
 from experiments.definition import (
     Experiment,
@@ -23,7 +25,7 @@ from experiments.definition import (
     load_experiment,
     strategy_of,
 )
-from experiments.planned import planned, space_of_strategy
+from experiments.planning.planned_points import planned, space_of_strategy
 from experiments.predictor import done_predictions, predict_experiment
 
 # Three heads, which no two columns can share.

@@ -7,19 +7,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-from axonn.config import GPTConfig, ScheduleConfig, TrainConfig, load_yaml
+from axonn.config.train_config import ScheduleConfig, TrainConfig, load_yaml
 from axonn.errors import ConfigError
-from axonn.perf.closed_form import Candidate, ClosedForm, Shape
-from axonn.perf.engine_strategy import strategy_of_config
-from axonn.perf.machine import MachineFile
-from axonn.perf.memory import DoesNotFit
-from axonn.perf.planner import plan
-from axonn.perf.predict import predict, simulate_pipeline
-from axonn.perf.search_space import Space
-from axonn.perf.shortened import pipeline_seconds
-from axonn.perf.stages import stage_times
-from experiments import planning
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.perf.machine.machine_file import MachineFile
+from axonn.perf.pipeline.extrapolation import pipeline_seconds
+from axonn.perf.planner.closed_form import Candidate, ClosedForm, Shape
+from axonn.perf.planner.engine_strategy import strategy_of_config
+from axonn.perf.planner.planner import plan
+from axonn.perf.planner.search_space import Space
+from axonn.perf.prediction import predict, simulate_pipeline
+from axonn.perf.timing.memory_model import DoesNotFit
+from axonn.perf.timing.stage_times import stage_times
 from experiments.definition import find_machine, load_model
+from experiments.planning import planning
 from tests.command_line import CommandLine
 
 SMALL = GPTConfig(name="small", layers=8, hidden=1024, heads=16, seq_len=512, vocab=51200, dropout=0.1)

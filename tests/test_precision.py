@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from axonn.config import PrecisionConfig
-from axonn.initial import fill
+from axonn.config.train_config import PrecisionConfig
+from axonn.models.initialization import fill
 from axonn.placement import Placement
 from axonn.tensor import TensorContext
 from tests.comparing import part_of

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import yaml
 
-from axonn.perf.jitter import Jitter
-from axonn.perf.outline import outline_of
-from axonn.perf.sent import bytes_by_axis
+from axonn.models.registry import outline_of
+from axonn.observability.records import Record, read_records
 from axonn.perf.strategy import Strategy
-from axonn.records import Record, read_records
-from axonn.trace import breakdown, overlap, read_spans, span_files
+from axonn.perf.timing.bytes_sent import bytes_by_axis
+from axonn.perf.timing.jitter import Jitter
+from axonn.spans import breakdown, overlap, read_spans, span_files
 from experiments import predictor
 from experiments.definition import ROOT, Experiment, load_experiment, load_model
 from experiments.predictor import done_predictions, predict_experiment

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from axonn.config import UNetConfig
-from axonn.perf.kernels import Kernels
-from axonn.perf.machine import MachineFile, load_machine
-from axonn.perf.operations import Convolution, Product
-from axonn.perf.predict import Prediction, predict
+from axonn.models.unet.unet_config import UNetConfig
+from axonn.perf.layers.kernel_operations import Convolution, Product
+from axonn.perf.machine.kernel_times import Kernels
+from axonn.perf.machine.machine_file import MachineFile, load_machine
+from axonn.perf.prediction import Prediction, predict
 from axonn.perf.strategy import Strategy
-from axonn.trace import breakdown, overlap
+from axonn.spans import breakdown, overlap
 from experiments.definition import load_model
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import procfs
+from axonn.observability import procfs
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs Linux's /proc/*/schedstat")
 

@@ -9,11 +9,11 @@ import pytest
 from mpi4py import MPI
 from torch.profiler import profile
 
-from axonn.config import TrainConfig
+from axonn.config.train_config import TrainConfig
+from axonn.distributed.runtime import connect
 from axonn.grid import ProcessGrid
-from axonn.runtime import connect
 from axonn.schedules import ChunkLayout
-from baselines.pytorch_data import TorchDDP, TorchFullyShard
+from baselines.adapters.pytorch.pytorch_data import TorchDDP, TorchFullyShard
 from tests.equal_work import check, config_of, model_of
 from tests.rank_pool import RankPool
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from axonn.config import GPTConfig, TrainConfig, validate
+from axonn.config.train_config import TrainConfig, validate
 from axonn.errors import LaunchError
+from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.perf.strategy import Strategy
-from baselines.pytorch import PyTorchAdapter
-from experiments.framework import ClusterWork, Launch
-from experiments.supervisor import supervise
+from axonn.training.framework import ClusterWork, Launch
+from axonn.training.supervision.supervisor import supervise
+from baselines.adapters.pytorch.pytorch_adapter import PyTorchAdapter
 
 MODEL = GPTConfig(name="small", layers=8, hidden=64, heads=4, seq_len=16, vocab=512)
 ZBV = {"name": "zero-bubble", "chunks": 2, "placement": "v"}
@@ -62,7 +63,7 @@ def test_each_kind_of_parallelism_is_launched(grid: dict[str, int], changes: dic
     assert {axis: extent for axis, extent in config.grid.model_dump().items() if extent > 1} == grid
     assert (config.batch_size, config.microbatch_size, config.steps) == (32, 2, 3)
     assert config.precision.compute == "float32"
-    assert list(launch.command) == ["python", "-m", "experiments.worker", "."]
+    assert list(launch.command) == ["python", "-m", "axonn.training.worker", "."]
     assert spec["device"] == "cuda"
     assert not launch.mpi_on_device
 

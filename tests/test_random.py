@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import axonn.random
-from axonn.config import GPTConfig
-from axonn.initial import Normal, fill
+import axonn.tensor.counter_random
 from axonn.inter_layer.stage import Chunk, initialise
-from axonn.models.gpt import GPT
-from axonn.random import normal, random_bits, stream_key, uniform
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.models.gpt.gpt_model import GPT
+from axonn.models.initialization import Normal, fill
 from axonn.tensor import TensorContext
+from axonn.tensor.counter_random import normal, random_bits, stream_key, uniform
 
 
 def filled(*shape: int, seed: int, name: str, std: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -101,7 +101,7 @@ def test_uniform_values_fill_the_open_interval() -> None:
 
 def test_the_extreme_bits_give_finite_values(monkeypatch: pytest.MonkeyPatch) -> None:
     extremes = torch.tensor([0, 2**63 - 1])
-    monkeypatch.setattr(axonn.random, "random_bits", lambda key, index: extremes)
+    monkeypatch.setattr(axonn.tensor.counter_random, "random_bits", lambda key, index: extremes)
     u = uniform(0, torch.arange(2))
     assert bool(((u > 0) & (u < 1)).all())
     assert bool(normal(0, torch.arange(2)).isfinite().all())

@@ -11,10 +11,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from axonn.config import GridConfig, ScheduleConfig
+from axonn.config.train_config import GridConfig, ScheduleConfig
 from axonn.errors import RecordError
-from axonn.records import Asked, Failure, Machine, Ran, Record, gpt_flops, read_all, read_records, write_records
-from axonn.trace import Parts, Span, SpanKind, SpanRecorder, breakdown, read_spans, write_spans
+from axonn.observability.records import (
+    Asked,
+    Failure,
+    Machine,
+    Ran,
+    Record,
+    gpt_flops,
+    read_all,
+    read_records,
+    write_records,
+)
+from axonn.spans import Parts, Span, SpanKind, SpanRecorder, breakdown, read_spans, write_spans
 
 
 def record(**changes: Any) -> Record:

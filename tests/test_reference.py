@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 
-from axonn.config import GPTConfig, TrainConfig, validate
+from axonn.config.train_config import TrainConfig, validate
 from axonn.errors import LaunchError
-from axonn.perf.outline import outline_of
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.models.registry import outline_of
 from axonn.perf.strategy import Strategy
-from baselines.foreign import stage_starts
-from baselines.reference import ENVIRONMENT, ReferenceAdapter
-from experiments.framework import ClusterWork, load_framework
-from experiments.outcome import Outcome
-from experiments.supervisor import supervise
+from axonn.training.framework import ClusterWork, load_framework
+from axonn.training.run_outcome import Outcome
+from axonn.training.supervision.supervisor import supervise
+from baselines.adapters.isolated_framework import stage_starts
+from baselines.adapters.reference import ENVIRONMENT, ReferenceAdapter
 from tests.launches import run_launch
 
 BOUND = 1e-5

@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 
-from axonn.config import GPTConfig, GridConfig
-from axonn.records import Asked, Machine, Ran, Record, write_records
-from experiments.validate import write_validation
-from experiments.validation_results import Row, SetResult
-from plots import figure, report, report_extras, report_figures, report_tables, style
+from axonn.config.train_config import GridConfig
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.observability.records import Asked, Machine, Ran, Record, write_records
+from experiments.validation.validate import write_validation
+from experiments.validation.validation_results import Row, SetResult
+from plots import figure, style
+from plots.report import extras as report_extras
+from plots.report import figure_sections, report_page, report_tables
 
 VOID = {"meta", "link", "img", "br"}
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="{}pt" height="300pt"><rect width="90" height="90"/></svg>'
@@ -207,7 +210,7 @@ class Page(HTMLParser):
 
 
 def test_page_is_sound_and_needs_nothing_else(results: Path) -> None:
-    text = report.render()
+    text = report_page.render()
     page = Page(text)
     ids = [e.attributes["id"] for e in page.elements if "id" in e.attributes]
     assert len(ids) == len(set(ids))
@@ -233,7 +236,7 @@ def test_page_is_sound_and_needs_nothing_else(results: Path) -> None:
 
 
 def test_text_from_records_is_escaped(results: Path) -> None:
-    text = report.render()
+    text = report_page.render()
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in text
     assert "Meg&lt;b&gt;" in text
@@ -241,13 +244,13 @@ def test_text_from_records_is_escaped(results: Path) -> None:
 
 
 def test_same_inputs_same_bytes(results: Path) -> None:
-    report.main(["--out", str(results / "a.html")])
-    report.main(["--out", str(results / "b.html")])
+    report_page.main(["--out", str(results / "a.html")])
+    report_page.main(["--out", str(results / "b.html")])
     assert (results / "a.html").read_bytes() == (results / "b.html").read_bytes()
 
 
 def test_every_number_stands_under_its_kind(results: Path) -> None:
-    page = Page(report.render())
+    page = Page(report_page.render())
     (scale,) = page.table("At the published scale (Summit): time of a batch", inside="fig3")
     # Nothing but its phases is published of this one.
     assert scale["predicted (s)"] == "40.00"
@@ -267,7 +270,7 @@ def test_every_number_stands_under_its_kind(results: Path) -> None:
 
 def test_published_predicted_and_collected_measurements_are_told_apart(elsewhere: Path) -> None:
     leave(comparison("fig6"))
-    (only,) = Page(report.render()).table("At the published scale")
+    (only,) = Page(report_page.render()).table("At the published scale")
     assert only["published (s)"] == "111.1"
     assert only["predicted (s)"] == "113.3"
     assert only["error of predicted (%)"] == "+2.0"
@@ -276,7 +279,7 @@ def test_published_predicted_and_collected_measurements_are_told_apart(elsewhere
 
 
 def test_what_is_not_there_is_named_with_its_command(results: Path) -> None:
-    page = Page(report.render())
+    page = Page(report_page.render())
     boxes = [e.text for e in page.all("div") if "box" in e.attributes.get("class", "").split()]
     assert any("not made; make reproduce-fig5" in text for text in boxes)
     assert any("Missing: 3" in text and text.count("axonn run experiments/fig6.yaml") == 1 for text in boxes)
@@ -296,7 +299,7 @@ def test_a_file_that_is_no_summary_is_said(elsewhere: Path, content: str) -> Non
     path = figure.summary_file("fig6")
     path.parent.mkdir(parents=True)
     path.write_text(content)
-    made = report_figures.section("fig6")
+    made = figure_sections.section("fig6")
     assert not made.made
     assert made.status == "has a summary that is none: make reproduce-fig6"
 
@@ -306,7 +309,7 @@ def test_files_of_another_schema_are_said(elsewhere: Path) -> None:
         path = figure.RESULTS / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('{"schema": "another"}')
-    text = report.render()
+    text = report_page.render()
     assert "validation.json has another schema" in text
     assert "validation.json: RecordError; run: make validate-local" in text
     assert "No comparison with other frameworks is there" in text
@@ -322,7 +325,7 @@ def test_published_sets_are_tabled(elsewhere: Path) -> None:
     )
     path = figure.RESULTS / "predicted" / "validation.json"
     write_validation([found], command="axonn predict --validate tiny", path=path)
-    page = Page(report.render())
+    page = Page(report_page.render())
     (times,) = page.table("tiny: time of a batch, s")
     assert (times["point"], times["published"], times["predicted"], times["error (%)"]) == (
         "a",
@@ -351,7 +354,7 @@ def test_runs_on_this_machine_are_tabled(elsewhere: Path) -> None:
         figure.RESULTS / "local" / "validation.json",
         [measured, Record(kind="predicted", batch_time_s=0.19, **common)],
     )
-    (only,) = Page(report.render()).table("A batch on this machine", inside="local")
+    (only,) = Page(report_page.render()).table("A batch on this machine", inside="local")
     assert (only["run"], only["measured (ms)"], only["predicted (ms)"]) == ("2 stages", "200.0", "190.0")
     assert only["error of predicted (%)"] == "\N{MINUS SIGN}5.0"
 
@@ -371,7 +374,7 @@ def test_other_frameworks_are_tabled(elsewhere: Path) -> None:
     }
     content = {"rows": [own], "verdicts": [verdict], "quick": True, "failures": [own | {"cause": "nan", "detail": "d"}]}
     path.write_text(json.dumps(content))
-    page = Page(report.render())
+    page = Page(report_page.render())
     (judged,) = page.table("AxoNN's fastest")
     assert (judged["measured ratio"], judged["95% interval"]) == ("0.800", "0.750 to 0.900")
     (measured,) = page.table("All that was measured")
@@ -394,7 +397,7 @@ def test_extras_of_any_form_are_shown_or_left_alone(elsewhere: Path) -> None:
     leave(
         comparison("fig6", **extras) | {"rows": odd, "policy": 3, "provenance": [], "differs": "one", "missing": None}
     )
-    page = Page(report.render())
+    page = Page(report_page.render())
     captions = {e.text for e in page.all("caption")}
     assert "Extra 4" in captions
     assert any("40 more rows" in e.text for e in page.all("p"))
@@ -431,11 +434,11 @@ def test_large_drawings_are_shown_as_bitmaps(elsewhere: Path, monkeypatch: pytes
     (style.OUT / "a.svg").write_text(SVG.format(252))
     png = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + (1050).to_bytes(4, "big") + (600).to_bytes(4, "big")
     (style.OUT / "a.png").write_bytes(png)
-    vector = report_figures.picture_of("a", "alt")
+    vector = figure_sections.picture_of("a", "alt")
     assert vector is not None
     assert vector.source.startswith("data:image/svg+xml;base64,")
-    monkeypatch.setattr(report_figures, "LARGEST_VECTOR", 50)
-    bitmap = report_figures.picture_of("a", "alt")
+    monkeypatch.setattr(figure_sections, "LARGEST_VECTOR", 50)
+    bitmap = figure_sections.picture_of("a", "alt")
     assert bitmap is not None
     assert bitmap.source.startswith("data:image/png;base64,")
     assert vector.width == bitmap.width
@@ -467,7 +470,7 @@ class Opened:
 @pytest.fixture
 def opened(browser: Any, results: Path) -> Iterator[Opened]:
     path = results / "report.html"
-    path.write_text(report.render())
+    path.write_text(report_page.render())
     context = browser.new_context(viewport={"width": 390, "height": 844}, offline=True)
     page = context.new_page()
     found = Opened(page, [], [])

@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from axonn.checkpoint import CheckpointState, checkpoint_name, load, save
-from axonn.config import GPTConfig, PrecisionConfig
+from axonn.checkpoint.checkpoints import CheckpointState, checkpoint_name, load, save
+from axonn.config.train_config import PrecisionConfig
+from axonn.distributed.runtime import connect
 from axonn.errors import ConfigError
-from axonn.models.gpt import GPT
-from axonn.runtime import connect
-from axonn.weights import check_weights, export_weights, import_weights
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.models.gpt.gpt_model import GPT
+from axonn.models.weights_file import check_weights, export_weights, import_weights
 from tests.parts import assembled, detached
 from tests.rank_pool import RankPool
 from tests.training import Case, batch_of, make_engine, serial_reference

@@ -6,10 +6,10 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from axonn.collectives import Collectives
+from axonn.distributed.collectives import Collectives
+from axonn.distributed.runtime import TransportName, connect, launched_as
 from axonn.errors import GridError, LaunchError, TransportError
 from axonn.grid import AXES, ProcessGrid
-from axonn.runtime import TransportName, connect, launched_as
 from axonn.schedules import Direction
 from tests.rank_pool import RankPool
 from tests.transports import edge

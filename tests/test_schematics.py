@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from axonn.config import TrainConfig, validate
+from axonn.config.train_config import TrainConfig, validate
 from axonn.errors import GridError
 from axonn.grid import ProcessGrid
 from axonn.schedules import Kind
-from plots import schematics
+from plots.figures import schematics
 
 SPLIT = {"name": "message-driven-zero-bubble", "chunks": 2, "placement": "v"}
 

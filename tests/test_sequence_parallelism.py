@@ -4,16 +4,19 @@ from collections.abc import Iterator
 
 import pytest
 
-from axonn.config import GPTConfig, GridConfig, ScheduleConfig, UNetConfig, load_yaml
+from axonn.config.train_config import GridConfig, ScheduleConfig, load_yaml
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
-from axonn.perf.communication import Training
-from axonn.perf.memory import stage_memory
-from axonn.perf.outline import outline_of, with_sequence_parallelism
-from axonn.perf.parts import Exchange
-from axonn.perf.predict import messages, predict
-from axonn.perf.stages import stage_times
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.models.registry import outline_of
+from axonn.models.unet.unet_config import UNetConfig
+from axonn.perf.layers.layer_cost import Exchange
+from axonn.perf.layers.model_outline import with_sequence_parallelism
+from axonn.perf.prediction import messages, predict
 from axonn.perf.strategy import Strategy
+from axonn.perf.timing.communication import Training
+from axonn.perf.timing.memory_model import stage_memory
+from axonn.perf.timing.stage_times import stage_times
 from experiments.definition import ROOT, find_machine
 
 SELENE = find_machine("selene")

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 
 from axonn.errors import ConfigError, DeadlockError
-from axonn.perf.network import MessageTime
-from axonn.perf.simulator import Simulation, simulate
+from axonn.perf.machine.network import MessageTime
+from axonn.perf.pipeline.simulator import Simulation, simulate
 from axonn.schedules import ChunkLayout, Kind, ScheduleSpec, StageSchedule, StaticSchedule, Task, make_schedule
-from axonn.trace import breakdown
+from axonn.spans import breakdown
 
 ZB_V = ScheduleSpec(name="zero-bubble", chunks=2, placement="v")
 DRIVEN_V = ScheduleSpec(name="message-driven-zero-bubble", chunks=2, placement="v")

@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 
-from axonn.config import TrainConfig
-from experiments import calibrate, runner
-from experiments.calibration.describe import write_machine
+from axonn.config.train_config import TrainConfig
+from axonn.training.run_outcome import Outcome
+from experiments import runner
+from experiments.calibration import measure_machine
+from experiments.calibration.machine_description import write_machine
 from experiments.definition import ROOT, find_machine, load_experiment
-from experiments.outcome import Outcome
 from experiments.predictor import predict_experiment
 from experiments.runner import points_of
-from plots import ginter, inflight, loss, memory, messages, report_figures
 from plots.figure import FigureKind, make_figure
+from plots.figures import ginter, inflight, loss, memory, messages
+from plots.report import figure_sections
 from tests.command_line import CommandLine
 
 ALL = {kind.name: kind for kind in (ginter.GINTER, inflight.INFLIGHT, memory.MEMORY, messages.MESSAGES, loss.LOSS)}
@@ -27,7 +29,7 @@ PUBLISHED = ROOT / "results" / "published"
 
 @pytest.fixture(autouse=True)
 def _not_calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "LOCAL", tmp_path / "local.yaml")
+    monkeypatch.setattr(measure_machine, "LOCAL", tmp_path / "local.yaml")
 
 
 def predict(name: str, *points: str) -> None:
@@ -197,7 +199,7 @@ def test_every_suspect_point_is_marked_in_figure_table_and_report(
     # One path with all rings of a curve.
     groups = re.findall(r'<g id="suspect">(.*?)\n   </g>', (elsewhere / "out" / f"{name}.svg").read_text(), re.DOTALL)
     assert [group.count("<use ") for group in groups] == [count for count in counts.values() if count]
-    tables = report_figures.section(name).tables
+    tables = figure_sections.section(name).tables
     assert any("suspect" in heading.text for table in tables for heading in table.headings) or any(
         "suspect" in cell for table in tables for row in table.rows for cell in row
     )

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-import experiments.watch
-from axonn.config import DataConfig
-from axonn.records import Failure
-from experiments import vitality
-from experiments.outcome import rank_state
-from experiments.procfs import ProcessReading
-from experiments.supervisor import supervise
-from experiments.trail import Heartbeats
-from experiments.vitality import Vitality, counted_standstill
+import axonn.training.supervision.rank_watch
+from axonn.config.train_config import DataConfig
+from axonn.observability.procfs import ProcessReading
+from axonn.observability.records import Failure
+from axonn.training.run_folder import Heartbeats
+from axonn.training.run_outcome import rank_state
+from axonn.training.supervision import liveness
+from axonn.training.supervision.liveness import Vitality, counted_standstill
+from axonn.training.supervision.supervisor import supervise
 from tests.command_line import TEXT, tiny
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs Linux's /proc/*/schedstat")
@@ -99,7 +99,7 @@ def starver(tmp_path: Path) -> Iterator[Starver]:
 
 def test_a_starved_rank_is_not_ended(tmp_path: Path, starver: Starver, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its heartbeat is late by more than the limit, and it is said to be starved, with the load."""
-    monkeypatch.setattr(experiments.watch, "SILENCE_S", 3.0)
+    monkeypatch.setattr(axonn.training.supervision.rank_watch, "SILENCE_S", 3.0)
     outcome = supervise(
         "axonn",
         tiny(data=DataConfig(path=str(TEXT))),
@@ -126,8 +126,8 @@ class Machine:
         self.now, self.reading = 0.0, ProcessReading("S", 0.0, 0.0)
         self.runnable, self.ended = False, False
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(vitality, "read_process", lambda process: None if self.ended else self.reading)
-        monkeypatch.setattr(vitality, "_is_runnable", lambda process: self.runnable)
+        monkeypatch.setattr(liveness, "read_process", lambda process: None if self.ended else self.reading)
+        monkeypatch.setattr(liveness, "_is_runnable", lambda process: self.runnable)
         self.warnings: list[str] = []
         self.vitality = Vitality(lambda rank: {"pid": 1}, self.warnings.append)
 
@@ -181,7 +181,7 @@ def test_a_process_that_never_gets_a_core_is_starved(machine: Machine) -> None:
 
 def test_without_proc_silence_is_all_there_is(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine.ended = True
-    monkeypatch.setattr(vitality, "PROC", Path("/nowhere"))
+    monkeypatch.setattr(liveness, "PROC", Path("/nowhere"))
     assert machine.vitality.why_dead(0, 21.0) == "rank 0 gave no sign of life for 21 s"
 
 

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-from axonn.config import GPTConfig
 from axonn.errors import ConfigError
-from axonn.perf.jitter import Jitter, Spread
-from axonn.perf.machine import MachineFile, load_machine
-from axonn.perf.outline import outline_of
-from axonn.perf.predict import Prediction, predict
-from axonn.perf.step import StepTime, Tie, finish, ties_of
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.models.registry import outline_of
+from axonn.perf.machine.machine_file import MachineFile, load_machine
+from axonn.perf.prediction import Prediction, predict
 from axonn.perf.strategy import Strategy
-from axonn.perf.update import stage_steps, step_times
-from axonn.trace import SpanKind, breakdown
+from axonn.perf.timing.jitter import Jitter, Spread
+from axonn.perf.timing.step_times import StepTime, Tie, finish, ties_of
+from axonn.perf.timing.update_times import stage_steps, step_times
+from axonn.spans import SpanKind, breakdown
 
 ROOT = Path(__file__).parents[1]
 MODEL = GPTConfig(name="small", layers=8, hidden=1024, heads=16, seq_len=512, vocab=51200, tied_head=True)

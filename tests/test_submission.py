@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from axonn.durable_files import LOCK
 from axonn.errors import LaunchError, RecordError
-from axonn.files import LOCK
 from jobscripts.generate import MANIFEST, JobEntry, Manifest, hash_of
+from jobscripts.job_status import changes
 from jobscripts.schedulers import load_scheduler
 from jobscripts.submission import SUBMITTED, standings, submit, submitted, to_submit
-from jobscripts.watching import changes
 from tests.command_line import CommandLine
 
 NAMES = ("first", "second", "third")
@@ -344,7 +344,7 @@ def test_status_waits_tells_and_fails(slurm: Site, axonn: CommandLine, monkeypat
         slurm.prints("squeue", lines[min(len(asked), 2)])
 
     slurm.prints("squeue", lines[0])
-    monkeypatch.setattr("jobscripts.watching.time.sleep", sleep)
+    monkeypatch.setattr("jobscripts.job_status.time.sleep", sleep)
     seen = [line.partition(" ")[2] for _, new in changes(slurm.folder, every=30) for line in new]
     assert [line for line in seen if line.startswith("first")] == [
         "first: waiting (Resources), 0 batches done",

@@ -12,14 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from axonn.config import GPTConfig, GridConfig, TrainConfig
+from axonn.config.train_config import GridConfig, TrainConfig
 from axonn.errors import ConfigError
-from axonn.perf.engine_strategy import strategy_of_config
-from axonn.perf.kernels import Kernels
-from axonn.perf.machine import MachineFile, load_machine
-from axonn.perf.operations import Attention, Convolution, Product, Stream
-from axonn.perf.predict import predict
-from axonn.perf.tables import ProductTable, StreamTable
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.perf.layers.kernel_operations import Attention, Convolution, Product, Stream
+from axonn.perf.machine.kernel_tables import ProductTable, StreamTable
+from axonn.perf.machine.kernel_times import Kernels
+from axonn.perf.machine.machine_file import MachineFile, load_machine
+from axonn.perf.planner.engine_strategy import strategy_of_config
+from axonn.perf.prediction import predict
 
 ROOT = Path(__file__).parents[1]
 SIZES = (16, 128, 1024)

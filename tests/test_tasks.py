@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from axonn.perf.tasks import Segment, TaskTime, joined, task_time
+from axonn.perf.timing.task_times import Segment, TaskTime, joined, task_time
 
 SECONDS = st.floats(0, 4).map(lambda x: round(x, 2))
 SEGMENTS = st.builds(Segment, SECONDS, SECONDS, SECONDS)

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
-from axonn.random import keep_mask
 from axonn.tensor import Dropout, MultiheadAttention, TensorAxis, TensorContext, attention
+from axonn.tensor.counter_random import keep_mask
 from tests.rank_pool import RankPool
 from tests.tensor_layers import cut_along, grids, on_every_rank, part_of
 from tests.training import Case, Outcome, serial_reference, train_in_process, train_over_mpi
@@ -88,7 +88,7 @@ def test_any_box_of_a_mask_is_part_of_the_whole(data: st.DataObject, shape: list
 def test_masks_too_large_to_be_drawn_at_once_have_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [slice(0, 7), slice(0, 5), slice(0, 9)]
     at_once = keep_mask([3], 0.5, shape=(7, 5, 9), box=whole)
-    monkeypatch.setattr("axonn.random.AT_ONCE", 100)
+    monkeypatch.setattr("axonn.tensor.counter_random.AT_ONCE", 100)
     assert torch.equal(keep_mask([3], 0.5, shape=(7, 5, 9), box=whole), at_once)
 
 

@@ -6,14 +6,16 @@ from math import sqrt
 
 import pytest
 
-from axonn.config import GPTConfig, UNetConfig
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
-from axonn.perf.communication import Training
-from axonn.perf.local_parts import WholeLoss
-from axonn.perf.outline import Link, Outline, outline_of
-from axonn.perf.parts import TRANSPOSED, Linear
-from axonn.perf.tensor_grid import (
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.models.registry import outline_of
+from axonn.models.unet.unet_config import UNetConfig
+from axonn.perf.layers.layer_cost import TRANSPOSED, Linear
+from axonn.perf.layers.local_layers import WholeLoss
+from axonn.perf.layers.model_outline import Link, Outline
+from axonn.perf.timing.communication import Training
+from axonn.perf.timing.tensor_grid import (
     Widths,
     best_by_trying,
     best_grid,

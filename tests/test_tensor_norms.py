@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from axonn.collectives import Collectives
+from axonn.distributed.collectives import Collectives
 from axonn.errors import GridError
 from axonn.grid import ProcessGrid
 from axonn.tensor import GroupNorm, LayerNorm, RMSNorm, TensorAxis, TensorContext, cross_entropy

@@ -12,8 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from axonn.accumulation import WeightGradients
-from axonn.collectives import Collectives, Group, Operation, Work
+from axonn.distributed.collectives import Collectives, Group, Operation, Work
 from axonn.grid import Axis, ProcessGrid
 from axonn.tensor import (
     TRANSPOSED,
@@ -25,6 +24,7 @@ from axonn.tensor import (
     RMSNorm,
     TensorContext,
 )
+from axonn.tensor.gradient_accumulation import WeightGradients
 from axonn.tensor.in_place import accumulate_in_place
 
 GRID = ProcessGrid(row=2, col=2)

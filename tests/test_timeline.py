@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from axonn.errors import ConfigError
-from axonn.perf.simulator import Simulation, simulate
+from axonn.perf.pipeline.simulator import Simulation, simulate
 from axonn.schedules import ScheduleSpec, make_schedule
 from axonn.schedules.timeline import read_orders, timeline, write_orders
 

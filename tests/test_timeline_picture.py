@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axonn.trace import Span, SpanKind, overlap
+from axonn.spans import Span, SpanKind, overlap
 from plots import style
-from plots.timeline import View, draw_timeline, hidden_and_exposed, rows_of_rank, whole
+from plots.timeline_picture import View, draw_timeline, hidden_and_exposed, rows_of_rank, whole
 
 
 def span(kind: SpanKind, start: float, end: float, *, rank: int = 0, shard: int = -1, microbatch: int = 0) -> Span:

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from mpi4py import MPI
 from torch.distributed import PrefixStore
 
+from axonn.distributed.runtime import connect
+from axonn.distributed.transport import Address, Message
+from axonn.distributed.transport.torch_distributed import Channel, TorchTransport, channels_of
 from axonn.errors import TransportError
 from axonn.grid import AXES, ProcessGrid
-from axonn.runtime import connect
 from axonn.schedules import Direction
 from axonn.schedules.layout import ChunkLayout
-from axonn.transport import Address, Message
-from axonn.transport.torch_distributed import Channel, TorchTransport, channels_of
 from tests.rank_pool import RankPool
 from tests.transports import compute_until, edge, receive
 

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from axonn.errors import AxonnError, ConfigError, RecordError
-from axonn.trace import Parts, Span, SpanKind, SpanRecorder, breakdown, overlap
+from axonn.spans import Parts, Span, SpanKind, SpanRecorder, breakdown, overlap
 from experiments.definition import ROOT
 from plots.trace_command import choose, choose_ranks, find_run, load_steps, trace
 from tests.rank_pool import RankPool

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from axonn.errors import RecordError
-from axonn.perf.predict import predict
+from axonn.observability.perfetto_events import disjoint_lanes, trace_events, write_trace
+from axonn.perf.prediction import predict
 from axonn.perf.strategy import Strategy
-from axonn.trace import Span, SpanKind
-from axonn.trace_events import disjoint_lanes, trace_events, write_trace
+from axonn.spans import Span, SpanKind
 from experiments.definition import find_machine, load_model
 
 TIMES = st.floats(0, 1e-5) | st.floats(0, 10)

@@ -6,17 +6,16 @@ import json
 
 import pytest
 
-from axonn.collectives import Call
-from axonn.config import TrainConfig, load_yaml
+from axonn.config.train_config import TrainConfig, load_yaml
+from axonn.distributed.collectives import Call
+from axonn.distributed.transport.base import Decisions, Sent
 from axonn.grid import AXES, ProcessGrid
 from axonn.inter_layer.stage import virtual_spans
-from axonn.models import make_model
-from axonn.perf.communication import Training
-from axonn.perf.outline import outline_of
-from axonn.records import read_records
+from axonn.models.registry import make_model, outline_of
+from axonn.observability.records import read_records
+from axonn.observability.traffic import sent_by_axis, summary
+from axonn.perf.timing.communication import Training
 from axonn.schedules import ChunkLayout, Direction
-from axonn.traffic import sent_by_axis, summary
-from axonn.transport.base import Decisions, Sent
 from tests.command_line import CommandLine
 from tests.training import Case
 

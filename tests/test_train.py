@@ -14,29 +14,29 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axonn.checkpoint import Checkpoint, CheckpointState, latest
-from axonn.collectives import SerialCollectives
-from axonn.config import TrainConfig, validate
+from axonn.checkpoint.checkpoints import Checkpoint, CheckpointState, latest
+from axonn.checkpoint.local_shard import Part
+from axonn.config.train_config import TrainConfig, validate
 from axonn.data.text import TextData
+from axonn.distributed.collectives import SerialCollectives
+from axonn.distributed.runtime import Runtime
+from axonn.durable_files import locked_folder
 from axonn.engine import BatchResult
 from axonn.errors import ConfigError, LaunchError
-from axonn.files import locked_folder
 from axonn.grid import ProcessGrid
-from axonn.inter_layer.finite import NotFinite
-from axonn.models.gpt import GPT
-from axonn.parts import Part
-from axonn.records import read_records
-from axonn.runtime import Runtime
-from axonn.trace import SpanKind, SpanRecorder, read_spans
-from axonn.weights import check_weights
-from experiments import training
-from experiments.framework import ResumableTrainer
-from experiments.loop import CHECKPOINTS, TrainingLoop
-from experiments.metrics import BATCHES, EVALUATIONS, read_rows
-from experiments.progress import TrainingProgress
-from experiments.resumption import newest_checkpoint
-from experiments.run_record import parts_of
-from experiments.trail import STOP
+from axonn.inter_layer.non_finite import NotFinite
+from axonn.models.gpt.gpt_model import GPT
+from axonn.models.weights_file import check_weights
+from axonn.observability.records import read_records
+from axonn.spans import SpanKind, SpanRecorder, read_spans
+from axonn.training import trainer as training
+from axonn.training.framework import ResumableTrainer
+from axonn.training.loop import CHECKPOINTS, TrainingLoop
+from axonn.training.metrics import BATCHES, EVALUATIONS, read_rows
+from axonn.training.progress import TrainingProgress
+from axonn.training.resumption import newest_checkpoint
+from axonn.training.run_folder import STOP
+from axonn.training.run_record import parts_of
 from tests.command_line import TEXT, CommandLine
 
 # --- the loop, with a trainer of one number
@@ -175,7 +175,7 @@ class Stops(OneNumber):
 def test_a_loop_is_stopped_after_the_batch_and_goes_on(
     tmp_path: Path, at: int, checkpoints: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("experiments.loop._LOOK_BATCHES", 1)
+    monkeypatch.setattr("axonn.training.loop._LOOK_BATCHES", 1)
     config = small(checkpoints=checkpoints)
     first = loop_of(config, Stops(tmp_path, at), tmp_path, stoppable=True)
     assert first.run(first.start(None)) is (at < 6), "a run that is stopped after its last batch is done"
@@ -229,7 +229,7 @@ def test_looking_costs_no_batch_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return False, 1
 
     monkeypatch.setattr(TrainingLoop, "_told_to_stop", look)
-    monkeypatch.setattr("experiments.loop.time.perf_counter", lambda: now + 1e-3)
+    monkeypatch.setattr("axonn.training.loop.time.perf_counter", lambda: now + 1e-3)
     trainer = OneNumber()
     trained = trainer.train_batch
 
@@ -272,7 +272,7 @@ def test_what_a_framework_cannot_do_is_refused(tmp_path: Path, asks: dict[str, A
 
 
 def test_a_long_run_keeps_no_spans_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.loop._SPANS_IN_MEMORY", 10)
+    monkeypatch.setattr("axonn.training.loop._SPANS_IN_MEMORY", 10)
     most = 0
     trainer = OneNumber()
     loop = loop_of(small(steps=50), trainer, tmp_path)

@@ -12,13 +12,21 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from axonn.distributed.tensor_spec import TensorSpec
+from axonn.distributed.transport import (
+    Address,
+    Edge,
+    InProcessCollectives,
+    InProcessTransport,
+    InProcessWorld,
+    Message,
+    Transport,
+)
+from axonn.distributed.transport.message_header import HEADER_BYTES, open_header, pack_header
 from axonn.errors import DeadlockError, TransportError
 from axonn.grid import AXES, ProcessGrid
 from axonn.schedules import Direction
-from axonn.tensors import TensorSpec
-from axonn.trace import SpanKind, SpanRecorder
-from axonn.transport import Address, Edge, InProcessCollectives, InProcessTransport, InProcessWorld, Message, Transport
-from axonn.transport.header import HEADER_BYTES, open_header, pack_header
+from axonn.spans import SpanKind, SpanRecorder
 from tests.rank_pool import RankPool
 from tests.transports import TRANSPORTS, edge, edge_of, filled, own_threads, receive, run_over, same_bits
 

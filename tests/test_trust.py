@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
-from axonn.config import load_yaml
+from axonn.config.loading import is_plain, validate
+from axonn.config.train_config import load_yaml
 from axonn.errors import AxonnError, ConfigError, RecordError
-from axonn.perf.machine import MachineFile
-from axonn.strict import is_plain, validate
-from experiments.datasets import DataSet
+from axonn.perf.machine.machine_file import MachineFile
 from experiments.definition import HERE, ROOT, Experiment, Reading, find_machine, load_model, slug
 from experiments.templates import rendered, sandbox
+from experiments.validation.published_sets import DataSet
 from jobscripts.generate import JobEntry, Manifest, load_manifest, write_jobs
 from jobscripts.launchers import load_launcher
 from jobscripts.schedulers import load_scheduler
@@ -66,9 +66,9 @@ def why_not(name: str, call: ast.Call, where: str) -> str | None:
     if name == "np.load" and given(call, "allow_pickle") is not False:
         return "unpickles"
     if name.startswith("yaml.") and last in {"load", "load_all", "unsafe_load", "full_load"}:
-        return "reads YAML in another way than axonn.strict"
+        return "reads YAML in another way than axonn.config.loading"
     if name in {"yaml.safe_load", "json.load"}:
-        return "reads without bounds; use axonn.strict or axonn.files"
+        return "reads without bounds; use axonn.config.loading or axonn.durable_files"
     if name in {"Environment", "jinja2.Environment", "Template", "jinja2.Template"} and "jinja2" in where:
         return "is a template outside of the sandbox"
     if given(call, "shell") not in {"nothing", False}:
@@ -123,7 +123,7 @@ def test_pickles_are_read_in_one_place_by_a_class_that_calls_nothing() -> None:
         ("torch.load(path, weights_only=flag)", "unpickles"),
         ("np.load(path)", "unpickles"),
         ("np.load(path, allow_pickle=True)", "unpickles"),
-        ("yaml.load(text, Loader=yaml.Loader)", "reads YAML in another way than axonn.strict"),
+        ("yaml.load(text, Loader=yaml.Loader)", "reads YAML in another way than axonn.config.loading"),
         ("eval(text)", "runs text"),
         ("subprocess.run('ls | wc', shell=True)", "runs a line of shell"),
         ("subprocess.run(f'ls {x}')", "runs a line of shell"),

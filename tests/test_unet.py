@@ -12,18 +12,18 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from axonn.config import UNetConfig, load_yaml
+from axonn.config.train_config import load_yaml
 from axonn.data.images import ImageData
+from axonn.distributed.transport import InProcessCollectives, InProcessWorld
 from axonn.engine import Engine
 from axonn.errors import GridError
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.stage import virtual_spans
-from axonn.models import unet
-from axonn.models.unet import UNet, sinusoids
+from axonn.models.unet import unet_model
+from axonn.models.unet.unet_config import UNetConfig, unet_links
+from axonn.models.unet.unet_model import UNet, sinusoids
 from axonn.schedules import ChunkLayout
 from axonn.tensor import TensorContext
-from axonn.transport import InProcessCollectives, InProcessWorld
-from axonn.unet_config import unet_links
 from experiments.definition import HERE
 from tests.comparing import check_every_rank
 from tests.training import SEED, UNET, Case, batch_of, serial_model, serial_reference, train_in_process
@@ -233,13 +233,13 @@ def test_float32_is_near() -> None:
 def test_only_paths_of_odd_length_are_laid_out_again(row: int, col: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """1x1 shortcuts, down- and up-sampling: in no other place, and there once."""
     moved: list[tuple[int, ...]] = []
-    original = unet.relayout
+    original = unet_model.redistribute
 
     def counted(x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         moved.append(tuple(x.shape))
         return original(x, *arguments, **options)
 
-    monkeypatch.setattr(unet, "relayout", counted)
+    monkeypatch.setattr(unet_model, "redistribute", counted)
     case = Case(model_kind="unet", steps=1, row=row, col=col)
     train_in_process(case)
     links = unet_links(UNET)

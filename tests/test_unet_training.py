@@ -7,15 +7,19 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from axonn.config import GPTConfig, TrainConfig, UNetConfig, validate
+from axonn.config.train_config import TrainConfig, validate
 from axonn.errors import ConfigError
-from axonn.models import GPT, UNet, make_model
-from axonn.records import Asked, read_records
-from baselines.pytorch_loop import PlainLoop
-from baselines.pytorch_pipelining import TorchPipelining, TorchPipeliningZBV
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.models.gpt.gpt_model import GPT
+from axonn.models.registry import make_model
+from axonn.models.unet.unet_config import UNetConfig
+from axonn.models.unet.unet_model import UNet
+from axonn.observability.records import Asked, read_records
+from axonn.training.loop import CHECKPOINTS
+from axonn.training.metrics import BATCHES, EVALUATIONS, read_rows
+from baselines.adapters.pytorch.pytorch_loop import PlainLoop
+from baselines.adapters.pytorch.pytorch_pipelining import TorchPipelining, TorchPipeliningZBV
 from experiments.definition import load_model
-from experiments.loop import CHECKPOINTS
-from experiments.metrics import BATCHES, EVALUATIONS, read_rows
 from tests.command_line import CommandLine, tiny
 from tests.training import UNET
 

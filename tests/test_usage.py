@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from axonn.records import read_all
-from axonn.usage import BUSY_SHARE, TICK_S, BatchUsage, busy_share, is_busy
-from experiments import procfs
-from experiments import usage as noted
-from experiments.batch_usage import batch_usage
-from experiments.busy_watch import BusyWatch
+from axonn.observability import procfs
+from axonn.observability import rank_usage as noted
+from axonn.observability.batch_usage import batch_usage
+from axonn.observability.busy_watch import BusyWatch
+from axonn.observability.machine_usage import BUSY_SHARE, TICK_S, BatchUsage, busy_share, is_busy
+from axonn.observability.records import read_all
+from axonn.training.cluster_launch import spec_of
+from axonn.training.resumption import forget_batches
+from axonn.training.run_outcome import outcome_of
 from experiments.definition import ROOT
-from experiments.launched import spec_of
-from experiments.outcome import outcome_of
-from experiments.resumption import forget_batches
 from tests.busy import QUIET, busy_machine, usage
 from tests.command_line import CommandLine, tiny
 

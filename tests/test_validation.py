@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from axonn.errors import ConfigError
-from axonn.perf.machine import MachineFile
-from axonn.perf.naive import naive_constants, naive_predict
-from experiments.cases import PredictedCase, predict_case
-from experiments.datasets import FOLDER, Case, find_data_sets, load_data_set
+from axonn.perf.machine.machine_file import MachineFile
+from axonn.perf.timing.constant_rate import naive_constants, naive_predict
 from experiments.definition import find_machine
-from experiments.validate import done_validation, points_of, rank_correlation, validate_set, write_validation
-from experiments.validation_results import Row, SetResult, Validation, fitted_constants
-from experiments.validation_tables import goal_table, remarks, set_table, summary_table, variant_table
+from experiments.predicted_case import PredictedCase, predict_case
+from experiments.validation.published_sets import FOLDER, Case, find_data_sets, load_data_set
+from experiments.validation.validate import done_validation, points_of, rank_correlation, validate_set, write_validation
+from experiments.validation.validation_results import Row, SetResult, Validation, fitted_constants
+from experiments.validation.validation_tables import goal_table, remarks, set_table, summary_table, variant_table
 from tests.command_line import CommandLine
 
 TINY: dict[str, Any] = {
@@ -184,7 +184,7 @@ def test_the_result_is_written_in_its_schema(tmp_path: Path) -> None:
 def test_the_command_prints_one_table_per_set(
     axonn: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("experiments.validate.RESULT", tmp_path / "validation.json")
+    monkeypatch.setattr("experiments.validation.validate.RESULT", tmp_path / "validation.json")
     code, output, _ = axonn("predict", "--validate", write(tmp_path / "tiny.yaml"), "ipdps22-fig8")
     assert code == 0
     for expected in ("tiny: Two models", "ipdps22-fig8: All-reduce", "k = 64", "All data sets", "network.p2p.mpi"):
@@ -238,7 +238,7 @@ def test_the_work_is_linear_in_the_rows(tmp_path: Path, monkeypatch: pytest.Monk
             known[case.model.name] = predict_case(case, machine, **options)
         return replace(known[case.model.name], case=case)
 
-    monkeypatch.setattr("experiments.validate.predict_case", once_for_each_model)
+    monkeypatch.setattr("experiments.validation.validate.predict_case", once_for_each_model)
 
     def work(count: int, models: int) -> int:
         """Calls for `count` rows of as many groups, and of so many models, each named by a rule and a variant."""

@@ -10,19 +10,30 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from axonn.collectives import Call, Collectives
-from axonn.config import GPTConfig, ModelConfig, OptimizerConfig, PrecisionConfig, UNetConfig
-from axonn.devices import rank_device
+from axonn.config.model_config import ModelConfig
+from axonn.config.train_config import OptimizerConfig, PrecisionConfig
+from axonn.device.devices import rank_device
+from axonn.distributed.collectives import Call, Collectives
+from axonn.distributed.runtime import connect
+from axonn.distributed.transport import (
+    Decisions,
+    InProcessCollectives,
+    InProcessTransport,
+    InProcessWorld,
+    Sent,
+    Transport,
+)
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
-from axonn.initial import fill
-from axonn.models import PipelineModel, make_model
+from axonn.models.base import PipelineModel
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.models.initialization import fill
+from axonn.models.registry import make_model
+from axonn.models.unet.unet_config import UNetConfig
 from axonn.placement import Placement
-from axonn.runtime import connect
 from axonn.schedules import ScheduleSpec
+from axonn.spans import SpanRecorder
 from axonn.tensor import TensorContext
-from axonn.trace import SpanRecorder
-from axonn.transport import Decisions, InProcessCollectives, InProcessTransport, InProcessWorld, Sent, Transport
 
 STEPS = 5
 ROWS = 4

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
+from axonn.distributed.runtime import connect
+from axonn.distributed.tensor_spec import TensorSpec
+from axonn.distributed.transport import Edge, InProcessTransport, InProcessWorld, Message, Transport
+from axonn.distributed.transport.mpi import MPITransport
+from axonn.distributed.transport.staging import HostPath, StagedPath
 from axonn.grid import ProcessGrid
-from axonn.runtime import connect
 from axonn.schedules import Direction
-from axonn.tensors import TensorSpec
-from axonn.transport import Edge, InProcessTransport, InProcessWorld, Message, Transport
-from axonn.transport.mpi import MPITransport
-from axonn.transport.staging import HostPath, StagedPath
 from tests.rank_pool import RankPool
 
 Body = Callable[..., Any]

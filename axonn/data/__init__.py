@@ -1,16 +1,10 @@
-"""What models train on."""
+"""Data that models train on: samples that are a function of the seed and their number alone."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 import torch
-
-from axonn.config import GPTConfig, TrainConfig
-from axonn.data.images import ImageData
-from axonn.data.text import TextData
-
-__all__ = ["Data", "ImageData", "TextData", "make_data"]
 
 
 class Data(Protocol):
@@ -33,8 +27,3 @@ class Data(Protocol):
     def held_out_batch(self, numbers: range) -> tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor]:
         """As `batch`, of samples that are kept from training."""
         ...
-
-
-def make_data(config: TrainConfig) -> Data:
-    """The data of a training run: text for a GPT, images for a U-Net. Raises `DataError`."""
-    return TextData.of(config) if isinstance(config.model, GPTConfig) else ImageData.of(config)

@@ -11,8 +11,8 @@ from math import prod
 
 import torch
 
-from axonn.random import normal, random_bits, stream_key
-from axonn.unet_config import NoiseSchedule
+from axonn.models.unet.unet_config import NoiseSchedule
+from axonn.tensor.counter_random import normal, random_bits, stream_key
 
 _LARGEST = 0.999
 """No step replaces more of the image than this share of its variance."""

@@ -18,8 +18,8 @@ from typing import IO, Any, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
+from axonn.durable_files import opened, read_bytes, reason_of
 from axonn.errors import DataError
-from axonn.files import opened, read_bytes, reason_of
 
 Pixels = npt.NDArray[np.uint8]
 _ARRAYS = (".npy", ".npz")

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from axonn.config import TrainConfig, UNetConfig
+from axonn.config.train_config import TrainConfig
 from axonn.data.diffusion import Noising
 from axonn.data.image_files import Pixels, read_images
 from axonn.data.order import SampleOrder, held_out_of
 from axonn.errors import DataError
-from axonn.unet_config import NoiseSchedule
+from axonn.models.unet.unet_config import NoiseSchedule, UNetConfig
 
 Batch = tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]
 _LUMINANCE = (0.299, 0.587, 0.114)

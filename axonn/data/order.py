@@ -8,7 +8,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from axonn.config import TrainConfig
+from axonn.config.train_config import TrainConfig
 from axonn.errors import DataError
 
 HELD_OUT_FOR_EVALUATION = 0.05

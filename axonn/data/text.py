@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from axonn.config import GPTConfig, TrainConfig
+from axonn.config.train_config import TrainConfig
 from axonn.data.order import SampleOrder, held_out_of
+from axonn.durable_files import opened, reason_of
 from axonn.errors import DataError
-from axonn.files import opened, reason_of
+from axonn.models.gpt.gpt_config import GPTConfig
 
 _LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 

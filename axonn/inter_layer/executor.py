@@ -8,20 +8,20 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from axonn.device_timeline import Moment, Timeline
+from axonn.device.streams import Moment, Timeline
+from axonn.distributed.tensor_spec import TensorSpec
+from axonn.distributed.transport import Address, Edge, Message, Transport
 from axonn.errors import GridError
 from axonn.grid import ProcessGrid
-from axonn.inter_layer.agreement import Agreement
-from axonn.inter_layer.batch import Batch, Tensors
-from axonn.inter_layer.compute import ChunkCompute
-from axonn.inter_layer.finite import NotFinite, Probe
+from axonn.inter_layer.batch_shard import Batch, Tensors
+from axonn.inter_layer.microbatch_compute import ChunkCompute
+from axonn.inter_layer.non_finite import NotFinite, Probe
 from axonn.inter_layer.stage import Chunk
+from axonn.inter_layer.stage_leader import Agreement
 from axonn.models.base import PipelineModel
 from axonn.schedules import ChunkLayout, Direction, Forwards, Kind, StageSchedule, Task
+from axonn.spans import SpanKind, SpanRecorder
 from axonn.tensor import TensorContext
-from axonn.tensors import TensorSpec
-from axonn.trace import SpanKind, SpanRecorder
-from axonn.transport import Address, Edge, Message, Transport
 
 _TASKS_AHEAD = 1
 """How many tasks the host gives a GPU beside the one that it does: what is launched late would leave it idle."""

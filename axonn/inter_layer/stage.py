@@ -10,10 +10,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from axonn.errors import ConfigError
-from axonn.initial import fill
-from axonn.inter_layer.batch import Tensors
+from axonn.inter_layer.batch_shard import Tensors
+from axonn.inter_layer.partition import partition_chunks
 from axonn.models.base import Layer, PipelineModel
-from axonn.partition import partition_chunks
+from axonn.models.initialization import fill
 from axonn.placement import Placement
 from axonn.schedules import ChunkLayout
 from axonn.tensor import TensorContext, placements

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from axonn.distributed.tensor_spec import TensorSpec
 from axonn.grid import ProcessGrid
-from axonn.initial import Initial
+from axonn.models.initialization import Initial
 from axonn.tensor.context import TensorContext
-from axonn.tensors import TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from axonn.config import OptimizerConfig
+from axonn.config.train_config import OptimizerConfig
 from axonn.errors import ConfigError
 
 

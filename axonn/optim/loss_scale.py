@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from axonn.config import PrecisionConfig
+from axonn.config.train_config import PrecisionConfig
 
 FIRST_SCALE = 2.0**16
 SMALLEST_SCALE = 2.0**-24

@@ -8,20 +8,20 @@ from typing import NamedTuple
 import torch
 from torch.optim.adamw import adamw
 
-from axonn.collectives import Collectives
-from axonn.config import OptimizerConfig, PrecisionConfig
-from axonn.device_timeline import Reading, Timeline
+from axonn.checkpoint.local_shard import Part
+from axonn.config.train_config import OptimizerConfig, PrecisionConfig
+from axonn.device.streams import Reading, Timeline
+from axonn.distributed.collectives import Collectives
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.stage import ParameterSpec
-from axonn.optim.flat import FlatParameters, cut, pieces, replicas
+from axonn.optim.flat_buffers import FlatParameters, cut, pieces, replicas
 from axonn.optim.learning_rate import learning_rate
 from axonn.optim.loss_scale import LossScale
+from axonn.optim.optimizer_state import Bucket, OffloadedState, OptimizerState, ResidentState
 from axonn.optim.reduction import GradientReduction, Reduction
-from axonn.optim.state import Bucket, OffloadedState, OptimizerState, ResidentState
 from axonn.optim.vectors import whole_vectors
-from axonn.parts import Part
-from axonn.trace import SpanKind
+from axonn.spans import SpanKind
 
 
 class StepResult(NamedTuple):

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from axonn.collectives import Collectives, Group, Operation, Work
-from axonn.device_timeline import Moment, Timeline
+from axonn.device.streams import Moment, Timeline
+from axonn.distributed.collectives import Collectives, Group, Operation, Work
 from axonn.errors import ConfigError
 from axonn.grid import AXES, Axis, ProcessGrid
 from axonn.optim.exact_sum import from_digits, to_digits
-from axonn.optim.flat import Chunk, Entry, FlatParameters, pieces
-from axonn.trace import SpanKind
+from axonn.optim.flat_buffers import Chunk, Entry, FlatParameters, pieces
+from axonn.spans import SpanKind
 
 _NORM_AXES: tuple[Axis, ...] = ("inter", "row", "col")
 """Axes along which ranks hold different parameters, or different parts of them."""

@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from axonn.config import FloatType, GPTConfig, GridConfig, ModelConfig, ScheduleConfig, StrictModel
+from axonn.config.model_config import ModelConfig
+from axonn.config.train_config import FloatType, GridConfig, ScheduleConfig, StrictModel
 from axonn.errors import ConfigError
 from axonn.grid import AXES, Axis, ProcessGrid
-from axonn.partition import partition_chunks
-from axonn.perf.machine import Library, MachineFile
-from axonn.perf.outline import Outline, with_sequence_parallelism
+from axonn.inter_layer.partition import partition_chunks
+from axonn.perf.layers.model_outline import Outline, with_sequence_parallelism
+from axonn.perf.machine.machine_file import Library, MachineFile
 from axonn.schedules import ChunkLayout
 
 OptimizerPlacement = Literal["device", "offloaded", "sharded"]
@@ -162,16 +163,8 @@ class Strategy(StrictModel):
         ]
 
     def check(self, model: ModelConfig) -> None:
-        """Raise `ConfigError` when the tensor axes do not divide a GPT."""
-        if not isinstance(model, GPTConfig):
-            return
-        for axis, extent, what, size in (
-            ("col", self.grid.col, "heads", model.heads),
-            ("col", self.grid.col, "hidden", model.hidden),
-            ("row", self.grid.row, "hidden", model.hidden),
-        ):
-            if size % extent:
-                raise ConfigError(f"{what} ({size}) of {model.name} is no multiple of {axis} = {extent}; change {axis}")
+        """Raise `ConfigError` when the performance model cannot cut the layers of `model` along the tensor axes."""
+        model.check_tensor_axes(row=self.grid.row, col=self.grid.col)
 
 
 @lru_cache(maxsize=256)

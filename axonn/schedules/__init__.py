@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from axonn.errors import ConfigError
 from axonn.schedules.base import Direction, Kind, StageSchedule, Task
-from axonn.schedules.forwards import Forwards
+from axonn.schedules.follower import ToldSchedule
+from axonn.schedules.forward_only import Forwards
 from axonn.schedules.layout import ChunkLayout, ChunkPlacement
 from axonn.schedules.message_driven import PICKS, MessageDriven
 from axonn.schedules.orders import GPIPE, INTERLEAVED, ONE_F_ONE_B, ZERO_BUBBLE, StaticOrder
 from axonn.schedules.static import StaticSchedule
-from axonn.schedules.told import ToldSchedule
 
 __all__ = [
     "DRIVEN",

@@ -41,7 +41,7 @@ class Kind(IntEnum):
 
     @property
     def label(self) -> str:
-        """What its spans are called (`axonn.trace.SpanKind`)."""
+        """What its spans are called (`axonn.spans.SpanKind`)."""
         return ("forward", "backward", "backward-input", "backward-weight")[self]
 
     @property

@@ -1,17 +1,17 @@
 """Tensor parallelism in two dimensions: layers whose weights are cut along row and col (DESIGN section 5)."""
 
-from axonn.tensor.attention import MultiheadAttention, attention
 from axonn.tensor.context import Position, Positions, TensorAxis, TensorContext
-from axonn.tensor.conv import Conv2d
-from axonn.tensor.dropout import Dropout
-from axonn.tensor.embedding import Embedding
-from axonn.tensor.fit import Requirement, check_fit
-from axonn.tensor.group_norm import GroupNorm
-from axonn.tensor.layer import NORMAL, TRANSPOSED, Layout, TensorLayer, placements
-from axonn.tensor.linear import Linear
-from axonn.tensor.loss import cross_entropy
-from axonn.tensor.norm import LayerNorm, RMSNorm
-from axonn.tensor.relayout import gather, relayout, split
+from axonn.tensor.divisibility import Requirement, check_fit
+from axonn.tensor.layers.attention import MultiheadAttention, attention
+from axonn.tensor.layers.conv import Conv2d
+from axonn.tensor.layers.cross_entropy import cross_entropy
+from axonn.tensor.layers.dropout import Dropout
+from axonn.tensor.layers.embedding import Embedding
+from axonn.tensor.layers.group_norm import GroupNorm
+from axonn.tensor.layers.layer import NORMAL, TRANSPOSED, Layout, TensorLayer, placements
+from axonn.tensor.layers.linear import Linear
+from axonn.tensor.layers.norm import LayerNorm, RMSNorm
+from axonn.tensor.redistribution import gather, redistribute, split
 
 __all__ = [
     "NORMAL",
@@ -36,6 +36,6 @@ __all__ = [
     "cross_entropy",
     "gather",
     "placements",
-    "relayout",
+    "redistribute",
     "split",
 ]

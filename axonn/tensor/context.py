@@ -12,13 +12,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from axonn.collectives import Collectives, Group, Operation, SerialCollectives, Work, job_collectives
-from axonn.compiled import Compiler
-from axonn.device_timeline import Moment, Timeline
+from axonn.device.compilation import Compiler
+from axonn.device.streams import Moment, Timeline
+from axonn.distributed.collectives import Collectives, Group, Operation, SerialCollectives, Work, job_collectives
 from axonn.errors import ConfigError, GridError
 from axonn.grid import ProcessGrid
-from axonn.tensor.interleave import Lanes
-from axonn.trace import SpanKind
+from axonn.spans import SpanKind
+from axonn.tensor.overdecomposition import Lanes
 
 TensorAxis = Literal["row", "col"]
 

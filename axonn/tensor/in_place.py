@@ -1,4 +1,4 @@
-"""Lets the layers of a module accumulate their weight gradients where they lie (`axonn.accumulation`)."""
+"""Lets the layers of a module accumulate their weight gradients where they lie (`axonn.tensor.gradient_accumulation`)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from axonn.accumulation import WeightGradients
 from axonn.tensor.context import TensorContext
-from axonn.tensor.embedding import embedding
-from axonn.tensor.layer import Layout
-from axonn.tensor.linear import linear
+from axonn.tensor.gradient_accumulation import WeightGradients
+from axonn.tensor.layers.embedding import embedding
+from axonn.tensor.layers.layer import Layout
+from axonn.tensor.layers.linear import linear
 
 _WHOLE = Layout(None, None)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from axonn.config import StrictModel
+from axonn.config.train_config import StrictModel
 
 
 class Known(NamedTuple):
@@ -46,7 +46,7 @@ class Peak(StrictModel):
     memory: int | None = None
     """Bytes of the device, as PyTorch says; None of a CPU."""
     clocks_under_load: dict[str, float] | None = None
-    """As `axonn.records.Machine.clocks`, while it computes such products."""
+    """As `axonn.observability.records.Machine.clocks`, while it computes such products."""
 
 
 def data_sheet(device: str) -> Known | None:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from axonn.config import TrainConfig
-from axonn.models.gpt import GPT
-from baselines.common import Layers, adamw_settings, layers_of
-from baselines.pytorch_loop import PlainLoopTrainer
+from axonn.config.train_config import TrainConfig
+from axonn.models.gpt.gpt_model import GPT
+from axonn.training.engine_framework import EngineTrainer
+from baselines.adapters.adapter_common import Layers, adamw_settings, layers_of
+from baselines.adapters.pytorch.pytorch_loop import PlainLoopTrainer
 from baselines.ranks import plain_gpt
 from baselines.ranks.mixed import HALF, MixedAdamW
-from experiments.engine_framework import EngineTrainer
 
 MASTER = "master."
 

@@ -1,4 +1,4 @@
-"""The GPT of `axonn.models.gpt` in plain modules of torch: same layers, same parameters, same function.
+"""The GPT of `axonn.models.gpt.gpt_model` in plain modules of torch: same layers, same parameters, same function.
 
 The rows of `qkv` are those of one head after the other, so that a part of them is whole heads.
 """

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from axonn.perf.outline import outline_of
-from axonn.perf.predict import simulate_pipeline
-from axonn.perf.stages import stage_times
+from axonn.models.registry import outline_of
+from axonn.perf.prediction import simulate_pipeline
+from axonn.perf.timing.stage_times import stage_times
 from experiments.definition import ROOT, find_machine, load_experiment, load_model, strategy_of
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from axonn.perf.planner import Plan, plan
-from axonn.perf.search_space import Space
+from axonn.perf.planner.planner import Plan, plan
+from axonn.perf.planner.search_space import Space
 from experiments.definition import find_machine, load_model
-from experiments.planning import plannable
+from experiments.planning.planning import plannable
 
 
 def bench_plan_for_4096_gpus(benchmark: BenchmarkFixture) -> None:

@@ -13,12 +13,13 @@ import argparse
 
 import torch
 
-from axonn.config import GPTConfig, OptimizerConfig, PrecisionConfig
+from axonn.config.train_config import OptimizerConfig, PrecisionConfig
 from axonn.data.text import TextData
+from axonn.distributed.transport import InProcessCollectives, InProcessTransport, InProcessWorld
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
-from axonn.models import make_model
-from axonn.transport import InProcessCollectives, InProcessTransport, InProcessWorld
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.models.registry import make_model
 from experiments.definition import ROOT
 
 PRECISIONS = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from experiments.link import message_bytes, stage_seconds, why_no_link
+from experiments.slow_link import message_bytes, stage_seconds, why_no_link
 from tests.bench.frameworks import compare, options, singles, target
 from tests.bench.report import Row, make_console, save, show
 from tests.bench.workloads import OVER_A_LINK, ZBV, Jitter

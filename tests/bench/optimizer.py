@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from axonn.config import GPTConfig, validate
+from axonn.config.train_config import validate
+from axonn.models.gpt.gpt_config import GPTConfig
 from experiments.workloads import SHAPES
 from tests.bench.frameworks import options, target
 from tests.bench.report import Row, make_console, save, show

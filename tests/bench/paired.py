@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from axonn.collectives import TorchCollectives
-from axonn.config import TrainConfig, validate
+from axonn.config.train_config import TrainConfig, validate
+from axonn.distributed.collectives import TorchCollectives
+from axonn.distributed.runtime import Runtime, connect
 from axonn.grid import AXES, ProcessGrid
-from axonn.runtime import Runtime, connect
-from axonn.trace import SpanKind, SpanRecorder, overlap
-from axonn.traffic import summary
-from baselines.pytorch_tensor import CountedCollectives, TorchTensorParallelTrainer
-from experiments.engine_framework import EngineTrainer
-from experiments.framework import InProcessFramework, Trainer, load_framework
+from axonn.observability.traffic import summary
+from axonn.spans import SpanKind, SpanRecorder, overlap
+from axonn.training.engine_framework import EngineTrainer
+from axonn.training.framework import InProcessFramework, Trainer, load_framework
+from baselines.adapters.pytorch.pytorch_tensor import CountedCollectives, TorchTensorParallelTrainer
 from tests.bench.jitter import Sleeps
 
 COMPUTE = (SpanKind.FORWARD, SpanKind.BACKWARD, SpanKind.BACKWARD_INPUT, SpanKind.BACKWARD_WEIGHT)

@@ -20,15 +20,16 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from axonn.config import GPTConfig, GridConfig, OptimizerConfig, PrecisionConfig, ScheduleConfig, TrainConfig
-from axonn.perf.engine_strategy import config_of_strategy, strategy_of_config
-from axonn.perf.machine import MachineFile
-from axonn.perf.planner import plan
-from axonn.perf.predict import predict
-from axonn.perf.search_space import Space
+from axonn.config.train_config import GridConfig, OptimizerConfig, PrecisionConfig, ScheduleConfig, TrainConfig
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.observability.provenance import commit
+from axonn.perf.machine.machine_file import MachineFile
+from axonn.perf.planner.engine_strategy import config_of_strategy, strategy_of_config
+from axonn.perf.planner.planner import plan
+from axonn.perf.planner.search_space import Space
+from axonn.perf.prediction import predict
 from experiments.definition import find_machine
-from experiments.planning import described, plannable
-from experiments.provenance import commit
+from experiments.planning.planning import described, plannable
 from tests.bench.report import make_console
 from tests.bench.workloads import Contender, run_paired
 

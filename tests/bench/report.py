@@ -13,9 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments import console
-from experiments.busy_watch import BusyWatch
-from experiments.provenance import this_machine
+from axonn.cli import console
+from axonn.observability.busy_watch import BusyWatch
+from axonn.observability.provenance import this_machine
 from tests.bench.workloads import ROOT
 
 RESULTS = ROOT / "results" / "bench"

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from axonn.distributed.runtime import Runtime, connect
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
-from axonn.runtime import Runtime, connect
 from axonn.schedules import Kind, ScheduleSpec, Task
-from axonn.trace import Span, SpanKind, SpanRecorder
+from axonn.spans import Span, SpanKind, SpanRecorder
 from tests.bench.sleeping import Compute, DelayedTransport, SleepModel
 
 KINDS = {

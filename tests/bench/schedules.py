@@ -18,9 +18,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from axonn.launch import mpiexec_command, rank_environment
-from axonn.perf.network import MessageTime
-from axonn.perf.simulator import simulate
+from axonn.distributed.launch import mpiexec_command, rank_environment
+from axonn.perf.machine.network import MessageTime
+from axonn.perf.pipeline.simulator import simulate
 from axonn.schedules import ScheduleSpec, Task, make_schedule
 from tests.bench.report import Row, make_console, save, show
 from tests.bench.sleeping import Compute

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from axonn.accumulation import WeightGradients
+from axonn.distributed.tensor_spec import TensorSpec
+from axonn.distributed.transport import Address, Decision, Edge, Message, Transport
 from axonn.grid import ProcessGrid
-from axonn.initial import Constant, Initial
 from axonn.models.base import Layer
+from axonn.models.initialization import Constant, Initial
 from axonn.schedules import ChunkLayout, Kind, Task
 from axonn.tensor import TensorContext
-from axonn.tensors import TensorSpec
-from axonn.transport import Address, Decision, Edge, Message, Transport
+from axonn.tensor.gradient_accumulation import WeightGradients
 from tests.bench.jitter import draw
 
 _STAMP = TensorSpec((1,), torch.float64)

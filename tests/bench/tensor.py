@@ -14,12 +14,12 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from axonn.config import TrainConfig, validate
+from axonn.config.train_config import TrainConfig, validate
 from axonn.grid import ProcessGrid
-from axonn.perf.communication import Training
-from axonn.perf.outline import outline_of
-from axonn.trace import Overlap
-from experiments.link import kbit_per_second
+from axonn.models.registry import outline_of
+from axonn.perf.timing.communication import Training
+from axonn.spans import Overlap
+from experiments.slow_link import kbit_per_second
 from experiments.workloads import MICROBATCHES, SHAPES, config_of
 from tests.bench.frameworks import options, target
 from tests.bench.link import check_tools

@@ -14,13 +14,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from axonn.config import TrainConfig, validate
+from axonn.config.train_config import TrainConfig, validate
+from axonn.distributed.launch import mpiexec_command, rank_environment
 from axonn.inter_layer.stage import virtual_spans
-from axonn.launch import mpiexec_command, rank_environment
-from axonn.models.gpt import GPT
+from axonn.models.gpt.gpt_model import GPT
+from axonn.observability.procfs import available_cores
 from axonn.schedules import ChunkLayout
-from axonn.trace import Overlap
-from experiments.definition import available_cores
+from axonn.spans import Overlap
 from experiments.workloads import SAME_WORK, config_of
 
 ROOT = Path(__file__).parents[2]

@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 import yaml
 
-from axonn.records import Record
+from axonn.observability.records import Record
+from axonn.training.metrics import BATCHES, read_rows
 from experiments import definition, runner
-from experiments.metrics import BATCHES, read_rows
 from experiments.predictor import predict_experiment
 from jobscripts import submission
 from jobscripts.collection import collect
 from jobscripts.submission import Standing
-from plots import fig6, figure
+from plots import figure
 from plots.figure import make_figure
+from plots.figures import fig6
 from plots.summary import machine_of
 from tests.command_line import CommandLine
 from tests.slurm.cluster import FOUR_NODES, Cluster, cluster, unavailable
@@ -110,7 +111,7 @@ def write_jobs(folder: Path, running: Cluster, *, batches: int, runs: dict[str, 
     (folder / "faults.yaml").write_text(yaml.safe_dump(experiment), encoding="utf-8")
     (folder / "site.yaml").write_text(yaml.safe_dump(site), encoding="utf-8")
     options = ["--small", "--machine", str(SYSTEM), "--site", str(folder / "site.yaml"), "--out", str(folder / "jobs")]
-    program = "from experiments.cli import main; main()"
+    program = "from axonn.cli.main import main; main()"
     subprocess.run(
         [sys.executable, "-c", program, "jobs", str(folder / "faults.yaml"), *options], check=True, timeout=100
     )

@@ -11,8 +11,8 @@ import pytest
 
 from experiments.definition import HERE, load_experiment
 from jobscripts.generate import write_jobs
+from jobscripts.job_plan import plan_jobs
 from jobscripts.launchers import load_launcher
-from jobscripts.points import plan_jobs
 from jobscripts.schedulers import load_scheduler
 from jobscripts.site import Site
 from jobscripts.system import load_system

@@ -9,4 +9,4 @@ if [ "$LOCAL_RANK" -eq 0 ]; then
     (nvidia-smi --query-gpu=index,name,clocks.sm,clocks.mem,power.draw --format=csv,noheader) > "$ATTEMPT/clocks-$(hostname -s).txt" 2>&1 || true
 fi
 cd run
-exec apptainer exec --nv "--bind=$HOME/data:/data" 'my image.sif' python -m experiments.worker .
+exec apptainer exec --nv "--bind=$HOME/data:/data" 'my image.sif' python -m axonn.training.worker .

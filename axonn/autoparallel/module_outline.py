@@ -1,0 +1,107 @@
+"""What a module that `parallelize` has cut computes, keeps and sends, for the performance model.
+
+Nothing is computed here: the module is traced, its layouts are searched as for a run, and each layer becomes a part of
+`axonn.perf`. The graph is one link, so the plan has no stages. Layers that are cut, norms, embeddings, re-layouts and
+whole linear layers are known; of what else the graph does, elementwise operations count as passes over memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import fx, nn
+
+from axonn.autoparallel.layouts.layout_assignment import Plan, assign
+from axonn.autoparallel.layouts.op_table import elements, is_tensor
+from axonn.autoparallel.parallel_report import Report, Sent
+from axonn.autoparallel.rewrite import Rewriter
+from axonn.autoparallel.sharded_layers import Choice, LayerOperation
+from axonn.autoparallel.tracing.module_trace import Example, trace
+from axonn.distributed.transport import InProcessCollectives, InProcessWorld
+from axonn.errors import ConfigError
+from axonn.grid import ProcessGrid
+from axonn.perf.layers.kernel_operations import Convolution, Product
+from axonn.perf.layers.layer_cost import Exchange, Issued, Part
+from axonn.perf.layers.layer_work import work_of
+from axonn.perf.layers.local_layers import Activation, WholeLoss
+from axonn.perf.layers.model_outline import Link, Outline
+from axonn.tensor.context import TensorContext
+
+_ONE_RANK = ProcessGrid()
+
+
+def outline_of_module(module: nn.Module, grid: ProcessGrid, example: Example) -> Outline:
+    """The module on the row and col of `grid`, its outputs gathered; `example` as for `parallelize`, rows first.
+
+    Raises `ConfigError` when the module cannot be traced.
+    """
+    meta = copy.deepcopy(module).to("meta")
+    on_meta = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in _values(example)]
+    traced = trace(meta, on_meta)
+    tensor = ProcessGrid(row=grid.row, col=grid.col)
+    # A context cannot be without collectives; nothing is sent.
+    context = TensorContext(tensor, 0, InProcessCollectives(InProcessWorld(tensor.size), tensor, 0))
+    plan = assign(traced.root, context, whole_outputs=True)
+    report = Rewriter(traced.root, meta, plan, context).report
+    rows = next(t.shape[0] for t in on_meta if isinstance(t, torch.Tensor))
+    parts = dict(_parts(traced.root, plan, report, rows))
+    flops = sum(_forward_flops(part) for part in parts.values())
+    outputs = sum(elements(n) for n in traced.root.graph.nodes if n.op == "output") or 1
+    return Outline(
+        links=[Link(name="module", parts=parts, cost=float(flops))],
+        loss=WholeLoss(elements=outputs // rows),
+        name=type(module).__name__,
+        flops=3.0 * flops,
+        flops_recomputing=4.0 * flops,
+    )
+
+
+def _values(example: Example) -> list[object]:
+    return list(example.values() if hasattr(example, "values") else example)
+
+
+def _parts(root: fx.GraphModule, plan: Plan, report: Report, rows: int) -> Iterator[tuple[str, Part]]:
+    """In the order of the graph, each re-layout before what it is for."""
+    waiting: dict[str, list[tuple[str, Part]]] = {}
+    for number, line in enumerate(report.redistributions):
+        moved = Issued(
+            rows=rows,
+            of_forward=tuple(map(_exchange, line.forward)),
+            of_backward=tuple(map(_exchange, line.backward)) if line.trained else (),
+        )
+        waiting.setdefault(line.user, []).append((f"redistribute{number}", moved))
+    for node in root.graph.nodes:
+        yield from waiting.pop(node.name, [])
+        operation, option = plan.operations.get(node), plan.options.get(node)
+        if isinstance(operation, LayerOperation) and option is not None and option.choice is not None:
+            yield node.name, _layer(operation, option.choice, rows, gradient=operation.inputs[0] in plan.gradients)
+        elif node.op in ("call_function", "call_method", "call_module") and operation is not None and is_tensor(node):
+            axis = None if option is None or option.output is None else option.output.axis
+            yield node.name, Activation(kind="gelu", positions=1, features=elements(node) // rows, axis=axis)
+    for rest in waiting.values():
+        yield from rest
+
+
+def _exchange(call: Sent) -> Exchange:
+    if call.kind not in ("all-reduce sum", "all-gather"):
+        raise ConfigError(f"{call.kind} is not a collective that the performance model knows")
+    return Exchange(call.kind, call.axis, call.elements)
+
+
+def _layer(operation: LayerOperation, choice: Choice, rows: int, *, gradient: bool) -> Part:
+    before, after = (None if state is None else state.axis for state in (choice.input, choice.output))
+    return operation.kind.part(
+        operation.module,
+        operation.shapes,
+        rows=rows,
+        axes=(before, after),
+        segments=None if choice.output is None else choice.output.form.segments,
+        gradient=gradient,
+    )
+
+
+def _forward_flops(part: Part) -> int:
+    """Of the products of one row."""
+    return sum(o.flops for o in work_of(part, _ONE_RANK, 1).forward if isinstance(o, Product | Convolution))

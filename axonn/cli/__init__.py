@@ -1,0 +1,1 @@
+"""The `axonn` command: its entry, console and errors; upper floors register further commands."""

@@ -1,0 +1,188 @@
+"""Strict configuration: YAML files are read into typed models; an unknown key is an error with a suggestion."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from axonn.config.loading import StrictModel, load_yaml, read_yaml, validate
+from axonn.config.model_config import AnyModel
+from axonn.schedules import ChunkPlacement, ScheduleSpec
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "FloatType",
+    "GridConfig",
+    "LearningRateConfig",
+    "OptimizerConfig",
+    "OptimizerPlacement",
+    "PrecisionConfig",
+    "ScheduleConfig",
+    "StrictModel",
+    "TrainConfig",
+    "load_yaml",
+    "read_yaml",
+    "validate",
+]
+
+
+class GridConfig(StrictModel):
+    """Extents of the process grid."""
+
+    data: int = Field(default=1, ge=1)
+    inter: int = Field(default=1, ge=1)
+    row: int = Field(default=1, ge=1)
+    col: int = Field(default=1, ge=1)
+
+
+class ScheduleConfig(StrictModel):
+    """Which pipeline schedule runs; `in_flight_limit` defaults to twice G_inter.
+
+    `chunks` of layers lie on each stage, placed in loops or in a V (`axonn.schedules.ChunkLayout`).
+    """
+
+    name: str = "message-driven"
+    in_flight_limit: int | None = Field(default=None, ge=1)
+    pick: str = "backward-first"
+    chunks: int = Field(default=1, ge=1)
+    placement: ChunkPlacement = "loop"
+
+    def spec(self) -> ScheduleSpec:
+        """As `make_schedule` takes it."""
+        return ScheduleSpec(**self.model_dump())
+
+
+class LearningRateConfig(StrictModel):
+    """How the learning rate goes: up to `optimizer.lr` over `warmup` batches, then on as `name` says.
+
+    linear and cosine come down to `final` x lr at batch number `decay_until` (default: the end of the run) and stay.
+    """
+
+    name: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: int = Field(default=0, ge=0)
+    decay_until: int | None = Field(default=None, ge=1)
+    final: float = Field(default=0.1, ge=0, le=1)
+
+
+OptimizerPlacement = Literal["device", "offloaded"]
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW; the defaults are those of IPDPS'22, section VI-C.
+
+    With placement "offloaded" (the memory optimisation) master weights and moments lie in host memory, and the step
+    streams them through `buckets_resident` buckets of `bsize` elements on the device. Gradients are all-reduced in
+    chunks of `k` buckets, the optimizer running on one chunk while the next is reduced; `k: null` makes one chunk of
+    all. `clip_norm` is the largest allowed norm of the gradient of the whole model.
+    """
+
+    lr: float = Field(default=1e-3, gt=0)
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), strict=False)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip_norm: float | None = Field(default=None, gt=0)
+    schedule: LearningRateConfig = LearningRateConfig()
+    placement: OptimizerPlacement = "device"
+    bsize: int = Field(default=4_000_000, ge=1)
+    k: int | None = Field(default=4, ge=1)
+    buckets_resident: int = Field(default=2, ge=1)
+
+
+class DataConfig(StrictModel):
+    """What to train on; the last `held_out` of it is kept for evaluation, 0.05 where there is evaluation and this is 0.
+
+    `path` for a GPT: any text file (as bytes) or a `.bin` file of uint16 tokens; by default Python's own sources. For a
+    U-Net: a folder of images, an `.npy` or `.npz` file of them, or a CIFAR-10 or CIFAR-100 archive (or its folder); by
+    default scikit-learn's digits.
+    """
+
+    path: str | None = None
+    held_out: float = Field(default=0.0, ge=0, lt=1)
+
+
+FloatType = Literal["float64", "float32", "bfloat16", "float16"]
+
+
+class PrecisionConfig(StrictModel):
+    """Number formats; the name of a type alone stands for `compute`.
+
+    `compute`: parameters, activations and messages. `master`: weights and moments of the optimizer; by default float32
+    where `compute` is a half type, else `compute` itself. `gradients`: what microbatches accumulate and all-reduces
+    sum, by default `compute`. `loss_scale`: a number, or "dynamic", the default of float16 (1 otherwise), which doubles
+    after `growth_interval` steps without overflow.
+    """
+
+    compute: FloatType = "float32"
+    master: Literal["float64", "float32"] | None = None
+    gradients: FloatType | None = None
+    loss_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["dynamic"] | None = None
+    growth_interval: int = Field(default=2000, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, data: Any) -> Any:
+        return {"compute": data} if isinstance(data, str) else data
+
+    @property
+    def master_type(self) -> str:
+        """Of the weights that the optimizer keeps."""
+        return self.master or ("float64" if self.compute == "float64" else "float32")
+
+    @property
+    def gradient_type(self) -> str:
+        """In which gradients are added and reduced."""
+        return self.gradients or self.compute
+
+    @property
+    def scaling(self) -> float | Literal["dynamic"]:
+        """How the loss is scaled: a number, "dynamic", or not at all (None)."""
+        return self.loss_scale or ("dynamic" if self.compute == "float16" else 1.0)
+
+
+class EvaluationConfig(StrictModel):
+    """Evaluate on `batches` held-out batches after `every` batches of training."""
+
+    every: int = Field(ge=1)
+    batches: int = Field(default=1, ge=1)
+
+
+class CheckpointConfig(StrictModel):
+    """Save a checkpoint after `every` batches and at the end, and keep the last `keep` of them."""
+
+    every: int = Field(ge=1)
+    keep: int = Field(default=2, ge=1)
+
+
+class TrainConfig(StrictModel):
+    """One training run. `batch_size` counts sequences (or images) over all ranks, `microbatch_size` those of one
+    microbatch.
+
+    `activation_checkpointing`: keep only the input of every that many transformer layers (or residual blocks) and
+    recompute the rest in the backward; "auto" takes the number that needs the least memory. `overdecomposition`: into
+    how many sub-shards a microbatch is cut, so that one computes while collectives of another are under way; by default
+    2 where layers are cut and a microbatch has 2 rows. `compile`: whether losses, masks and norms of images go through
+    `torch.compile`; "auto" does so on GPUs. `initial_weights`: a safetensors file to start from. `stall_limit_s`: a run
+    of which no rank finishes anything for so many seconds, not a task, not a message, is ended.
+    """
+
+    model: AnyModel
+    grid: GridConfig = GridConfig()
+    batch_size: int = Field(ge=1)
+    microbatch_size: int = Field(ge=1)
+    schedule: ScheduleConfig = ScheduleConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    activation_checkpointing: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    overdecomposition: int | None = Field(default=None, ge=1)
+    transport: Literal["mpi", "torch"] = "mpi"
+    compile: Literal["auto", "always", "never"] = "auto"
+    evaluation: EvaluationConfig | None = None
+    checkpoints: CheckpointConfig | None = None
+    initial_weights: str | None = None
+    seed: int = 0
+    steps: int = Field(default=11, ge=1)
+    stall_limit_s: float = Field(default=1800.0, gt=0)

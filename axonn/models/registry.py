@@ -1,0 +1,61 @@
+"""Architectures: for each, one object that finds its model, its outline for the performance model, and its data.
+
+An architecture is a folder with its configuration, model and outline. It is registered under the `kind` of its
+configuration by one line, an entry point of the group `axonn.architectures`. Nothing here imports torch: the planner
+and the job scripts read configurations and outlines alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+
+from axonn.config.model_config import ModelConfig, registered
+
+if TYPE_CHECKING:
+    from axonn.config.train_config import TrainConfig
+    from axonn.data import Data
+    from axonn.models.base import PipelineModel
+    from axonn.perf.layers.model_outline import Outline
+
+C = TypeVar("C", bound=ModelConfig)
+
+
+class Architecture(ABC, Generic[C]):
+    """One architecture. Its modules that need torch are imported by the methods that need them."""
+
+    config: ClassVar[type[ModelConfig]]
+    """Class of its configurations, whose default `kind` is the name under which this is registered."""
+
+    @abstractmethod
+    def model(self, config: C) -> PipelineModel:
+        """Return the model that `config` describes: its chain of layers, not yet built."""
+
+    @abstractmethod
+    def outline(self, config: C) -> Outline:
+        """Return what each layer of the chain computes, keeps and sends, for the performance model."""
+
+    @abstractmethod
+    def data(self, config: TrainConfig) -> Data:
+        """Return the data of a training run. Raises `DataError`."""
+
+
+def architecture_of(config: ModelConfig) -> Architecture[ModelConfig]:
+    """Return the architecture that a configuration is of."""
+    architecture: Architecture[ModelConfig] = registered(config.kind)
+    return architecture
+
+
+def make_model(config: ModelConfig) -> PipelineModel:
+    """Return the model that `config` describes."""
+    return architecture_of(config).model(config)
+
+
+def outline_of(config: ModelConfig) -> Outline:
+    """Return the outline of the model that `config` describes, for the performance model."""
+    return architecture_of(config).outline(config)
+
+
+def make_data(config: TrainConfig) -> Data:
+    """Return the data of a training run, of the kind that its model trains on. Raises `DataError`."""
+    return architecture_of(config.model).data(config)

@@ -1,0 +1,142 @@
+"""Seconds of operations on a device: matrix products from a fitted curve, all else by bytes over bandwidth.
+
+One set of kernels serves every framework and every model. Communication is not in here (see `axonn.perf.machine.network`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import ceil
+
+from axonn.errors import ConfigError
+from axonn.perf.layers.kernel_operations import Attention, Convolution, Operation, Product, Stream
+from axonn.perf.machine.machine_file import GpuSpec
+
+HALF = 2
+"""Bytes of a half-precision number."""
+SINGLE = 4
+_SPLITS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def gemm_time(gpu: GpuSpec, m: int, n: int, k: int, *, batch: int = 1) -> float:
+    """Seconds of `batch` half-precision products of `[m, k]` and `[k, n]`.
+
+    The fastest of the curve's kernels: blocks are handed to the multiprocessors in waves (NVIDIA, Matrix Multiplication
+    Background User's Guide: tile and wave quantisation), the inner dimension may be split over several blocks, and no
+    kernel is faster than its operands can be moved. Coefficients: `GemmCurve`.
+    A product with a dimension that is no multiple of the alignment runs without matrix units (same guide, table of
+    tensor core requirements: before cuBLAS 11 multiples of 8; since then odd ones are slow, see `summit.yaml`).
+    """
+    curve = gpu.gemm
+    if curve is None:
+        raise ConfigError(f"the machine file has no GEMM curve of {gpu.name}; give gpu.gemm")
+    bandwidth = gpu.memory_bandwidth.si * curve.memory_efficiency
+    memory = batch * HALF * (m * k + k * n + m * n) / bandwidth
+    step = gpu.alignment.number
+    aligned = m % step == n % step == k % step == 0
+    peak = (gpu.peak if aligned else gpu.vector_peak).si
+    sms = gpu.multiprocessors.number
+    best = float("inf")
+    for tile in curve.tiles:
+        area = 2 * tile.rows * tile.columns / (tile.efficiency * peak / sms)
+        shapes = {(tile.rows, tile.columns), (tile.columns, tile.rows)}
+        blocks = batch * min(ceil(m / rows) * ceil(n / columns) for rows, columns in shapes)
+        for split in _SPLITS:
+            waves = blocks * split / sms
+            waves += (ceil(waves) - waves) * curve.wave_quantisation
+            seconds = max(waves * area * (k / split + curve.k_overhead), memory)
+            if split > 1:
+                seconds += 2 * split * batch * m * n * SINGLE / bandwidth
+            best = min(best, seconds)
+    return curve.launch_us * 1e-6 + best
+
+
+def stream_time(gpu: GpuSpec, nbytes: float, *, kernels: int = 1) -> float:
+    """Seconds of `kernels` kernels that together read and write `nbytes` and compute little."""
+    return kernels * gpu.kernel_latency.si + nbytes / gpu.stream_bandwidth.si
+
+
+class Kernels:
+    """Seconds of operations on one device, computing in a type of `element` bytes. Remembers what it was asked."""
+
+    def __init__(self, gpu: GpuSpec, *, element: int = HALF, busy: int = 1) -> None:
+        """`busy`: devices of the node that compute at the same time, which tables tell apart."""
+        self.gpu = gpu
+        self.element = element
+        self.tables = gpu.tables(element=element, busy=busy)
+        self._seconds: dict[Operation, float] = {}
+
+    def seconds(self, operation: Operation) -> float:
+        """Of one operation inside of a training step."""
+        found = self._seconds.get(operation)
+        if found is None:
+            products, streams = self.alone(operation)
+            slower = self.gpu.in_layer
+            if slower is not None:
+                products, streams = slower.gemm_slowdown * products, slower.stream_slowdown * streams
+            found = self._seconds[operation] = products + streams + self._host(operation)
+        return found
+
+    def total(self, operations: Iterable[Operation]) -> float:
+        """Of one operation after the other."""
+        return sum(map(self.seconds, operations))
+
+    def alone(self, operation: Operation) -> tuple[float, float]:
+        """(matrix products, all else) of an operation that has the device to itself."""
+        measured = self.measured(operation)
+        if measured is not None:
+            return (0.0, measured) if isinstance(operation, Stream) else (measured, 0.0)
+        match operation:
+            case Product(m, n, k, batch):
+                return self._product(m, n, k, batch=batch), 0.0
+            case Convolution():
+                return self._convolution(operation), 0.0
+            case Attention():
+                return self._attention(operation)
+            case Stream():
+                nbytes = operation.bytes(self.element)
+                return 0.0, stream_time(self.gpu, nbytes, kernels=operation.kernels)
+
+    def measured(self, operation: Operation) -> float | None:
+        """Of an operation that has the device to itself, from the machine file's tables; None where it has none."""
+        return None if self.tables is None else self.tables.seconds(operation)
+
+    def _attention(self, attention: Attention) -> tuple[float, float]:
+        """Two batched products with the scores in memory between them: scale, mask and softmax, then dropout."""
+        matrices, s, width, _, dropout, backward = attention
+        products = self._product(s, s, width, batch=matrices) + self._product(s, width, s, batch=matrices)
+        scores = matrices * s * s
+        streams = [Stream("softmax", scores, (3 if backward else 2) * scores)]
+        if dropout:
+            streams.append(Stream("dropout", scores, 2 * scores, mask=scores))
+        seconds = sum(self.alone(stream)[1] for stream in streams)
+        return (2 * products if backward else products), seconds
+
+    def _convolution(self, c: Convolution) -> float:
+        """As the matrix product that it is when every place of the output gathers its inputs (implicit GEMM)."""
+        places, inside = c.images * c.size**2, c.inputs * c.kernel**2
+        m, n, k = {
+            "forward": (places, c.outputs, inside),
+            "input": (places * c.stride**2, c.inputs, -(-c.outputs * c.kernel**2 // c.stride**2)),
+            "weight": (c.outputs, inside, places),
+        }[c.role]
+        return self._product(m, n, k)
+
+    def _product(self, m: int, n: int, k: int, *, batch: int = 1) -> float:
+        if self.tables is None:
+            return gemm_time(self.gpu, m, n, k, batch=batch)
+        return batch * self.tables.products["forward"].at(m, n, k)
+
+    def _host(self, operation: Operation) -> float:
+        """What the device waits for its host."""
+        host = self.gpu.host
+        if host is None:
+            return 0.0
+        match operation:
+            case Product(role=role) | Convolution(role=role):
+                forward = role == "forward"
+            case Attention(backward=backward):
+                forward = not backward
+            case Stream(kind):
+                forward = not kind.endswith("-backward")
+        return (host.forward if forward else host.backward).si

@@ -1,0 +1,1 @@
+"""The event-driven simulation of one pipeline."""

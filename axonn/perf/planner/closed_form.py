@@ -1,0 +1,372 @@
+"""Batch time and memory of a configuration of our engine in closed form: fast enough to look at all of them.
+
+It knows what the simulator knows of a stage (kernels, collectives, messages, memory) but runs no schedule: a pipeline
+takes its fill and drain, and then one period for each microbatch. It prunes; the simulator ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from axonn.config.train_config import FloatType, GridConfig, PrecisionConfig, ScheduleConfig, TrainConfig
+from axonn.grid import AXES, Axis, ProcessGrid
+from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.perf.layers.model_outline import Outline
+from axonn.perf.machine.machine_file import MachineFile
+from axonn.perf.machine.network import Edge, GroupPlacement, edge, message_time, place
+from axonn.perf.planner.engine_strategy import strategy_of_config
+from axonn.perf.prediction import message_bytes
+from axonn.perf.strategy import OptimizerPlacement, Strategy
+from axonn.perf.timing.memory_model import (
+    LinkBytes,
+    activation_bytes,
+    host_bytes,
+    link_bytes,
+    loss_bytes,
+    model_state_bytes,
+)
+from axonn.perf.timing.stage_times import ChunkTimes, link_times
+from axonn.perf.timing.update_times import step_time
+from axonn.schedules import ChunkPlacement, make_schedule
+
+Extents = tuple[int, int, int, int]
+"""G_data, G_inter, G_row, G_col."""
+
+
+class Shape(NamedTuple):
+    """What of a configuration decides how long its tasks are."""
+
+    grid: Extents
+    microbatch_size: int
+    sub_shards: int = 1
+    chunks: int = 1
+    placement: ChunkPlacement = "loop"
+
+
+class Candidate(NamedTuple):
+    """A configuration. `together`: blocks that are recomputed together, None without checkpointing."""
+
+    shape: Shape
+    schedule: ScheduleConfig
+    together: int | None
+    optimizer: OptimizerPlacement
+    bsize: int = 4_000_000
+    k: int = 4
+
+
+class Estimate(NamedTuple):
+    """Of a candidate. `seconds`: of a batch. `needs`: bytes of the fullest device; `host`: of the fullest node."""
+
+    seconds: float
+    needs: int
+    host: int
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The stages of a shape: seconds of a microbatch, parameters and bytes, each by stage."""
+
+    forward: Sequence[float]
+    backward: Sequence[float]
+    again: Sequence[float]
+    """Of the forward of the blocks, which checkpointing runs again."""
+    weight: Sequence[float]
+    """The part of the backward that only gives gradients of parameters."""
+    parameters: Sequence[int]
+    activations: Callable[[int | None], Sequence[tuple[int, int]]]
+    """(kept of each microbatch, working) by the number of blocks recomputed together."""
+    blocks: int
+    """In the chunk that has most of them."""
+
+    @cached_property
+    def most_parameters(self) -> int:
+        return max(self.parameters)
+
+
+class _Table(NamedTuple):
+    """Sums over the links before each one, for cutting the chain anywhere."""
+
+    forward: list[float]
+    backward: list[float]
+    again: list[float]
+    weight: list[float]
+    loss: ChunkTimes
+    links: list[LinkBytes]
+    loss_bytes: int
+
+
+class _Cut(NamedTuple):
+    """The chunks of each stage, the stage with the end of the network, parameters of each stage, and blocks of the
+    chunk that has most of them."""
+
+    spans: list[list[range]]
+    sink: int
+    parameters: list[int]
+    blocks: int
+
+
+class ClosedForm:
+    """Estimates candidates for a machine, a batch and a type; remembers what they have in common.
+
+    `outline(row, col)` is the model on such a tensor grid. `fixed`: what is otherwise than our engine has it.
+    """
+
+    def __init__(
+        self,
+        outline: Callable[[int, int], Outline],
+        machine: MachineFile,
+        *,
+        batch_size: int,
+        compute: FloatType = "float16",
+        order: tuple[Axis, ...] = AXES,
+        fixed: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.outline = outline
+        self.machine = machine
+        self.batch_size = batch_size
+        self.compute: FloatType = compute
+        self.order = order
+        any_model = GPTConfig(name="any", layers=1, hidden=1, heads=1, seq_len=1, vocab=2)
+        # What the engine does whatever it is told.
+        precision = PrecisionConfig(compute=compute)
+        engine = strategy_of_config(TrainConfig(model=any_model, batch_size=1, microbatch_size=1, precision=precision))
+        self._engine = engine.model_copy(update=dict(fixed or {}))
+        self._cuts: dict[object, _Cut] = {}
+        self._tables: dict[object, _Table] = {}
+        self._stages: dict[object, Stages] = {}
+        self._places: dict[object, tuple[GroupPlacement, ...]] = {}
+        self._edges: dict[Extents, Edge] = {}
+        self._messages: dict[object, float] = {}
+        self._steps: dict[object, float] = {}
+
+    def strategy(self, candidate: Candidate) -> Strategy:
+        """What the engine does in it."""
+        shape = candidate.shape
+        data, inter, row, col = shape.grid
+        found = {
+            "grid": GridConfig(data=data, inter=inter, row=row, col=col),
+            "order": self.order,
+            "microbatch_size": shape.microbatch_size,
+            "schedule": candidate.schedule,
+            "optimizer": candidate.optimizer,
+            "bsize": candidate.bsize,
+            "k": candidate.k,
+            "recompute": "none" if candidate.together is None else "full",
+            "checkpoint_layers": candidate.together or 1,
+            "compute": self.compute,
+            "overdecomposition": shape.sub_shards,
+        }
+        return self._engine.model_copy(update=found)
+
+    def microbatches(self, shape: Shape) -> int:
+        """Of each pipeline."""
+        return self.batch_size // (shape.grid[0] * shape.microbatch_size)
+
+    def estimate(self, candidate: Candidate) -> Estimate:
+        """Of a candidate whose stages the model has (`stages`)."""
+        stages = self.stages(candidate.shape)
+        seconds = self._pipeline(candidate, stages) + self.step_seconds(candidate, stages)
+        needs = self.needs(candidate, stages)
+        offloaded = candidate.optimizer == "offloaded"
+        host = host_bytes(stages.most_parameters, self.machine, self.compute) if offloaded else 0
+        return Estimate(seconds, needs, host)
+
+    def needs(self, candidate: Candidate, stages: Stages) -> int:
+        """Bytes of the fullest device, each stage holding as many microbatches as its schedule may ever let it."""
+        held = most_held(candidate.schedule, candidate.shape.grid[1], self.microbatches(candidate.shape))
+        state = {
+            phi: model_state_bytes(
+                phi,
+                optimizer=candidate.optimizer,
+                bsize=candidate.bsize,
+                buckets=self._engine.buckets_resident,
+                compute=self.compute,
+            )
+            for phi in set(stages.parameters)
+        }
+        activations = stages.activations(candidate.together)
+        return max(
+            state[phi] + count * kept + working
+            for phi, count, (kept, working) in zip(stages.parameters, held, activations, strict=True)
+        )
+
+    def stages(self, shape: Shape) -> Stages:
+        """Raises `GridError` when there are more chunks than links."""
+        _, inter, row, col = shape.grid
+        places = self._placed(shape.grid)[1:]
+        key = (shape[1:], inter, row, col, places)
+        if key not in self._stages:
+            self._stages[key] = self._staged(self._cut(shape), self._table(shape, places))
+        return self._stages[key]
+
+    def _cut(self, shape: Shape) -> _Cut:
+        """Where the chain is cut, whatever the microbatches."""
+        _, inter, row, col = shape.grid
+        key = (inter, row, col, shape.chunks, shape.placement)
+        if key not in self._cuts:
+            outline, grid = self.outline(row, col), ProcessGrid(row=row, col=col)
+            schedule = ScheduleConfig(chunks=shape.chunks, placement=shape.placement)
+            spans = self.strategy(Candidate(shape, schedule, None, "device")).spans_of_stages(outline)
+            self._cuts[key] = _Cut(
+                spans=spans,
+                sink=schedule.spec().layout(inter).place(inter * shape.chunks - 1)[0],
+                parameters=[sum(outline.parameters(mine, grid).values()) for mine in spans],
+                blocks=max(len({outline.links[i].block for i in span} - {None}) for mine in spans for span in mine),
+            )
+        return self._cuts[key]
+
+    def _staged(self, cut: _Cut, table: _Table) -> Stages:
+        def sums(before: list[float], loss: float = 0.0) -> list[float]:
+            found = [sum(before[span.stop] - before[span.start] for span in mine) for mine in cut.spans]
+            found[cut.sink] += loss
+            return found
+
+        known: dict[int | None, list[tuple[int, int]]] = {}
+
+        def activations(together: int | None) -> list[tuple[int, int]]:
+            if together not in known:
+                known[together] = [_of_chunks(table.links, mine, together) for mine in cut.spans]
+                kept, working = known[together][cut.sink]
+                known[together][cut.sink] = kept, working + table.loss_bytes
+            return known[together]
+
+        return Stages(
+            forward=sums(table.forward, table.loss.forward),
+            backward=sums(table.backward, table.loss.backward),
+            again=sums(table.again),
+            weight=sums(table.weight, table.loss.weight),
+            parameters=cut.parameters,
+            activations=activations,
+            blocks=cut.blocks,
+        )
+
+    def _table(self, shape: Shape, places: tuple[GroupPlacement, ...]) -> _Table:
+        _, _, row, col = shape.grid
+        key = (row, col, shape.microbatch_size, shape.sub_shards, places)
+        if key not in self._tables:
+            outline = self.outline(row, col)
+            strategy = self.strategy(Candidate(shape._replace(chunks=1), ScheduleConfig(), None, "device"))
+            times, loss = link_times(outline, self.machine, strategy)
+            self._tables[key] = _Table(
+                forward=_before([t.forward for t in times]),
+                backward=_before([t.backward for t in times]),
+                again=_before(
+                    [0.0 if link.block is None else t.forward for t, link in zip(times, outline.links, strict=True)]
+                ),
+                weight=_before([t.weight for t in times]),
+                loss=loss,
+                links=link_bytes(outline, strategy),
+                loss_bytes=loss_bytes(outline, strategy),
+            )
+        return self._tables[key]
+
+    def _placed(self, extents: Extents) -> tuple[GroupPlacement, ...]:
+        """Of the replicas, and along row, col and both, on the first stage."""
+        if extents not in self._places:
+            data, inter, row, col = extents
+            per_node = self.machine.node.gpus.number
+            grid = ProcessGrid(data=data, inter=inter, row=row, col=col, order=self.order, ranks_per_node=per_node)
+            groups: tuple[tuple[Axis, ...], ...] = (("data",), ("row",), ("col",), ("row", "col"))
+            self._places[extents] = tuple(place(grid, axes, 0, self.machine) for axes in groups)
+        return self._places[extents]
+
+    def _pipeline(self, candidate: Candidate, stages: Stages) -> float:
+        shape, schedule = candidate.shape, candidate.schedule
+        inter, count = shape.grid[1], self.microbatches(shape)
+        backward = stages.backward
+        if candidate.together is not None:
+            backward = [b + a for b, a in zip(backward, stages.again, strict=True)]
+        whole = [f + b for f, b in zip(stages.forward, backward, strict=True)]
+        if inter == 1:
+            return count * whole[0]
+        hop = self._hop(shape)
+        splits = "zero-bubble" in schedule.name
+        # A weight half fills what would be idle, the more of them the more microbatches a stage may hold.
+        filling = 0 if not splits else 1 if (schedule.name, shape.chunks) == ("zero-bubble", 1) else 2
+        idle = [max(0.0, t - filling * w) for t, w in zip(whole, stages.weight, strict=True)]
+        fill = (sum(idle) - max(idle)) / shape.chunks
+        around = sum(whole) - (sum(stages.weight) if splits else 0.0) + 2 * (inter * shape.chunks - 1) * hop
+        # Interleaved 1F1B takes longer than that where chunks are uneven; the simulator knows.
+        period = max(*whole, around / in_flight(schedule, inter, count))
+        return count * period + fill + 2 * (inter - 1) * hop
+
+    def _hop(self, shape: Shape) -> float:
+        """Seconds of a message to the next stage."""
+        key = (shape.grid, shape.microbatch_size)
+        if key not in self._messages:
+            _, _, row, col = shape.grid
+            strategy = self.strategy(Candidate(shape._replace(chunks=1), ScheduleConfig(), None, "device"))
+            grid = strategy.process_grid(self.machine)
+            if shape.grid not in self._edges:
+                self._edges[shape.grid] = edge(grid, 0)
+            way = self._edges[shape.grid]
+            self._messages[key] = message_time(
+                self.machine,
+                message_bytes(self.outline(row, col), strategy),
+                library=strategy.message_library,
+                same_node=way.same_node,
+                flows=way.flows,
+            ).seconds
+        return self._messages[key]
+
+    def step_seconds(self, candidate: Candidate, stages: Stages) -> float:
+        """Of the reduction and the optimizer after the pipeline."""
+        where = self._placed(candidate.shape.grid)[0]
+        phi = stages.most_parameters
+        key = (phi, where, candidate.optimizer, candidate.bsize, candidate.k)
+        if key not in self._steps:
+            self._steps[key] = sum(step_time(self.machine, self.strategy(candidate), phi, where))
+        return self._steps[key]
+
+
+def in_flight(schedule: ScheduleConfig, stages: int, microbatches: int) -> float:
+    """Microbatches that can be under way at once, in the pipeline."""
+    limit = schedule.in_flight_limit or 2 * stages
+    match schedule.name:
+        case "message-driven":
+            found: float = limit
+        case "message-driven-zero-bubble":
+            found = 2 * schedule.chunks * limit / (schedule.chunks + 1)
+        case "gpipe":
+            found = microbatches
+        case _:
+            found = stages * (2 * schedule.chunks / (schedule.chunks + 1))
+    return min(found, microbatches)
+
+
+def most_held(schedule: ScheduleConfig, stages: int, microbatches: int) -> list[int]:
+    """Microbatches that each stage holds at most, whatever the order in which messages arrive, all chunks together
+    counted as one."""
+    chunks = schedule.chunks
+    if schedule.name.startswith("message-driven"):
+        limit = min(microbatches, schedule.in_flight_limit or 2 * stages)
+        ends = [1] if schedule.name == "message-driven" and chunks == 1 else [limit]
+        return [limit] * (stages - 1) + ends
+    if schedule.name == "gpipe":
+        return [microbatches] * stages
+    if schedule.name == "1f1b":
+        return [min(microbatches, stages - stage) for stage in range(stages)]
+    if schedule.name == "interleaved-1f1b":
+        pairs = [2 * (stages - 1 - stage) + (chunks - 1) * stages + 1 for stage in range(stages)]
+        return [min(microbatches, -(-count // chunks)) for count in pairs]
+    if schedule.name == "zero-bubble":
+        return [min(microbatches, stages)] * stages
+    made = [make_schedule(schedule.spec(), stage=s, stages=stages, microbatches=microbatches) for s in range(stages)]
+    return [-(-one.limit // chunks) for one in made]
+
+
+def _before(values: Sequence[float]) -> list[float]:
+    """Sums of what comes before each value, and of all."""
+    found = [0.0]
+    for value in values:
+        found.append(found[-1] + value)
+    return found
+
+
+def _of_chunks(links: Sequence[LinkBytes], spans: Sequence[range], together: int | None) -> tuple[int, int]:
+    """(kept, working) of the chunks of a stage."""
+    each = [activation_bytes(links, span, together=together) for span in spans]
+    return sum(kept for kept, _ in each), max(working for _, working in each)

@@ -1,0 +1,1 @@
+"""Layers whose weights are cut along row and col."""

@@ -1,0 +1,193 @@
+"""Norms over features that are cut: they reduce their moments and so are the same function as the serial ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from axonn.tensor.autocast import norm_input
+from axonn.tensor.context import TensorAxis, TensorContext
+from axonn.tensor.layers.layer import TensorLayer, cut, segments_of
+
+
+class _FeatureNorm(TensorLayer):
+    """A norm over the last dims, `normalized_shape`, of which the last one is cut along `axis`."""
+
+    weight: torch.nn.Parameter | None
+    bias: torch.nn.Parameter | None
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None,
+        parameters: dict[str, bool],
+        device: torch.device | None,
+        dtype: torch.dtype | None,
+        context: TensorContext,
+        axis: TensorAxis | None,
+    ) -> None:
+        super().__init__(context)
+        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+        if not shape:
+            raise ValueError(f"normalized_shape of {type(self).__name__} is empty; name the sizes of the last dims")
+        self.normalized_shape = shape
+        self.features = prod(shape)
+        """Number of values that are normalised together, over all ranks."""
+        self.eps = eps
+        self.axis: TensorAxis | None = axis
+        what = f"normalized_shape of {type(self).__name__}({normalized_shape})"
+        of_features = cut(len(shape) - 1, axis, segments_of(shape[-1], None, context, axis, what))
+        for name, wanted in parameters.items():
+            if wanted:
+                self.place(name, shape, of_features, device=device, dtype=dtype)
+            else:
+                self.register_parameter(name, None)
+
+    def extra_repr(self) -> str:
+        return f"{self.normalized_shape}, eps={self.eps}, axis={self.axis}"
+
+
+class LayerNorm(_FeatureNorm):
+    """`nn.LayerNorm` whose last dim is cut along `axis`: [..., features / G_axis] -> the same.
+
+    Raises `GridError` when the last dim cannot be cut so.
+    """
+
+    eps: float
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        context: TensorContext,
+        axis: TensorAxis | None = "row",
+    ) -> None:
+        parameters = {"weight": elementwise_affine, "bias": elementwise_affine and bias}
+        super().__init__(normalized_shape, eps, parameters, device, dtype, context, axis)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.context.extent(self.axis) == 1:
+            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        weight, bias = (None if p is None else p.flatten() for p in (self.weight, self.bias))
+        flat = norm_input(x).flatten(-len(self.normalized_shape))
+        y: torch.Tensor = _LayerNorm.apply(flat, weight, bias, self)  # type: ignore[no-untyped-call]
+        return y.view(x.shape)
+
+
+class RMSNorm(_FeatureNorm):
+    """`nn.RMSNorm` whose last dim is cut along `axis`: [..., features / G_axis] -> the same.
+
+    `eps` of None is the epsilon of the type that is computed in: float32 for half types. Raises `GridError` when the
+    last dim cannot be cut so.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        context: TensorContext,
+        axis: TensorAxis | None = "row",
+    ) -> None:
+        super().__init__(normalized_shape, eps, {"weight": elementwise_affine}, device, dtype, context, axis)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.context.extent(self.axis) == 1:
+            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        weight = None if self.weight is None else self.weight.flatten()
+        flat = norm_input(x).flatten(-len(self.normalized_shape))
+        y: torch.Tensor = _RMSNorm.apply(flat, weight, self)  # type: ignore[no-untyped-call]
+        return y.view(x.shape)
+
+
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    """The type that moments of values of `dtype` are computed in: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def mean_and_variance(
+    mean: torch.Tensor, squares: torch.Tensor, shares: torch.Tensor, context: TensorContext, axis: TensorAxis | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of values that lie on several ranks along `axis`.
+
+    From the mean of the values of each rank and their mean squared difference from it, both of one shape. `shares`
+    [ranks, ...], which broadcasts against [ranks, *shape]: the share of all values that each rank has. (Chan, Golub &
+    LeVeque, 1979: nothing cancels.)
+    """
+    means, squares = context.all_gather(torch.stack([mean, squares]), axis).unbind(1)
+    whole = (shares * means).sum(0)
+    return whole, (shares * (squares + (means - whole).square())).sum(0)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, layer: LayerNorm
+    ) -> torch.Tensor:
+        local = x.to(wide_type(x.dtype))
+        mean = local.mean(-1)
+        squares = (local - mean.unsqueeze(-1)).square().mean(-1)
+        ranks = layer.context.extent(layer.axis)
+        share = mean.new_full([ranks, *[1] * mean.dim()], 1 / ranks)
+        mean, variance = mean_and_variance(mean, squares, share, layer.context, layer.axis)
+        scale = (variance + layer.eps).rsqrt().unsqueeze(-1)
+        normal = (local - mean.unsqueeze(-1)).mul_(scale).to(x.dtype)
+        ctx.save_for_backward(normal, scale, weight)
+        ctx.layer = layer
+        y = normal if weight is None else normal * weight
+        return (y if bias is None else y + bias).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        normal, scale, weight = ctx.saved_tensors
+        layer = ctx.layer
+        of_normal = (gradient if weight is None else gradient * weight).to(scale.dtype)
+        wide = normal.to(scale.dtype)
+        sums = torch.stack([of_normal.sum(-1), (of_normal * wide).sum(-1)])
+        pending = layer.context.start_all_reduce(sums, layer.axis)
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        of_weight = (rows * normal.reshape(rows.shape)).sum(0) if ctx.needs_input_grad[1] else None
+        of_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
+        pending.wait()
+        first, second = (sums / layer.features).unsqueeze(-1).unbind(0)
+        of_input = (of_normal - first - wide * second).mul_(scale).to(gradient.dtype)
+        return of_input, of_weight, of_bias, None
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, layer: RMSNorm) -> torch.Tensor:
+        local = x.to(wide_type(x.dtype))
+        squares = layer.context.all_reduce(local.square().sum(-1), layer.axis)
+        eps = torch.finfo(local.dtype).eps if layer.eps is None else layer.eps
+        scale = (squares / layer.features + eps).rsqrt().unsqueeze(-1)
+        normal = (local * scale).to(x.dtype)
+        ctx.save_for_backward(normal, scale, weight)
+        ctx.layer = layer
+        return (normal if weight is None else normal * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        normal, scale, weight = ctx.saved_tensors
+        layer = ctx.layer
+        of_normal = (gradient if weight is None else gradient * weight).to(scale.dtype)
+        wide = normal.to(scale.dtype)
+        product = (of_normal * wide).sum(-1)
+        pending = layer.context.start_all_reduce(product, layer.axis)
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        of_weight = (rows * normal.reshape(rows.shape)).sum(0) if ctx.needs_input_grad[1] else None
+        pending.wait()
+        of_input = (of_normal - wide * (product / layer.features).unsqueeze(-1)).mul_(scale).to(gradient.dtype)
+        return of_input, of_weight, None

@@ -1,0 +1,1 @@
+"""Training runs, as `axonn train` does them: loop, run folder, records."""

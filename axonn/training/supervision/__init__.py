@@ -1,0 +1,1 @@
+"""Supervision of the ranks of a run from outside: start, liveness, signals, end."""

@@ -1,0 +1,1 @@
+"""Adapters of the other frameworks, one folder for each."""

@@ -1,0 +1,135 @@
+"""megatron-core on this machine: its GPT under each of its kinds of parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from axonn.config.train_config import ScheduleConfig, TrainConfig
+from baselines.adapters.adapter_common import DEVICE
+from baselines.adapters.isolated_framework import ForeignFramework
+from baselines.environments import Environment
+
+ENVIRONMENT = Environment("megatron", "megatron-core")
+DISCLOSURE = (
+    "megatron-core through a shim for machines without a GPU: its algorithm without its fused kernels, and so without "
+    "gradients accumulated inside of products and without sequence parallelism, which ask for them"
+)
+LEAST_CHUNKS = 2
+"""Of layers on each stage, in the interleaved schedule."""
+
+
+class Megatron(ForeignFramework):
+    """What all strategies share: the local layers of its GPT, exact GELU, an untied head."""
+
+    disclosure = DISCLOSURE if DEVICE.type == "cpu" else None
+    environment = ENVIRONMENT
+    script = "megatron_ranks.py"
+    precisions = ("float32", "bfloat16")
+    axes: ClassVar[Sequence[str]]
+    """Those of the grid that the strategy cuts along."""
+
+    def refuses(self, config: TrainConfig) -> str | None:
+        return self._wrong_grid(config) or self._wrong_sizes(config)
+
+    def _wrong_grid(self, config: TrainConfig) -> str | None:
+        extents = config.grid.model_dump()
+        if extents["row"] > 1:
+            return "Megatron-LM cuts layers along col only: set row to 1"
+        others = [axis for axis, extent in extents.items() if extent > 1 and axis not in self.axes]
+        if others:
+            return f"{self.label} cuts along {' and '.join(self.axes)} only: set {', '.join(others)} to 1"
+        return None
+
+    def _wrong_sizes(self, config: TrainConfig) -> str | None:
+        grid, model = config.grid, config.model
+        if config.precision.compute not in self.precisions:
+            return f"{self.label} runs in {' or '.join(self.precisions)} here: set precision to float32"
+        if model.tied_head:
+            return "Megatron-LM is compared with an untied head: set model.tied_head to false"
+        for what, size, axis, extent in (
+            ("heads", model.heads, "col", grid.col),
+            ("vocab", model.vocab, "col", grid.col),
+            ("layers", model.layers, "inter", grid.inter * self.chunks(config)),
+            ("batch_size", config.batch_size, "data x microbatch_size", grid.data * config.microbatch_size),
+        ):
+            if size % extent:
+                return f"Megatron-LM needs {what} ({size}) to be a multiple of {extent} ({axis}): change one of them"
+        return None
+
+    def chunks(self, config: TrainConfig) -> int:
+        """Of layers on each stage."""
+        return 1
+
+    def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
+        return ScheduleConfig(name="1f1b") if config.grid.inter > 1 else None
+
+
+class Tensor(Megatron):
+    """Layers cut along col; the all-reduce of an input's gradient beside the weight's gradient."""
+
+    label = "Megatron-LM tensor"
+    strategy = "tensor"
+    axes = ("col",)
+
+
+class Pipeline(Megatron):
+    """1F1B: one stage per rank."""
+
+    label = "Megatron-LM 1F1B"
+    strategy = "pipeline"
+    axes = ("inter",)
+
+
+class Interleaved(Megatron):
+    """Interleaved 1F1B: several chunks of layers per stage, messages beside computation."""
+
+    label = "Megatron-LM interleaved 1F1B"
+    strategy = "interleaved"
+    axes = ("inter",)
+
+    def refuses(self, config: TrainConfig) -> str | None:
+        stages = config.grid.inter
+        if stages < 2:
+            return "the interleaved schedule needs at least 2 stages: raise inter, or take megatron/pipeline"
+        if (reason := super().refuses(config)) is not None:
+            return reason
+        if (count := config.batch_size // config.microbatch_size) % stages:
+            return f"the interleaved schedule needs microbatches ({count}) in multiples of inter = {stages}"
+        return None
+
+    def chunks(self, config: TrainConfig) -> int:
+        return max(config.schedule.chunks, LEAST_CHUNKS)
+
+    def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
+        return ScheduleConfig(name="interleaved-1f1b", chunks=self.chunks(config))
+
+
+class Data(Megatron):
+    """Replicas whose gradients are all-reduced bucket by bucket beside the last backward."""
+
+    label = "Megatron-LM data"
+    strategy = "data"
+    axes = ("data",)
+
+
+class DistributedOptimizer(Data):
+    """Replicas that share the optimizer's state: gradients reduce-scattered, parameters gathered beside the forward."""
+
+    # In half types its optimizer has settings of its own.
+    precisions = ("float32",)
+    label = "Megatron-LM distributed optimizer"
+    strategy = "data-distributed-optimizer"
+
+    def refuses(self, config: TrainConfig) -> str | None:
+        if config.grid.data < 2:
+            return "there is nothing to share the optimizer's state with: raise data"
+        return super().refuses(config)
+
+
+class Combined(Megatron):
+    """Replicas of pipelines of layers cut along col."""
+
+    label = "Megatron-LM combined"
+    strategy = "combined"
+    axes = ("data", "inter", "col")

@@ -1,0 +1,21 @@
+"""The GPT in plain modules of torch, as a user of PyTorch has it, with the initial weights of all frameworks."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from axonn.config.train_config import TrainConfig
+from axonn.models.gpt.gpt_model import GPT
+from baselines.adapters.adapter_common import Layers
+from baselines.ranks import plain_gpt
+
+
+def build(config: TrainConfig) -> nn.ModuleDict:
+    """The layers by name, whole."""
+    model = config.model
+    gpt = GPT(model)
+    source = Layers(gpt, range(len(gpt.layers)), config).chain
+    dtype = getattr(torch, config.precision.compute)
+    values = {f"{name}.{key}": value for name, layer in source.items() for key, value in layer.state_dict().items()}
+    return nn.ModuleDict({name: plain_gpt.build(name, model, values, dtype) for name in plain_gpt.layer_names(model)})

@@ -1,0 +1,1 @@
+"""PyTorch's own pipelining and tensor parallelism."""

@@ -1,0 +1,276 @@
+"""One part of the comparison: a workload on the plain loopback, or over an emulated link in a namespace of its own.
+
+Over a link this module is run by itself: python -m baselines.comparison_session PART.json FOUND.json, inside of the namespace.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from axonn.config.train_config import StrictModel
+from axonn.errors import LaunchError
+from baselines.comparison_progress import Reporter
+from baselines.contenders import KINDS, Contender, Device, Kind
+from baselines.coordinator import LOOPBACK, Condition, Group, Link, Measured, RanksJob, keep_little, take_turns
+from experiments.definition import ROOT
+from experiments.slow_link import kbit_per_second, message_bytes
+from experiments.workloads import MICROBATCHES
+
+SLOWNET = ROOT / "tools" / "slownet.sh"
+MEMORY_SHARE = 0.85
+"""Of what is free, that the jobs of a group may take together."""
+_RANK_BYTES = 500 << 20
+"""A rank's interpreter, libraries and buffers."""
+_STATE_BYTES = 24
+"""Per parameter: float32 weights, gradients and two moments, and as much again for weights and batches on their way."""
+MESSAGE_SHARES = (0.2, 0.5)
+"""Seconds of a message over those of one stage's forward."""
+COLLECTIVES_SHARE = 0.5
+"""Seconds of a layer's collectives over those of its compute; of the gradients' all-reduce over the batch's compute."""
+
+
+class Part(StrictModel):
+    """What is measured in one go."""
+
+    workload: str
+    ranks: int
+    link: bool
+    device: Device
+    contenders: list[Contender]
+    """Those that can run."""
+    least_rounds: int
+    most_rounds: int
+    seconds: float
+    conditions: dict[Kind, list[Condition]]
+    half_width: float | None = None
+    with_busy: bool = False
+    """This and the one before: see `Group`."""
+    runs: Path
+    """Where the ranks' run folders are."""
+
+    def folder(self, key: str) -> Path:
+        """Run folder of a contender."""
+        return self.runs / f"{self.workload}{'-link' if self.link else ''}-{key}"
+
+    @property
+    def title(self) -> str:
+        return f"{self.workload}, {'emulated link' if self.link else 'loopback'}"
+
+
+class Found(StrictModel):
+    """What came of a part: the measured contenders by key, one entry for each group that a contender was in."""
+
+    measured: dict[str, list[Measured]] = {}
+    interrupted: bool = False
+
+
+class EmulatedLink:
+    """The loopback of a network namespace of this process's own."""
+
+    def apply(self, condition: Condition) -> None:
+        if condition.kbit is None:
+            # It fails where there is no limit yet.
+            subprocess.run(["tc", "qdisc", "del", "dev", "lo", "root"], check=False, capture_output=True)
+            return
+        rate = ["rate", f"{condition.kbit}kbit", "burst", "32kb", "latency", "400ms"]
+        try:
+            command = ["tc", "qdisc", "replace", "dev", "lo", "root", "tbf", *rate]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except subprocess.CalledProcessError as error:
+            raise LaunchError(f"the rate of the link cannot be set: {error.stderr.strip()}") from error
+
+    def sent(self) -> int:
+        for line in Path("/proc/net/dev").read_text().splitlines():
+            name, _, numbers = line.partition(":")
+            if name.strip() == "lo":
+                # Received bytes and 7 other columns come first.
+                return int(numbers.split()[8])
+        raise LaunchError("there is no loopback interface in /proc/net/dev")
+
+
+def conditions_over_link(
+    workload: str, ranks: int, *, forward: float, backward: float, parameters: int, layer_share: float
+) -> dict[Kind, list[Condition]]:
+    """Rates by kind, from seconds of a microbatch on one of 2 stages.
+
+    `layer_share`: the part of the model's compute that is one transformer layer.
+    """
+    compute = 2 * MICROBATCHES * (forward + backward) / ranks
+    message = message_bytes(workload)
+    layer_bytes = MICROBATCHES * 4 * message * 2 * (ranks - 1)
+    messages = [
+        Condition(
+            name=f"link: a message takes {share:g} of a forward",
+            kbit=kbit_per_second(message, share * forward * 2 / ranks),
+        )
+        for share in MESSAGE_SHARES
+    ]
+    collectives = Condition(
+        name=f"link: collectives take {COLLECTIVES_SHARE:g} of a layer's compute",
+        kbit=kbit_per_second(layer_bytes, COLLECTIVES_SHARE * layer_share * compute),
+    )
+    gradients = Condition(
+        name=f"link: the gradients' all-reduce takes {COLLECTIVES_SHARE:g} of the compute",
+        kbit=kbit_per_second(2 * (ranks - 1) * 4 * parameters, COLLECTIVES_SHARE * compute),
+    )
+    return {"inter-layer": messages, "tensor": [collectives], "data": [gradients], "combined": [collectives]}
+
+
+def job_bytes(contender: Contender, workload: str, ranks: int) -> int:
+    """About what all ranks of a contender take together; a fully replicated state is assumed of data parallelism."""
+    parameters = contender.config(workload, ranks, 1).model.parameters
+    copies = contender.grid_of(ranks).get("data", 1)
+    return ranks * _RANK_BYTES + copies * _STATE_BYTES * parameters
+
+
+def free_bytes() -> int:
+    """Memory that new processes may take."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def groups_of(part: Part, available: int) -> Iterator[tuple[Kind, list[Contender]]]:
+    """Contenders that are there at once: those of a kind, in several groups with all of ours in each where they would
+    take more than `MEMORY_SHARE` of the `available` bytes."""
+    for kind in KINDS:
+        mine = [c for c in part.contenders if c.kind == kind and c.ours]
+        others = [c for c in part.contenders if c.kind == kind and not c.ours]
+        if not mine and not others:
+            continue
+
+        def need(some: Sequence[Contender]) -> int:
+            return sum(job_bytes(c, part.workload, part.ranks) for c in some)
+
+        left = MEMORY_SHARE * available - need(mine)
+        group: list[Contender] = []
+        for contender in others:
+            if group and need([*group, contender]) > left:
+                yield kind, mine + group
+                group = []
+            group.append(contender)
+        yield kind, mine + group
+
+
+def run_part(part: Part, *, link: Link, say: Reporter) -> Found:
+    """Measure all groups of a part. What was measured before an interruption is kept."""
+    found = Found()
+    groups = list(groups_of(part, free_bytes()))
+    deadline = time.monotonic() + part.seconds
+    waiting = sum(len(members) for _, members in groups)
+    for number, (kind, members) in enumerate(groups):
+        conditions = part.conditions.get(kind, [LOOPBACK])
+        group = Group(
+            number=number,
+            conditions=conditions,
+            least_rounds=part.least_rounds,
+            most_rounds=part.most_rounds,
+            seconds=max(0.0, deadline - time.monotonic()) * len(members) / waiting,
+            ours=[c.key for c in members if c.ours],
+            half_width=part.half_width,
+            with_busy=part.with_busy,
+        )
+        waiting -= len(members)
+        jobs = [
+            RanksJob(
+                c.key,
+                c.framework,
+                c.config(part.workload, part.ranks, steps=part.most_rounds * len(conditions) + 1),
+                part.folder(c.key),
+                link_only=part.link,
+                device=part.device,
+            )
+            for c in members
+        ]
+        names = {c.key: c.name for c in members}
+        with say.group(f"{part.title}: {kind}", names, seconds=group.seconds) as heard:
+            try:
+                measured, interrupted = take_turns(group, jobs, link=link, say=heard)
+            except KeyboardInterrupt:
+                # While its jobs ended: what the groups before have measured counts.
+                return found.model_copy(update={"interrupted": True})
+        for key, one in measured.items():
+            found.measured.setdefault(key, []).append(one)
+            if one.failure is None:
+                keep_little(part.folder(key))
+        if interrupted:
+            return found.model_copy(update={"interrupted": True})
+    return found
+
+
+def run_over_link(part: Part, folder: Path) -> Found:
+    """`run_part` in a network namespace of its own. Raises `LaunchError` when that cannot be made or fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    asked, answer = folder / "link-part.json", folder / "link-found.json"
+    asked.write_text(part.model_dump_json())
+    answer.unlink(missing_ok=True)
+    # The limit that the script sets is taken off at once: ranks start without one.
+    command = [
+        "unshare",
+        "-n",
+        "bash",
+        str(SLOWNET),
+        sys.executable,
+        "-m",
+        "baselines.comparison_session",
+        str(asked),
+        str(answer),
+    ]
+    # A session of its own, so that an interruption reaches it once, from here.
+    process = subprocess.Popen(command, env={**os.environ, "RATE": "10gbit"}, start_new_session=True)
+    interrupted = False
+    try:
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            interrupted = True
+            process.send_signal(signal.SIGINT)
+            process.wait()
+        if not answer.exists():
+            if interrupted:
+                return Found(interrupted=True)
+            raise LaunchError(f"the part over the emulated link ended with code {process.returncode} and no result")
+        found = Found.model_validate_json(answer.read_text())
+        return found.model_copy(update={"interrupted": found.interrupted or interrupted})
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        asked.unlink(missing_ok=True)
+        answer.unlink(missing_ok=True)
+
+
+def _end_with(parent: int) -> None:
+    """End when the process that waits for the answer is gone."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(arguments: Sequence[str]) -> None:
+    # Also where an outer shell told its background jobs to ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _end_with(os.getppid())
+    asked, answer = map(Path, arguments)
+    part = Part.model_validate_json(asked.read_text())
+    found = run_part(part, link=EmulatedLink(), say=Reporter())
+    answer.write_text(found.model_dump_json())
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (LaunchError, KeyboardInterrupt) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,170 @@
+"""What every part is given: the plan, the time it has, and how to run something in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from axonn.config.train_config import TrainConfig
+from axonn.distributed.launch import rank_environment
+from axonn.errors import AxonnError
+from axonn.observability.procfs import available_cores
+from axonn.observability.records import Failure
+from axonn.training.framework import load_adapter, load_framework
+from axonn.training.places import PROJECT
+from axonn.training.run_outcome import Outcome
+from axonn.training.supervision.supervisor import supervise
+from baselines.gpu.bench_rows import PartResult, Row
+from baselines.gpu.bench_work import Plan
+from baselines.gpu.peaks import Peak
+
+LEAST_S = 3.0
+"""Nothing is started with less time than this."""
+_RUNS = PROJECT / "runs" / "gpu"
+
+
+class Lost(Exception):
+    """Something that could not be measured."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.detail)
+        self.failure = failure
+
+
+@dataclass
+class Context:
+    """Of one part. `deadline`: on `clock`, when its time is used up."""
+
+    plan: Plan
+    part: str
+    deadline: float
+    say: Callable[[str], None] = lambda what: None
+    clock: Callable[[], float] = time.monotonic
+    runs: Path = _RUNS
+    earlier: Mapping[str, PartResult] = field(default_factory=dict)
+    """Parts that were measured before, on this device."""
+    peak: Peak | None = None
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that this part still has."""
+        return self.deadline - self.clock()
+
+    @property
+    def host_threads(self) -> int:
+        """For work on the host beside a GPU, all cores of which are there for it; 1 in miniature."""
+        return available_cores() if self.plan.device == "cuda" else 1
+
+    def folder(self, name: str) -> Path:
+        """Run folder of something."""
+        return self.runs / self.part / "".join(c if c.isalnum() else "-" for c in name.lower())
+
+    def limit(self, most_s: float | None = None) -> float:
+        """Seconds that something may take. Raises `Lost` when the time of the part is used up."""
+        left = self.left_s if most_s is None else min(self.left_s, most_s)
+        if left < LEAST_S:
+            raise Lost(Failure(cause="timeout", detail=f"the time of part '{self.part}' was used up before its turn"))
+        return left
+
+    def task(self, task: str, *, name: str, most_s: float | None = None, **arguments: Any) -> dict[str, Any]:
+        """What `task` of `baselines.gpu.bench_worker` returns, run in a process of its own, so that its memory is free
+        afterwards. Raises `Lost` when it fails or takes longer than `most_s`, or than the part has."""
+        limit = self.limit(most_s)
+        self.say(name)
+        folder = self.folder(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        result = folder / "result.json"
+        result.unlink(missing_ok=True)
+        # The task is told to come to its end before it is ended.
+        spec = {"task": task, "device": self.plan.device, "seconds": 0.85 * limit, "arguments": arguments}
+        (folder / "task.json").write_text(json.dumps(spec, indent=1))
+        with open(folder / "log.txt", "w") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "baselines.gpu.bench_worker", str(folder)],
+                env=worker_environment(self.plan),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+            try:
+                code = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                raise Lost(Failure(cause="timeout", detail=f"not finished after {limit:.0f} s")) from None
+            finally:
+                _end(process)
+        return _read(result, code, folder)
+
+    def ranks(
+        self, framework: str, config: TrainConfig, *, name: str, most_s: float | None = None, threads: int = 1
+    ) -> Outcome:
+        """A run of several ranks, or of another framework. Raises `Lost` when it fails."""
+        limit = self.limit(most_s)
+        self.say(name)
+        try:
+            reason = self.refusal(framework) or load_framework(framework).unavailable(config)
+            if reason is not None:
+                raise Lost(Failure(cause="unavailable", detail=reason))
+            outcome = supervise(
+                framework, config, self.folder(name), timeout_s=limit, device=self.plan.device, threads=threads
+            )
+        except (AxonnError, OSError) as error:
+            raise Lost(Failure(cause="error", detail=str(error))) from error
+        if outcome.failure is not None:
+            raise Lost(outcome.failure)
+        return outcome
+
+    def refusal(self, framework: str) -> str | None:
+        """Why a framework cannot run on this device at all; None where it can."""
+        adapter = load_adapter(framework.partition("/")[0])
+        can = adapter.capabilities()
+        if not can.available:
+            return can.reason or f"{framework} is not installed"
+        # What of it runs in our own environment goes where our engine goes.
+        if adapter.name not in ("axonn", "pytorch") and self.plan.device not in can.devices:
+            return f"what is installed of {adapter.label} runs on {', '.join(can.devices)} only"
+        return None
+
+
+def worker_environment(plan: Plan) -> dict[str, str]:
+    """With a GPU all cores make initial weights and step optimizers of the host; in miniature one is enough, and two
+    that wait for one another on a busy machine take a hundred times as long."""
+    environment = rank_environment(os.environ, threads=available_cores() if plan.device == "cuda" else 1)
+    if plan.device == "cuda":
+        # Sizes change little from batch to batch; what they leave free in between can be used.
+        environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    return environment
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """With whatever it has started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _read(result: Path, code: int, folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(result.read_text())
+    except (OSError, json.JSONDecodeError):
+        tail = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-3:]
+        killed = "; the system kills a process like this when memory runs out" if code == -signal.SIGKILL else ""
+        how = f"killed by signal {-code}{killed}" if code < 0 else f"ended with code {code}"
+        cause = "out-of-memory" if killed else "error"
+        raise Lost(Failure(cause=cause, detail=" | ".join([how, *tail]))) from None
+    if (failure := content.get("failure")) is not None:
+        raise Lost(Failure(**failure))
+    found: dict[str, Any] = content["result"]
+    return found
+
+
+Part = Callable[[Context], tuple[list[Row], dict[str, Any]]]
+"""Measures; its rows, and what holds for all of them. It never raises `Lost`: that is a row."""

@@ -1,0 +1,110 @@
+"""What a part leaves: rows of one form, whose fields stay empty where they have no meaning."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from axonn.config.loading import Loss
+from axonn.config.train_config import StrictModel
+from axonn.observability.records import Failure, Machine
+
+SCHEMA = "axonn-gpu/1"
+
+
+class Row(StrictModel):
+    """One measurement, or why there is none."""
+
+    part: str
+    model: str
+    contender: str
+    ours: bool = False
+    framework: str | None = None
+    """Name and version, where it is not our engine."""
+    seconds: float | None = None
+    """Median of a batch."""
+    seconds_low: float | None = None
+    seconds_high: float | None = None
+    batch_times_s: list[float] = []
+    """Of all turns; each is the mean of the batches of a turn."""
+    units_per_s: float | None = None
+    unit: str | None = None
+    """What throughput counts."""
+    tflops: float | None = None
+    """By `formula`, without recompute."""
+    formula: str | None = None
+    pct_peak: float | None = None
+    ratio: float | None = None
+    """Our engine's seconds over this one's: median of paired rounds."""
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    paired: bool | None = None
+    """Whether both took turns in one process."""
+    losses: list[Loss] = []
+    loss_difference: Loss | None = None
+    """Largest relative one from the losses of the reference."""
+    tolerance: float | None = None
+    memory: dict[str, int] = {}
+    """Bytes by name: after_init and step_peak as the allocator of the device counts them, batch_peak, and the
+    categories of `Engine.memory`."""
+    model_bytes: int | None = None
+    """What the memory model says of after_init."""
+    model_error_pct: float | None = None
+    parameters: int | None = None
+    share: float | None = None
+    """Of what is said in `share_of`, between 0 and 1."""
+    share_of: str | None = None
+    predicted_s: float | None = None
+    error_pct: float | None = None
+    config: dict[str, Any] | None = None
+    """What was trained, where it was a `TrainConfig`."""
+    note: str | None = None
+    failure: Failure | None = None
+
+
+class PartResult(StrictModel):
+    """One part, as its file has it."""
+
+    schema_: str = SCHEMA
+    part: str
+    rows: list[Row]
+    about: dict[str, Any] = {}
+    """What holds for all rows."""
+    quick: bool
+    seconds: float
+    """That it took."""
+    created: str
+    command: str
+    machine: Machine
+
+
+def failed(part: str, model: str, contender: str, failure: Failure, **said: Any) -> Row:
+    """A row that says why there is no measurement."""
+    return Row(part=part, model=model, contender=contender, failure=failure, **said)
+
+
+def write_part(folder: Path, result: PartResult) -> Path:
+    """One file for each part, in place of an earlier one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result.part}.json"
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(result.model_dump(mode="json", exclude_none=True), indent=1) + "\n")
+    temporary.replace(path)
+    return path
+
+
+def read_parts(folder: Path, names: Sequence[str]) -> dict[str, PartResult]:
+    """Those of a folder that can be read, in the order of `names`; what another version wrote is as if not there."""
+    found = {}
+    for name in names:
+        try:
+            result = PartResult.model_validate_json((folder / f"{name}.json").read_bytes())
+        except (OSError, ValidationError):
+            continue
+        if result.schema_ == SCHEMA:
+            found[name] = result
+    return found

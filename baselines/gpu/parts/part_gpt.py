@@ -1,0 +1,155 @@
+"""Part gpt: tokens/s and share of the peak of GPTs, our engine beside plain PyTorch and other frameworks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from axonn.config.train_config import TrainConfig
+from axonn.observability.records import Failure
+from axonn.training.framework import load_framework, version_of
+from baselines.gpu.bench_context import Context, Lost
+from baselines.gpu.bench_rows import Row, failed
+from baselines.gpu.bench_work import Work
+from baselines.gpu.parts.parts_common import agreement, speed, steady
+from baselines.gpu.tasks.task_gpt import COMPILED, ENGINE, LOOP
+from baselines.statistics import median_interval
+
+PART = "gpt"
+LABELS = {ENGINE: "AxoNN", LOOP: "plain PyTorch loop", COMPILED: "plain loop, torch.compile"}
+FOREIGN = ("deepspeed/zero-1", "megatron/tensor")
+LEAST_MEMORY_SHARE = 0.9
+"""Of the device's memory that contenders in one process may need together, by the estimate of `bytes_needed`."""
+FOREIGN_SHARE = 0.35
+"""Of the part's time that is kept for the other frameworks, which run after all else."""
+FOREIGN_MOST_S = 75.0
+MOST_SHARE = 0.7
+"""Of the time that is left, for one process: a compiler that takes for ever leaves something to the others."""
+REMARKS = {
+    "megatron": "its local layers without Transformer Engine, float32 masters by PyTorch's fused AdamW",
+    "deepspeed": "float32 masters from weights that were rounded to bfloat16",
+}
+
+
+def bytes_needed(work: Work, contenders: int) -> int:
+    """Rough: 20 bytes of state for each parameter of each, and activations and logits of one microbatch, kept once."""
+    model, rows = work.model, work.microbatch_size
+    tokens = rows * model.seq_len
+    return contenders * 20 * model.parameters + tokens * (34 * model.hidden * model.layers + 12 * model.vocab)
+
+
+def groups(work: Work, memory: int | None) -> list[list[str]]:
+    """Contenders that take turns in one process: all three where memory allows, else our engine with each of the
+    others, else each alone."""
+    everyone = [ENGINE, LOOP, COMPILED]
+    if memory is None or bytes_needed(work, 3) <= LEAST_MEMORY_SHARE * memory:
+        return [everyone]
+    if bytes_needed(work, 2) <= LEAST_MEMORY_SHARE * memory:
+        return [[ENGINE, LOOP], [ENGINE, COMPILED]]
+    return [[name] for name in everyone]
+
+
+def measure(context: Context) -> tuple[list[Row], dict[str, Any]]:
+    """Every model, the smallest first; then the other frameworks, the smallest model last."""
+    memory = None if context.peak is None else context.peak.memory
+    about: dict[str, Any] = {
+        "formula": "72bslh^2(1+s/6h)+6bshV",
+        "peak": None if context.peak is None else context.peak.model_dump(exclude_none=True),
+    }
+    rows: list[Row] = []
+    whole = context.deadline
+    if any(context.refusal(name) is None for name in FOREIGN):
+        context.deadline = whole - FOREIGN_SHARE * context.left_s
+    for work in context.plan.gpts:
+        rows += own_rows(context, work, memory)
+    context.deadline = whole
+    for work in reversed(context.plan.gpts):
+        rows += foreign_rows(context, work, rows)
+    order = [work.model.name for work in context.plan.gpts]
+    return sorted(rows, key=lambda row: order.index(row.model)), about
+
+
+def own_rows(context: Context, work: Work, memory: int | None) -> list[Row]:
+    """Our engine, the loop and the compiled loop."""
+    plan = context.plan
+    steps = plan.warmup + plan.rounds * plan.batches
+    config = work.config(steps=steps)
+    plain = config.model_dump(mode="json")
+    found: dict[str, Row] = {}
+    reference: list[float] = []
+    waiting = groups(work, memory)
+    while waiting:
+        group = waiting.pop(0)
+        try:
+            result = context.task(
+                "gpt",
+                name=f"{work.model.name}: {', '.join(group)}",
+                most_s=MOST_SHARE * context.left_s,
+                config=plain,
+                contenders=group,
+                warmup=plan.warmup,
+                rounds=plan.rounds,
+                batches=plan.batches,
+            )
+        except Lost as lost:
+            if lost.failure.cause == "out-of-memory" and len(group) > 1:
+                # Then each by itself: beside others there is not room enough.
+                waiting += [[who] for who in group if who not in found]
+                continue
+            for who in group:
+                row = failed(PART, work.model.name, LABELS[who], lost.failure, ours=who == ENGINE, config=plain)
+                found.setdefault(who, row)
+            continue
+        reference = reference or result["losses"].get(ENGINE) or []
+        for who in group:
+            if who not in found or found[who].failure is not None:
+                found[who] = row_of(context, config, who, result, reference)
+    rows = [with_ratio(row, found.get(ENGINE)) for row in found.values()]
+    return sorted(rows, key=lambda row: [*LABELS.values()].index(row.contender))
+
+
+def with_ratio(row: Row, ours: Row | None) -> Row:
+    """With the ratio to our engine also where the two had no turns in one process."""
+    if row.ratio is not None or row.ours or row.seconds is None or ours is None or ours.seconds is None:
+        return row
+    return row.model_copy(update={"ratio": ours.seconds / row.seconds, "paired": False})
+
+
+def row_of(context: Context, config: TrainConfig, who: str, result: dict[str, Any], reference: Sequence[float]) -> Row:
+    """One contender of a task, beside our engine where that took turns with it."""
+    base: dict[str, Any] = {"part": PART, "model": config.model.name, "contender": LABELS[who], "ours": who == ENGINE}
+    if who in result["failed"]:
+        return Row(**base, failure=Failure(cause="error", detail=result["failed"][who]))
+    times, ours = result["times"][who], result["times"].get(ENGINE)
+    fields: dict[str, Any] = speed(context, config, times)
+    if who == ENGINE:
+        return Row(**base, **fields, losses=result["losses"][who])
+    fields |= {"framework": f"torch {result['torch']}", "paired": ours is not None}
+    if ours:
+        ratio = median_interval([a / b for a, b in zip(ours, times, strict=True)])
+        fields |= {"ratio": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high}
+    return Row(**base, **fields, **agreement(result["losses"][who], reference))
+
+
+def foreign_rows(context: Context, work: Work, ours: Sequence[Row]) -> list[Row]:
+    """DeepSpeed and megatron-core, each in its own environment and process, after our engine."""
+    plan = context.plan
+    config = work.config(steps=plan.warmup + plan.batches * 2)
+    engine = next((row for row in ours if row.model == work.model.name and row.ours), None)
+    rows = []
+    for name in FOREIGN:
+        framework = load_framework(name)
+        adapter = name.partition("/")[0]
+        base: dict[str, Any] = {"framework": version_of(framework), "note": REMARKS[adapter], "paired": False}
+        plain = config.model_dump(mode="json")
+        try:
+            outcome = context.ranks(name, config, name=f"{work.model.name}: {framework.label}", most_s=FOREIGN_MOST_S)
+        except Lost as lost:
+            rows.append(failed(PART, work.model.name, framework.label, lost.failure, **base, config=plain))
+            continue
+        fields = speed(context, config, steady(outcome.batch_times_s, plan.warmup))
+        if engine is not None and engine.seconds is not None:
+            fields["ratio"] = engine.seconds / fields["seconds"]
+        fields |= agreement(outcome.losses, [] if engine is None else engine.losses)
+        rows.append(Row(part=PART, model=work.model.name, contender=framework.label, **base, **fields))
+    return rows

@@ -1,0 +1,1 @@
+"""Programs that `make bench-gpu` runs on the device, one process each."""

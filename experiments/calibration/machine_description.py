@@ -1,0 +1,192 @@
+"""The machine file of what a calibration measured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from axonn.config.train_config import FloatType, validate
+from axonn.durable_files import replace_durably
+from axonn.models.registry import outline_of
+from axonn.observability.provenance import cpu_name
+from axonn.perf.machine.coefficient_fit import describe_curves
+from axonn.perf.machine.kernel_tables import MeasuredKernels
+from axonn.perf.machine.machine_file import Curve, Library, MachineFile
+from axonn.perf.machine.quantities import Time
+from axonn.perf.planner.engine_strategy import strategy_of_config
+from axonn.perf.prediction import message_bytes
+from experiments.calibration.host_costs import host_times, small
+
+_LIBRARIES: tuple[tuple[Library, str], ...] = (("mpi", "mpi"), ("nccl", "torch"))
+"""With the transport that uses each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Results of the ranks. `alone`: of one rank by itself; `together`: of all at once, None with a single rank."""
+
+    ranks: int
+    precision: FloatType
+    source: str
+    alone: Mapping[str, Any]
+    together: Mapping[str, Any] | None
+
+
+def machine_of(measured: Measured, *, name: str) -> MachineFile:
+    """The machine as the performance model reads it. Raises `ConfigError` for numbers that cannot be."""
+    content = _content(measured, name)
+    machine = validate(content, MachineFile, where="what was measured")
+    host = host_times(machine, measured.precision, measured.alone["host"], source=measured.source)
+    host = host.model_copy(update=_host_of_pipelining(measured))
+    return machine.model_copy(update={"gpu": machine.gpu.model_copy(update={"host": host})})
+
+
+def write_machine(path: Path, machine: MachineFile) -> None:
+    """Write a machine file that `load_machine` reads."""
+    content = machine.model_dump(mode="json", exclude_none=True)
+    header = "# Made by axonn calibrate; every number was measured here.\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_durably(path, header + yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=160))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists of numbers on lines of their own."""
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
+        plain = all(isinstance(item, int | float) for item in sequence)
+        return super().represent_sequence(tag, sequence, flow_style=plain)
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _content(measured: Measured, name: str) -> dict[str, Any]:
+    source, alone = measured.source, measured.alone
+
+    def quantity(value: float, unit: str, how: str = "") -> dict[str, Any]:
+        said = f"{source}; {how}" if how else source
+        return {"value": float(f"{value:.6g}"), "unit": unit, "status": "measured", "source": said}
+
+    tables = [_tables(measured, 1, alone)]
+    if measured.together is not None:
+        tables.append(_tables(measured, measured.ranks, measured.together))
+    checked = [validate(table, MeasuredKernels, where="measured kernels") for table in tables]
+    peak = quantity(max(table.best_rate for table in checked) / 1e9, "GFLOP/s", "the fastest product")
+    # Read and written.
+    memory = 2 * (measured.together or alone)["copy"] / 1e9
+    host_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    found = alone.get("gpu")
+    if found is None:
+        about = f"{measured.ranks} ranks, one core each, computing in {measured.precision}; a machine by itself."
+        link = quantity(memory / 2, "GB/s", "a copy: device and host are one")
+        own = {
+            "name": f"one core of {cpu_name()}",
+            "vector_peak": peak | {"source": f"{source}; a core has no matrix units beside"},
+            "memory": quantity(host_memory / measured.ranks, "GB", "a rank's share of the host's"),
+            "multiprocessors": quantity(1, "1", "a rank computes in one thread"),
+        }
+    else:
+        about = (
+            f"{found['name']}, one GPU measured by itself, computing in {measured.precision}. Links between GPUs were "
+            "not measured: what is said of them is the link to the host, through which ranks that share a GPU exchange."
+        )
+        link = quantity(alone["host_link"] / 1e9, "GB/s", "a copy of page-locked memory, in the slower direction")
+        own = {
+            "name": found["name"],
+            "vector_peak": peak | {"source": f"{source}; what has no measured kernel is taken for a product"},
+            "memory": quantity(found["memory"] / 1e9, "GB", "as the driver says"),
+            "multiprocessors": quantity(found["multiprocessors"], "1", "as the driver says"),
+        }
+    gpu = {
+        "peak": peak,
+        "alignment": quantity(1, "1", "none is needed"),
+        "memory_bandwidth": quantity(memory, "GB/s", "a copy, read and written"),
+        "stream_bandwidth": quantity(memory, "GB/s", "a copy, read and written"),
+        "kernel_latency": quantity(1e6 * alone["empty_kernel"], "us", "addition to one number"),
+        "measured": tables,
+        **own,
+    }
+    node = {
+        "gpus": quantity(measured.ranks, "1", "ranks that were measured together"),
+        "gpus_per_socket": quantity(measured.ranks, "1", "all ranks reach each other alike"),
+        "nvlink": quantity(memory / 2, "GB/s", "a copy") if found is None else link,
+        "host_link": link,
+        "host_memory": quantity(host_memory, "GB", "all of it"),
+        "host_memory_bandwidth": quantity(memory * measured.ranks, "GB/s", "copies of all ranks")
+        if found is None
+        else quantity(2 * alone["host_link"] / 1e9, "GB/s", "no more than the link to the GPU was seen to take"),
+    }
+    return {
+        "name": name,
+        "about": about,
+        "gpu": gpu,
+        "nodes": quantity(1, "1", "a machine by itself"),
+        "node": node,
+        "network": _network(measured, quantity),
+    }
+
+
+def _tables(measured: Measured, busy: int, found: Mapping[str, Any]) -> dict[str, Any]:
+    return {"busy": busy, "precision": measured.precision, "source": measured.source, **found["kernels"]}
+
+
+def _network(measured: Measured, quantity: Any) -> dict[str, Any]:
+    """A single rank sends nothing: its links are then given by copies."""
+    found = measured.together
+    if found is None:
+        rate = measured.alone.get("host_link", measured.alone["copy"])
+        sizes = [1 << i for i in range(8, 23, 2)]
+        seconds = [1e-6 + size / rate for size in sizes]
+        found = {
+            "message_bytes": sizes,
+            "messages_mpi": seconds,
+            "messages_torch": seconds,
+            "all_reduce_bytes": sizes,
+            "all_reduce": seconds,
+            "beside": 1.0,
+        }
+    sizes = found["message_bytes"]
+    p2p = {
+        library: {"intra_node": _curve(sizes, found[f"messages_{transport}"], measured.source)}
+        for library, transport in _LIBRARIES
+    }
+    reduced = _curve(found["all_reduce_bytes"], found["all_reduce"], measured.source)
+    fastest = max(size / seconds for size, seconds in zip(sizes, found["messages_torch"], strict=True))
+    return {
+        "injection": quantity(fastest / 1e9, "GB/s", "messages over the loopback interface; there is one node"),
+        "ports": quantity(1, "1", "the loopback interface"),
+        "p2p": p2p,
+        "all_reduce": {
+            "intra_node": reduced,
+            "intra_node_ranks": quantity(measured.ranks, "1"),
+            "slowdown": quantity(found["beside"], "1", "products beside an all-reduce"),
+        },
+    }
+
+
+def _host_of_pipelining(measured: Measured) -> dict[str, Any]:
+    """What messages cost the cores, and what else a task of a pipeline does."""
+    found = measured.together
+    if found is None:
+        return {}
+    messages: dict[Library, Curve] = {}
+    for library, transport in _LIBRARIES:
+        curve = _curve(found["message_bytes"], found[f"host_{transport}"], measured.source)
+        messages[library] = validate(curve, Curve, where="messages")
+    one = small(1, measured.precision)
+    nbytes = message_bytes(outline_of(one.model), strategy_of_config(one))
+    rest = max(1e-8, found["pipelined"] - messages["mpi"].seconds(nbytes))
+    time = Time(value=float(f"{1e6 * rest:.6g}"), unit="us", source=measured.source, status="measured")
+    return {"messages": messages, "pipelined": time}
+
+
+def _curve(sizes: Sequence[int], seconds: Sequence[float], source: str) -> dict[str, Any]:
+    rows = [{"bytes": str(n), "t_ms": repr(1e3 * t)} for n, t in zip(sizes, seconds, strict=True)]
+    curve: Any = describe_curves(rows, segments=max(1, len(rows) // 4), min_bytes=0)["t"]
+    curve["fit"]["source"] = source
+    return dict(curve)

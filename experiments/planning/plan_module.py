@@ -1,0 +1,56 @@
+"""Any module that `axonn.parallelize` accepts, to plan for: its factory by name, its inputs by shape."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import nn
+
+from axonn.autoparallel.module_outline import outline_of_module
+from axonn.errors import ConfigError
+from axonn.grid import ProcessGrid
+from axonn.perf.layers.model_outline import Outline
+from axonn.perf.planner.planner import Plannable
+
+_INPUT = re.compile(r"(\w+)\[(\d+(?:,\s*\d+)*)\]")
+
+
+def plannable_module(name: str, inputs: Sequence[str]) -> Plannable:
+    """`name`: package.module:factory, whose result is the module. Raises `ConfigError` for what is not there."""
+    module = _made(name)
+    example = tuple(_example(text) for text in inputs)
+    if not example:
+        raise ConfigError(
+            "the layouts of a module follow from its inputs: give --input 'float32[8,3,64,64]', rows first"
+        )
+
+    @cache
+    def outline(row: int, col: int) -> Outline:
+        return outline_of_module(module, ProcessGrid(row=row, col=col), example)
+
+    outline(1, 1)
+    return Plannable(name=name, outline=outline, stages=False)
+
+
+def _made(name: str) -> nn.Module:
+    package, _, factory = name.partition(":")
+    try:
+        with torch.device("meta"):
+            made = getattr(importlib.import_module(package), factory)()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"--module {name}: {error}; give package.module:factory") from error
+    if not isinstance(made, nn.Module):
+        raise ConfigError(f"--module {name}: the factory returns {type(made).__name__}, not a torch.nn.Module")
+    return made
+
+
+def _example(text: str) -> torch.Tensor:
+    match = _INPUT.fullmatch(text.strip())
+    dtype = getattr(torch, match[1], None) if match else None
+    if match is None or not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"--input {text}: write a type of torch and a shape, rows first: 'float32[8,3,64,64]'")
+    return torch.empty([int(n) for n in match[2].split(",")], dtype=dtype, device="meta")

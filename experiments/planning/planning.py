@@ -1,0 +1,270 @@
+"""`axonn plan`: what the command does around the planner: the model, the table, and the configuration file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from rich import box
+from rich.table import Table
+
+from axonn.config.model_config import ModelConfig
+from axonn.config.train_config import FloatType, ScheduleConfig, TrainConfig
+from axonn.errors import ConfigError
+from axonn.grid import AXES, ProcessGrid
+from axonn.models.registry import make_model, outline_of
+from axonn.perf.layers.model_outline import Outline
+from axonn.perf.machine.machine_file import MachineFile
+from axonn.perf.planner.engine_strategy import config_of_strategy
+from axonn.perf.planner.planner import Choice, Plan, Plannable
+from axonn.perf.planner.search_space import Checkpointing, Space
+from axonn.perf.strategy import Strategy
+from axonn.schedules import make_schedule
+from axonn.training.capacity import lacking_here
+from experiments.definition import HERE, load_experiment, load_model
+
+TABLE_WIDTH = 160
+
+
+def plannable(config: ModelConfig) -> Plannable:
+    """A model of `axonn.models`."""
+    model, outline = make_model(config), outline_of(config)
+
+    @cache
+    def on(row: int, col: int) -> Outline:
+        model.check(ProcessGrid(row=row, col=col))
+        return outline
+
+    return Plannable(name=config.name, outline=on)
+
+
+def described(strategy: Strategy) -> list[str]:
+    """Grid, microbatch, schedule, checkpointing, optimizer: cells of a table."""
+    g, schedule = strategy.grid, strategy.schedule
+    how = schedule.name
+    if schedule.chunks > 1:
+        how += f" {schedule.chunks}{'V' if schedule.placement == 'v' else ''}"
+    if g.inter > 1 and schedule.name.startswith("message-driven"):
+        how += f" ({schedule.in_flight_limit or 2 * g.inter})"
+    optimizer: str = strategy.optimizer
+    if optimizer == "offloaded":
+        optimizer = f"offloaded {strategy.bsize / 1e6:g}M x {strategy.k}"
+    return [
+        f"{g.data} x {g.inter} x {g.row} x {g.col}",
+        f"{strategy.microbatch_size}" + (f" / {strategy.overdecomposition}" if strategy.overdecomposition > 1 else ""),
+        how,
+        f"every {strategy.checkpoint_layers}" if strategy.recompute == "full" else "none",
+        optimizer,
+    ]
+
+
+def size(nbytes: float) -> str:
+    """Bytes in words."""
+    unit = min(4, int(math.log(max(nbytes, 1), 1000)))
+    return f"{nbytes / 1000**unit:.3g} {['B', 'kB', 'MB', 'GB', 'TB'][unit]}"
+
+
+def table(plan: Plan, sent: Sequence[Mapping[str, int]], title: str) -> Table:
+    """The best configurations. `sent`: bytes by axis, of each."""
+    found = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in (
+        *("#", "data x inter\nx row x col", "micro-\nbatch", "schedule\n(in flight)", "check-\npoints", "optimizer"),
+        *("time\ns", "TFLOP/s\nper GPU", "% of\npeak", "memory\nGB", "bubble\n%", "a GPU\nsends"),
+    ):
+        left = name.startswith(("data", "schedule", "check", "optimizer"))
+        found.add_column(name, justify="left" if left else "right", no_wrap=True)
+    for number, (choice, by_axis) in enumerate(zip(plan.best, sent, strict=True), start=1):
+        p = choice.prediction
+        found.add_row(
+            str(number),
+            *described(choice.strategy),
+            f"{p.batch_time_s:.4g}",
+            f"{p.tflops_per_gpu:.3g}",
+            f"{p.pct_peak:.1f}",
+            f"{p.memory.total / 1e9:.3g}",
+            f"{100 * p.parts.bubble / p.batch_time_s:.1f}",
+            size(sum(by_axis.values())),
+        )
+    return found
+
+
+def what_was_searched(plan: Plan) -> list[str]:
+    """How much was tried, and what was left out and why."""
+    rate = plan.estimated / max(plan.estimating_s, 1e-9)
+    lines = [
+        f"{plan.estimated} configurations estimated in {plan.estimating_s:.1f} s ({rate:.0f}/s), "
+        f"{plan.simulated} pipelines simulated"
+    ]
+    if plan.discarded.counts:
+        parts = (f"{reason} {count}" for reason, count in plan.discarded.counts.most_common())
+        lines.append(f"discarded: {'; '.join(parts)}")
+    if plan.discarded.nearest is not None:
+        lacking, candidate = plan.discarded.nearest
+        data, inter, row, col = candidate.shape.grid
+        lines.append(
+            f"nearest that does not fit: {size(lacking)} too much ({data} x {inter} x {row} x {col}, microbatch "
+            f"{candidate.shape.microbatch_size}, {candidate.schedule.name}, optimizer {candidate.optimizer})"
+        )
+    return lines
+
+
+def write_config(choice: Choice, model: ModelConfig, space: Space, path: Path, *, machine: MachineFile) -> TrainConfig:
+    """The configuration file with which `axonn train` runs a choice."""
+    config = config_of_strategy(choice.strategy, model, batch_size=space.batch_size)
+    p = choice.prediction
+    head = (
+        f"# Chosen by axonn plan for {space.gpus} GPUs of {machine.name}: predicted {p.batch_time_s:.4g} s per batch,\n"
+        f"# {p.tflops_per_gpu:.3g} TFLOP/s per GPU, {p.memory.total / 1e9:.3g} GB on the fullest GPU.\n"
+    )
+    content = config.model_dump(mode="json", exclude_defaults=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(head + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return config
+
+
+def where_it_runs(config: TrainConfig, path: Path, machine: MachineFile) -> str:
+    """Return on what machine, and how, the written configuration can be run, in words."""
+    how = f"axonn train {path}"
+    if not (lacking := lacking_here(config, "auto")):
+        return f"run it with: {how}"
+    ranks = ProcessGrid(**config.grid.model_dump()).size
+    nodes = -(-ranks // machine.node.gpus.number)
+    here = f"this machine cannot run it: {'; '.join(lacking)}"
+    if nodes == 1:
+        return f"{here}. On a node of {machine.name}: {how}"
+    return (
+        f"{here}. It takes {nodes} nodes of {machine.name}, and axonn train starts ranks on one machine alone: axonn "
+        "jobs writes jobs for the points of an experiment, which may have the planner choose as here (docs/jobs.md)"
+    )
+
+
+def picked(plan: Plan, number: int) -> Choice:
+    """Number `number` of the table."""
+    if not 1 <= number <= len(plan.best):
+        raise ConfigError(f"--pick {number}: the table has {len(plan.best)} rows")
+    return plan.best[number - 1]
+
+
+def default_batch(config: ModelConfig) -> int | None:
+    """The batch that a model is published with, if an experiment of the suite has published points of it."""
+    for path in sorted(HERE.glob("*.yaml")):
+        experiment = load_experiment(path)
+        panel = experiment.predicted if experiment.published is not None else None
+        for point in () if panel is None else panel.points:
+            if point.model == config.name:
+                return point.batch_size or panel.batch_size
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What to plan for. `config`: of a model that `axonn train` trains; `batch`: its usual one."""
+
+    plannable: Plannable
+    config: ModelConfig | None = None
+    batch: int | None = None
+
+
+def chosen_model(model: str | None, module: str | None, inputs: Sequence[str], *, precision: FloatType) -> Chosen:
+    """The model or module that the command names. Raises `ConfigError` unless it names one."""
+    if (model is None) == (module is None):
+        raise ConfigError("give --model NAME, or --module package.module:factory with --input")
+    if model is not None:
+        config = load_model(model)
+        return Chosen(plannable=plannable(config), config=config, batch=default_batch(config))
+    assert module is not None
+    from experiments.planning.plan_module import plannable_module
+
+    return Chosen(plannable=plannable_module(module, inputs))
+
+
+def without_engine(space: Space) -> Space:
+    """What is left to search of a module that `axonn.parallelize` cuts: grids, rows at a time and sub-shards. Its
+    optimizer is torch's own. Raises `ConfigError` for pins of what only the engine does."""
+    pinned = {
+        "--schedule": space.schedule is not None,
+        "--checkpointing": space.checkpointing not in (None, "none"),
+        "--optimizer offloaded": space.optimizer == "offloaded",
+    }
+    if any(pinned.values()):
+        options = ", ".join(option for option, is_pinned in pinned.items() if is_pinned)
+        raise ConfigError(f"{options}: the engine does that, for a --model; leave it out for a --module")
+    return replace(space, optimizer="device", checkpointing="none")
+
+
+def space_of(
+    *,
+    gpus: int,
+    batch: int | None,
+    precision: FloatType,
+    extents: tuple[int | None, int | None, int | None, int | None],
+    microbatch: int | None,
+    schedule: ScheduleConfig | None,
+    checkpointing: str | None,
+    optimizer: Literal["device", "offloaded"] | None,
+    order: str | None,
+    reserve: float,
+) -> Space:
+    """What the options of the command leave to search."""
+    if batch is None:
+        raise ConfigError("how large is the batch? give --batch")
+    axes = tuple((order or ",".join(AXES)).split(","))
+    if sorted(axes) != sorted(AXES):
+        raise ConfigError(f"--order {order}: name each of {', '.join(AXES)} once, separated by commas")
+    if checkpointing not in (None, "none", "auto") and not (checkpointing or "").isdigit():
+        raise ConfigError(f"--checkpointing {checkpointing}: say none, auto, or a number of blocks")
+    together: Checkpointing | None = None
+    if checkpointing is not None:
+        together = int(checkpointing) if checkpointing.isdigit() else "none" if checkpointing == "none" else "auto"
+    data, inter, row, col = extents
+    return Space(
+        gpus=gpus,
+        batch_size=batch,
+        precision=precision,
+        order=axes,  # type: ignore[arg-type]
+        data=data,
+        inter=inter,
+        row=row,
+        col=col,
+        reserve=reserve,
+        microbatch_size=microbatch,
+        schedule=schedule,
+        checkpointing="none" if together == 0 else together,
+        optimizer=optimizer,
+    )
+
+
+def taken_by_default(left: Collection[str], space: Space, *, pick: int) -> list[str]:
+    """What a plan hangs on that was not asked for, each with its option. `left`: options that were not given; what they
+    leave open and the planner searches is in its table."""
+    said = {
+        "batch": f"batch {space.batch_size}, that of the model's published points",
+        "precision": f"precision {space.precision}",
+        "reserve": f"{space.reserve:.0%} of a GPU's memory left free",
+        "order": f"axes from the slowest to the fastest {' '.join(space.order)}",
+        "pick": f"row {pick} for --out",
+    }
+    if space.schedule is not None:
+        said["chunks"] = f"{space.schedule.chunks} chunk per stage"
+        said["placement"] = f"placement {space.schedule.placement}"
+        if space.schedule.name.startswith("message-driven"):
+            said["in_flight"] = "in-flight limit 2 G_inter"
+    return [f"{text} (--{name.replace('_', '-')})" for name, text in said.items() if name in left]
+
+
+def pinned_schedule(
+    name: str | None, chunks: int, placement: Literal["loop", "v"], in_flight: int | None
+) -> ScheduleConfig | None:
+    """The schedule that the options pin. Raises `ConfigError` for one that does not exist."""
+    if name is None:
+        if chunks > 1 or placement != "loop" or in_flight is not None:
+            raise ConfigError("--chunks, --placement and --in-flight are those of a pinned schedule: give --schedule")
+        return None
+    found = ScheduleConfig(name=name, chunks=chunks, placement=placement, in_flight_limit=in_flight)
+    make_schedule(found.spec(), stage=0, stages=2, microbatches=2)
+    return found

@@ -1,0 +1,91 @@
+"""The published points of an experiment as records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from axonn.config.loading import validate
+from axonn.observability.records import Asked, Machine, Ran, Record, read_records
+from axonn.perf.strategy import Strategy
+from experiments.definition import OURS, ROOT, Experiment
+from experiments.validation.published_sets import FOLDER, Case, DataSet, load_data_set, rules_for
+
+PHASES = {"pipeline_s": "inter_layer", "all_reduce_s": "all_reduce", "optimizer_s": "optimizer"}
+"""Quantities of a data set that are phases of a batch (`axonn.observability.records.Record.phases_s`)."""
+
+
+def published_records(experiment: Experiment) -> list[Record]:
+    """Those of the record file, or of the data set, that the experiment names; none where it names nothing.
+
+    Points of a data set that only its ratios use have no record. Raises `RecordError` and `ConfigError` for what is
+    wrong with the files.
+    """
+    if experiment.published is not None:
+        return read_records(ROOT / experiment.published)
+    if experiment.data_set is None:
+        return []
+    data, cases = load_data_set(FOLDER / f"{experiment.data_set}.yaml")
+    return [record for case in cases if (record := _record(experiment, data, case)) is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedRatio:
+    """A published speedup: `value` times as fast is `faster` as `slower`, on `gpus` GPUs. No time is published."""
+
+    label: str
+    value: float
+    faster: Case
+    slower: Case
+    source: str
+
+    @property
+    def gpus(self) -> int:
+        return self.faster.gpus
+
+
+def published_ratios(experiment: Experiment) -> list[PublishedRatio]:
+    """Those of the data set that the experiment names for them. Raises `ConfigError` for a wrong file."""
+    if experiment.ratios is None:
+        return []
+    data, cases = load_data_set(FOLDER / f"{experiment.ratios}.yaml")
+    by_label = {case.label: case for case in cases}
+    return [
+        PublishedRatio(
+            label=ratio.label,
+            value=ratio.published,
+            faster=by_label[ratio.faster],
+            slower=by_label[ratio.slower],
+            source=data.source,
+        )
+        for ratio in data.ratios
+    ]
+
+
+def _record(experiment: Experiment, data: DataSet, case: Case) -> Record | None:
+    phases = {phase: case.published[name] for name, phase in PHASES.items() if name in case.published}
+    time = case.published.get("batch_time_s")
+    if time is None and len(phases) == len(PHASES):
+        time = sum(phases.values())
+    if time is None and not phases:
+        return None
+    rules = rules_for(data, case)
+    # What a rule decides is not published.
+    decided = {key for rule in rules for value in rule.among for key in value}
+    strategy = validate({"microbatch_size": 1, **case.strategy}, Strategy, where=data.name)
+    return Record(
+        kind="published",
+        experiment=experiment.name,
+        point=case.label,
+        asked=Asked.of(case.model, gpus=case.gpus, batch_size=case.batch_size, precision=strategy.compute),
+        ran=Ran(
+            framework=case.group or OURS,
+            version="as published",
+            grid=strategy.grid,
+            microbatch_size=None if "microbatch_size" in decided else strategy.microbatch_size,
+        ),
+        machine=Machine(name=data.machine),
+        source=data.source,
+        batch_time_s=time,
+        phases_s=phases,
+        note=case.note or None,
+    )

@@ -1,0 +1,1 @@
+"""Published sets, and the performance model held against them."""

@@ -1,0 +1,141 @@
+"""What results/predicted/validation.json holds: the performance model beside published measurements."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from axonn.config.train_config import StrictModel
+from axonn.perf.machine.machine_file import MachineFile
+from axonn.perf.machine.quantities import FitReport
+from experiments.validation.published_sets import Open
+
+
+class Row(StrictModel):
+    """One published number and its predictions, in the quantity's unit. Errors are predicted / measured - 1, in
+    percent."""
+
+    label: str
+    group: str
+    quantity: str
+    """Or "ratio"."""
+    model: str
+    measured: float
+    predicted: float
+    error_pct: float
+    constant: float | None = None
+    """By the constant-TFLOP/s predictor, its rate fitted on all points of the set; None where it says nothing."""
+    constant_error_pct: float | None = None
+    constant_held_out_error_pct: float | None = None
+    """Its rate fitted on the points of the other models; None when there is but one model."""
+    chosen: list[str] = []
+    """What the rules for open settings came to."""
+    memory_gb: float | None = None
+    """Predicted, of the device that needs most."""
+    fits: bool = True
+    note: str = ""
+
+    @property
+    def key(self) -> str:
+        """Names the number in the set."""
+        return self.label if self.quantity == "ratio" else f"{self.label}: {self.quantity}"
+
+
+class Goal(StrictModel):
+    """A bound that the project set itself, percent."""
+
+    what: str
+    bound: float
+    reached: float
+    met: bool
+
+
+class VariantRow(StrictModel):
+    """Predictions with something else in place of an assumption, by `Row.key`, or label of a point without any."""
+
+    label: str
+    predicted: dict[str, float]
+    mean_pct: float | None = None
+    """Mean error of the whole set."""
+    chosen: list[str] = []
+    fits: bool = True
+
+
+class SetResult(StrictModel):
+    """One data set. Means are of absolute errors in percent, those of the ratios where there are no rows."""
+
+    name: str
+    title: str
+    source: str
+    status: str
+    machine: str
+    rows: list[Row]
+    ratios: list[Row] = []
+    mean_pct: float | None = None
+    max_pct: float | None = None
+    bias_pct: float | None = None
+    """Mean of the errors with their signs."""
+    rank_correlation: float | None = None
+    """Spearman's, of measured and predicted; None with fewer than three numbers of one quantity."""
+    constant_mean_pct: float | None = None
+    constant_held_out_pct: float | None = None
+    groups: dict[str, float] = {}
+    """Mean by group."""
+    goals: list[Goal] = []
+    open: list[Open] = []
+    variants: list[VariantRow] = []
+
+
+class Fitted(StrictModel):
+    """Constants of a machine file that were fitted, and how well."""
+
+    machine: str
+    what: str
+    points: int
+    in_sample_error_pct: float
+    held_out_error_pct: float
+    source: str
+
+
+class Validation(StrictModel):
+    """All of results/predicted/validation.json."""
+
+    schema_: Literal["axonn-validation/1"] = Field(default="axonn-validation/1", alias="schema")
+    command: str
+    commit: str | None
+    created: str
+    fingerprint: str | None = None
+    """Hash of all that the predictions depend on."""
+    sets: list[SetResult]
+    fitted: list[Fitted]
+
+
+def fitted_constants(machine: MachineFile) -> list[Fitted]:
+    """Everything that a machine file says was fitted, with its errors in sample and held out."""
+    found: list[Fitted] = []
+
+    def search(value: Any, path: tuple[str, ...]) -> None:
+        if isinstance(value, FitReport):
+            found.append(
+                Fitted(
+                    machine=machine.name,
+                    what=".".join(path[:-1]),
+                    points=value.points,
+                    in_sample_error_pct=value.in_sample_error_pct,
+                    held_out_error_pct=value.held_out_error_pct,
+                    source=value.source,
+                )
+            )
+        elif isinstance(value, BaseModel):
+            for name in type(value).model_fields:
+                search(getattr(value, name), (*path, name))
+        elif isinstance(value, dict):
+            for name, inside in value.items():
+                search(inside, (*path, str(name)))
+        elif isinstance(value, list | tuple):
+            for number, inside in enumerate(value):
+                search(inside, (*path, str(number)))
+
+    search(machine, ())
+    return found

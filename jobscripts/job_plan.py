@@ -1,0 +1,341 @@
+"""The jobs of an experiment on a machine, their geometry checked before anything is written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from axonn.errors import AxonnError, ConfigError, LaunchError
+from axonn.grid import Axis
+from axonn.perf.machine.machine_file import MachineFile
+from axonn.perf.prediction import Prediction
+from axonn.perf.timing.task_times import TaskTime
+from axonn.training.cluster_launch import launch_worker
+from axonn.training.engine_framework import EngineFramework
+from axonn.training.framework import Adapter, InProcessFramework, adapter_names, load_adapter, load_framework
+from axonn.training.run_folder import NEWEST
+from experiments.cluster_work import PUBLISHED_STEPS, SmallWork, cluster_work
+from experiments.definition import Experiment, find_machine, slug
+from experiments.predicted_case import PredictedCase, predict_case
+from experiments.predictor import PointToPredict, decided, points_to_predict
+from experiments.runner import measured_work
+from jobscripts.generate import Job, is_script
+from jobscripts.schedulers import Resources
+from jobscripts.site import Site, as_time
+from jobscripts.system import System
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """All jobs of an experiment. `warnings`: what costs time; `left_out`: why no job was made, of which points."""
+
+    jobs: list[Job] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Make no job for a point."""
+        self.left_out.setdefault(reason, []).append(name)
+
+    def require(self, site: Site, *, where: str) -> None:
+        """Raise `ConfigError` naming what these jobs need of the site file and it does not have: the folders of other
+        frameworks' scripts, and tokens where a framework cannot make them up."""
+        wants = sorted({job.framework for job in self.jobs if job.launch.needs_data})
+        if site.data is None and wants:
+            raise ConfigError(
+                f"{where}: add data: /PATH/PREFIX, where PREFIX.bin and PREFIX.idx have the tokens: "
+                f"{' and '.join(wants)} cannot make any up; or write jobs of other frameworks alone with --framework"
+            )
+        scripts = {
+            job.adapter: word
+            for job in self.jobs
+            if job.adapter not in site.programs
+            for word in job.launch.command
+            if is_script(word)
+        }
+        if scripts:
+            keys = ", ".join(f"{adapter}: FOLDER" for adapter in scripts)
+            names = " and ".join(sorted(set(scripts.values())))
+            raise ConfigError(
+                f"{where}: add programs: {{{keys}}}, the folder of each one's {names}; "
+                "or write jobs of other frameworks alone with --framework"
+            )
+
+    def notes(self) -> dict[str, list[str]]:
+        """By framework, what differs from the work that was asked for, or must be provided."""
+        found: dict[str, list[str]] = {}
+        for job in self.jobs:
+            own = found.setdefault(job.framework, [])
+            own.extend(note for note in job.launch.notes if note not in own)
+        return found
+
+    def left_out_lines(self) -> list[str]:
+        """One for each reason."""
+        return [f"{', '.join(names)}: {reason}" for reason, names in self.left_out.items()]
+
+
+def plan_jobs(
+    experiment: Experiment,
+    *,
+    system: System,
+    site: Site,
+    steps: int = PUBLISHED_STEPS,
+    repeats: int = 1,
+    only: Sequence[str] = (),
+    on_point: Callable[[str], None] = lambda name: None,
+) -> Planned:
+    """Jobs for each point at the published scale whose framework has an adapter, `repeats` of each.
+
+    `only`: labels of frameworks. `on_point` is called with each job's name before its geometry is checked. Raises
+    `ConfigError` with every point that cannot run on the machine: too few nodes, a grid that leaves GPUs of a node
+    without a rank, more memory than a device has.
+    """
+    machine = find_machine(system.machine)
+    adapters = {adapter.label: adapter.name for adapter in map(load_adapter, adapter_names())}
+    if experiment.predicted is not None:
+        adapters |= experiment.predicted.adapters
+    _, points = points_to_predict(experiment)
+    planned = Planned()
+    errors: dict[str, list[str]] = {}
+    times: dict[str, float] = {}
+    for point in _wanted(points, [p.framework for p in points], only, experiment):
+        name = slug(f"{point.name}-{point.framework}").lower()
+        on_point(name)
+        try:
+            case, _ = decided(point, machine)
+            found = predict_case(case, machine, where=point.where, rules=point.rules)
+        except AxonnError as error:
+            errors[name] = [str(error)]
+            continue
+        if wrong := impossible(found, machine, system):
+            errors[name] = wrong
+            continue
+        try:
+            job = _published_job(name, point, found, adapters, system=system, site=site, steps=steps)
+        except LaunchError as error:
+            planned.leave_out(name, str(error))
+            continue
+        planned.warnings.extend(f"{name}: {text}" for text in straddling(found, machine))
+        times[name] = found.prediction.batch_time_s
+        planned.jobs.extend(_repeated(job, repeats))
+    planned.warnings.extend(_too_short(times, steps, site))
+    return _checked(planned, errors, system)
+
+
+def _too_short(times: Mapping[str, float], steps: int, site: Site) -> list[str]:
+    """Whether predicted batches do not fit into the wall time, or one not into what is left when a job is warned."""
+    said = []
+    late = [name for name, time in times.items() if steps * time > site.seconds - site.warn_seconds]
+    if late:
+        needs = max(steps * times[name] for name in late) + site.warn_seconds
+        said.append(
+            f"{steps} batches are predicted not to fit into wall_time '{site.wall_time}' of {', '.join(late)}; the "
+            f"longest needs '{as_time(needs)}', and the start of the ranks comes on top"
+        )
+    lost = [name for name, time in times.items() if 2 * time > site.warn_seconds]
+    if lost:
+        needs = 2 * max(times[name] for name in lost)
+        said.append(
+            f"warn '{site.warn}' is too late to end a batch and save, should the wall limit come: {', '.join(lost)} "
+            f"would begin anew when submitted again; the longest batch needs warn '{as_time(needs)}'"
+        )
+    return said
+
+
+def plan_small_jobs(
+    experiment: Experiment, *, system: System, site: Site, repeats: int = 1, only: Sequence[str] = ()
+) -> Planned:
+    """Jobs for what the experiment measures on one machine; a weak scaling goes up to all ranks of the system.
+
+    Only frameworks whose ranks are this suite's own are run so. Raises `ConfigError` as `plan_jobs` does, and where the
+    experiment measures nothing.
+    """
+    policy = experiment.policy
+    if policy is None:
+        raise ConfigError(f"experiments/{experiment.name}.yaml has nothing small to measure; leave out --small")
+    per_node = _ranks_per_node(system)
+    work = measured_work(experiment, most=None if system.nodes is None else system.nodes * per_node)
+    labels = [load_framework(name).label for _, _, name in work]
+    planned = Planned()
+    errors: dict[str, list[str]] = {}
+    for (label, config, framework), own in _wanted(list(zip(work, labels, strict=True)), labels, only, experiment):
+        small = SmallWork(name=label, framework=framework, config=config, warmup_batches=policy.warmup_batches)
+        name = slug(f"{label}-{framework}").lower()
+        if wrong := _too_many(small.gpus, per_node, system.nodes, system.machine):
+            errors[name] = wrong
+            continue
+        found = load_framework(framework)
+        reason = found.unavailable(config)
+        if not isinstance(found, InProcessFramework):
+            reason = "its ranks run in an environment of their own, which no job has; axonn run measures it"
+        if reason is not None:
+            planned.leave_out(name, reason)
+            continue
+        job = Job(
+            name=name,
+            framework=own,
+            adapter=framework,
+            work=small,
+            launch=launch_worker(
+                framework,
+                config,
+                device=system.device,
+                checkpoint=NEWEST,
+                stoppable=True,
+                messages_over_mpi=isinstance(found, EngineFramework),
+            ),
+            resources=_resources(name, small.gpus, system=system, site=site),
+        )
+        planned.jobs.extend(_repeated(job, repeats))
+    return _checked(planned, errors, system)
+
+
+def _wanted(points: Sequence[_T], labels: Sequence[str], only: Sequence[str], experiment: Experiment) -> list[_T]:
+    if unknown := sorted(set(only) - set(labels)):
+        known = ", ".join(dict.fromkeys(labels))
+        raise ConfigError(f"no point is of {', '.join(unknown)}; the frameworks of {experiment.name} are {known}")
+    return [point for point, label in zip(points, labels, strict=True) if not only or label in only]
+
+
+def _repeated(job: Job, repeats: int) -> list[Job]:
+    """The first has the plain name."""
+    names = [job.name, *(f"{job.name}-{number}" for number in range(2, repeats + 1))]
+    return [replace(job, name=name, resources=replace(job.resources, name=name)) for name in names]
+
+
+def _checked(planned: Planned, errors: Mapping[str, Sequence[str]], system: System) -> Planned:
+    if errors:
+        lines = [f"\n  {name}: {text}" for name, texts in errors.items() for text in texts]
+        raise ConfigError(f"{len(errors)} job(s) cannot run on {system.machine}:{''.join(lines)}")
+    if not planned.jobs:
+        raise ConfigError("there is no job to write:\n  " + "\n  ".join(planned.left_out_lines()))
+    counts = Counter(job.name for job in planned.jobs)
+    if same := [name for name, count in counts.items() if count > 1]:
+        raise ConfigError(f"several points would have jobs called {', '.join(same)}; give them other labels")
+    return planned
+
+
+def _published_job(
+    name: str,
+    point: PointToPredict,
+    found: PredictedCase,
+    adapters: dict[str, str],
+    *,
+    system: System,
+    site: Site,
+    steps: int,
+) -> Job:
+    if point.framework not in adapters:
+        raise LaunchError(f"no adapter is called '{point.framework}'; there are {', '.join(sorted(adapters))}")
+    adapter: Adapter = load_adapter(adapters[point.framework])
+    work = cluster_work(
+        found.case, machine=system.machine, name=point.name, steps=steps, data=site.data, device=system.device
+    )
+    return Job(
+        name=name,
+        framework=point.framework,
+        adapter=adapter.name,
+        work=work,
+        launch=adapter.launch(work),
+        resources=_resources(name, work.gpus, system=system, site=site),
+    )
+
+
+def _ranks_per_node(system: System) -> int:
+    return system.ranks_per_node or find_machine(system.machine).node.gpus.number
+
+
+def _resources(name: str, ranks: int, *, system: System, site: Site) -> Resources:
+    """One rank per GPU, all ranks that a node can have."""
+    per_node = min(ranks, _ranks_per_node(system))
+    return Resources(
+        name=name,
+        nodes=-(-ranks // per_node),
+        ranks_per_node=per_node,
+        gpus_per_node=per_node if system.device == "cuda" else 0,
+        cores_per_rank=site.cores_per_rank or system.cores_per_rank,
+        seconds=site.seconds,
+        warn_seconds=site.warn_seconds,
+        account=site.account,
+        queue=site.queue if system.queue_is == "partition" else None,
+        qos=site.queue if system.queue_is == "qos" else None,
+        constraint=site.constraint or system.constraint,
+        options=[*(system.options if site.scheduler in (None, system.scheduler) else []), *site.options],
+    )
+
+
+def impossible(found: PredictedCase, machine: MachineFile, system: System) -> list[str]:
+    """Why a point cannot run on the machine."""
+    per_node = system.ranks_per_node or machine.node.gpus.number
+    nodes = system.nodes or (None if machine.nodes is None else machine.nodes.number)
+    said = _too_many(found.case.gpus, per_node, nodes, machine.name)
+    if not found.prediction.fits:
+        needs, has = found.prediction.memory.total / 1e9, machine.gpu.memory.si / 1e9
+        said.append(
+            f"needs {needs:.1f} GB on the fullest GPU, which has {has:.1f} GB (predicted); lower microbatch_size, or "
+            "cut the model over more ranks"
+        )
+    return said
+
+
+def _too_many(ranks: int, per_node: int, nodes: int | None, machine: str) -> list[str]:
+    said = []
+    if ranks > per_node and ranks % per_node:
+        said.append(
+            f"{ranks} ranks do not fill nodes of {per_node}: the last would have {per_node - ranks % per_node} without "
+            f"work; choose a grid of {ranks - ranks % per_node} or {ranks + per_node - ranks % per_node} ranks"
+        )
+    if nodes is not None and (needs := -(-ranks // per_node)) > nodes:
+        said.append(f"{needs} nodes are more than the {nodes} of {machine}")
+    return said
+
+
+def straddling(found: PredictedCase, machine: MachineFile) -> list[str]:
+    """Groups of tensor parallelism that lie on several nodes, with what their collectives are predicted to cost."""
+    grid = found.strategy.process_grid(machine)
+    axes: tuple[Axis, ...] = ("row", "col")
+    said = []
+    for axis in axes:
+        groups = grid.groups([axis]) if grid.extent(axis) > 1 else []
+        if across := [group for group in groups if len(grid.nodes_of(group)) > 1]:
+            said.append(f"{len(across)} of {len(groups)} groups along {axis}")
+    if not said:
+        return []
+    whole, waited = collective_times(found.prediction)
+    batch = found.prediction.batch_time_s
+    return [
+        f"{' and '.join(said)} lie on several nodes; of a batch of {batch:.2f} s the collectives of row and col are "
+        f"predicted to take {whole:.2f} s, of which {waited:.2f} s ({waited / batch:.0%} of the batch) are not hidden "
+        "under compute"
+    ]
+
+
+def collective_times(prediction: Prediction) -> tuple[float, float]:
+    """Seconds of a batch during which collectives of the tensor axes are under way, and of these the ones in which
+    nothing is computed; means over the stages."""
+    count = Counter((stage, task.chunk, task.kind) for stage, task, _, _ in prediction.simulation.tasks)
+    whole = sum(
+        number * sum(end - start for start, end in joined_intervals(prediction.stages[s].chunks[chunk].tasks[kind]))
+        for (s, chunk, kind), number in count.items()
+    )
+    return whole / len(prediction.stages), prediction.parts.tensor_all_reduce
+
+
+def joined_intervals(task: TaskTime) -> list[tuple[float, float]]:
+    """Of its collectives, those that overlap as one: sub-shards have theirs side by side."""
+    found: list[tuple[float, float]] = []
+    for start, end in sorted((start, end) for start, end in task.collectives):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], end))
+        else:
+            found.append((start, end))
+    return found
+
+
+def node_hours(jobs: Sequence[Job]) -> float:
+    """Of all jobs, at most."""
+    return sum(job.resources.node_hours for job in jobs)

@@ -1,0 +1,27 @@
+"""Published numbers that are no times of batches: the tables that an experiment names in `readings`."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from axonn.durable_files import read_text, reason_of
+from axonn.errors import RecordError
+from experiments.definition import ROOT, Experiment
+
+
+def read_reading(experiment: Experiment, name: str) -> list[dict[str, str]]:
+    """Rows of a table, by column. Raises `RecordError` naming the file where it cannot be read."""
+    path = ROOT / experiment.readings[name].file
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise RecordError(f"{path}: cannot be read: {reason_of(error)}; check it out again") from error
+    if not rows or any(value is None for row in rows for value in row.values()):
+        raise RecordError(f"{path}: is no table with a value in each column; check it out again")
+    return rows
+
+
+def column(rows: list[dict[str, str]], name: str) -> list[float]:
+    """The numbers of a column."""
+    return [float(row[name]) for row in rows]

@@ -1,0 +1,1 @@
+"""results/report.html: all figures, tables and evidence on one page."""
