@@ -9,20 +9,20 @@ from typing import Literal
 
 import torch
 
-from axonn.checkpoint.local_shard import Part
+from axonn.checkpoint.local_shard import LocalShard
 from axonn.config.defaults import checkpoint_blocks, sub_shards
 from axonn.config.train_config import OptimizerConfig, PrecisionConfig
 from axonn.device.compilation import CompileMode, Compiler
 from axonn.device.devices import usable
-from axonn.device.streams import Reading, Timeline
-from axonn.distributed.collectives import Collectives, Group, SerialCollectives
+from axonn.device.streams import DeviceToHostCopy, Timeline
+from axonn.distributed.collectives import CollectiveGroup, Collectives, SerialCollectives
 from axonn.distributed.transport import Transport
 from axonn.errors import ConfigError, GridError
 from axonn.grid import AXES, ProcessGrid
 from axonn.inter_layer.batch_shard import Batch, Inputs
 from axonn.inter_layer.executor import PipelineExecutor
 from axonn.inter_layer.non_finite import NotFinite
-from axonn.inter_layer.stage import Chunk, ParameterSpec, parameter_specs, tied_stages, virtual_spans
+from axonn.inter_layer.stage import ParameterSpec, StageChunk, parameter_specs, tied_stages, virtual_spans
 from axonn.models.base import PipelineModel
 from axonn.models.initialization import fill
 from axonn.observability.traffic import Traffic, TrafficMeter
@@ -115,7 +115,7 @@ class Engine:
             grid, rank, self._collectives, seed=seed, timeline=self._timeline, compiler=Compiler(compile)
         )
         self.virtual_spans = virtual_spans(model, self.layout)
-        self.chunks: list[Chunk] = []
+        self.chunks: list[StageChunk] = []
         """The modules of this rank."""
         for chunk in range(self.layout.chunks):
             span = self.virtual_spans[self.layout.virtual(self.here.inter, chunk)]
@@ -127,7 +127,9 @@ class Engine:
             )
             # Without storage: the optimizer gives all parameters one.
             self.chunks.append(
-                Chunk(model, span, context=self._context, dtype=dtype, device=torch.device("meta"), recompute=recompute)
+                StageChunk(
+                    model, span, context=self._context, dtype=dtype, device=torch.device("meta"), recompute=recompute
+                )
             )
         self.specs: list[ParameterSpec] = parameter_specs(model, self.chunks, self.virtual_spans, self.layout)
         placed = {spec.name: spec.placement for spec in self.specs}
@@ -237,7 +239,7 @@ class Engine:
         """What this rank sent for the last `train_batch`, by axis of the grid and by operation."""
         return self._meter.read()
 
-    def state_tensors(self) -> dict[str, Part]:
+    def state_tensors(self) -> dict[str, LocalShard]:
         """This rank's parts of what a checkpoint keeps, by names that are global over the job.
 
         After writing into them, call `state_loaded`.
@@ -310,7 +312,7 @@ class _Loss:
         self,
         local: torch.Tensor | None,
         collectives: Collectives,
-        world: Group,
+        world: CollectiveGroup,
         spans: SpanRecorder | None,
         device: torch.device,
     ) -> None:
@@ -326,4 +328,4 @@ class _Loss:
         if self._spans is not None:
             # A single number: what takes time is the ranks that are not done yet.
             self._spans.add(SpanKind.IDLE, start, self._spans.now())
-        return Reading(self._value).wait()[0]
+        return DeviceToHostCopy(self._value).wait()[0]

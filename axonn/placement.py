@@ -26,7 +26,7 @@ class Cut:
     segments: tuple[int, ...]
 
 
-class Piece(NamedTuple):
+class ParameterBox(NamedTuple):
     """A box of a parameter: where it lies in this rank's part, and where in the whole."""
 
     local: tuple[slice, ...]
@@ -65,13 +65,13 @@ class Placement:
         """Axes along which ranks hold different parts of it."""
         return tuple(cut.axis for cut in self.cuts)
 
-    def pieces(self, grid: ProcessGrid, here: Coordinates) -> list[Piece]:
+    def pieces(self, grid: ProcessGrid, here: Coordinates) -> list[ParameterBox]:
         """The boxes that the rank at `here` holds; together they are its part. Raises as `local_shape`."""
         self.local_shape(grid)
         ranges: list[list[tuple[slice, slice]]] = [[(slice(0, n), slice(0, n))] for n in self.shape]
         for cut in self.cuts:
             ranges[cut.dim] = _segment_ranges(cut, grid.extent(cut.axis), getattr(here, cut.axis))
-        return [Piece(tuple(a for a, _ in box), tuple(b for _, b in box)) for box in product(*ranges)]
+        return [ParameterBox(tuple(a for a, _ in box), tuple(b for _, b in box)) for box in product(*ranges)]
 
     def local_shape(self, grid: ProcessGrid) -> Shape:
         """Shape of one rank's part. Raises `GridError` when a segment is no multiple of its axis."""

@@ -214,7 +214,7 @@ def read_spans(path: Path | str) -> list[Span]:
         raise RecordError(f"{path}: {error}; a later version wrote it, read it with that one") from error
 
 
-class Parts(NamedTuple):
+class TimeBreakdown(NamedTuple):
     """Mean seconds per rank of one window of time, each instant counted once (DESIGN 4.6)."""
 
     compute: float
@@ -240,7 +240,7 @@ class _Interval:
     end: float
 
 
-def breakdown(spans: Sequence[Span]) -> Parts:
+def breakdown(spans: Sequence[Span]) -> TimeBreakdown:
     """Split the time from the first start to the last end into parts, averaged over ranks.
 
     An instant that several spans cover belongs to the first of compute, optimizer, all-reduce, collective of the tensor
@@ -253,7 +253,7 @@ def breakdown(spans: Sequence[Span]) -> Parts:
     begin = min(s.start for s in spans)
     end = max(s.end for s in spans)
     sent = {(s.peer, s.direction, s.chunk, s.step, s.microbatch): s.start for s in spans if s.kind == SpanKind.SEND}
-    totals = [0.0] * len(Parts._fields)
+    totals = [0.0] * len(TimeBreakdown._fields)
     ranks = sorted({s.rank for s in spans})
     for rank in ranks:
         covered: list[_Interval] = []
@@ -280,7 +280,7 @@ def breakdown(spans: Sequence[Span]) -> Parts:
             covered = _union(covered + intervals)
             totals[part] += _length(covered) - before
         totals[-1] += (end - begin) - _length(covered)
-    return Parts(*(t / len(ranks) for t in totals))
+    return TimeBreakdown(*(t / len(ranks) for t in totals))
 
 
 class Overlap(NamedTuple):

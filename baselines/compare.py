@@ -28,7 +28,7 @@ from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.registry import make_model
 from axonn.observability.procfs import available_cores
 from axonn.observability.provenance import this_machine
-from axonn.observability.records import Asked
+from axonn.observability.records import Workload
 from axonn.training.places import PROJECT, from_here
 from baselines import contenders as who
 from baselines.comparison import (
@@ -43,7 +43,7 @@ from baselines.comparison import (
 )
 from baselines.comparison_outcome import about_frameworks, write_records_of, write_summary
 from baselines.comparison_progress import Reporter, make_console
-from baselines.comparison_session import Found, Part, conditions_over_link, run_over_link, run_part
+from baselines.comparison_session import Found, SessionPart, conditions_over_link, run_over_link, run_part
 from baselines.comparison_tables import show
 from baselines.contenders import Contender, Kind, choose, load_contenders, refusal
 from baselines.coordinator import LEAST_ROUNDS, LOOPBACK, Condition, PlainLoopback
@@ -186,7 +186,7 @@ class Comparison:
         given = self._given
         able = self._able(workload)
         conditions = self._conditions(workload) if link else {}
-        part = Part(
+        part = SessionPart(
             workload=workload,
             ranks=self._ranks,
             link=link,
@@ -244,7 +244,7 @@ class Comparison:
             layer_share=of_blocks / sum(layer.cost for layer in layers) / config.layers,
         )
 
-    def _take(self, part: Part, found: Found, reference: Sequence[float]) -> None:
+    def _take(self, part: SessionPart, found: Found, reference: Sequence[float]) -> None:
         config = on_one_rank(part.workload)
         for contender in part.contenders:
             if contender.key in found.measured:
@@ -268,7 +268,7 @@ class Comparison:
 def _weight(workload: str) -> float:
     """Share of the time: a larger workload gets more, but not in proportion to its work."""
     config = on_one_rank(workload)
-    work = Asked.of(config.model, gpus=1, batch_size=config.batch_size, precision=config.precision.compute)
+    work = Workload.of(config.model, gpus=1, batch_size=config.batch_size, precision=config.precision.compute)
     return sqrt(work.flops(recompute=False))
 
 

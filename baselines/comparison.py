@@ -14,7 +14,7 @@ from axonn.config.train_config import StrictModel, load_yaml
 from axonn.observability.machine_usage import busy_share
 from axonn.observability.records import Failure
 from baselines.contenders import Contender, Kind
-from baselines.coordinator import Measured, Stopped
+from baselines.coordinator import ContenderResult, Stopped
 from baselines.equal_work import difference, disagreement
 from baselines.rounds import Condition, Quantity, Turn, counted, processor, ratios, spread_of, wall
 from baselines.statistics import Spread, middle_half
@@ -96,7 +96,7 @@ class Result(StrictModel):
 
 def results_of(
     contender: Contender,
-    measured: Sequence[Measured],
+    measured: Sequence[ContenderResult],
     *,
     workload: str,
     conditions: Sequence[Condition],

@@ -13,7 +13,7 @@ from typing import Any
 from axonn.errors import LaunchError
 from axonn.observability.machine_usage import BUSY_SHARE
 from axonn.observability.provenance import this_machine
-from axonn.observability.records import Asked, Failure, Record, write_records
+from axonn.observability.records import Failure, Record, Workload, write_records
 from axonn.training.framework import ran_by, settings_ran
 from baselines.comparison import Result, Verdict, busy_lines
 from baselines.contenders import Contender, framework_of
@@ -120,7 +120,7 @@ def record_of(result: Result) -> Record:
         kind="measured",
         experiment=EXPERIMENT,
         point=f"{result.workload}-{result.ranks}r, {contender.kind}, {result.condition.name}",
-        asked=Asked.of(
+        asked=Workload.of(
             config.model, gpus=result.ranks, batch_size=config.batch_size, precision=config.precision.compute
         ),
         ran=(ran := ran_by(framework, config)),

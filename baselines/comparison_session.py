@@ -18,7 +18,16 @@ from axonn.config.train_config import StrictModel
 from axonn.errors import LaunchError
 from baselines.comparison_progress import Reporter
 from baselines.contenders import KINDS, Contender, Device, Kind
-from baselines.coordinator import LOOPBACK, Condition, Group, Link, Measured, RanksJob, keep_little, take_turns
+from baselines.coordinator import (
+    LOOPBACK,
+    Condition,
+    ContenderResult,
+    JobGroup,
+    LinkCondition,
+    RanksJob,
+    keep_little,
+    take_turns,
+)
 from experiments.definition import ROOT
 from experiments.slow_link import kbit_per_second, message_bytes
 from experiments.workloads import MICROBATCHES
@@ -36,7 +45,7 @@ COLLECTIVES_SHARE = 0.5
 """Seconds of a layer's collectives over those of its compute; of the gradients' all-reduce over the batch's compute."""
 
 
-class Part(StrictModel):
+class SessionPart(StrictModel):
     """What is measured in one go."""
 
     workload: str
@@ -51,7 +60,7 @@ class Part(StrictModel):
     conditions: dict[Kind, list[Condition]]
     half_width: float | None = None
     with_busy: bool = False
-    """This and the one before: see `Group`."""
+    """This and the one before: see `JobGroup`."""
     runs: Path
     """Where the ranks' run folders are."""
 
@@ -67,7 +76,7 @@ class Part(StrictModel):
 class Found(StrictModel):
     """What came of a part: the measured contenders by key, one entry for each group that a contender was in."""
 
-    measured: dict[str, list[Measured]] = {}
+    measured: dict[str, list[ContenderResult]] = {}
     interrupted: bool = False
 
 
@@ -138,7 +147,7 @@ def free_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def groups_of(part: Part, available: int) -> Iterator[tuple[Kind, list[Contender]]]:
+def groups_of(part: SessionPart, available: int) -> Iterator[tuple[Kind, list[Contender]]]:
     """Contenders that are there at once: those of a kind, in several groups with all of ours in each where they would
     take more than `MEMORY_SHARE` of the `available` bytes."""
     for kind in KINDS:
@@ -160,7 +169,7 @@ def groups_of(part: Part, available: int) -> Iterator[tuple[Kind, list[Contender
         yield kind, mine + group
 
 
-def run_part(part: Part, *, link: Link, say: Reporter) -> Found:
+def run_part(part: SessionPart, *, link: LinkCondition, say: Reporter) -> Found:
     """Measure all groups of a part. What was measured before an interruption is kept."""
     found = Found()
     groups = list(groups_of(part, free_bytes()))
@@ -168,7 +177,7 @@ def run_part(part: Part, *, link: Link, say: Reporter) -> Found:
     waiting = sum(len(members) for _, members in groups)
     for number, (kind, members) in enumerate(groups):
         conditions = part.conditions.get(kind, [LOOPBACK])
-        group = Group(
+        group = JobGroup(
             number=number,
             conditions=conditions,
             least_rounds=part.least_rounds,
@@ -206,7 +215,7 @@ def run_part(part: Part, *, link: Link, say: Reporter) -> Found:
     return found
 
 
-def run_over_link(part: Part, folder: Path) -> Found:
+def run_over_link(part: SessionPart, folder: Path) -> Found:
     """`run_part` in a network namespace of its own. Raises `LaunchError` when that cannot be made or fails."""
     folder.mkdir(parents=True, exist_ok=True)
     asked, answer = folder / "link-part.json", folder / "link-found.json"
@@ -264,7 +273,7 @@ def main(arguments: Sequence[str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _end_with(os.getppid())
     asked, answer = map(Path, arguments)
-    part = Part.model_validate_json(asked.read_text())
+    part = SessionPart.model_validate_json(asked.read_text())
     found = run_part(part, link=EmulatedLink(), say=Reporter())
     answer.write_text(found.model_dump_json())
 

@@ -42,7 +42,7 @@ Stopped = Literal["converged", "minutes", "rounds", "interrupted"]
 said so."""
 
 
-class Measured(StrictModel):
+class ContenderResult(StrictModel):
     """What came of one contender."""
 
     turns: list[Turn] = []
@@ -55,11 +55,11 @@ class Measured(StrictModel):
     failure: Failure | None = None
 
 
-class Lost(Exception):
+class LostJob(Exception):
     """A job that cannot go on; its outcome says why."""
 
 
-class Job(Protocol):
+class RankJob(Protocol):
     """Ranks that train a batch when they are told to."""
 
     key: str
@@ -67,7 +67,7 @@ class Job(Protocol):
     def start(self) -> None: ...
 
     def turn(self, timeout_s: float) -> float:
-        """Train one batch; the seconds that it took. Raises `Lost` when the job has died or takes too long."""
+        """Train one batch; the seconds that it took. Raises `LostJob` when the job has died or takes too long."""
         ...
 
     def usage(self) -> Sequence[BatchUsage]:
@@ -126,10 +126,10 @@ class RanksJob:
         deadline = time.monotonic() + timeout_s
         while not self._turns.finished(_POLL_S):
             if not self._thread.is_alive():
-                raise Lost
+                raise LostJob
             if time.monotonic() > deadline:
                 self._given_up = Failure(cause="timeout", detail=f"a batch was not finished after {timeout_s:.0f} s")
-                raise Lost
+                raise LostJob
         self._done += 1
         return float(self._rows.new()[-1]["seconds"])
 
@@ -151,7 +151,7 @@ class RanksJob:
         return self._outcome
 
 
-class Link(Protocol):
+class LinkCondition(Protocol):
     """What is between the ranks."""
 
     def apply(self, condition: Condition) -> None: ...
@@ -171,7 +171,7 @@ class PlainLoopback:
         return None
 
 
-class Group(StrictModel):
+class JobGroup(StrictModel):
     """What `take_turns` is to do with some jobs."""
 
     number: int = 0
@@ -193,8 +193,13 @@ Say = Callable[[str, int, int, Widest | None], None]
 
 
 def take_turns(
-    group: Group, jobs: Sequence[Job], *, link: Link, say: Say, clock: Callable[[], float] = time.monotonic
-) -> tuple[dict[str, Measured], bool]:
+    group: JobGroup,
+    jobs: Sequence[RankJob],
+    *,
+    link: LinkCondition,
+    say: Say,
+    clock: Callable[[], float] = time.monotonic,
+) -> tuple[dict[str, ContenderResult], bool]:
     """Rounds of `jobs`; what came of each by its key, and whether it was interrupted.
 
     A job that dies or hangs leaves with its failure, the others go on.
@@ -208,7 +213,7 @@ def take_turns(
     def one(key: str) -> float | None:
         try:
             return running[key].turn(limits[key])
-        except Lost:
+        except LostJob:
             say(f"{key} has failed", -1, -1, None)
             outcomes[key] = running.pop(key).end(Failure(cause="error", detail="ended after it failed"))
             return None
@@ -272,7 +277,7 @@ def _with_usage(turns: Sequence[Turn], usage: Sequence[BatchUsage]) -> list[Turn
     return [turn if i not in found else turn.model_copy(update={"usage": found[i]}) for i, turn in enumerate(turns)]
 
 
-def _end_all(running: Mapping[str, Job], failure: Failure | None) -> dict[str, Outcome]:
+def _end_all(running: Mapping[str, RankJob], failure: Failure | None) -> dict[str, Outcome]:
     """All at once, since each may take seconds."""
     if not running:
         return {}
@@ -281,12 +286,12 @@ def _end_all(running: Mapping[str, Job], failure: Failure | None) -> dict[str, O
         return {key: end.result() for key, end in ends.items()}
 
 
-def _measured(outcome: Outcome, turns: Sequence[Turn], stopped: Stopped) -> Measured:
+def _measured(outcome: Outcome, turns: Sequence[Turn], stopped: Stopped) -> ContenderResult:
     failure = outcome.failure
     if failure is not None and failure.cause == "interrupted" and len({t.round for t in turns}) >= LEAST_ROUNDS:
         # What was measured until then counts.
         failure = None
-    return Measured(
+    return ContenderResult(
         turns=_with_usage(turns, outcome.usage),
         stopped=stopped,
         losses=outcome.losses,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from axonn.config.train_config import TrainConfig
 from axonn.device.devices import DeviceType
 from axonn.errors import LaunchError
-from axonn.observability.records import Asked, Failure, Machine, Ran, Record, settings_of
+from axonn.observability.records import Execution, Failure, Machine, Record, Workload, settings_of
 from axonn.training.framework import ClusterWork, PrintedRun
 from axonn.training.run_record import note_of, time_or_failure
 from experiments.definition import find_machine
@@ -99,7 +99,7 @@ def record_of(
         end = "it ended by itself" if run.finished else "its output stops there"
         failure = Failure(cause="error", detail=f"{len(run.seconds)} of {work.steps} iterations, {end}")
     time, failure = time_or_failure(run.seconds, failure, warmup, new_starts)
-    asked = Asked.of(work.model, gpus=work.gpus, batch_size=work.batch_size, precision=strategy.compute)
+    asked = Workload.of(work.model, gpus=work.gpus, batch_size=work.batch_size, precision=strategy.compute)
     recompute = strategy.recompute == "full"
     rate = None if time is None else asked.flops(recompute=recompute) / time / work.gpus / 1e12
     return Record(
@@ -107,7 +107,7 @@ def record_of(
         experiment=experiment,
         point=work.name,
         asked=asked,
-        ran=Ran(
+        ran=Execution(
             framework=framework,
             version=version,
             grid=strategy.grid,

@@ -23,7 +23,7 @@ from axonn.observability.records import SCHEMA, Record, RecordKind, read_records
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class ComparedRun:
     """One framework's run of some work; a repeated one is several entries."""
 
     kind: RecordKind
@@ -39,12 +39,12 @@ class Entry:
     """Whether the machine is known to have been busy with other work meanwhile (`axonn.observability.machine_usage`)."""
 
 
-def load(paths: Sequence[Path]) -> list[Entry]:
+def load(paths: Sequence[Path]) -> list[ComparedRun]:
     """Entries of record files, summaries, and all such files in folders.
 
     Raises `RecordError` naming what cannot be read; a folder without any record is an error too.
     """
-    entries: list[Entry] = []
+    entries: list[ComparedRun] = []
     for path in paths:
         if path.is_dir():
             files = sorted(path.rglob("*.json"))
@@ -57,7 +57,7 @@ def load(paths: Sequence[Path]) -> list[Entry]:
     return entries
 
 
-def _read(path: Path, *, required: bool) -> list[Entry] | None:
+def _read(path: Path, *, required: bool) -> list[ComparedRun] | None:
     """Entries of a file; None of one that is neither records nor a summary, where that is no error."""
     try:
         data = read_json(path)
@@ -72,14 +72,14 @@ def _read(path: Path, *, required: bool) -> list[Entry] | None:
     return None
 
 
-def _of_record(record: Record) -> Entry:
+def _of_record(record: Record) -> ComparedRun:
     asked, ran = record.asked, record.ran
     timed = record.batch_times_s[record.warmup_batches or 0 :]
     schedule = "" if ran.schedule is None else ran.schedule.name
     grid = " x ".join(f"{axis} {extent}" for axis, extent in ran.grid.model_dump().items() if extent != 1)
     # Records of one point differ in nothing else that a reader could tell them apart by.
     named = record.note.partition(";")[0] if record.experiment == "baselines" and record.note else ""
-    return Entry(
+    return ComparedRun(
         kind=record.kind,
         work=f"{record.point}: {asked.model}, {asked.parameters} parameters, batch {asked.batch_size}, "
         f"{asked.gpus} devices, {asked.precision}",
@@ -91,14 +91,14 @@ def _of_record(record: Record) -> Entry:
     )
 
 
-def _of_row(row: Any, where: str) -> Entry:
+def _of_row(row: Any, where: str) -> ComparedRun:
     try:
         kind, failure = row["kind"], row.get("failure")
         if kind not in get_args(RecordKind):
             raise RecordError(f"{where}: has kind '{kind}', known are {', '.join(get_args(RecordKind))}")
         # What the rows of the figures and of the comparison say of their work.
         names = ("workload", "model", "gpus", "ranks", "parallelism", "condition")
-        return Entry(
+        return ComparedRun(
             kind=kind,
             work=", ".join(str(row[name]) for name in names if row.get(name) is not None),
             framework=str(row["framework"]),
@@ -118,7 +118,7 @@ def _time(value: Any) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class ComparedTime:
     """A framework's time of some work beside the base's."""
 
     kind: RecordKind
@@ -140,7 +140,7 @@ class Line:
         return self.work.partition(": ")[0]
 
 
-def compare(entries: Iterable[Entry], base: str, *, with_busy: bool = False) -> list[Line]:
+def compare(entries: Iterable[ComparedRun], base: str, *, with_busy: bool = False) -> list[ComparedTime]:
     """Entries by kind and work, the base first; repeated runs count with their median.
 
     Runs of a busy machine do not count beside others, and where there are no others no ratio is made of them, unless
@@ -150,7 +150,7 @@ def compare(entries: Iterable[Entry], base: str, *, with_busy: bool = False) -> 
     names = sorted({entry.framework for entry in entries})
     if base not in names:
         raise RecordError(f"there is no record of '{base}'; frameworks in these records: {', '.join(names) or 'none'}")
-    lines: list[Line] = []
+    lines: list[ComparedTime] = []
     for kind in get_args(RecordKind):
         works = dict.fromkeys(entry.work for entry in entries if entry.kind == kind)
         for work in works:
@@ -168,9 +168,9 @@ def compare(entries: Iterable[Entry], base: str, *, with_busy: bool = False) -> 
     return lines
 
 
-def _lines(entries: Sequence[Entry], base: str, *, with_busy: bool) -> list[Line]:
+def _lines(entries: Sequence[ComparedRun], base: str, *, with_busy: bool) -> list[ComparedTime]:
     """Of one kind and work."""
-    ways: dict[tuple[str, str], list[Entry]] = {}
+    ways: dict[tuple[str, str], list[ComparedRun]] = {}
     for entry in entries:
         ways.setdefault((entry.framework, entry.variant), []).append(entry)
     if not with_busy:
@@ -181,7 +181,7 @@ def _lines(entries: Sequence[Entry], base: str, *, with_busy: bool) -> list[Line
     middle = {way: median(found) if found else None for way, found in times.items()}
     fastest = min((s for way, s in middle.items() if way[0] == base and s is not None and way not in out), default=None)
     lines = [
-        Line(
+        ComparedTime(
             kind=some[0].kind,
             work=some[0].work,
             framework=way[0],
@@ -199,10 +199,10 @@ def _lines(entries: Sequence[Entry], base: str, *, with_busy: bool) -> list[Line
     return sorted(lines, key=lambda line: (not line.base, line.seconds is None, line.seconds or 0.0))
 
 
-def behind(lines: Sequence[Line], above: float) -> list[str]:
+def behind(lines: Sequence[ComparedTime], above: float) -> list[str]:
     """Works in which the base takes more than `above` times as long as the fastest other framework, in words."""
     found = []
-    others: dict[tuple[str, str], list[tuple[float, Line]]] = {}
+    others: dict[tuple[str, str], list[tuple[float, ComparedTime]]] = {}
     for line in lines:
         if line.ratio is not None and not line.base:
             others.setdefault((line.kind, line.work), []).append((line.ratio, line))
@@ -214,7 +214,7 @@ def behind(lines: Sequence[Line], above: float) -> list[str]:
     return found
 
 
-def table_of(lines: Sequence[Line], base: str) -> Table:
+def table_of(lines: Sequence[ComparedTime], base: str) -> Table:
     """All of it; the kinds of points have sections of their own."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("kind", no_wrap=True)

@@ -132,7 +132,7 @@ class MeasuredRuns(Policy):
         return found
 
 
-class Reading(StrictModel):
+class PublishedReading(StrictModel):
     """Published numbers that are no times of batches."""
 
     file: Inside
@@ -150,7 +150,7 @@ class Experiment(StrictModel):
     """Record file with the published points, relative to the repository."""
     data_set: Name | None = None
     """A set of experiments/validation, whose points are the published and the predicted ones."""
-    readings: dict[str, Reading] = {}
+    readings: dict[str, PublishedReading] = {}
     """Other published numbers that it is drawn from, by name."""
     ratios: Name | None = None
     """A set of experiments/validation whose published ratios the figure shows; they have no seconds."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from axonn.errors import ConfigError
 from axonn.models.registry import outline_of
-from axonn.perf.layers.model_outline import Outline
+from axonn.perf.layers.model_outline import ModelOutline
 from axonn.perf.machine.machine_file import MachineFile
 from axonn.perf.prediction import Prediction, predict
 from axonn.perf.strategy import Strategy
@@ -22,7 +22,7 @@ class PredictedCase:
 
     case: Case
     strategy: Strategy
-    outline: Outline
+    outline: ModelOutline
     prediction: Prediction
     chosen: list[str]
 
@@ -63,7 +63,7 @@ def predict_case(
 
     `record` and `jitter` are those of `axonn.perf.prediction.predict`. Raises `ConfigError` naming `where` and the point.
     """
-    outlines: dict[int, Outline] = {}
+    outlines: dict[int, ModelOutline] = {}
 
     def one(case: Case, chosen: list[str], *, record: bool = False, jitter: Jitter | None = None) -> PredictedCase:
         final = case if variant is None else case.under(variant, where)

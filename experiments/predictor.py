@@ -10,7 +10,7 @@ from typing import Any
 
 from axonn.errors import ConfigError, RecordError
 from axonn.observability.provenance import commit, fingerprint, sources
-from axonn.observability.records import Asked, Machine, Ran, Record, read_records, settings_of, write_records
+from axonn.observability.records import Execution, Machine, Record, Workload, read_records, settings_of, write_records
 from axonn.perf.machine.machine_file import MachineFile
 from axonn.perf.prediction import Prediction
 from axonn.perf.timing.bytes_sent import bytes_by_axis
@@ -212,8 +212,8 @@ def _record(
         kind="predicted",
         experiment=experiment.name,
         point=point.name,
-        asked=Asked.of(case.model, gpus=case.gpus, batch_size=case.batch_size, precision=strategy.compute),
-        ran=Ran(
+        asked=Workload.of(case.model, gpus=case.gpus, batch_size=case.batch_size, precision=strategy.compute),
+        ran=Execution(
             framework=point.framework,
             version="performance model",
             grid=strategy.grid,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from axonn.config.loading import validate
-from axonn.observability.records import Asked, Machine, Ran, Record, read_records
+from axonn.observability.records import Execution, Machine, Record, Workload, read_records
 from axonn.perf.strategy import Strategy
 from experiments.definition import OURS, ROOT, Experiment
 from experiments.validation.published_sets import FOLDER, Case, DataSet, load_data_set, rules_for
@@ -76,8 +76,8 @@ def _record(experiment: Experiment, data: DataSet, case: Case) -> Record | None:
         kind="published",
         experiment=experiment.name,
         point=case.label,
-        asked=Asked.of(case.model, gpus=case.gpus, batch_size=case.batch_size, precision=strategy.compute),
-        ran=Ran(
+        asked=Workload.of(case.model, gpus=case.gpus, batch_size=case.batch_size, precision=strategy.compute),
+        ran=Execution(
             framework=case.group or OURS,
             version="as published",
             grid=strategy.grid,

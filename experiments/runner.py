@@ -44,7 +44,7 @@ _SOURCES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class MeasuredPoint:
     """One run of one framework."""
 
     experiment: str
@@ -89,7 +89,7 @@ class Point:
         return record if done else None
 
 
-def points_of(experiment: Experiment, device: DeviceType = "cpu") -> list[Point]:
+def points_of(experiment: Experiment, device: DeviceType = "cpu") -> list[MeasuredPoint]:
     """All points in the order in which they run: repeats outermost, frameworks alternating at each rank count.
     `device`: what their ranks compute on.
 
@@ -103,7 +103,7 @@ def points_of(experiment: Experiment, device: DeviceType = "cpu") -> list[Point]
     work = measured_work(experiment)
     versions = {name: version_of(load_framework(name)) for name in {name for _, _, name in work}}
     return [
-        Point(
+        MeasuredPoint(
             experiment=experiment.name,
             framework=name,
             config=config,
@@ -136,7 +136,7 @@ def measured_work(experiment: Experiment, *, most: int | None = None) -> list[tu
 
 
 def run_point(
-    point: Point,
+    point: MeasuredPoint,
     *,
     command: str,
     on_batch: Callable[[int], None] = lambda done: None,
@@ -170,7 +170,7 @@ def run_point(
     return record
 
 
-def _not_on(point: Point) -> str | None:
+def _not_on(point: MeasuredPoint) -> str | None:
     """Why a framework cannot compute on the device of a point, or None."""
     if point.device == "cpu":
         return None
@@ -180,7 +180,7 @@ def _not_on(point: Point) -> str | None:
     return f"it runs on {' and '.join(devices)} here; leave out --device {point.device} to measure it there"
 
 
-def compare_losses(records: list[tuple[Point, Record]], tolerance: float) -> list[Record]:
+def compare_losses(records: list[tuple[MeasuredPoint, Record]], tolerance: float) -> list[Record]:
     """Losses before times: a record whose losses differ from the first of the same function is made a failure.
 
     Returns the failures, which are written in place of the records.
@@ -194,7 +194,7 @@ def compare_losses(records: list[tuple[Point, Record]], tolerance: float) -> lis
     return failures
 
 
-def _record(point: Point, framework: Framework, outcome: Outcome, command: str) -> Record:
+def _record(point: MeasuredPoint, framework: Framework, outcome: Outcome, command: str) -> Record:
     return run_record(
         point.config,
         outcome,

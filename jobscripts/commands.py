@@ -16,7 +16,7 @@ from axonn.errors import ConfigError
 from axonn.training.places import from_here
 
 if TYPE_CHECKING:
-    from jobscripts.job_plan import Planned
+    from jobscripts.job_plan import JobPlan
 
 JobFolder = Annotated[Path, typer.Argument(help="Folder that axonn jobs wrote")]
 
@@ -100,7 +100,7 @@ def jobs(
     )
 
 
-def _table(planned: Planned) -> Table:
+def _table(planned: JobPlan) -> Table:
     from jobscripts.job_plan import node_hours
 
     found = Table(box=box.SIMPLE_HEAD, pad_edge=False)

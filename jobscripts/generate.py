@@ -78,7 +78,7 @@ class Manifest(StrictModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class ClusterJob:
     """A point to be run on a cluster. `adapter`: name of the adapter; of small work, of the framework."""
 
     name: str
@@ -90,7 +90,7 @@ class Job:
 
 
 def write_jobs(
-    jobs: Sequence[Job],
+    jobs: Sequence[ClusterJob],
     folder: Path,
     *,
     experiment: str,
@@ -151,7 +151,7 @@ def _environment(folder: Path | None) -> Environment:
     return sandbox([*([] if folder is None else [folder]), TEMPLATES], autoescape=False, keep_trailing_newline=True)
 
 
-def _check_names(jobs: Iterable[Job], *, experiment: str, machine: str) -> None:
+def _check_names(jobs: Iterable[ClusterJob], *, experiment: str, machine: str) -> None:
     """Raises `ConfigError` for what would be no name of a file, or a line of its own in a script."""
     for what, name in [("experiment", experiment), ("machine", machine), *(("job", job.name) for job in jobs)]:
         if not is_plain(name):
@@ -164,13 +164,13 @@ def _check_names(jobs: Iterable[Job], *, experiment: str, machine: str) -> None:
             raise ConfigError(f"{job.name}: its launch has a file {wrong[0]!r}; give it a plain name")
 
 
-def title_of(job: Job) -> str:
+def title_of(job: ClusterJob) -> str:
     """In one line, whatever its labels have."""
     size = f"{_count(job.work.gpus, 'rank')}, {_count(job.resources.nodes, 'node')}"
     return " ".join(f"{job.framework}: {job.work.name} on {size}".split())
 
 
-def _check_free(folder: Path, jobs: Iterable[Job]) -> None:
+def _check_free(folder: Path, jobs: Iterable[ClusterJob]) -> None:
     if not folder.exists():
         return
     ours = {MANIFEST, "submit-all.sh", *(job.name for job in jobs)}
@@ -184,7 +184,7 @@ def _check_free(folder: Path, jobs: Iterable[Job]) -> None:
 
 
 def _files_of(
-    job: Job, environment: Environment, *, system: System, site: Site, scheduler: Scheduler, launcher: Launcher
+    job: ClusterJob, environment: Environment, *, system: System, site: Site, scheduler: Scheduler, launcher: Launcher
 ) -> dict[str, str]:
     """Contents by name."""
     common: dict[str, Any] = {

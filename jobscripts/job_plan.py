@@ -21,7 +21,7 @@ from experiments.definition import Experiment, find_machine, slug
 from experiments.predicted_case import PredictedCase, predict_case
 from experiments.predictor import PointToPredict, decided, points_to_predict
 from experiments.runner import measured_work
-from jobscripts.generate import Job, is_script
+from jobscripts.generate import ClusterJob, is_script
 from jobscripts.schedulers import Resources
 from jobscripts.site import Site, as_time
 from jobscripts.system import System
@@ -30,10 +30,10 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
+class JobPlan:
     """All jobs of an experiment. `warnings`: what costs time; `left_out`: why no job was made, of which points."""
 
-    jobs: list[Job] = field(default_factory=list)
+    jobs: list[ClusterJob] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
@@ -87,7 +87,7 @@ def plan_jobs(
     repeats: int = 1,
     only: Sequence[str] = (),
     on_point: Callable[[str], None] = lambda name: None,
-) -> Planned:
+) -> JobPlan:
     """Jobs for each point at the published scale whose framework has an adapter, `repeats` of each.
 
     `only`: labels of frameworks. `on_point` is called with each job's name before its geometry is checked. Raises
@@ -99,7 +99,7 @@ def plan_jobs(
     if experiment.predicted is not None:
         adapters |= experiment.predicted.adapters
     _, points = points_to_predict(experiment)
-    planned = Planned()
+    planned = JobPlan()
     errors: dict[str, list[str]] = {}
     times: dict[str, float] = {}
     for point in _wanted(points, [p.framework for p in points], only, experiment):
@@ -148,7 +148,7 @@ def _too_short(times: Mapping[str, float], steps: int, site: Site) -> list[str]:
 
 def plan_small_jobs(
     experiment: Experiment, *, system: System, site: Site, repeats: int = 1, only: Sequence[str] = ()
-) -> Planned:
+) -> JobPlan:
     """Jobs for what the experiment measures on one machine; a weak scaling goes up to all ranks of the system.
 
     Only frameworks whose ranks are this suite's own are run so. Raises `ConfigError` as `plan_jobs` does, and where the
@@ -160,7 +160,7 @@ def plan_small_jobs(
     per_node = _ranks_per_node(system)
     work = measured_work(experiment, most=None if system.nodes is None else system.nodes * per_node)
     labels = [load_framework(name).label for _, _, name in work]
-    planned = Planned()
+    planned = JobPlan()
     errors: dict[str, list[str]] = {}
     for (label, config, framework), own in _wanted(list(zip(work, labels, strict=True)), labels, only, experiment):
         small = SmallWork(name=label, framework=framework, config=config, warmup_batches=policy.warmup_batches)
@@ -175,7 +175,7 @@ def plan_small_jobs(
         if reason is not None:
             planned.leave_out(name, reason)
             continue
-        job = Job(
+        job = ClusterJob(
             name=name,
             framework=own,
             adapter=framework,
@@ -201,13 +201,13 @@ def _wanted(points: Sequence[_T], labels: Sequence[str], only: Sequence[str], ex
     return [point for point, label in zip(points, labels, strict=True) if not only or label in only]
 
 
-def _repeated(job: Job, repeats: int) -> list[Job]:
+def _repeated(job: ClusterJob, repeats: int) -> list[ClusterJob]:
     """The first has the plain name."""
     names = [job.name, *(f"{job.name}-{number}" for number in range(2, repeats + 1))]
     return [replace(job, name=name, resources=replace(job.resources, name=name)) for name in names]
 
 
-def _checked(planned: Planned, errors: Mapping[str, Sequence[str]], system: System) -> Planned:
+def _checked(planned: JobPlan, errors: Mapping[str, Sequence[str]], system: System) -> JobPlan:
     if errors:
         lines = [f"\n  {name}: {text}" for name, texts in errors.items() for text in texts]
         raise ConfigError(f"{len(errors)} job(s) cannot run on {system.machine}:{''.join(lines)}")
@@ -228,14 +228,14 @@ def _published_job(
     system: System,
     site: Site,
     steps: int,
-) -> Job:
+) -> ClusterJob:
     if point.framework not in adapters:
         raise LaunchError(f"no adapter is called '{point.framework}'; there are {', '.join(sorted(adapters))}")
     adapter: Adapter = load_adapter(adapters[point.framework])
     work = cluster_work(
         found.case, machine=system.machine, name=point.name, steps=steps, data=site.data, device=system.device
     )
-    return Job(
+    return ClusterJob(
         name=name,
         framework=point.framework,
         adapter=adapter.name,
@@ -336,6 +336,6 @@ def joined_intervals(task: TaskTime) -> list[tuple[float, float]]:
     return found
 
 
-def node_hours(jobs: Sequence[Job]) -> float:
+def node_hours(jobs: Sequence[ClusterJob]) -> float:
     """Of all jobs, at most."""
     return sum(job.resources.node_hours for job in jobs)

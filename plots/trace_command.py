@@ -21,7 +21,7 @@ from axonn.errors import ConfigError, RecordError
 from axonn.grid import AXES, ProcessGrid
 from axonn.observability.perfetto_events import write_trace
 from axonn.observability.records import Record, read_records
-from axonn.spans import Parts, Span, breakdown, overlap, read_spans, span_files
+from axonn.spans import Span, TimeBreakdown, breakdown, overlap, read_spans, span_files
 from axonn.training.places import PROJECT, RUNS, from_here
 from axonn.training.places import find_run as folder_of_run
 from axonn.training.session_history import PastSession, session_of, sessions_of
@@ -256,7 +256,7 @@ def choose_ranks(asked: str | None, there: Sequence[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def parts_table(parts: Parts, batch: int) -> Table:
+def parts_table(parts: TimeBreakdown, batch: int) -> Table:
     """Where the time of a batch went, mean over the ranks."""
     table = Table(title=f"Batch {batch}, mean over ranks", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("part")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from axonn.checkpoint.checkpoints import CheckpointState
-from axonn.checkpoint.local_shard import Part
+from axonn.checkpoint.local_shard import LocalShard
 from axonn.grid import ProcessGrid
 from axonn.models.initialization import Normal, fill
 from axonn.placement import Cut, Placement
@@ -47,7 +47,7 @@ def placements_of(grid: ProcessGrid, stage: int) -> dict[str, Placement]:
     return found
 
 
-def parts_of(grid: ProcessGrid, rank: int, *, seed: int, dtype: torch.dtype = torch.float64) -> dict[str, Part]:
+def parts_of(grid: ProcessGrid, rank: int, *, seed: int, dtype: torch.dtype = torch.float64) -> dict[str, LocalShard]:
     """What `rank` holds of the state, views of one flat buffer, as an optimizer's buckets are; zeros for seed 0."""
     here = grid.coordinates(rank)
     placements = placements_of(grid, here.inter)
@@ -57,18 +57,18 @@ def parts_of(grid: ProcessGrid, rank: int, *, seed: int, dtype: torch.dtype = to
     for (name, placement), view in zip(placements.items(), views, strict=True):
         if seed:
             fill(view, Normal(1.0), name=name, seed=seed, placement=placement, grid=grid, here=here)
-    return {n: Part.placed(v, p, grid, here) for (n, p), v in zip(placements.items(), views, strict=True)}
+    return {n: LocalShard.placed(v, p, grid, here) for (n, p), v in zip(placements.items(), views, strict=True)}
 
 
-def one_rank(seed: int = 1, dtype: torch.dtype = torch.float64) -> dict[str, Part]:
+def one_rank(seed: int = 1, dtype: torch.dtype = torch.float64) -> dict[str, LocalShard]:
     return parts_of(ProcessGrid(), 0, seed=seed, dtype=dtype)
 
 
-def same(a: Mapping[str, Part], b: Mapping[str, Part]) -> bool:
+def same(a: Mapping[str, LocalShard], b: Mapping[str, LocalShard]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name].tensor, b[name].tensor) for name in a)
 
 
-def masters(parts: Mapping[str, Part]) -> Tensors:
+def masters(parts: Mapping[str, LocalShard]) -> Tensors:
     """Those of one rank that holds everything, by the names of the parameters."""
     prefix = "master."
     return {n.removeprefix(prefix): p.tensor.clone() for n, p in parts.items() if n.startswith(prefix)}

@@ -14,7 +14,7 @@ import pytest
 from axonn.config.train_config import validate
 from experiments.definition import HERE, Experiment, load_experiment
 from jobscripts.generate import Manifest, write_jobs
-from jobscripts.job_plan import Planned, plan_jobs, plan_small_jobs
+from jobscripts.job_plan import JobPlan, plan_jobs, plan_small_jobs
 from jobscripts.launchers import load_launcher
 from jobscripts.schedulers import load_scheduler
 from jobscripts.site import Site
@@ -61,14 +61,14 @@ def few(experiment: str, *, frameworks: tuple[str, ...] = ()) -> Experiment:
 
 
 @functools.cache
-def planned(experiment: str, machine: str) -> Planned:
+def planned(experiment: str, machine: str) -> JobPlan:
     """Of fig7 only the scheme, which has little to search."""
     wanted = few(experiment, frameworks=(SCHEME,) if experiment == "fig7" else ())
     return plan_jobs(wanted, system=load_system(machine), site=site())
 
 
 @functools.cache
-def planned_small(experiment: str, machine: str) -> Planned:
+def planned_small(experiment: str, machine: str) -> JobPlan:
     wanted = load_experiment(HERE / f"{experiment}.yaml")
     if wanted.measured is not None:
         # Else it goes up to the cores of this machine.
@@ -78,7 +78,7 @@ def planned_small(experiment: str, machine: str) -> Planned:
 
 
 def write(
-    plan: Planned,
+    plan: JobPlan,
     folder: Path,
     *,
     machine: str,

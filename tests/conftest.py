@@ -18,7 +18,7 @@ from tests.every_rank import run_ranks  # noqa: F401  A fixture of several files
 from tests.rank_pool import RankPool
 
 if TYPE_CHECKING:
-    from jobscripts.generate import Job
+    from jobscripts.generate import ClusterJob
 
 
 def _start_mpi() -> None:
@@ -75,7 +75,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> tuple[Path, Job]:
+def small(tmp_path: Path) -> tuple[Path, ClusterJob]:
     """One small job of two ranks that was written, and nothing more."""
     from tests.jobs_left import small_job, written
 

@@ -26,7 +26,7 @@ from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from axonn.distributed.collectives import Collectives, Group, Operation, Work
+from axonn.distributed.collectives import CollectiveGroup, CollectiveHandle, Collectives, Operation
 from axonn.tensor.overdecomposition import Lanes
 
 _device_constructors()  # It remembers the functions that make tensors, which are not yet others here.
@@ -287,7 +287,7 @@ def standing_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
         yield gpu
 
 
-class _Nccl(Work):
+class _Nccl(CollectiveHandle):
     def __init__(self, gpu: Gpu, done: Event) -> None:
         self._gpu, self._done = gpu, done
 
@@ -306,14 +306,14 @@ class StandInCollectives(Collectives):
     def _group(self, ranks: tuple[int, ...], axes: Any) -> Any:
         return None
 
-    def _all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation) -> Work:
+    def _all_reduce(self, tensor: torch.Tensor, group: CollectiveGroup, operation: Operation) -> CollectiveHandle:
         return self._run(lambda: tensor.mul_(2))
 
-    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: Group) -> Work:
+    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: CollectiveGroup) -> CollectiveHandle:
         return self._run(lambda: output.copy_(tensor.expand_as(output)))
 
     @torch.no_grad()
-    def _run(self, act: Callable[[], object]) -> Work:
+    def _run(self, act: Callable[[], object]) -> CollectiveHandle:
         self._wire.wait_stream(self._gpu.current)
         with self._gpu.stream(self._wire):
             act()

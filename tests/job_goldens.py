@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from jobscripts.job_plan import Planned
+from jobscripts.job_plan import JobPlan
 from tests.cluster_jobs import planned, planned_small, write
 
 GOLDENS = Path(__file__).parent / "goldens" / "jobs"
@@ -29,10 +29,10 @@ class Golden(NamedTuple):
     def name(self) -> str:
         return f"{self.scheduler}-{self.launcher}"
 
-    def plan(self) -> Planned:
+    def plan(self) -> JobPlan:
         found = (planned_small if self.small else planned)("fig6", self.machine)
         (job,) = [job for job in found.jobs if job.name == self.job]
-        return Planned(jobs=[job])
+        return JobPlan(jobs=[job])
 
 
 ALL = [

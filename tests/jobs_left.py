@@ -17,7 +17,7 @@ from experiments.definition import ROOT, load_experiment
 from experiments.runner import measured_work
 from experiments.validation.published_sets import case_of
 from jobscripts.collection import Collected, collect
-from jobscripts.generate import Job, hash_of, write_jobs
+from jobscripts.generate import ClusterJob, hash_of, write_jobs
 from jobscripts.launchers import load_launcher
 from jobscripts.schedulers import Resources, load_scheduler
 from jobscripts.site import Site
@@ -26,18 +26,18 @@ from tests.test_deepspeed_printed import iteration
 
 DONE = "[after training is done] datetime: 2026-07-10 05:47:31 "
 """The last line of Megatron-LM and Megatron-DeepSpeed."""
-Small = tuple[Path, Job]
+Small = tuple[Path, ClusterJob]
 """Of the fixture `small`: the folder, and its one job."""
 LONG_AGO = 1_700_000_000
 """No file of a job that ended is fresh."""
 FIG6 = load_experiment(ROOT / "experiments" / "fig6.yaml")
 
 
-def small_job(name: str, framework: str, config: Any, *, warmup: int = 1) -> Job:
+def small_job(name: str, framework: str, config: Any, *, warmup: int = 1) -> ClusterJob:
     """What an experiment measures on one machine."""
     work = SmallWork(name=name, framework=framework, config=config, warmup_batches=warmup)
     job = f"{name}-{framework}".replace("/", "-")
-    return Job(
+    return ClusterJob(
         name=job,
         framework=load_framework(framework).label,
         adapter=framework,
@@ -47,20 +47,20 @@ def small_job(name: str, framework: str, config: Any, *, warmup: int = 1) -> Job
     )
 
 
-def fig6_small(*, most: int = 2) -> list[Job]:
+def fig6_small(*, most: int = 2) -> list[ClusterJob]:
     """The small points of Figure 6 with our engine and PyTorch."""
     found = measured_work(FIG6, most=most)
     return [small_job(label, name, config) for label, config, name in found if name in ("axonn", "pytorch/1f1b")]
 
 
-def fig6_published(framework: str, adapter: str, model: str = "gpt-12b") -> Job:
+def fig6_published(framework: str, adapter: str, model: str = "gpt-12b") -> ClusterJob:
     """A point at the published scale."""
     panel = FIG6.predicted
     assert panel is not None
     point = next(p for p in panel.points if (p.framework, p.model) == (framework, model))
     work = cluster_work(case_of(panel, point), machine="summit", name=point.name)
     name = f"{point.name}-{adapter}"
-    return Job(
+    return ClusterJob(
         name=name,
         framework=framework,
         adapter=adapter,
@@ -77,7 +77,7 @@ def resources(name: str, ranks: int) -> Resources:
     )  # fmt: skip
 
 
-def written(folder: Path, jobs: Sequence[Job], *, machine: str = "four-nodes", experiment: str = "fig6") -> Path:
+def written(folder: Path, jobs: Sequence[ClusterJob], *, machine: str = "four-nodes", experiment: str = "fig6") -> Path:
     """The folder of these jobs, of a machine without a batch system, so that nobody but the files says anything."""
     system = System(machine=machine, scheduler="none", launcher="mpiexec", cores_per_rank=1, source="a test")
     write_jobs(
@@ -89,7 +89,7 @@ def written(folder: Path, jobs: Sequence[Job], *, machine: str = "four-nodes", e
 
 def attempt(
     folder: Path,
-    job: Job,
+    job: ClusterJob,
     *,
     number: int = 1,
     output: str | bytes = "",
@@ -129,7 +129,7 @@ def old(folder: Path) -> None:
 
 def trail(
     folder: Path,
-    job: Job,
+    job: ClusterJob,
     *,
     batches: int | None = None,
     seconds: Sequence[float] = (),
@@ -158,7 +158,7 @@ def trail(
     return run
 
 
-def with_spans(folder: Path, job: Job) -> None:
+def with_spans(folder: Path, job: ClusterJob) -> None:
     """Of every rank and batch: half of it computes, a quarter waits, the rest optimises; a pause after batch 5."""
     for rank in range(job.work.gpus):
         recorder = SpanRecorder(rank, folder=folder / job.name / "run" / f"spans-{rank}.parquet")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from axonn.checkpoint.local_shard import Part
+from axonn.checkpoint.local_shard import LocalShard
 from axonn.config.train_config import OptimizerConfig, PrecisionConfig
 from axonn.device.streams import Timeline
 from axonn.distributed.collectives import Call, Collectives, SerialCollectives
@@ -103,11 +103,11 @@ def placements_of(case: Case, stage: int) -> dict[str, Placement]:
     return found
 
 
-def parts_of(case: Case, rank: int, tensors: dict[str, torch.Tensor]) -> dict[str, Part]:
+def parts_of(case: Case, rank: int, tensors: dict[str, torch.Tensor]) -> dict[str, LocalShard]:
     """A rank's parameters, or what is like them, as parts."""
     here = case.grid.coordinates(rank)
     placements = placements_of(case, here.inter)
-    return {name: Part.placed(tensor, placements[name], case.grid, here) for name, tensor in tensors.items()}
+    return {name: LocalShard.placed(tensor, placements[name], case.grid, here) for name, tensor in tensors.items()}
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from axonn.checkpoint.local_shard import Part
+from axonn.checkpoint.local_shard import LocalShard
 from axonn.grid import Axis, Coordinates, ProcessGrid
 from axonn.placement import Cut, Placement
 
@@ -42,12 +42,12 @@ def part_of(whole: torch.Tensor, placement: Placement, grid: ProcessGrid, here: 
     return part.clone()
 
 
-def detached(parts: Mapping[str, Part]) -> dict[str, Part]:
+def detached(parts: Mapping[str, LocalShard]) -> dict[str, LocalShard]:
     """Copies, which do not change and do not carry the buffers that they lie in from rank to rank."""
     return {name: replace(part, tensor=part.tensor.detach().clone()) for name, part in parts.items()}
 
 
-def assembled(by_rank: Iterable[Mapping[str, Part]]) -> Tensors:
+def assembled(by_rank: Iterable[Mapping[str, LocalShard]]) -> Tensors:
     """The whole tensors: wherever several ranks hold the same elements they have the same bits, and none is missing."""
     wholes: Tensors = {}
     known: Tensors = {}
@@ -66,6 +66,6 @@ def assembled(by_rank: Iterable[Mapping[str, Part]]) -> Tensors:
     return wholes
 
 
-def wholes(tensors: Tensors) -> dict[str, Part]:
+def wholes(tensors: Tensors) -> dict[str, LocalShard]:
     """The state of one rank that holds everything."""
-    return {name: Part.whole(tensor) for name, tensor in tensors.items()}
+    return {name: LocalShard.whole(tensor) for name, tensor in tensors.items()}

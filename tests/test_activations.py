@@ -12,7 +12,7 @@ from torch import nn
 
 from axonn.config.defaults import default_checkpoint_blocks
 from axonn.errors import ConfigError
-from axonn.inter_layer.stage import Chunk, initialise, segments
+from axonn.inter_layer.stage import StageChunk, initialise, segments
 from axonn.models.base import Layer
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.gpt.gpt_model import GPT
@@ -60,7 +60,7 @@ def test_recomputing_keeps_gradients_to_the_bit() -> None:
     x = torch.randint(0, 32, (3, 8))
     gradients = []
     for recompute in (None, 1, 3):
-        chunk = Chunk(
+        chunk = StageChunk(
             MODEL,
             range(10),
             context=TensorContext.serial(),
@@ -100,4 +100,4 @@ def test_layers_with_buffers_are_refused() -> None:
         ties = ()
 
     with pytest.raises(ConfigError, match=r"have buffers \(norm.running_mean"):
-        Chunk(Odd(), range(1), context=TensorContext.serial(), dtype=torch.float32, device=torch.device("cpu"))  # type: ignore[arg-type]
+        StageChunk(Odd(), range(1), context=TensorContext.serial(), dtype=torch.float32, device=torch.device("cpu"))  # type: ignore[arg-type]

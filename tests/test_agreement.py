@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mpi4py import MPI
 
 from axonn.distributed.runtime import connect
-from axonn.distributed.transport import Address, Decision, Decisions, Message, Sent, Transport
+from axonn.distributed.transport import Address, Decision, Decisions, Message, SentMessage, Transport
 from axonn.errors import DeadlockError, TransportError
 from axonn.grid import Axis, ProcessGrid
 from axonn.inter_layer.stage_leader import Agreement
@@ -351,9 +351,9 @@ def test_messages_are_counted_by_peer_and_direction() -> None:
         expected = {}
         # Twice forward, since each batch is evaluated too.
         if stage < 2:
-            expected[Sent(rank + 2, Direction.FORWARD, elements, 8 * elements)] = 2 * MICROBATCHES
+            expected[SentMessage(rank + 2, Direction.FORWARD, elements, 8 * elements)] = 2 * MICROBATCHES
         if stage > 0:
-            expected[Sent(rank - 2, Direction.BACKWARD, elements, 8 * elements)] = MICROBATCHES
+            expected[SentMessage(rank - 2, Direction.BACKWARD, elements, 8 * elements)] = MICROBATCHES
         assert outcome.messages == expected, f"stage {stage}, row {row}"
 
 

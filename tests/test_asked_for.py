@@ -17,7 +17,7 @@ from axonn.errors import AxonnError
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.registry import outline_of
 from axonn.observability.records import Failure, Machine, Record, read_records, write_records
-from axonn.perf.layers.model_outline import Outline
+from axonn.perf.layers.model_outline import ModelOutline
 from axonn.perf.planner import planner
 from axonn.perf.planner.engine_strategy import as_the_engine, differences
 from axonn.perf.prediction import Prediction, predict
@@ -35,7 +35,7 @@ from experiments.predicted_case import PredictedCase
 from experiments.predictor import predict_experiment
 from experiments.runner import measured_work
 from jobscripts.collection import work_of
-from jobscripts.generate import Job, _plain, write_jobs
+from jobscripts.generate import ClusterJob, _plain, write_jobs
 from jobscripts.job_plan import plan_jobs
 from jobscripts.launchers import load_launcher
 from jobscripts.schedulers import load_scheduler
@@ -51,23 +51,29 @@ SHIPPED = [path for path in sorted(HERE.glob("*.yaml")) if load_experiment(path)
 
 
 @pytest.fixture
-def assumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Prediction], tuple[Outline, Strategy, int]]:
+def assumed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[Prediction], tuple[ModelOutline, Strategy, int]]:
     """Of a prediction, what the performance model was asked for: predictions are all those of a small model, and the
     planner takes the first configuration that there is."""
-    made: dict[int, tuple[Prediction, tuple[Outline, Strategy, int]]] = {}
+    made: dict[int, tuple[Prediction, tuple[ModelOutline, Strategy, int]]] = {}
 
-    def instead(outline: Outline, machine: Any, strategy: Strategy, *, batch_size: int, **options: Any) -> Prediction:
+    def instead(
+        outline: ModelOutline, machine: Any, strategy: Strategy, *, batch_size: int, **options: Any
+    ) -> Prediction:
         prediction = predict(outline_of(SMALL), machine, ONE, batch_size=1, **options)
         made[id(prediction)] = prediction, (outline, strategy, batch_size)
         return prediction
 
-    def first(model: Plannable, machine: Any, space: Any, **options: Any) -> planner.Plan:
+    def first(model: Plannable, machine: Any, space: Any, **options: Any) -> planner.StrategyPlan:
         search = planner._Search(model, machine, space, lambda what, done, total: None)
         candidate = next(one for grid in space.grids() for one in search._candidates(grid))
         strategy = search.closed.strategy(candidate)
-        choice = planner.Choice(strategy=strategy, prediction=predict(outline_of(SMALL), machine, ONE, batch_size=1))
+        choice = planner.PlannedStrategy(
+            strategy=strategy, prediction=predict(outline_of(SMALL), machine, ONE, batch_size=1)
+        )
         discarded = planner.Discarded()
-        return planner.Plan(best=[choice], estimated=1, estimating_s=1.0, simulated=1, discarded=discarded)
+        return planner.StrategyPlan(best=[choice], estimated=1, estimating_s=1.0, simulated=1, discarded=discarded)
 
     monkeypatch.setattr(predicted_case, "predict", instead)
     monkeypatch.setattr(planned_points, "plan", first)
@@ -109,7 +115,7 @@ def differing(asked: AskedFor, found: dict[str, Any], *, known: bool = True) -> 
 
 def test_what_is_predicted_is_what_was_asked_for(
     files: list[Path],
-    assumed: Callable[[Prediction], tuple[Outline, Strategy, int]],
+    assumed: Callable[[Prediction], tuple[ModelOutline, Strategy, int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found: list[PredictedCase] = []
@@ -187,7 +193,7 @@ def machine_of(experiment: Experiment) -> str:
     return predictor.points_to_predict(experiment)[0]
 
 
-def jobs_of(experiment: Experiment, machine: str) -> list[Job]:
+def jobs_of(experiment: Experiment, machine: str) -> list[ClusterJob]:
     """Empty where all of it is refused, with a reason."""
     try:
         return plan_jobs(experiment, system=load_system(machine), site=site()).jobs
@@ -197,7 +203,7 @@ def jobs_of(experiment: Experiment, machine: str) -> list[Job]:
     return []
 
 
-def assert_run(asked: AskedFor, job: Job, machine: str, folder: Path) -> None:
+def assert_run(asked: AskedFor, job: ClusterJob, machine: str, folder: Path) -> None:
     """What the ranks are told, what stands in work.json and what a record of the run would say."""
     launch, work = job.launch, job.work
     assert isinstance(work, ClusterWork)

@@ -19,7 +19,7 @@ from mpi4py import MPI
 from axonn.config.train_config import TrainConfig, validate
 from axonn.distributed.runtime import connect
 from axonn.distributed.tensor_spec import TensorSpec
-from axonn.distributed.transport import Address, Edge, InProcessCollectives, InProcessTransport, InProcessWorld
+from axonn.distributed.transport import Address, InProcessCollectives, InProcessTransport, InProcessWorld, MessageEdge
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_model import GPT
@@ -177,7 +177,9 @@ def test_a_message_is_not_handed_over_before_its_time() -> None:
         wire = DelayedTransport(InProcessTransport(world, rank))
         wire.latency = latency
         specs = (TensorSpec((2,), torch.float32),)
-        wire.expect(Edge(peer=1 - rank, direction=Direction.FORWARD, tensors=specs, device=torch.device("cpu")), 3)
+        wire.expect(
+            MessageEdge(peer=1 - rank, direction=Direction.FORWARD, tensors=specs, device=torch.device("cpu")), 3
+        )
         for m in range(3):
             sent = torch.tensor([m, rank], dtype=torch.float32)
             wire.send(1 - rank, Address(Direction.FORWARD, 0, m), (sent,))

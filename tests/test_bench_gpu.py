@@ -15,15 +15,15 @@ import torch
 from axonn.config.train_config import GridConfig
 from axonn.errors import ConfigError, RecordError
 from axonn.observability import provenance
-from axonn.observability.records import Asked, Failure, Machine, Ran, Record, read_records, write_records
+from axonn.observability.records import Execution, Failure, Machine, Record, Workload, read_records, write_records
 from axonn.spans import Span, SpanKind
 from baselines import environments
 from baselines.gpu import bench_gpu
-from baselines.gpu.bench_context import Context, Lost
-from baselines.gpu.bench_rows import PartResult, Row, read_parts, write_part
+from baselines.gpu.bench_context import Context, NotMeasured
+from baselines.gpu.bench_rows import BenchRow, PartResult, read_parts, write_part
 from baselines.gpu.bench_summary import same_device
 from baselines.gpu.bench_table import result_of
-from baselines.gpu.bench_work import Plan, plan_of
+from baselines.gpu.bench_work import BenchPlan, plan_of
 from baselines.gpu.parts import part_gpt, part_largest, part_predicted
 from baselines.gpu.parts.part_offload import config_of, state_by_model
 from baselines.gpu.parts.parts_common import TOLERANCE, agreement, flops_of
@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 PLAN = plan_of("cpu", quick=True)
 
 
-def context_of(plan: Plan = PLAN, *, seconds: float = 60.0, **fields: Any) -> Context:
+def context_of(plan: BenchPlan = PLAN, *, seconds: float = 60.0, **fields: Any) -> Context:
     return Context(plan=plan, part="test", deadline=time.monotonic() + seconds, **fields)
 
 
@@ -82,11 +82,11 @@ def test_a_part_that_fails_is_a_row_and_time_that_is_used_up_as_well(monkeypatch
 
 def test_a_task_that_fails_or_hangs_leaves_its_cause(tmp_path: Path) -> None:
     context = context_of(runs=tmp_path)
-    with pytest.raises(Lost) as lost:
+    with pytest.raises(NotMeasured) as lost:
         context.task("images", name="broken", config={"model": {"kind": "unet"}}, warmup=0, batches=1)
     assert lost.value.failure.cause == "error"
     assert "model.name" in lost.value.failure.detail
-    with pytest.raises(Lost) as lost:
+    with pytest.raises(NotMeasured) as lost:
         context.task("peak", name="hangs", most_s=3.0, size=30_000)
     assert lost.value.failure.cause == "timeout"
 
@@ -168,7 +168,7 @@ def test_parts_are_kept_and_those_of_another_device_left_out(miniature: Path) ->
     assert not bench_gpu.is_done(
         part.model_copy(update={"machine": clean}), clean.model_copy(update={"commit": "abc+"})
     )
-    late = Row(part="unet", model="m", contender="c", failure=Failure(cause="timeout", detail="d"))
+    late = BenchRow(part="unet", model="m", contender="c", failure=Failure(cause="timeout", detail="d"))
     assert not bench_gpu.is_done(done.model_copy(update={"rows": [late]}), clean)
     (miniature / "parts" / "grids.json").write_text('{"schema_": "another"}')
     assert "grids" not in read_parts(miniature / "parts", list(bench_gpu.PARTS))
@@ -232,7 +232,7 @@ def test_contenders_share_a_process_where_memory_allows() -> None:
 def test_memory_that_runs_out_beside_others_is_tried_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def task(self: Context, task: str, *, contenders: list[str], **arguments: Any) -> dict[str, Any]:
         if len(contenders) > 1:
-            raise Lost(Failure(cause="out-of-memory", detail="no room"))
+            raise NotMeasured(Failure(cause="out-of-memory", detail="no room"))
         losses, times = {contenders[0]: [1.0, 0.9]}, {contenders[0]: [2.0, 2.0]}
         return {"losses": losses, "times": times, "failed": {}, "torch": "2"}
 
@@ -297,7 +297,7 @@ def fitting(monkeypatch: pytest.MonkeyPatch, most: dict[str, int]) -> list[tuple
         placement, layers = config["optimizer"]["placement"], config["model"]["layers"]
         tried.append((placement, layers))
         if layers > most[placement]:
-            raise Lost(Failure(cause="out-of-memory", detail="CUDA out of memory"))
+            raise NotMeasured(Failure(cause="out-of-memory", detail="CUDA out of memory"))
         return {"seconds": 1.0, "memory": {}, "batch_peak": None}
 
     monkeypatch.setattr(Context, "task", task)
@@ -359,7 +359,9 @@ def test_predictions_need_a_machine_file_of_this_device(monkeypatch: pytest.Monk
 
     assert "run it first" in reason(context_of())
     config = PLAN.gpts[0].config(steps=2)
-    row = Row(part="gpt", model="m", contender="AxoNN", ours=True, seconds=2.0, config=config.model_dump(mode="json"))
+    row = BenchRow(
+        part="gpt", model="m", contender="AxoNN", ours=True, seconds=2.0, config=config.model_dump(mode="json")
+    )
     part = PartResult(
         part="gpt", rows=[row], quick=True, seconds=1.0, created="now", command="c", machine=Machine(name="x")
     )
@@ -411,8 +413,8 @@ def test_a_record_keeps_driver_and_clocks(tmp_path: Path) -> None:
         kind="measured",
         experiment="gpu",
         point="p",
-        asked=Asked.of(PLAN.gpts[0].model, gpus=1, batch_size=8, precision="bfloat16"),
-        ran=Ran(framework="AxoNN", version="1", grid=GridConfig()),
+        asked=Workload.of(PLAN.gpts[0].model, gpus=1, batch_size=8, precision="bfloat16"),
+        ran=Execution(framework="AxoNN", version="1", grid=GridConfig()),
         machine=machine,
         source="s",
         batch_time_s=1.0,

@@ -15,7 +15,7 @@ from axonn.observability.records import Failure, read_all, read_records, write_r
 from axonn.training.run_outcome import Outcome
 from experiments import runner
 from experiments.definition import ROOT, load_experiment
-from experiments.runner import Point, points_of
+from experiments.runner import MeasuredPoint, points_of
 from plots import reproduce
 from plots.figure import end_lines, load_summary, make_figure
 from plots.figures import fig3, fig6, fig7, inflight
@@ -45,7 +45,9 @@ def run(usage: list[BatchUsage]) -> Supervise:
     return fake
 
 
-def measure(name: str, monkeypatch: pytest.MonkeyPatch, usage: Callable[[Point], list[BatchUsage]]) -> list[Point]:
+def measure(
+    name: str, monkeypatch: pytest.MonkeyPatch, usage: Callable[[MeasuredPoint], list[BatchUsage]]
+) -> list[MeasuredPoint]:
     points = points_of(load_experiment(ROOT / "experiments" / f"{name}.yaml"))
     for point in points:
         monkeypatch.setattr(runner, "supervise", run(usage(point)))

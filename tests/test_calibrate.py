@@ -14,12 +14,12 @@ from axonn.config.loading import load_yaml
 from axonn.config.train_config import GridConfig, TrainConfig
 from axonn.errors import ConfigError
 from axonn.models.gpt.gpt_config import GPTConfig
-from axonn.perf.layers.kernel_operations import Stream
+from axonn.perf.layers.kernel_operations import MemoryBoundKernel
 from axonn.perf.machine.machine_file import MachineFile, load_machine
 from axonn.perf.planner.engine_strategy import strategy_of_config
 from axonn.perf.prediction import predict
 from experiments.calibration import measure_machine as calibration
-from experiments.calibration.calibration_worker import Job
+from experiments.calibration.calibration_worker import CalibrationJob
 from experiments.validation.local_validation import RUNS_FILE, LocalRuns, compare, ranks_of, summary_of, table_of
 from tests.test_tables import content, load
 
@@ -52,7 +52,7 @@ def test_a_quick_calibration_writes_a_machine_file_that_predicts(
     measured: dict[int, dict[str, Any]] = {}
     original = calibration._measured
 
-    def remembered(job: Job, ranks: int, on_part: Callable[[str], None]) -> dict[str, Any]:
+    def remembered(job: CalibrationJob, ranks: int, on_part: Callable[[str], None]) -> dict[str, Any]:
         if ranks not in measured:
             measured[ranks] = original(job, ranks, on_part)
         return measured[ranks]
@@ -105,7 +105,7 @@ def test_the_optimizer_is_that_which_was_measured(tmp_path: Path) -> None:
 
 def test_streams_that_adds_a_bias_are_part_of_a_measured_product(tmp_path: Path) -> None:
     tables = load(tmp_path, content()).gpu.measured[0]
-    assert tables.seconds(Stream("bias", 1000, 2000)) == 0
+    assert tables.seconds(MemoryBoundKernel("bias", 1000, 2000)) == 0
 
 
 def test_the_local_runs_are_enough_and_are_compared(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from axonn.perf.machine.machine_file import load_machine
 from axonn.perf.planner.engine_strategy import strategy_of_config
 from axonn.perf.prediction import predict
 from experiments.calibration import measure_machine as calibration
-from experiments.calibration.calibration_worker import Job
+from experiments.calibration.calibration_worker import CalibrationJob
 from experiments.calibration.kernel_timing import GPU, GPU_QUICK, QUICK, measure, sizes_of
 from experiments.calibration.link_timing import copy_rate, empty_kernel, host_link_rate
 from experiments.calibration.timing import DeviceClock, Timer
@@ -52,10 +52,10 @@ def test_a_gpu_has_sizes_of_its_own() -> None:
 
 
 def test_the_machine_file_of_a_gpu_predicts_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs: list[Job] = []
+    jobs: list[CalibrationJob] = []
     original = calibration._measured
 
-    def on_a_cpu(job: Job, ranks: int, on_part: Callable[[str], None]) -> dict[str, Any]:
+    def on_a_cpu(job: CalibrationJob, ranks: int, on_part: Callable[[str], None]) -> dict[str, Any]:
         jobs.append(job)
         found = original(replace(job, device="cpu"), ranks, on_part)
         gpu = {"name": "NVIDIA H100", "memory": 80 * 10**9, "multiprocessors": 132}
@@ -64,7 +64,7 @@ def test_the_machine_file_of_a_gpu_predicts_batches(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(calibration, "_measured", on_a_cpu)
     file = tmp_path / "local-gpu.yaml"
     calibration.calibrate(device="cuda", quick=True, out=file)
-    assert jobs == [Job(precision="bfloat16", quick=True, device="cuda")]
+    assert jobs == [CalibrationJob(precision="bfloat16", quick=True, device="cuda")]
     machine = load_machine(file)
     assert machine.gpu.name == "NVIDIA H100"
     assert machine.gpu.memory.si == 80e9

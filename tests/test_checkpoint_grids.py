@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from axonn.checkpoint import sharded_files
 from axonn.checkpoint.checkpoints import latest, load, save, verify
-from axonn.checkpoint.local_shard import Part, box_elements
+from axonn.checkpoint.local_shard import LocalShard, box_elements
 from axonn.checkpoint.sharded_files import read_index, stored_tensors
 from axonn.distributed.runtime import connect
 from axonn.errors import CheckpointError, ConfigError
@@ -115,7 +115,7 @@ def boxes_read_on(comm: Any, grid: ProcessGrid, folder: Path) -> tuple[set[Box],
     read: set[Box] = set()
     overlaps_of = sharded_files._overlaps
 
-    def watched(name: str, part: Part, index: sharded_files.Index) -> Iterator[Any]:
+    def watched(name: str, part: LocalShard, index: sharded_files.Index) -> Iterator[Any]:
         for overlap in overlaps_of(name, part, index):
             read.add((name, tuple(overlap.box.offsets)))
             yield overlap
@@ -145,7 +145,7 @@ def refuse_on(comm: Any, folder: Path) -> list[str]:
         if here.inter == 1:
             mine["master.block9.weight"] = mine.pop("master.block3.weight")
             wide = Placement(shape=(18,), cuts=(Cut(0, "col", (18,)),))
-            mine["master.block2.bias"] = Part.placed(torch.zeros(9), wide, grid, here)
+            mine["master.block2.bias"] = LocalShard.placed(torch.zeros(9), wide, grid, here)
         for act in (
             lambda: load(folder / "step-00000004", mine),
             lambda: import_weights(folder / "model.safetensors", mine),
@@ -178,7 +178,7 @@ def misuse_on(comm: Any, folder: Path) -> list[str]:
         mine = parts_of(grid, runtime.rank, seed=5)
         save(folder, tensors=mine, state=state_of(4))
         rank = runtime.rank
-        other = mine | {"master.block1.norm": Part.whole(torch.zeros(6 + rank, dtype=torch.float64))}
+        other = mine | {"master.block1.norm": LocalShard.whole(torch.zeros(6 + rank, dtype=torch.float64))}
         short = {n: p for n, p in mine.items() if n != "master.block1.norm" or rank == 0}
         for act in (
             lambda: load(folder / "step-00000004", other),

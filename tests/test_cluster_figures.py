@@ -11,7 +11,7 @@ import pytest
 from matplotlib.text import Text
 
 from axonn.config.train_config import TrainConfig
-from axonn.observability.records import Asked, Machine, Ran, Record, write_records
+from axonn.observability.records import Execution, Machine, Record, Workload, write_records
 from axonn.training.framework import load_framework
 from axonn.training.run_record import configuration_of
 from experiments import runner
@@ -47,8 +47,10 @@ def _record(  # noqa: PLR0917
         kind="measured",
         experiment=name,
         point=label,
-        asked=Asked.of(config.model, gpus=ranks, batch_size=config.batch_size, precision="float32"),
-        ran=Ran(framework=load_framework(framework).label, version="1", grid=g, microbatch_size=config.microbatch_size),
+        asked=Workload.of(config.model, gpus=ranks, batch_size=config.batch_size, precision="float32"),
+        ran=Execution(
+            framework=load_framework(framework).label, version="1", grid=g, microbatch_size=config.microbatch_size
+        ),
         machine=Machine(name=machine, device="cpu"),
         source="axonn collect",
         batch_time_s=seconds,

@@ -14,7 +14,7 @@ from axonn.config.train_config import PrecisionConfig
 from axonn.distributed.collectives import Call, Collectives
 from axonn.distributed.runtime import connect
 from axonn.distributed.transport import InProcessCollectives, InProcessTransport, InProcessWorld, Transport
-from axonn.distributed.transport.base import Sent
+from axonn.distributed.transport.base import SentMessage
 from axonn.grid import AXES, ProcessGrid
 from axonn.models.registry import outline_of
 from axonn.observability.traffic import Traffic, sent_by_axis
@@ -30,7 +30,7 @@ class Issued:
     """What one rank issued for one batch."""
 
     collectives: Counter[Call] = field(default_factory=Counter)
-    messages: Counter[Sent] = field(default_factory=Counter)
+    messages: Counter[SentMessage] = field(default_factory=Counter)
     decisions: int = 0
 
 
@@ -112,8 +112,8 @@ def as_modelled(calls: Counter[Call]) -> Counter[Collective]:
     return Counter({Collective(c.kind, c.axes, c.ranks, c.elements, c.dtype): n for c, n in calls.items()})
 
 
-def as_recorded(messages: Counter[StageMessage]) -> Counter[Sent]:
-    return Counter({Sent(m.peer, m.direction, m.elements, m.bytes): n for m, n in messages.items()})
+def as_recorded(messages: Counter[StageMessage]) -> Counter[SentMessage]:
+    return Counter({SentMessage(m.peer, m.direction, m.elements, m.bytes): n for m, n in messages.items()})
 
 
 def check(case: Case, recorded: list[Recorded]) -> None:

@@ -30,10 +30,10 @@ from baselines.comparison import (
     verdicts_of,
 )
 from baselines.comparison_outcome import record_of
-from baselines.comparison_session import MEMORY_SHARE, Part, conditions_over_link, groups_of, job_bytes
+from baselines.comparison_session import MEMORY_SHARE, SessionPart, conditions_over_link, groups_of, job_bytes
 from baselines.comparison_tables import show
 from baselines.contenders import KINDS, Contender, choose, load_contenders, refusal
-from baselines.coordinator import LEAST_ROUNDS, LOOPBACK, Condition, Measured, Turn
+from baselines.coordinator import LEAST_ROUNDS, LOOPBACK, Condition, ContenderResult, Turn
 from baselines.equal_work import BATCHES, difference, disagreement
 from baselines.junit import text_of, write_junit
 from baselines.statistics import median_interval, middle_half
@@ -233,13 +233,15 @@ def test_only_rounds_of_the_same_group_are_paired() -> None:
 
 
 def test_measured_groups_become_one_result_for_each_condition() -> None:
-    def group(number: int, losses: list[float]) -> Measured:
+    def group(number: int, losses: list[float]) -> ContenderResult:
         turns = [
             Turn(condition=name, group=number, round=i, seconds=1.0 + number, link_bytes=sent)
             for i in range(2)
             for name, sent in (("link", 600), ("other", None))
         ]
-        return Measured(turns=turns, losses=losses, memory_bytes=number, bytes_per_batch={"inter": 40, "data": 2})
+        return ContenderResult(
+            turns=turns, losses=losses, memory_bytes=number, bytes_per_batch={"inter": 40, "data": 2}
+        )
 
     reference = [4.0, 3.0, 2.0, 1.5, 1.2]
     about: dict[str, Any] = {
@@ -396,7 +398,7 @@ def test_who_cannot_run_says_why() -> None:
     assert "overdecomposition" in (refusal(swallowed, "tiny", 2, "cpu") or "")
 
 
-def part(some: Sequence[Contender]) -> Part:
+def part(some: Sequence[Contender]) -> SessionPart:
     about: dict[str, Any] = {
         "workload": "wide",
         "ranks": 2,
@@ -405,7 +407,7 @@ def part(some: Sequence[Contender]) -> Part:
         "conditions": {},
         "runs": Path("runs"),
     }
-    return Part(contenders=list(some), least_rounds=5, most_rounds=9, seconds=1.0, **about)
+    return SessionPart(contenders=list(some), least_rounds=5, most_rounds=9, seconds=1.0, **about)
 
 
 def test_groups_fit_the_memory_and_have_ours_in_each() -> None:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from axonn.cli.main import app, main
 from axonn.errors import RecordError
-from axonn.observability.records import Asked, Failure, Machine, Ran, Record, write_records
+from axonn.observability.records import Execution, Failure, Machine, Record, Workload, write_records
 from experiments.compare_records import behind, compare, load
 from tests.busy import BUSY, QUIET
 from tests.rank_pool import ROOT
@@ -25,8 +25,8 @@ def record(framework: str, seconds: float | None, **changes: Any) -> Record:
         "kind": "measured",
         "experiment": "test",
         "point": "m-2r",
-        "asked": Asked(**asked),
-        "ran": Ran.model_validate(ran),
+        "asked": Workload(**asked),
+        "ran": Execution.model_validate(ran),
         "machine": Machine(name="here"),
         "source": "test",
         "batch_time_s": seconds,
@@ -50,7 +50,9 @@ def test_frameworks_of_the_same_work_stand_side_by_side(tmp_path: Path) -> None:
             record("PyTorch", 9.0, batch_times_s=[50.0, 5.0, 7.0, 9.0], warmup_batches=1),
             record("DeepSpeed", None),
             # Another way of ours is slower: ratios are to the fastest.
-            record("AxoNN", 4.0, ran=Ran.model_validate(record("AxoNN", 1.0).ran.model_dump() | {"grid": {"col": 2}})),
+            record(
+                "AxoNN", 4.0, ran=Execution.model_validate(record("AxoNN", 1.0).ran.model_dump() | {"grid": {"col": 2}})
+            ),
         ),
         "AxoNN",
     )

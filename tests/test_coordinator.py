@@ -19,7 +19,7 @@ from axonn.observability.machine_usage import BatchUsage
 from axonn.observability.records import Failure
 from axonn.training.run_outcome import Outcome
 from baselines.contenders import Contender
-from baselines.coordinator import Condition, Group, Lost, Measured, RanksJob, take_turns
+from baselines.coordinator import Condition, ContenderResult, JobGroup, LostJob, RanksJob, take_turns
 from experiments.slow_link import why_no_link
 from tests.busy import BUSY, QUIET, usage
 from tests.rank_pool import ROOT
@@ -44,7 +44,7 @@ class MadeUpJob:
         if self.batches == self.stop_at:
             raise KeyboardInterrupt
         if self.batches == self.dies_at:
-            raise Lost
+            raise LostJob
         self.batches += 1
         self.log.append(self.key)
         return float(self.batches)
@@ -75,8 +75,8 @@ class MadeUpLink:
 
 def turns_of(
     jobs: Sequence[MadeUpJob], log: list[str], clock: Callable[[], float] = time.monotonic, **group: Any
-) -> tuple[dict[str, Measured], bool]:
-    asked = Group(**{"seconds": 0.0, "least_rounds": 5, **group})
+) -> tuple[dict[str, ContenderResult], bool]:
+    asked = JobGroup(**{"seconds": 0.0, "least_rounds": 5, **group})
     return take_turns(asked, jobs, link=MadeUpLink(log), say=lambda *_: None, clock=clock)
 
 
@@ -145,7 +145,7 @@ def rounds_of(theirs: Noisy, **group: Any) -> tuple[int, str | None, list[Any]]:
     said: list[Any] = []
     asked = {"seconds": 1000.0, "least_rounds": 4, "most_rounds": 50, "ours": ["a"], "half_width": 0.03} | group
     found, _ = take_turns(
-        Group(**asked),
+        JobGroup(**asked),
         [Noisy("a", [1.0] * 200, [QUIET] * 200), theirs],
         link=MadeUpLink([]),
         say=lambda what, done, planned, wide: said.append(wide),
@@ -216,7 +216,7 @@ def test_an_error_of_the_link_ends_all_jobs() -> None:
             if condition.kbit is not None:
                 raise LaunchError("no such rate")
 
-    group = Group(seconds=0.0, conditions=[LINK])
+    group = JobGroup(seconds=0.0, conditions=[LINK])
     with pytest.raises(LaunchError, match="no such rate"):
         take_turns(group, jobs, link=Broken(log), say=lambda *_: None)
     assert [[f and f.cause for f in job.ended_with] for job in jobs] == [["error"]] * 2
@@ -226,7 +226,7 @@ def test_an_adapter_that_fails_to_prepare_is_a_failure(tmp_path: Path) -> None:
     """Here before any rank starts: the configuration is one that the framework does not take."""
     config = Contender(framework="axonn", variant="plain", kind="tensor").config("tiny", 2, steps=2)
     job = RanksJob("x", "pytorch/no-such", config, tmp_path / "run", link_only=False, device="cpu")
-    found, _ = take_turns(Group(seconds=0.0), [job], link=MadeUpLink([]), say=lambda *_: None)
+    found, _ = take_turns(JobGroup(seconds=0.0), [job], link=MadeUpLink([]), say=lambda *_: None)
     failure = found["x"].failure
     assert failure is not None
     assert "no strategy 'no-such'" in failure.detail

@@ -12,8 +12,8 @@ import torch
 from axonn import engine as engine_module
 from axonn.config.train_config import OptimizerConfig, PrecisionConfig
 from axonn.device.pinned_memory import pinned_zeros
-from axonn.device.streams import Moment, Reading, Timeline
-from axonn.distributed.transport import Address, Decision, Edge, Message, Transport
+from axonn.device.streams import DeviceEvent, DeviceToHostCopy, Timeline
+from axonn.distributed.transport import Address, Decision, Message, MessageEdge, Transport
 from axonn.distributed.transport.staging import StagedPath
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
@@ -67,10 +67,10 @@ class Neighbour(Transport):
         super().__init__(0, device=DEVICE)
         self._path = StagedPath(DEVICE)
         self._gpu = gpu
-        self._edges: dict[Edge, int] = {}
+        self._edges: dict[MessageEdge, int] = {}
         self._came: list[Address] = []
 
-    def expect(self, edge: Edge, count: int) -> None:
+    def expect(self, edge: MessageEdge, count: int) -> None:
         self._edges[edge] = 0
         self._count = count
         if edge.direction == Direction.FORWARD:
@@ -195,9 +195,9 @@ def test_the_stand_in_sees_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_reading_is_there_when_its_copy_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Reading(torch.tensor([1.5, 2.0])).wait() == [1.5, 2.0]
+    assert DeviceToHostCopy(torch.tensor([1.5, 2.0])).wait() == [1.5, 2.0]
     with standing_in(monkeypatch) as gpu:
-        reading = Reading(torch.ones(2, device=DEVICE, dtype=torch.float64))
+        reading = DeviceToHostCopy(torch.ones(2, device=DEVICE, dtype=torch.float64))
         assert gpu.waits == 0
         assert len(reading.wait()) == 2
         assert gpu.waits == 1
@@ -259,4 +259,4 @@ def test_spans_of_a_gpu_are_recorded_when_it_is_done(monkeypatch: pytest.MonkeyP
         timeline.flush()
     (span,) = spans.spans
     assert (span.kind, span.microbatch) == (SpanKind.COPY, 3)
-    assert Moment(torch.device("cpu"), timed=True).passed
+    assert DeviceEvent(torch.device("cpu"), timed=True).passed

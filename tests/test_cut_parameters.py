@@ -10,7 +10,7 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from axonn.checkpoint.local_shard import Part
+from axonn.checkpoint.local_shard import LocalShard
 from axonn.config.train_config import PrecisionConfig
 from axonn.distributed.runtime import connect
 from axonn.distributed.transport import InProcessCollectives, InProcessWorld
@@ -20,7 +20,7 @@ from tests.parts import assembled, detached
 from tests.rank_pool import RankPool
 from tests.training import BSIZE, Case, batch_of, make_engine, serial_reference, train_in_process
 
-State = dict[str, Part]
+State = dict[str, LocalShard]
 GRIDS: list[dict[str, Any]] = [
     {"row": 2},
     {"col": 2},

@@ -19,7 +19,7 @@ from axonn.distributed.transport import (
     Decisions,
     InProcessTransport,
     InProcessWorld,
-    Sent,
+    SentMessage,
     Transport,
 )
 from axonn.distributed.transport.base import DECISION_BYTES
@@ -77,7 +77,9 @@ def test_decisions_come_in_the_order_in_which_they_were_told(run_ranks: RunsRank
     assert outcomes == [[], [decision(i) for i in range(400)]] * 2
 
 
-def tells_amid_messages(transport: Transport, count: int) -> tuple[list[Decision], list[int], Decisions, list[Sent]]:
+def tells_amid_messages(
+    transport: Transport, count: int
+) -> tuple[list[Decision], list[int], Decisions, list[SentMessage]]:
     """Each leader tells its neighbour; each rank sends to its counterpart, the last decision and message coming last.
 
     A rank that waits is woken by either.
@@ -113,7 +115,7 @@ def test_decisions_and_messages_leave_each_other_alone_and_are_counted_apart(run
         assert messages == list(range(count))
         told = 0 if member else count
         assert decisions == Decisions(messages=told, bytes=told * DECISION_BYTES)
-        assert calls == {Sent(2 * (1 - stage) + member, Direction(stage), elements=3, bytes=24): count}
+        assert calls == {SentMessage(2 * (1 - stage) + member, Direction(stage), elements=3, bytes=24): count}
 
 
 def tells_one_who_listens_to_messages(transport: Transport) -> list[int]:

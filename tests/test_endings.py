@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from axonn.training.supervision import interruption
-from axonn.training.supervision.interruption import Interrupted, Pending, exit_status, noted, raised
+from axonn.training.supervision.interruption import Interrupted, PendingSignals, exit_status, noted, raised
 from axonn.training.supervision.rank_watch import SAVE_S, Watch
 from axonn.training.supervision.session_folders import remove_stale, session_folders
 from experiments.definition import ROOT
@@ -309,7 +309,7 @@ def test_ranks_that_do_not_save_in_time_are_ended(tmp_path: Path, monkeypatch: p
     heard: list[str] = []
 
     def end_of(*numbers: int) -> tuple[str, float]:
-        pending = Pending()
+        pending = PendingSignals()
         start = now[0]
         watch = Watch(
             Over(),  # type: ignore[arg-type]

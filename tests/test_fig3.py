@@ -15,7 +15,7 @@ from axonn.spans import SpanKind, SpanRecorder
 from axonn.training.run_outcome import Outcome
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment
-from experiments.runner import Point, points_of
+from experiments.runner import MeasuredPoint, points_of
 from plots.figure import gather, make_figure, summarise
 from plots.figures import fig3
 
@@ -55,7 +55,7 @@ def fake_supervise(framework: str, config: TrainConfig, folder: Path, **options:
 @pytest.fixture
 def measured(
     experiment: Experiment, elsewhere: Path, predictions: Path, monkeypatch: pytest.MonkeyPatch
-) -> list[tuple[Point, Record]]:
+) -> list[tuple[MeasuredPoint, Record]]:
     """Everything is predicted and measured."""
     shutil.copy(predictions, predictor.PREDICTED)
     monkeypatch.setattr(runner, "supervise", fake_supervise)
@@ -69,7 +69,7 @@ def summary_of(elsewhere: Path) -> dict[str, Any]:
 
 def test_every_bar_adds_up(
     experiment: Experiment,
-    measured: list[tuple[Point, Record]],
+    measured: list[tuple[MeasuredPoint, Record]],
     elsewhere: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -102,7 +102,7 @@ def test_every_bar_adds_up(
 
 
 def test_published_phases_are_those_of_the_table_and_errors_are_against_them(
-    experiment: Experiment, measured: list[tuple[Point, Record]]
+    experiment: Experiment, measured: list[tuple[MeasuredPoint, Record]]
 ) -> None:
     summary = summarise(fig3.FIG3, gather(experiment))
     lines = (ROOT / "results/published/ipdps22_fig6_breakdown.csv").read_text().splitlines()[1:]
@@ -118,14 +118,16 @@ def test_published_phases_are_those_of_the_table_and_errors_are_against_them(
             assert abs(errors[phase]) <= 10
 
 
-def test_redrawn_it_is_the_same_to_the_byte(measured: list[tuple[Point, Record]], elsewhere: Path) -> None:
+def test_redrawn_it_is_the_same_to_the_byte(measured: list[tuple[MeasuredPoint, Record]], elsewhere: Path) -> None:
     make_figure(fig3.FIG3)
     first = [(elsewhere / "out" / name).read_bytes() for name in FILES]
     make_figure(fig3.FIG3, fresh=True)
     assert [(elsewhere / "out" / name).read_bytes() for name in FILES] == first
 
 
-def test_missing_and_failed_runs_are_named_in_the_figure(measured: list[tuple[Point, Record]], elsewhere: Path) -> None:
+def test_missing_and_failed_runs_are_named_in_the_figure(
+    measured: list[tuple[MeasuredPoint, Record]], elsewhere: Path
+) -> None:
     (gone, _), (failing, record), *_ = measured
     gone.record_file.unlink()
     failure = Failure(cause="dead-rank", rank=1, detail="rank 1 was killed by SIGKILL")
@@ -146,7 +148,7 @@ def test_missing_and_failed_runs_are_named_in_the_figure(measured: list[tuple[Po
 
 
 def test_a_predicted_record_among_the_measured_is_not_drawn(
-    measured: list[tuple[Point, Record]], elsewhere: Path
+    measured: list[tuple[MeasuredPoint, Record]], elsewhere: Path
 ) -> None:
     point = measured[0][0]
     (record,) = read_records(point.record_file)
@@ -161,7 +163,7 @@ def test_a_predicted_record_among_the_measured_is_not_drawn(
     assert (row["kind"], row["repeats_s"]) == ("measured", [1.0, 1.0])
 
 
-def test_a_run_without_spans_is_one_block(experiment: Experiment, measured: list[tuple[Point, Record]]) -> None:
+def test_a_run_without_spans_is_one_block(experiment: Experiment, measured: list[tuple[MeasuredPoint, Record]]) -> None:
     for point, record in measured:
         write_records(point.record_file, [record.model_copy(update={"parts_s": {}, "phases_s": {}})])
     summary = summarise(fig3.FIG3, gather(experiment))

@@ -16,7 +16,7 @@ from axonn.training.run_outcome import Outcome
 from baselines.adapters.pytorch.pytorch_pipelining import TorchPipelining
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment, measured_configs
-from experiments.runner import Point, compare_losses, points_of
+from experiments.runner import MeasuredPoint, compare_losses, points_of
 from plots.figure import make_figure
 from plots.figures import fig6
 from plots.summary import not_run, rows_of, wrong_orders
@@ -53,7 +53,7 @@ def fake_supervise(framework: str, config: TrainConfig, folder: Path, **options:
     return Outcome(batch_times_s=[5.0] + [seconds] * (config.steps - 1), losses=[4.0] * config.steps, memory_bytes=1)
 
 
-def measure(experiment: Experiment) -> list[tuple[Point, Record]]:
+def measure(experiment: Experiment) -> list[tuple[MeasuredPoint, Record]]:
     return [(p, runner.run_point(p, command="test")) for p in points_of(experiment)]
 
 

@@ -42,12 +42,12 @@ def experiment() -> Experiment:
     return load_experiment(FIG7)
 
 
-def quickly(model: Any, machine: Any, given: dict[str, Any], *, gpus: int, **rest: Any) -> planned_points.Planned:
+def quickly(model: Any, machine: Any, given: dict[str, Any], *, gpus: int, **rest: Any) -> planned_points.PlannedPoint:
     """A choice without a search."""
     row = given["grid"].get("row", 2)
     grid = {"data": gpus // 4, "row": row, "col": 4 // row}
     whole = planned_points.Strategy.model_validate({**given, "grid": grid, "microbatch_size": 16, "partition": "work"})
-    return planned_points.Planned(strategy=whole, searched=2, fitting=1)
+    return planned_points.PlannedPoint(strategy=whole, searched=2, fitting=1)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from axonn.training.run_outcome import Outcome
 from axonn.training.run_record import configuration_of
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment
-from experiments.runner import Point, points_of
+from experiments.runner import MeasuredPoint, points_of
 from plots.figure import FigureKind, gather, load_summary, main, make_figure, summary_file
 from plots.summary import here, rows_of
 
@@ -67,17 +67,17 @@ def experiment() -> Experiment:
 @pytest.fixture
 def measured(
     experiment: Experiment, elsewhere: Path, predictions: Path, monkeypatch: pytest.MonkeyPatch
-) -> list[tuple[Point, Record]]:
+) -> list[tuple[MeasuredPoint, Record]]:
     """Everything is predicted and measured."""
     shutil.copy(predictions, predictor.PREDICTED)
     monkeypatch.setattr(runner, "supervise", fake_supervise)
     return [(p, runner.run_point(p, command="test")) for p in points_of(experiment)]
 
 
-Measured = list[tuple[Point, Record]]
+Measured = list[tuple[MeasuredPoint, Record]]
 
 
-def change(point: Point, /, **update: Any) -> None:
+def change(point: MeasuredPoint, /, **update: Any) -> None:
     (record,) = read_records(point.record_file)
     write_records(point.record_file, [record.model_copy(update=update)])
 

@@ -31,7 +31,7 @@ from axonn.training.resumption import CHECKPOINTS, newest_checkpoint
 from axonn.training.run_folder import NEWEST, STOP, STOPPED
 from experiments.cluster_work import SmallWork
 from experiments.definition import ROOT
-from jobscripts.generate import Job, write_jobs
+from jobscripts.generate import ClusterJob, write_jobs
 from jobscripts.launchers import Launcher, load_launcher
 from jobscripts.schedulers import Resources, load_scheduler
 from jobscripts.site import Site
@@ -84,7 +84,7 @@ class JobFolder:
         )
         write_jobs(
             [
-                Job(
+                ClusterJob(
                     name="work",
                     framework="AxoNN",
                     adapter="axonn",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments.definition import HERE, ROOT, load_experiment
-from jobscripts.job_plan import Planned, node_hours, plan_jobs
+from jobscripts.job_plan import JobPlan, node_hours, plan_jobs
 from jobscripts.launchers import launcher_names
 from jobscripts.schedulers import scheduler_names
 from jobscripts.site import load_site
@@ -39,7 +39,7 @@ def test_the_site_file_of_the_page(tmp_path: Path) -> None:
     check_shell(tmp_path / "jobs")
 
 
-def check_requests(plan: Planned, folder: Path, *, launcher: str, scheduler: str) -> None:
+def check_requests(plan: JobPlan, folder: Path, *, launcher: str, scheduler: str) -> None:
     """Against what the table of --dry-run shows, and the site."""
     own = site()
     hours = 0.0

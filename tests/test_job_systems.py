@@ -12,7 +12,7 @@ from axonn.errors import ConfigError
 from axonn.training.engine_framework import EngineAdapter
 from axonn.training.framework import load_adapter
 from jobscripts.generate import TEMPLATES
-from jobscripts.job_plan import Planned
+from jobscripts.job_plan import JobPlan
 from jobscripts.site import Site
 from jobscripts.system import load_system, systems
 from tests.cluster_jobs import planned, planned_small, site, write
@@ -22,7 +22,7 @@ from tests.scheduler_options import Script, read_script
 def script_of(machine: str, job: str, folder: Path, *, own: Site | None = None) -> tuple[Script, dict[str, str]]:
     """What the script says to scheduler and launcher, and what it exports."""
     (one,) = [found for found in planned("fig6", machine).jobs if found.name == job]
-    write(Planned(jobs=[one]), folder, machine=machine, own=own or site(environment={}))
+    write(JobPlan(jobs=[one]), folder, machine=machine, own=own or site(environment={}))
     text = (folder / job / "job.sh").read_text()
     exports = dict(re.findall(r'^export (\w+)="(.*)"$', text, re.MULTILINE))
     return read_script(text, launcher=load_system(machine).launcher), exports
@@ -92,7 +92,7 @@ def test_mpi_is_told_of_buffers_on_the_device_only_where_there_are_any(tmp_path:
     assert load_adapter("reference").launch(job.work).mpi_on_device  # type: ignore[arg-type]
     launch = EngineAdapter().launch(replace(job.work, device="cpu"))  # type: ignore[type-var]
     assert not launch.mpi_on_device
-    write(Planned(jobs=[replace(job, launch=launch)]), tmp_path / "processors", machine="perlmutter")
+    write(JobPlan(jobs=[replace(job, launch=launch)]), tmp_path / "processors", machine="perlmutter")
     assert "MPICH_GPU" not in (tmp_path / "processors" / job.name / "job.sh").read_text()
 
 

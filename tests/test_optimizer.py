@@ -14,7 +14,14 @@ from torch import nn
 
 from axonn.config.train_config import LearningRateConfig, OptimizerConfig, PrecisionConfig
 from axonn.device.streams import Timeline
-from axonn.distributed.collectives import Call, Collectives, Group, Operation, SerialCollectives, Work
+from axonn.distributed.collectives import (
+    Call,
+    CollectiveGroup,
+    CollectiveHandle,
+    Collectives,
+    Operation,
+    SerialCollectives,
+)
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.stage import ParameterSpec
@@ -400,14 +407,14 @@ class Watched(Collectives):
     def _group(self, ranks: tuple[int, ...], axes: Any) -> None:
         return None
 
-    def _all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation) -> Work:
+    def _all_reduce(self, tensor: torch.Tensor, group: CollectiveGroup, operation: Operation) -> CollectiveHandle:
         return _WatchedWork(self, tensor, self.calls.total() - 1)
 
-    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: Group) -> Work:
+    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: CollectiveGroup) -> CollectiveHandle:
         raise AssertionError("an optimizer gathers nothing")
 
 
-class _WatchedWork(Work):
+class _WatchedWork(CollectiveHandle):
     def __init__(self, owner: Watched, tensor: torch.Tensor, number: int) -> None:
         self._owner, self._tensor, self._number = owner, tensor, number
 

@@ -13,7 +13,7 @@ from mpi4py import MPI
 from torch import nn
 
 from axonn import tensor
-from axonn.distributed.collectives import Collectives, Group, Operation, Work
+from axonn.distributed.collectives import CollectiveGroup, CollectiveHandle, Collectives, Operation
 from axonn.distributed.runtime import connect
 from axonn.distributed.tensor_spec import TensorSpec
 from axonn.engine import Engine
@@ -43,7 +43,7 @@ class Clock:
         self.time += seconds
 
 
-class LateWork(Work):
+class LateWork(CollectiveHandle):
     """Is done a while after it was started, whatever its rank does meanwhile."""
 
     def __init__(self, clock: Clock) -> None:
@@ -68,10 +68,10 @@ class LateCollectives(Collectives):
     def _group(self, ranks: tuple[int, ...], axes: Any) -> Any:
         return None
 
-    def _all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation) -> Work:
+    def _all_reduce(self, tensor: torch.Tensor, group: CollectiveGroup, operation: Operation) -> CollectiveHandle:
         return LateWork(self._clock)
 
-    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: Group) -> Work:
+    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: CollectiveGroup) -> CollectiveHandle:
         return LateWork(self._clock)
 
 

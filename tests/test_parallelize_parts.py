@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from axonn.autoparallel.layouts.min_cost_search import minimise
-from axonn.autoparallel.layouts.shardings import Form, Part, pieces, reshaped, splits
+from axonn.autoparallel.layouts.shardings import Form, Shard, pieces, reshaped, splits
 
 
 @st.composite
@@ -135,5 +135,5 @@ def test_splits_and_pieces() -> None:
     assert splits((2, 5, 6, 4), (2, 5, 24)) == []
     assert pieces(Form(1, (4, 4, 8)), [8, 8]) == [Form(1, (4, 4)), Form(1, (8,))]
     assert pieces(Form(1, (16,)), [8, 8]) is None
-    assert str(Part("row", Form(2, (4, 8)))) == "dim 2 along row in segments 4 + 8"
-    assert str(Part("col", Form(0, (4,) * 6))) == "dim 0 along col in segments 6 x 4"
+    assert str(Shard("row", Form(2, (4, 8)))) == "dim 2 along row in segments 4 + 8"
+    assert str(Shard("col", Form(0, (4,) * 6))) == "dim 0 along col in segments 6 x 4"

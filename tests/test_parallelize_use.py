@@ -15,7 +15,7 @@ from mpi4py import MPI
 from torch import nn
 
 import axonn
-from axonn.autoparallel.layouts.shardings import Form, Part
+from axonn.autoparallel.layouts.shardings import Form, Shard
 from axonn.distributed.runtime import connect
 from axonn.distributed.transport import InProcessCollectives, InProcessWorld
 from axonn.errors import ConfigError, GridError
@@ -64,9 +64,9 @@ def test_sizes_that_one_axis_divides_are_cut_along_that_axis_only() -> None:
     module = nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 5))
     (outcome, *_) = check(module, [torch.randn(2, 9, dtype=torch.float64)], row=2, col=3)
     first, second = outcome.report.layers
-    assert first.input == Part("col", Form(1, (9,)))
-    assert first.output == Part("row", Form(1, (8,)))
-    assert (second.input, second.output) == (Part("row", Form(1, (8,))), None)
+    assert first.input == Shard("col", Form(1, (9,)))
+    assert first.output == Shard("row", Form(1, (8,)))
+    assert (second.input, second.output) == (Shard("row", Form(1, (8,))), None)
     assert second.note == (
         "in_features (8) is no multiple of col = 3; out_features (5) is no multiple of row = 2 or col = 3"
     )
@@ -85,7 +85,7 @@ def test_a_cut_that_does_not_fit_what_it_joins_is_gathered() -> None:
     inputs = [torch.randn(2, 12, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)]
     (outcome, *_) = check(module, inputs, row=2, col=2)
     (line,) = outcome.report.of_kind("gather")
-    assert isinstance(line.source, Part)
+    assert isinstance(line.source, Shard)
     assert line.reason == f"dim 1 of cat (3) cannot be cut along {line.source.axis} = 2"
 
 

@@ -14,7 +14,7 @@ from axonn.config.train_config import GridConfig, ScheduleConfig
 from axonn.errors import ConfigError
 from axonn.models.registry import outline_of
 from axonn.observability.records import read_records
-from axonn.perf.layers.model_outline import Outline
+from axonn.perf.layers.model_outline import ModelOutline
 from axonn.perf.machine.machine_file import MachineFile, load_machine
 from axonn.perf.prediction import Prediction, messages, predict
 from axonn.perf.strategy import Strategy
@@ -37,7 +37,7 @@ def rows_of(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def model_of(size: str) -> Outline:
+def model_of(size: str) -> ModelOutline:
     return outline_of(load_model(f"gpt-{size.lower()}"))
 
 

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axonn.checkpoint.local_shard import Part
+from axonn.checkpoint.local_shard import LocalShard
 from axonn.errors import GridError
 from axonn.grid import Axis, Coordinates, ProcessGrid
-from axonn.placement import Cut, Piece, Placement
+from axonn.placement import Cut, ParameterBox, Placement
 from tests.parts import part_of, placed
 
 HERE = Coordinates(0, 0, 0, 0)
@@ -63,16 +63,16 @@ def test_segments_are_cut_each_by_itself() -> None:
     features = slice(0, 3)
     assert placement.local_shape(grid) == (6, 3)
     assert placement.pieces(grid, grid.coordinates(1)) == [
-        Piece((slice(0, 2), features), (slice(2, 4), features)),
-        Piece((slice(2, 4), features), (slice(6, 8), features)),
-        Piece((slice(4, 6), features), (slice(10, 12), features)),
+        ParameterBox((slice(0, 2), features), (slice(2, 4), features)),
+        ParameterBox((slice(2, 4), features), (slice(6, 8), features)),
+        ParameterBox((slice(4, 6), features), (slice(10, 12), features)),
     ]
 
 
 def test_segments_may_have_different_lengths() -> None:
     grid = ProcessGrid(row=2)
     pieces = Placement(shape=(10,), cuts=(Cut(0, "row", (2, 8)),)).pieces(grid, grid.coordinates(1))
-    assert pieces == [Piece((slice(0, 1),), (slice(1, 2),)), Piece((slice(1, 5),), (slice(6, 10),))]
+    assert pieces == [ParameterBox((slice(0, 1),), (slice(1, 2),)), ParameterBox((slice(1, 5),), (slice(6, 10),))]
 
 
 def test_what_is_not_cut_is_one_piece() -> None:
@@ -80,7 +80,7 @@ def test_what_is_not_cut_is_one_piece() -> None:
     for shape in [(), (3,), (2, 4), (0, 3)]:
         box = tuple(slice(0, n) for n in shape)
         for rank in range(grid.size):
-            assert Placement(shape=shape).pieces(grid, grid.coordinates(rank)) == [Piece(box, box)]
+            assert Placement(shape=shape).pieces(grid, grid.coordinates(rank)) == [ParameterBox(box, box)]
         assert Placement(shape=shape).local_shape(grid) == shape
 
 
@@ -135,7 +135,7 @@ def test_cut_axes_are_those_of_the_cuts() -> None:
 def test_a_part_gives_its_pieces_as_views(case: tuple[Placement, ProcessGrid]) -> None:
     placement, grid = case
     here = grid.coordinates(grid.size - 1)
-    part = Part.placed(torch.zeros(placement.local_shape(grid)), placement, grid, here)
+    part = LocalShard.placed(torch.zeros(placement.local_shape(grid)), placement, grid, here)
     assert part.shape == placement.shape
     for piece in part.pieces:
         part.view(piece).add_(1)
@@ -145,5 +145,5 @@ def test_a_part_gives_its_pieces_as_views(case: tuple[Placement, ProcessGrid]) -
 def test_a_tensor_that_is_not_the_part_is_refused() -> None:
     placement = Placement(shape=(4, 6), cuts=(Cut(1, "row", (6,)),))
     with pytest.raises(ValueError, match=r"12 elements of a tensor of shape \[4, 6\].* of shape \[4, 6\] has 24"):
-        Part.placed(torch.zeros(4, 6), placement, ProcessGrid(row=2), HERE)
-    assert Part.whole(torch.zeros(())).shape == ()
+        LocalShard.placed(torch.zeros(4, 6), placement, ProcessGrid(row=2), HERE)
+    assert LocalShard.whole(torch.zeros(())).shape == ()

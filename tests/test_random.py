@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import axonn.tensor.counter_random
-from axonn.inter_layer.stage import Chunk, initialise
+from axonn.inter_layer.stage import StageChunk, initialise
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.gpt.gpt_model import GPT
 from axonn.models.initialization import Normal, fill
@@ -113,7 +113,7 @@ def test_every_cut_of_a_model_starts_from_the_same_weights(tied: bool) -> None:
     layers = len(model.layers)
 
     def weights(span: range, seed: int = 3) -> dict[str, torch.Tensor]:
-        chunk = Chunk(model, span, context=TensorContext.serial(), dtype=torch.float32, device=torch.device("cpu"))
+        chunk = StageChunk(model, span, context=TensorContext.serial(), dtype=torch.float32, device=torch.device("cpu"))
         initialise(model, chunk, seed=seed)
         return dict(chunk.chain.named_parameters(remove_duplicate=False))
 

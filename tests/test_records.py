@@ -14,17 +14,17 @@ import pytest
 from axonn.config.train_config import GridConfig, ScheduleConfig
 from axonn.errors import RecordError
 from axonn.observability.records import (
-    Asked,
+    Execution,
     Failure,
     Machine,
-    Ran,
     Record,
+    Workload,
     gpt_flops,
     read_all,
     read_records,
     write_records,
 )
-from axonn.spans import Parts, Span, SpanKind, SpanRecorder, breakdown, read_spans, write_spans
+from axonn.spans import Span, SpanKind, SpanRecorder, TimeBreakdown, breakdown, read_spans, write_spans
 
 
 def record(**changes: Any) -> Record:
@@ -32,7 +32,7 @@ def record(**changes: Any) -> Record:
         "kind": "measured",
         "experiment": "fig6",
         "point": "gpt-8x256-2r",
-        "asked": Asked(
+        "asked": Workload(
             model="gpt-8x256",
             parameters=10,
             gpus=2,
@@ -43,7 +43,7 @@ def record(**changes: Any) -> Record:
             hidden=256,
             vocab=2048,
         ),
-        "ran": Ran(
+        "ran": Execution(
             framework="AxoNN",
             version="0.1",
             grid=GridConfig(inter=2),
@@ -238,7 +238,9 @@ def test_each_instant_belongs_to_one_part_by_priority() -> None:
         span(SpanKind.FORWARD, 3, 4),
         span(SpanKind.BACKWARD, 3.5, 5),
     ]
-    expected = Parts(compute=2, optimizer=2.5, all_reduce=2.5, tensor=1.5, point_to_point=0, bubble=1.5, unexplained=0)
+    expected = TimeBreakdown(
+        compute=2, optimizer=2.5, all_reduce=2.5, tensor=1.5, point_to_point=0, bubble=1.5, unexplained=0
+    )
     assert breakdown(spans) == pytest.approx(expected)
     assert breakdown(spans[::-1]) == pytest.approx(expected)
 
@@ -268,12 +270,12 @@ def test_waiting_is_split_at_the_time_the_message_was_sent(sent: float, point_to
 
 def test_both_halves_of_a_backward_are_compute() -> None:
     spans = [span(SpanKind.BACKWARD_INPUT, 0, 2), span(SpanKind.BACKWARD_WEIGHT, 3, 4)]
-    assert breakdown(spans) == pytest.approx(Parts(3, 0, 0, 0, 0, 0, 1))
+    assert breakdown(spans) == pytest.approx(TimeBreakdown(3, 0, 0, 0, 0, 0, 1))
 
 
 def test_idle_time_is_bubble_and_sends_take_no_time_of_their_own() -> None:
     spans = [span(SpanKind.IDLE, 0, 2), span(SpanKind.SEND, 0, 5, peer=0), span(SpanKind.FORWARD, 4, 5)]
-    assert breakdown(spans) == pytest.approx(Parts(1, 0, 0, 0, 0, 2, 2))
+    assert breakdown(spans) == pytest.approx(TimeBreakdown(1, 0, 0, 0, 0, 2, 2))
 
 
 def test_what_no_span_explains_is_reported() -> None:

@@ -16,9 +16,9 @@ import pytest
 
 from axonn.config.train_config import GridConfig
 from axonn.models.gpt.gpt_config import GPTConfig
-from axonn.observability.records import Asked, Machine, Ran, Record, write_records
+from axonn.observability.records import Execution, Machine, Record, Workload, write_records
 from experiments.validation.validate import write_validation
-from experiments.validation.validation_results import Row, SetResult
+from experiments.validation.validation_results import SetResult, ValidationRow
 from plots import figure, style
 from plots.report import extras as report_extras
 from plots.report import figure_sections, report_page, report_tables
@@ -316,7 +316,7 @@ def test_files_of_another_schema_are_said(elsewhere: Path) -> None:
 
 
 def test_published_sets_are_tabled(elsewhere: Path) -> None:
-    point = Row(
+    point = ValidationRow(
         label="a", group="", quantity="batch_time_s", model="m", measured=247.5, predicted=248.7, error_pct=0.48
     )
     other = point.model_copy(update={"label": "b", "quantity": "tflops_per_gpu", "fits": False})
@@ -344,8 +344,8 @@ def test_runs_on_this_machine_are_tabled(elsewhere: Path) -> None:
     common: dict[str, Any] = {
         "experiment": "local",
         "point": "2 stages",
-        "asked": Asked.of(model, gpus=2, batch_size=4, precision="float32"),
-        "ran": Ran(framework="AxoNN", version="1", grid=GridConfig(inter=2)),
+        "asked": Workload.of(model, gpus=2, batch_size=4, precision="float32"),
+        "ran": Execution(framework="AxoNN", version="1", grid=GridConfig(inter=2)),
         "machine": Machine(name="this machine", cores=2),
         "source": "test",
     }

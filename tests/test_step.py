@@ -12,7 +12,7 @@ from axonn.models.registry import outline_of
 from axonn.perf.machine.machine_file import MachineFile, load_machine
 from axonn.perf.prediction import Prediction, predict
 from axonn.perf.strategy import Strategy
-from axonn.perf.timing.jitter import Jitter, Spread
+from axonn.perf.timing.jitter import Jitter, JitterSpread
 from axonn.perf.timing.step_times import StepTime, Tie, finish, ties_of
 from axonn.perf.timing.update_times import stage_steps, step_times
 from axonn.spans import SpanKind, breakdown
@@ -155,7 +155,7 @@ def test_equal_seeds_give_equal_times(machine: MachineFile) -> None:
 
 
 def test_percentiles_are_interpolated() -> None:
-    spread = Spread((3.0, 1.0, 2.0))
+    spread = JitterSpread((3.0, 1.0, 2.0))
     assert [spread.percentile(p) for p in (0, 25, 50, 100)] == [1.0, 1.5, 2.0, 3.0]
     assert spread.mean == 2.0
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from axonn.config.train_config import GridConfig, TrainConfig
 from axonn.errors import ConfigError
 from axonn.models.gpt.gpt_config import GPTConfig
-from axonn.perf.layers.kernel_operations import Attention, Convolution, Product, Stream
+from axonn.perf.layers.kernel_operations import AttentionKernel, Convolution, MemoryBoundKernel, Product
 from axonn.perf.machine.kernel_tables import ProductTable, StreamTable
 from axonn.perf.machine.kernel_times import Kernels
 from axonn.perf.machine.machine_file import MachineFile, load_machine
@@ -114,13 +114,13 @@ def test_a_machine_file_with_tables_gives_their_times(tmp_path: Path) -> None:
     machine = load(tmp_path, content(streams={"gelu": gelu}))
     kernels = Kernels(machine.gpu, element=4)
     assert kernels.seconds(Product(128, 128, 128)) == pytest.approx(2 * 128**3 / 1e9)
-    assert kernels.seconds(Stream("gelu", 1000, 2000)) == pytest.approx(10e-6)
+    assert kernels.seconds(MemoryBoundKernel("gelu", 1000, 2000)) == pytest.approx(10e-6)
     # What was not measured goes by the formulas: bytes over bandwidth, and products.
-    silu = Stream("silu", 10**6, 2 * 10**6)
+    silu = MemoryBoundKernel("silu", 10**6, 2 * 10**6)
     assert kernels.seconds(silu) == pytest.approx(4e-6 + 8e6 / machine.gpu.stream_bandwidth.si)
     convolution = Convolution(1, 16, 16, 32, 3)
     assert kernels.seconds(convolution) == pytest.approx(convolution.flops / 1e9, rel=0.01)
-    assert kernels.seconds(Attention(4, 128, 16, causal=True, dropout=False)) > 4 * 2 * 2 * 128**2 * 16 / 1e9
+    assert kernels.seconds(AttentionKernel(4, 128, 16, causal=True, dropout=False)) > 4 * 2 * 2 * 128**2 * 16 / 1e9
 
 
 def test_tables_are_chosen_by_how_many_devices_compute(tmp_path: Path) -> None:

@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from axonn.perf.timing.task_times import Segment, TaskTime, joined, task_time
+from axonn.perf.timing.task_times import TaskSegment, TaskTime, joined, task_time
 
 SECONDS = st.floats(0, 4).map(lambda x: round(x, 2))
-SEGMENTS = st.builds(Segment, SECONDS, SECONDS, SECONDS)
+SEGMENTS = st.builds(TaskSegment, SECONDS, SECONDS, SECONDS)
 LANES = st.lists(st.lists(SEGMENTS, min_size=1, max_size=5).map(joined), min_size=1, max_size=4)
 SLOWDOWN = st.floats(1, 2).map(lambda x: round(x, 2))
 
 
-def fluid(lanes: Sequence[Sequence[Segment]], slowdown: float) -> float:
+def fluid(lanes: Sequence[Sequence[TaskSegment]], slowdown: float) -> float:
     """The same in small steps: one lane computes, at 1 / slowdown while the link carries anything."""
     now, queue = 0.0, list[list[float]]()  # collectives under way: [seconds left]
     results: list[list[float] | None] = [None] * len(lanes)
@@ -51,19 +51,19 @@ def fluid(lanes: Sequence[Sequence[Segment]], slowdown: float) -> float:
     return now
 
 
-def sums(lanes: Sequence[Sequence[Segment]]) -> tuple[float, float]:
+def sums(lanes: Sequence[Sequence[TaskSegment]]) -> tuple[float, float]:
     """(computation, communication)"""
     every = [s for lane in lanes for s in lane]
     return sum(s.compute + s.beside for s in every), sum(s.exchange for s in every)
 
 
 @given(LANES, SLOWDOWN)
-def test_time_passes_as_in_the_oracle(lanes: list[list[Segment]], slowdown: float) -> None:
+def test_time_passes_as_in_the_oracle(lanes: list[list[TaskSegment]], slowdown: float) -> None:
     assert task_time(lanes, slowdown=slowdown).total == pytest.approx(fluid(lanes, slowdown), abs=1e-8)
 
 
 @given(LANES, SLOWDOWN)
-def test_a_task_takes_at_least_the_longer_and_at_most_both(lanes: list[list[Segment]], slowdown: float) -> None:
+def test_a_task_takes_at_least_the_longer_and_at_most_both(lanes: list[list[TaskSegment]], slowdown: float) -> None:
     compute, communication = sums(lanes)
     time = task_time(lanes, slowdown=slowdown)
     assert max(compute, communication) - 1e-9 <= time.total <= slowdown * compute + communication + 1e-9
@@ -72,7 +72,7 @@ def test_a_task_takes_at_least_the_longer_and_at_most_both(lanes: list[list[Segm
 
 
 @given(LANES, SLOWDOWN)
-def test_intervals_account_for_every_second(lanes: list[list[Segment]], slowdown: float) -> None:
+def test_intervals_account_for_every_second(lanes: list[list[TaskSegment]], slowdown: float) -> None:
     time: TaskTime = task_time(lanes, slowdown=slowdown)
     assert sum(end - start for start, end in time.computing) == pytest.approx(time.total - time.waited, abs=1e-9)
     assert all(a[1] <= b[0] for a, b in zip(time.computing, time.computing[1:], strict=False))
@@ -95,7 +95,7 @@ def test_intervals_account_for_every_second(lanes: list[list[Segment]], slowdown
 
 @given(st.lists(SEGMENTS, min_size=1, max_size=6), SLOWDOWN)
 @settings(max_examples=50)
-def test_one_lane_in_closed_form(segments: list[Segment], slowdown: float) -> None:
+def test_one_lane_in_closed_form(segments: list[TaskSegment], slowdown: float) -> None:
     """It waits for what the computation beside does not cover, which itself is slower as long as there is something."""
     lane = joined(segments)
     expected = 0.0
@@ -105,10 +105,10 @@ def test_one_lane_in_closed_form(segments: list[Segment], slowdown: float) -> No
     assert task_time([lane], slowdown=slowdown).total == pytest.approx(expected)
 
 
-def layer(lanes: int, *, exchange: float, launch: float) -> list[list[Segment]]:
+def layer(lanes: int, *, exchange: float, launch: float) -> list[list[TaskSegment]]:
     """Eight layers, each two products of a second with a collective behind, its rows cut into lanes; each lane pays
     `launch` for a product of any size."""
-    return [[Segment(1 / lanes + launch, exchange / lanes)] * 16 for _ in range(lanes)]
+    return [[TaskSegment(1 / lanes + launch, exchange / lanes)] * 16 for _ in range(lanes)]
 
 
 @pytest.mark.parametrize("exchange", [0.1, 0.25, 0.5, 1.0])
@@ -125,14 +125,14 @@ def test_overdecomposition_hides_collectives_and_costs_launches(exchange: float)
     assert task_time(layer(2, exchange=0.01, launch=0.02)).total > task_time(layer(1, exchange=0.01, launch=0.02)).total
 
 
-def gpt_layer(lanes: int, share: float, *, backward: bool) -> list[list[Segment]]:
+def gpt_layer(lanes: int, share: float, *, backward: bool) -> list[list[TaskSegment]]:
     """Twelve equal products, three of them queries, keys and values, one projection; `share`: collectives of the whole
     layer over its computation. The gradients of inputs are reduced beside the products that give the weights'."""
     exchange = 36 * share / 4 / lanes
     if not backward:
-        one = [Segment(4 / lanes, exchange), Segment(8 / lanes, exchange)]
+        one = [TaskSegment(4 / lanes, exchange), TaskSegment(8 / lanes, exchange)]
     else:
-        one = [Segment(12 / lanes, exchange, 4 / lanes), Segment(5 / lanes, exchange, 3 / lanes)]
+        one = [TaskSegment(12 / lanes, exchange, 4 / lanes), TaskSegment(5 / lanes, exchange, 3 / lanes)]
     return [joined(one * 8) for _ in range(lanes)]
 
 

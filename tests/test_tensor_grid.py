@@ -11,9 +11,9 @@ from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.registry import outline_of
 from axonn.models.unet.unet_config import UNetConfig
-from axonn.perf.layers.layer_cost import TRANSPOSED, Linear
-from axonn.perf.layers.local_layers import WholeLoss
-from axonn.perf.layers.model_outline import Link, Outline
+from axonn.perf.layers.layer_cost import TRANSPOSED, LinearCost
+from axonn.perf.layers.local_layers import WholeLossCost
+from axonn.perf.layers.model_outline import ModelOutline, OutlineLink
 from axonn.perf.timing.communication import Training
 from axonn.perf.timing.tensor_grid import (
     Widths,
@@ -56,7 +56,7 @@ UNETS = [
 ]
 
 
-def elements_sent(outline: Outline, grid: ProcessGrid) -> float:
+def elements_sent(outline: ModelOutline, grid: ProcessGrid) -> float:
     """Along row and col, of everything that a rank issues: norms, re-layouts and loss too."""
     training = Training(outline=outline, grid=grid, batch_size=BATCH, microbatch_size=BATCH // grid.data)
     return sum(volume.elements for axis, volume in training.volume().items() if axis in ("row", "col"))
@@ -65,8 +65,8 @@ def elements_sent(outline: Outline, grid: ProcessGrid) -> float:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("grid", list(factorisations(16)), ids=str)
 def test_the_elements_of_a_linear_layer(grid: ProcessGrid, transposed: bool) -> None:
-    layer = Linear(positions=8, inputs=48, outputs=80, layout=TRANSPOSED if transposed else ("row", "col"))
-    outline = Outline(links=[Link(name="only", parts={"linear": layer})], loss=WholeLoss())
+    layer = LinearCost(positions=8, inputs=48, outputs=80, layout=TRANSPOSED if transposed else ("row", "col"))
+    outline = ModelOutline(links=[OutlineLink(name="only", parts={"linear": layer})], loss=WholeLossCost())
     out, inp = (48, 80) if transposed else (80, 48)
     expected = 2 * (8 * BATCH / 16) * ((grid.row - 1) * out + (grid.col - 1) * inp)
     found = linear_elements(rows=8 * BATCH, inputs=48, outputs=80, grid=grid, transposed=transposed)

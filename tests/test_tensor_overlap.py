@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from axonn.distributed.collectives import Collectives, Group, Operation, Work
+from axonn.distributed.collectives import CollectiveGroup, CollectiveHandle, Collectives, Operation
 from axonn.grid import Axis, ProcessGrid
 from axonn.tensor import (
     TRANSPOSED,
@@ -65,17 +65,17 @@ class LoggedCollectives(Collectives):
     def _group(self, ranks: tuple[int, ...], axes: Sequence[Axis] | None) -> Any:
         return None
 
-    def _all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation) -> Work:
+    def _all_reduce(self, tensor: torch.Tensor, group: CollectiveGroup, operation: Operation) -> CollectiveHandle:
         self._log.add("start")
         return _LoggedWork(self._log)
 
-    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: Group) -> Work:
+    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: CollectiveGroup) -> CollectiveHandle:
         self._log.add("start")
         output.copy_(tensor.reshape(1, *tensor.shape).expand(output.shape))
         return _LoggedWork(self._log)
 
 
-class _LoggedWork(Work):
+class _LoggedWork(CollectiveHandle):
     def __init__(self, log: Log) -> None:
         self._log = log
 

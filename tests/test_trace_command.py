@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from axonn.errors import AxonnError, ConfigError, RecordError
-from axonn.spans import Parts, Span, SpanKind, SpanRecorder, breakdown, overlap
+from axonn.spans import Span, SpanKind, SpanRecorder, TimeBreakdown, breakdown, overlap
 from experiments.definition import ROOT
 from plots.trace_command import choose, choose_ranks, find_run, load_steps, trace
 from tests.rank_pool import RankPool
@@ -80,7 +80,7 @@ def test_the_picture_the_trace_and_the_breakdown(
     assert f"batch 3 of 0 to 4, all its ranks: hidden of the collectives along row and col: {words}" in svg
     parts = breakdown(spans)
     assert sum(parts) == pytest.approx(max(s.end for s in spans) - min(s.start for s in spans))
-    rows = dict(line.split()[:2] for line in out.splitlines() if line.strip().startswith(Parts._fields[:1]))
+    rows = dict(line.split()[:2] for line in out.splitlines() if line.strip().startswith(TimeBreakdown._fields[:1]))
     assert float(rows["compute"]) == pytest.approx(parts.compute, abs=1e-4)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from axonn.config.train_config import TrainConfig, load_yaml
 from axonn.distributed.collectives import Call
-from axonn.distributed.transport.base import Decisions, Sent
+from axonn.distributed.transport.base import Decisions, SentMessage
 from axonn.grid import AXES, ProcessGrid
 from axonn.inter_layer.stage import virtual_spans
 from axonn.models.registry import make_model, outline_of
@@ -29,7 +29,7 @@ CALLS = {
 
 
 def test_what_was_sent_by_axis_and_operation() -> None:
-    messages = {Sent(1, Direction.FORWARD, 50, 200): 4, Sent(0, Direction.BACKWARD, 50, 200): 2}
+    messages = {SentMessage(1, Direction.FORWARD, 50, 200): 4, SentMessage(0, Direction.BACKWARD, 50, 200): 2}
     found = summary(CALLS, messages, Decisions(5, 120))
 
     assert [(t.axis, t.kind, t.count, t.elements, t.bytes, t.sent_bytes) for t in found] == [

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from axonn.checkpoint.checkpoints import Checkpoint, CheckpointState, latest
-from axonn.checkpoint.local_shard import Part
+from axonn.checkpoint.local_shard import LocalShard
 from axonn.config.train_config import TrainConfig, validate
 from axonn.data.text import TextData
 from axonn.distributed.collectives import SerialCollectives
@@ -69,8 +69,8 @@ class OneNumber(ResumableTrainer):
     def data_digest(self) -> str:
         return "digest"
 
-    def state_tensors(self) -> Mapping[str, Part]:
-        return {"master.weight": Part.whole(self.weight)}
+    def state_tensors(self) -> Mapping[str, LocalShard]:
+        return {"master.weight": LocalShard.whole(self.weight)}
 
     def state_loaded(self) -> None:
         return None

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from axonn.distributed.tensor_spec import TensorSpec
 from axonn.distributed.transport import (
     Address,
-    Edge,
     InProcessCollectives,
     InProcessTransport,
     InProcessWorld,
     Message,
+    MessageEdge,
     Transport,
 )
 from axonn.distributed.transport.message_header import HEADER_BYTES, open_header, pack_header
@@ -395,7 +395,7 @@ def from_another_device(transport: Transport) -> list[str]:
     for call in (
         lambda: transport.send(1 - transport.rank, Address(Direction.FORWARD, 0, 0), (elsewhere,)),
         lambda: transport.expect(
-            Edge(peer=1 - transport.rank, direction=Direction.FORWARD, tensors=(), device=elsewhere.device), 1
+            MessageEdge(peer=1 - transport.rank, direction=Direction.FORWARD, tensors=(), device=elsewhere.device), 1
         ),
     ):
         with pytest.raises(TransportError) as error:

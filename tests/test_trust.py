@@ -16,7 +16,7 @@ from axonn.config.loading import is_plain, validate
 from axonn.config.train_config import load_yaml
 from axonn.errors import AxonnError, ConfigError, RecordError
 from axonn.perf.machine.machine_file import MachineFile
-from experiments.definition import HERE, ROOT, Experiment, Reading, find_machine, load_model, slug
+from experiments.definition import HERE, ROOT, Experiment, PublishedReading, find_machine, load_model, slug
 from experiments.templates import rendered, sandbox
 from experiments.validation.published_sets import DataSet
 from jobscripts.generate import JobEntry, Manifest, load_manifest, write_jobs
@@ -215,7 +215,7 @@ def test_files_of_an_experiment_are_those_of_the_repository(path: str) -> None:
     with pytest.raises(ConfigError, match="leads out of the repository"):
         validate({"name": "x", "title": "x", "published": path}, Experiment, where="x")
     with pytest.raises(ConfigError, match="leads out of the repository"):
-        validate({"file": path, "source": "x"}, Reading, where="x")
+        validate({"file": path, "source": "x"}, PublishedReading, where="x")
 
 
 @pytest.mark.parametrize("look_up", [load_model, find_machine, load_system])

@@ -14,7 +14,7 @@ from axonn.models.gpt.gpt_model import GPT
 from axonn.models.registry import make_model
 from axonn.models.unet.unet_config import UNetConfig
 from axonn.models.unet.unet_model import UNet
-from axonn.observability.records import Asked, read_records
+from axonn.observability.records import Workload, read_records
 from axonn.training.loop import CHECKPOINTS
 from axonn.training.metrics import BATCHES, EVALUATIONS, read_rows
 from baselines.adapters.pytorch.pytorch_loop import PlainLoop
@@ -58,7 +58,7 @@ def test_train_goes_on_on_another_grid_and_exports(axonn: CommandLine) -> None:
         assert row["tflops_per_gpu"] * row["seconds"] == pytest.approx(flops / ranks / 1e12)
     assert [row["batches"] for row in read_rows(folder / EVALUATIONS)] == [2, 4]
     (record,) = read_records(folder / "record.json")
-    assert record.asked == Asked.of(DIGITS, gpus=2, batch_size=8, precision="float32")
+    assert record.asked == Workload.of(DIGITS, gpus=2, batch_size=8, precision="float32")
     assert record.tflops_formula == "3 x forward of convolutions and matrix products (no recompute)"
     out = axonn.root / "weights.safetensors"
     code, _, error = axonn("export", folder / CHECKPOINTS / "step-00000004", "--out", out)
@@ -109,16 +109,16 @@ def test_a_wrong_model_is_explained_by_the_keys_of_its_kind(model: Any, message:
 
 
 def test_work_counts_by_the_formula_of_its_model() -> None:
-    asked = Asked.of(DIGITS, gpus=2, batch_size=8, precision="float32")
+    asked = Workload.of(DIGITS, gpus=2, batch_size=8, precision="float32")
     assert asked.flops(recompute=False) == 24 * DIGITS.forward_flops
     assert asked.flops(recompute=True) == 32 * DIGITS.forward_flops
     assert asked.model_dump(exclude_none=True).keys() == {
         "model", "parameters", "gpus", "batch_size", "precision", "forward_flops",
     }  # fmt: skip
-    gpt = Asked.of(tiny(inter=1).model, gpus=1, batch_size=8, precision="float32")  # type: ignore[arg-type]
+    gpt = Workload.of(tiny(inter=1).model, gpus=1, batch_size=8, precision="float32")  # type: ignore[arg-type]
     for changes in ({"forward_flops": 3}, {"seq_len": None}, dict.fromkeys(("seq_len", "layers", "hidden", "vocab"))):
         with pytest.raises(ValueError, match="work has either seq_len, layers, hidden and vocab, or forward_flops"):
-            Asked(**(gpt.model_dump() | changes))
+            Workload(**(gpt.model_dump() | changes))
 
 
 @pytest.mark.parametrize("framework", [PlainLoop, TorchPipelining, TorchPipeliningZBV])

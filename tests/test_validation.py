@@ -19,7 +19,7 @@ from experiments.definition import find_machine
 from experiments.predicted_case import PredictedCase, predict_case
 from experiments.validation.published_sets import FOLDER, Case, find_data_sets, load_data_set
 from experiments.validation.validate import done_validation, points_of, rank_correlation, validate_set, write_validation
-from experiments.validation.validation_results import Row, SetResult, Validation, fitted_constants
+from experiments.validation.validation_results import SetResult, Validation, ValidationRow, fitted_constants
 from experiments.validation.validation_tables import goal_table, remarks, set_table, summary_table, variant_table
 from tests.command_line import CommandLine
 
@@ -156,9 +156,9 @@ def test_bad_sets_say_what_is_wrong(tmp_path: Path, changes: dict[str, Any], mes
 
 
 def test_ranks_are_correlated_as_spearman_does() -> None:
-    def rows(*pairs: tuple[float, float]) -> list[Row]:
+    def rows(*pairs: tuple[float, float]) -> list[ValidationRow]:
         blank = {"group": "", "quantity": "batch_time_s", "model": "m", "error_pct": 0.0}
-        return [Row(label=str(i), measured=m, predicted=p, **blank) for i, (m, p) in enumerate(pairs)]
+        return [ValidationRow(label=str(i), measured=m, predicted=p, **blank) for i, (m, p) in enumerate(pairs)]
 
     assert rank_correlation(rows((1, 1), (2, 4), (3, 9))) == pytest.approx(1)
     assert rank_correlation(rows((1, 9), (2, 4), (3, 1))) == pytest.approx(-1)

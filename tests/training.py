@@ -20,7 +20,7 @@ from axonn.distributed.transport import (
     InProcessCollectives,
     InProcessTransport,
     InProcessWorld,
-    Sent,
+    SentMessage,
     Transport,
 )
 from axonn.engine import Engine
@@ -144,7 +144,7 @@ class Outcome:
     changed_by_evaluation: set[str] = field(default_factory=set)
     calls: Counter[Call] = field(default_factory=Counter)
     """Collectives issued by the last step's evaluation and training."""
-    messages: Counter[Sent] = field(default_factory=Counter)
+    messages: Counter[SentMessage] = field(default_factory=Counter)
     """Messages sent in all steps."""
     decisions: Decisions = field(default_factory=Decisions)
     """What was told in all steps."""

@@ -12,7 +12,7 @@ from mpi4py import MPI
 
 from axonn.distributed.runtime import connect
 from axonn.distributed.tensor_spec import TensorSpec
-from axonn.distributed.transport import Edge, InProcessTransport, InProcessWorld, Message, Transport
+from axonn.distributed.transport import InProcessTransport, InProcessWorld, Message, MessageEdge, Transport
 from axonn.distributed.transport.mpi import MPITransport
 from axonn.distributed.transport.staging import HostPath, StagedPath
 from axonn.grid import ProcessGrid
@@ -57,11 +57,11 @@ def run_over(
     return world.run(lambda rank: body(InProcessTransport(world, rank), *args))
 
 
-def edge_of(peer: int, direction: Direction, specs: list[TensorSpec]) -> Edge:
-    return Edge(peer=peer, direction=direction, tensors=tuple(specs), device=CPU)
+def edge_of(peer: int, direction: Direction, specs: list[TensorSpec]) -> MessageEdge:
+    return MessageEdge(peer=peer, direction=direction, tensors=tuple(specs), device=CPU)
 
 
-def edge(peer: int, direction: Direction, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Edge:
+def edge(peer: int, direction: Direction, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> MessageEdge:
     """An edge whose messages have one tensor."""
     return edge_of(peer, direction, [TensorSpec(shape, dtype)])
 

@@ -13,26 +13,26 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
-from axonn.autoparallel.layouts.layout_assignment import Plan, assign
+from axonn.autoparallel.layouts.layout_assignment import LayoutPlan, assign
 from axonn.autoparallel.layouts.op_table import elements, is_tensor
-from axonn.autoparallel.parallel_report import Report, Sent
+from axonn.autoparallel.parallel_report import Report, SentCollective
 from axonn.autoparallel.rewrite import Rewriter
-from axonn.autoparallel.sharded_layers import Choice, LayerOperation
+from axonn.autoparallel.sharded_layers import LayerLayout, LayerOperation
 from axonn.autoparallel.tracing.module_trace import Example, trace
 from axonn.distributed.transport import InProcessCollectives, InProcessWorld
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
 from axonn.perf.layers.kernel_operations import Convolution, Product
-from axonn.perf.layers.layer_cost import Exchange, Issued, Part
+from axonn.perf.layers.layer_cost import Exchange, Issued, LayerCost
 from axonn.perf.layers.layer_work import work_of
-from axonn.perf.layers.local_layers import Activation, WholeLoss
-from axonn.perf.layers.model_outline import Link, Outline
+from axonn.perf.layers.local_layers import ActivationCost, WholeLossCost
+from axonn.perf.layers.model_outline import ModelOutline, OutlineLink
 from axonn.tensor.context import TensorContext
 
 _ONE_RANK = ProcessGrid()
 
 
-def outline_of_module(module: nn.Module, grid: ProcessGrid, example: Example) -> Outline:
+def outline_of_module(module: nn.Module, grid: ProcessGrid, example: Example) -> ModelOutline:
     """The module on the row and col of `grid`, its outputs gathered; `example` as for `parallelize`, rows first.
 
     Raises `ConfigError` when the module cannot be traced.
@@ -49,9 +49,9 @@ def outline_of_module(module: nn.Module, grid: ProcessGrid, example: Example) ->
     parts = dict(_parts(traced.root, plan, report, rows))
     flops = sum(_forward_flops(part) for part in parts.values())
     outputs = sum(elements(n) for n in traced.root.graph.nodes if n.op == "output") or 1
-    return Outline(
-        links=[Link(name="module", parts=parts, cost=float(flops))],
-        loss=WholeLoss(elements=outputs // rows),
+    return ModelOutline(
+        links=[OutlineLink(name="module", parts=parts, cost=float(flops))],
+        loss=WholeLossCost(elements=outputs // rows),
         name=type(module).__name__,
         flops=3.0 * flops,
         flops_recomputing=4.0 * flops,
@@ -62,9 +62,9 @@ def _values(example: Example) -> list[object]:
     return list(example.values() if hasattr(example, "values") else example)
 
 
-def _parts(root: fx.GraphModule, plan: Plan, report: Report, rows: int) -> Iterator[tuple[str, Part]]:
+def _parts(root: fx.GraphModule, plan: LayoutPlan, report: Report, rows: int) -> Iterator[tuple[str, LayerCost]]:
     """In the order of the graph, each re-layout before what it is for."""
-    waiting: dict[str, list[tuple[str, Part]]] = {}
+    waiting: dict[str, list[tuple[str, LayerCost]]] = {}
     for number, line in enumerate(report.redistributions):
         moved = Issued(
             rows=rows,
@@ -79,18 +79,18 @@ def _parts(root: fx.GraphModule, plan: Plan, report: Report, rows: int) -> Itera
             yield node.name, _layer(operation, option.choice, rows, gradient=operation.inputs[0] in plan.gradients)
         elif node.op in ("call_function", "call_method", "call_module") and operation is not None and is_tensor(node):
             axis = None if option is None or option.output is None else option.output.axis
-            yield node.name, Activation(kind="gelu", positions=1, features=elements(node) // rows, axis=axis)
+            yield node.name, ActivationCost(kind="gelu", positions=1, features=elements(node) // rows, axis=axis)
     for rest in waiting.values():
         yield from rest
 
 
-def _exchange(call: Sent) -> Exchange:
+def _exchange(call: SentCollective) -> Exchange:
     if call.kind not in ("all-reduce sum", "all-gather"):
         raise ConfigError(f"{call.kind} is not a collective that the performance model knows")
     return Exchange(call.kind, call.axis, call.elements)
 
 
-def _layer(operation: LayerOperation, choice: Choice, rows: int, *, gradient: bool) -> Part:
+def _layer(operation: LayerOperation, choice: LayerLayout, rows: int, *, gradient: bool) -> LayerCost:
     before, after = (None if state is None else state.axis for state in (choice.input, choice.output))
     return operation.kind.part(
         operation.module,
@@ -102,6 +102,6 @@ def _layer(operation: LayerOperation, choice: Choice, rows: int, *, gradient: bo
     )
 
 
-def _forward_flops(part: Part) -> int:
+def _forward_flops(part: LayerCost) -> int:
     """Of the products of one row."""
     return sum(o.flops for o in work_of(part, _ONE_RANK, 1).forward if isinstance(o, Product | Convolution))

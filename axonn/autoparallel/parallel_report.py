@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from axonn.autoparallel.layouts.shardings import Part, State, Wanted, describe
+from axonn.autoparallel.layouts.shardings import Shard, State, Wanted, describe
 from axonn.distributed.collectives import CallKind
 from axonn.tensor.context import TensorAxis
 
 
-class Sent(NamedTuple):
+class SentCollective(NamedTuple):
     """A collective, as each rank issues it: `elements` are those of the tensor that it contributes, along `axis`."""
 
     kind: CallKind
@@ -43,16 +43,16 @@ class RedistributionLine:
     source: State
     target: Wanted
     reason: str
-    forward: tuple[Sent, ...]
-    backward: tuple[Sent, ...]
+    forward: tuple[SentCollective, ...]
+    backward: tuple[SentCollective, ...]
     trained: bool
 
     @property
     def kind(self) -> Literal["split", "gather", "re-layout", "sum of gradients"]:
         """Whether a whole value is cut, a cut one is made whole, or one is cut in another way."""
-        if isinstance(self.source, Part):
-            return "re-layout" if isinstance(self.target, Part) else "gather"
-        return "split" if isinstance(self.target, Part) else "sum of gradients"
+        if isinstance(self.source, Shard):
+            return "re-layout" if isinstance(self.target, Shard) else "gather"
+        return "split" if isinstance(self.target, Shard) else "sum of gradients"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class Report:
         """The lines of one kind."""
         return [line for line in self.redistributions if line.kind == kind]
 
-    def sent(self, *, input_gradients: bool = False) -> list[Sent]:
+    def sent(self, *, input_gradients: bool = False) -> list[SentCollective]:
         """The collectives of all lines in one forward and backward, apart from those of the layers themselves.
 
         `input_gradients`: whether all inputs of the module require gradients.
@@ -120,7 +120,7 @@ def _redistribution_line(line: RedistributionLine) -> list[str]:
     return [line.value, line.user, source, target, line.kind, _elements(line.forward), backward, line.reason]
 
 
-def _elements(calls: Sequence[Sent]) -> str:
+def _elements(calls: Sequence[SentCollective]) -> str:
     return str(sum(call.elements for call in calls))
 
 

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from axonn.autoparallel.layouts.layout_assignment import Plan, assign
+from axonn.autoparallel.layouts.layout_assignment import LayoutPlan, assign
 from axonn.autoparallel.parallel_report import Report
 from axonn.autoparallel.part_gradients import GradientAgreement
 from axonn.autoparallel.rewrite import Rewriter, part_of
@@ -104,7 +104,7 @@ class ParallelModule(nn.Module):
     def __init__(
         self,
         rewriter: Rewriter,
-        plan: Plan,
+        plan: LayoutPlan,
         context: TensorContext,
         signature: inspect.Signature,
         constants: Mapping[str, Any],

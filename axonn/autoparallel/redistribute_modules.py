@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from axonn.autoparallel.layouts.shardings import Form, Part, Repeated, State, Wanted, describe
-from axonn.autoparallel.parallel_report import Sent
+from axonn.autoparallel.layouts.shardings import Form, Repeated, Shard, State, Wanted, describe
+from axonn.autoparallel.parallel_report import SentCollective
 from axonn.tensor.context import TensorAxis, TensorContext
 from axonn.tensor.redistribution import gather, redistribute, split
 
@@ -24,14 +24,14 @@ class Change(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         source, target, context = self.source, self.target, self.context
-        if source is not None and isinstance(target, Part) and source.form == target.form:
+        if source is not None and isinstance(target, Shard) and source.form == target.form:
             form = source.form
             return redistribute(
                 x, form.dim, source=source.axis, target=target.axis, context=context, segments=_segments(form)
             )
         if source is not None:
             x = gather(x, source.form.dim, source.axis, context=context, segments=_segments(source.form))
-        if isinstance(target, Part):
+        if isinstance(target, Shard):
             return split(x, target.form.dim, target.axis, context=context, segments=_segments(target.form))
         if isinstance(target, Repeated):
             y: torch.Tensor = _Repeat.apply(x, target.axis, context)  # type: ignore[no-untyped-call]
@@ -44,33 +44,33 @@ class Change(nn.Module):
 
 def sent(
     size: int, has_gradient: bool, source: State, target: Wanted, context: TensorContext
-) -> tuple[list[Sent], list[Sent]]:
+) -> tuple[list[SentCollective], list[SentCollective]]:
     """The collectives, forward and backward, of a `Change` of a value of `size` elements in the whole."""
     if source == target:
         return [], []
-    if source is not None and isinstance(target, Part) and source.form == target.form:
+    if source is not None and isinstance(target, Shard) and source.form == target.form:
         return [_moved(size, source, target, context)], [_moved(size, target, source, context)] if has_gradient else []
     forward, backward = [], []
     if source is not None:
-        forward.append(Sent("all-gather", source.axis, size // context.extent(source.axis)))
-    if isinstance(target, Part) and has_gradient:
-        backward.append(Sent("all-gather", target.axis, size // context.extent(target.axis)))
+        forward.append(SentCollective("all-gather", source.axis, size // context.extent(source.axis)))
+    if isinstance(target, Shard) and has_gradient:
+        backward.append(SentCollective("all-gather", target.axis, size // context.extent(target.axis)))
     if isinstance(target, Repeated) and has_gradient:
-        backward.append(Sent("all-reduce sum", target.axis, size))
+        backward.append(SentCollective("all-reduce sum", target.axis, size))
     return forward, backward
 
 
-def received(call: Sent, context: TensorContext) -> float:
+def received(call: SentCollective, context: TensorContext) -> float:
     """Elements that a rank receives in it, as in a ring."""
     extent = context.extent(call.axis)
     return call.elements * (extent - 1 if call.kind == "all-gather" else 2 * (extent - 1) / extent)
 
 
-def _moved(size: int, source: Part, target: Part, context: TensorContext) -> Sent:
+def _moved(size: int, source: Shard, target: Shard, context: TensorContext) -> SentCollective:
     """As `redistribute` does it."""
     if context.extent(target.axis) > 2:
-        return Sent("all-reduce sum", source.axis, size // context.extent(target.axis))
-    return Sent("all-gather", source.axis, size // context.extent(source.axis))
+        return SentCollective("all-reduce sum", source.axis, size // context.extent(target.axis))
+    return SentCollective("all-gather", source.axis, size // context.extent(source.axis))
 
 
 def _segments(form: Form) -> tuple[int, ...] | None:

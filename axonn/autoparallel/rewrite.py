@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from axonn.autoparallel.layouts.layout_assignment import Plan
+from axonn.autoparallel.layouts.layout_assignment import LayoutPlan
 from axonn.autoparallel.layouts.layout_choices import asks_only
 from axonn.autoparallel.layouts.op_rules import Operation
 from axonn.autoparallel.layouts.op_table import is_tensor
-from axonn.autoparallel.layouts.shardings import Part, Repeated, Wanted, brief
+from axonn.autoparallel.layouts.shardings import Repeated, Shard, Wanted, brief
 from axonn.autoparallel.parallel_report import LayerLine, RedistributionLine, Report, WholeLine
 from axonn.autoparallel.redistribute_modules import Change, received, sent
 from axonn.autoparallel.sharded_layers import LayerOperation, WholeModule, build, build_dropout
@@ -36,7 +36,7 @@ def part_of(whole: torch.Tensor, placement: Placement, context: TensorContext) -
 class Rewriter:
     """Builds `module` from a plan. `placements`: of every parameter and buffer, under every name the original has."""
 
-    def __init__(self, root: fx.GraphModule, original: nn.Module, plan: Plan, context: TensorContext) -> None:
+    def __init__(self, root: fx.GraphModule, original: nn.Module, plan: LayoutPlan, context: TensorContext) -> None:
         self._root = root
         self._original = original
         self._plan = plan
@@ -148,9 +148,9 @@ class Rewriter:
             return f"{user.node.target} takes its input so"
         if isinstance(want, Repeated):
             return f"{name} uses it for each part of something that is cut"
-        if isinstance(want, Part):
+        if isinstance(want, Shard):
             return f"{name} goes on with what is cut so"
-        if not isinstance(have, Part):
+        if not isinstance(have, Shard):
             return ""
         links = user.carry(position, have.form)
         if not links:

@@ -12,7 +12,7 @@ from torch import fx, nn
 from axonn import tensor
 from axonn.autoparallel.layer_kinds import Place, Shapes, has_hooks, layer_kind
 from axonn.autoparallel.layouts.op_rules import Labelled, Operation, shape_of
-from axonn.autoparallel.layouts.shardings import Form, Link, Part, State
+from axonn.autoparallel.layouts.shardings import Form, Shard, ShardingRule, State
 from axonn.placement import Cut
 from axonn.tensor.context import TensorAxis, TensorContext
 from axonn.tensor.layers.layer import Layout
@@ -32,7 +32,7 @@ _ATTENTIONS = (
 )
 
 
-class Choice(NamedTuple):
+class LayerLayout(NamedTuple):
     """One way to lay out a layer. `cost`: elements that the layer itself sends; `ranks`: how many share its work."""
 
     input: State
@@ -57,12 +57,12 @@ class LayerOperation(Operation):
         source, output = self.kind.alike(module, len(self.shapes.input))
         self.alike = Labelled(node, inputs, [source], output)
 
-    def carry(self, position: int, form: Form) -> list[Link]:
+    def carry(self, position: int, form: Form) -> list[ShardingRule]:
         f = self.features
         segments = self.kind.segmented or len(form.segments) == 1
-        return [Link((form,), form)] if self.norm and form.dim == f.output and segments else []
+        return [ShardingRule((form,), form)] if self.norm and form.dim == f.output and segments else []
 
-    def demand(self, form: Form) -> list[Link]:
+    def demand(self, form: Form) -> list[ShardingRule]:
         return self.carry(0, form)
 
     def why_not(self, position: int, form: Form) -> str:
@@ -73,21 +73,21 @@ class LayerOperation(Operation):
         f = self.features
         return Form(f.input or 0, (f.input_size,)), Form(f.output, (f.output_size,))
 
-    def wanted(self, choice: Choice) -> State:
+    def wanted(self, choice: LayerLayout) -> State:
         """How it wants its input."""
         return None if self.features.input is None else choice.input
 
     def choices(
         self, context: TensorContext, inputs: Sequence[Form], outputs: Sequence[Form], *, gradient: bool
-    ) -> list[Choice]:
+    ) -> list[LayerLayout]:
         """All layouts, whole first. `inputs`, `outputs`: forms that its neighbours have or want; `gradient`: whether
         its input needs one."""
         one, two = self.own_forms()
         cutting = _cutting(context)
         if self.norm:
             forms = _unique(one, inputs) if self.kind.segmented else [one]
-            parts = [Part(axis, form) for axis, form in product(cutting, forms) if form.divides(context.extent(axis))]
-            return [Choice(None, None, 0.0, 1), *(Choice(p, p, 0.0, context.extent(p.axis)) for p in parts)]
+            parts = [Shard(axis, form) for axis, form in product(cutting, forms) if form.divides(context.extent(axis))]
+            return [LayerLayout(None, None, 0.0, 1), *(LayerLayout(p, p, 0.0, context.extent(p.axis)) for p in parts)]
         ins = [one] if self.features.input is None else _unique(one, inputs)
         return [
             self._choice(context, source, target, gradient)
@@ -97,7 +97,7 @@ class LayerOperation(Operation):
             if source is None or target is None or source.axis != target.axis
         ]
 
-    def key(self, name: str, choice: Choice) -> Key:
+    def key(self, name: str, choice: LayerLayout) -> Key:
         """Of the parameter `name` of the module."""
         parameter: nn.Parameter = getattr(self.module, name)
         of_output, of_input = self.kind.weight_dims
@@ -108,7 +108,7 @@ class LayerOperation(Operation):
             cuts[of_input] = choice.input
         return tuple(Cut(dim, cuts[dim].axis, cuts[dim].form.segments) for dim in sorted(cuts))
 
-    def why(self, choice: Choice, context: TensorContext) -> str:
+    def why(self, choice: LayerLayout, context: TensorContext) -> str:
         """Why it is not cut along more axes; empty when it is cut along all there are."""
         if choice.ranks == context.grid.tensor or (self.norm and choice.output is not None):
             return ""
@@ -123,12 +123,12 @@ class LayerOperation(Operation):
                 found.append(f"{name} ({size}) is no multiple of {' or '.join(undivided)}")
         return "; ".join(found) or "its neighbours lie so"
 
-    def _choice(self, context: TensorContext, source: State, target: State, gradient: bool) -> Choice:
+    def _choice(self, context: TensorContext, source: State, target: State, gradient: bool) -> LayerLayout:
         e_in, e_out = (context.extent(_axis(state)) for state in (source, target))
         cost = 2 * (e_in - 1) / e_in * prod(shape_of(self.node)) / e_out
         if self.features.input is not None and gradient:
             cost += 2 * (e_out - 1) / e_out * prod(shape_of(self.inputs[0])) / e_in
-        return Choice(source, target, cost, e_in * e_out)
+        return LayerLayout(source, target, cost, e_in * e_out)
 
 
 class WholeModule(Operation):
@@ -149,10 +149,10 @@ class WholeModule(Operation):
 class Dropped(Operation):
     """`nn.Dropout`, whose layer knows cuts in one segment and rows in dim 0."""
 
-    def carry(self, position: int, form: Form) -> list[Link]:
-        return [Link((form,), form)] if form.dim > 0 and len(form.segments) == 1 else []
+    def carry(self, position: int, form: Form) -> list[ShardingRule]:
+        return [ShardingRule((form,), form)] if form.dim > 0 and len(form.segments) == 1 else []
 
-    def demand(self, form: Form) -> list[Link]:
+    def demand(self, form: Form) -> list[ShardingRule]:
         return self.carry(0, form)
 
 
@@ -184,7 +184,7 @@ def refusal(module: nn.Module) -> str:
     return why
 
 
-def build(module: nn.Module, choice: Choice, context: TensorContext) -> nn.Module:
+def build(module: nn.Module, choice: LayerLayout, context: TensorContext) -> nn.Module:
     """The layer of `choice` on this rank, its parameters still empty."""
     parameter = next(module.parameters(), None)
     like: dict[str, Any] = {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
@@ -207,7 +207,7 @@ def _unique(whole: Form, forms: Iterable[Form]) -> list[Form]:
 
 
 def _parts(axes: Sequence[TensorAxis], forms: Sequence[Form], context: TensorContext) -> list[State]:
-    cut = [Part(axis, form) for axis, form in product(axes, forms) if form.divides(context.extent(axis))]
+    cut = [Shard(axis, form) for axis, form in product(axes, forms) if form.divides(context.extent(axis))]
     return [None, *cut]
 
 

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from pydantic import Field, ValidationError
 
-from axonn.checkpoint.local_shard import Part, compare_shapes
-from axonn.checkpoint.rank_group import Ranks
+from axonn.checkpoint.local_shard import LocalShard, compare_shapes
+from axonn.checkpoint.rank_group import RankGroup
 from axonn.checkpoint.sharded_files import INDEX, FileName, read_parts, stored_tensors, write_parts
 from axonn.config.train_config import StrictModel
 from axonn.durable_files import reason_of, regular_file, sync, write_durably
@@ -83,7 +83,7 @@ def checkpoint_name(batches: int) -> str:
 def save(
     folder: Path | str,
     *,
-    tensors: Mapping[str, Part],
+    tensors: Mapping[str, LocalShard],
     state: CheckpointState,
     keep: int | None = None,
     group: dist.ProcessGroup | None = None,
@@ -95,7 +95,7 @@ def save(
     ranks do not have all of.
     """
     folder = Path(folder)
-    ranks = Ranks(group)
+    ranks = RankGroup(group)
     final = folder / checkpoint_name(state.batches)
     temporary = folder / f".{final.name}.writing"
     ranks.agree(lambda: _make_empty(temporary), f"{folder}: cannot be written")
@@ -127,7 +127,7 @@ def save(
 
 
 def load(
-    checkpoint: Path | str, tensors: Mapping[str, Part], *, group: dist.ProcessGroup | None = None
+    checkpoint: Path | str, tensors: Mapping[str, LocalShard], *, group: dist.ProcessGroup | None = None
 ) -> CheckpointState:
     """Fill this rank's parts of tensors from a checkpoint, converting to their types. Collective over `group`.
 
@@ -135,7 +135,7 @@ def load(
     `CheckpointError` when it cannot be read. Check it with `verify` first: a damaged one may be found half way.
     """
     checkpoint = Path(checkpoint)
-    ranks = Ranks(group)
+    ranks = RankGroup(group)
     state = read_state(checkpoint)
     stored = {name: tuple(tensor.shape) for name, tensor in stored_tensors(checkpoint).items()}
     differences = compare_shapes(stored, ranks.shapes(tensors), have="the checkpoint", want="the model")
@@ -153,7 +153,7 @@ def load_whole(checkpoint: Path | str, prefix: str) -> dict[str, torch.Tensor]:
     targets = {
         n: torch.empty_like(t, device="cpu") for n, t in stored_tensors(checkpoint).items() if n.startswith(prefix)
     }
-    read_parts(checkpoint, {name: Part.whole(tensor) for name, tensor in targets.items()}, None)
+    read_parts(checkpoint, {name: LocalShard.whole(tensor) for name, tensor in targets.items()}, None)
     return targets
 
 
@@ -252,7 +252,7 @@ def _remove(path: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def _discard(temporary: Path, ranks: Ranks) -> None:
+def _discard(temporary: Path, ranks: RankGroup) -> None:
     """Free the space of what could not be finished; the rest is removed at the next start."""
     if ranks.rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -9,13 +9,13 @@ from math import prod
 import torch
 
 from axonn.grid import Coordinates, ProcessGrid
-from axonn.placement import Piece, Placement, Shape
+from axonn.placement import ParameterBox, Placement, Shape
 
 _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Part:
+class LocalShard:
     """One rank's part of a tensor.
 
     `tensor`: the part, where it lies. `shape`: of the whole. `pieces`: the boxes that the part consists of. Raises
@@ -24,7 +24,7 @@ class Part:
 
     tensor: torch.Tensor
     shape: Shape
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ParameterBox, ...]
 
     def __post_init__(self) -> None:
         held = sum(box_elements(piece.whole) for piece in self.pieces)
@@ -35,16 +35,16 @@ class Part:
             )
 
     @classmethod
-    def placed(cls, tensor: torch.Tensor, placement: Placement, grid: ProcessGrid, here: Coordinates) -> Part:
+    def placed(cls, tensor: torch.Tensor, placement: Placement, grid: ProcessGrid, here: Coordinates) -> LocalShard:
         """`tensor` as what the rank at `here` holds of something placed so."""
         return cls(tensor, placement.shape, tuple(placement.pieces(grid, here)))
 
     @classmethod
-    def whole(cls, tensor: torch.Tensor) -> Part:
+    def whole(cls, tensor: torch.Tensor) -> LocalShard:
         """A tensor that is all here."""
         return cls.placed(tensor, Placement(shape=tuple(tensor.shape)), ProcessGrid(), Coordinates(0, 0, 0, 0))
 
-    def view(self, piece: Piece) -> torch.Tensor:
+    def view(self, piece: ParameterBox) -> torch.Tensor:
         """The elements of one box, as a view of the part."""
         return self.tensor[piece.local]
 

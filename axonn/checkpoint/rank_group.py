@@ -7,12 +7,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from axonn.checkpoint.local_shard import Part, some_names
+from axonn.checkpoint.local_shard import LocalShard, some_names
 from axonn.errors import CheckpointError, ConfigError
 from axonn.placement import Shape
 
 
-class Ranks:
+class RankGroup:
     """The ranks that save or load together: a process group, by default all ranks, or one alone without any."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -41,7 +41,7 @@ class Ranks:
         if problem is not None:
             raise CheckpointError(f"{what}: {problem}")
 
-    def shapes(self, parts: Mapping[str, Part]) -> dict[str, Shape]:
+    def shapes(self, parts: Mapping[str, LocalShard]) -> dict[str, Shape]:
         """Names and whole shapes of what all ranks hold. Raises `ConfigError` naming what they disagree on."""
         shapes: dict[str, Shape] = {}
         others: dict[str, Shape] = {}

@@ -20,14 +20,14 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from axonn.checkpoint.local_shard import Part, some_names
-from axonn.checkpoint.rank_group import Ranks
+from axonn.checkpoint.local_shard import LocalShard, some_names
+from axonn.checkpoint.rank_group import RankGroup
 from axonn.config.train_config import StrictModel
 from axonn.durable_files import reason_of, regular_file, sync, write_durably
 from axonn.errors import CheckpointError
-from axonn.placement import Piece, Shape
+from axonn.placement import ParameterBox, Shape
 
-Parts = Mapping[str, Part]
+Parts = Mapping[str, LocalShard]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 """Of a file in the checkpoint's own folder."""
 Extent = Annotated[int, Field(ge=0)]
@@ -87,7 +87,7 @@ class _Box:
         return f"{self.name}[{','.join(f'{o}:{o + n}' for o, n in zip(self.offsets, self.sizes, strict=True))}]"
 
 
-def write_parts(folder: Path, parts: Parts, ranks: Ranks) -> list[str]:
+def write_parts(folder: Path, parts: Parts, ranks: RankGroup) -> list[str]:
     """Write the parts of all ranks into `folder`; the names of the files that this rank wrote.
 
     Collective. Raises `CheckpointError` on all ranks, naming those that could not write, or what is not all there.
@@ -119,7 +119,7 @@ def write_parts(folder: Path, parts: Parts, ranks: Ranks) -> list[str]:
     return mine
 
 
-def read_parts(folder: Path | str, parts: Parts, ranks: Ranks | None) -> None:
+def read_parts(folder: Path | str, parts: Parts, ranks: RankGroup | None) -> None:
     """Fill `parts`, converting to their types, with all of `ranks` or for this process alone.
 
     Names and shapes are those that are stored. Raises `CheckpointError`, on all ranks.
@@ -197,7 +197,7 @@ def _description(parts: Parts) -> _Description:
     }
 
 
-def _box(name: str, piece: Piece) -> _Box:
+def _box(name: str, piece: ParameterBox) -> _Box:
     return _Box(name, tuple(s.start for s in piece.whole), tuple(s.stop - s.start for s in piece.whole))
 
 
@@ -283,7 +283,7 @@ class _Overlap:
         return prod(along.stop - along.start for along in self.inside)
 
 
-def _overlaps(name: str, part: Part, index: Index) -> Iterator[_Overlap]:
+def _overlaps(name: str, part: LocalShard, index: Index) -> Iterator[_Overlap]:
     stored = index.tensors.get(name)
     if stored is None or tuple(stored.shape) != part.shape:
         return
@@ -299,7 +299,7 @@ def _overlaps(name: str, part: Part, index: Index) -> Iterator[_Overlap]:
                 yield _Overlap(name, box, tuple(inside), view[tuple(here)])
 
 
-def _together(act: Callable[[], None], what: str, ranks: Ranks | None) -> None:
+def _together(act: Callable[[], None], what: str, ranks: RankGroup | None) -> None:
     """Do something on every rank; what fails on one is a `CheckpointError` on all, by rank."""
     problem: Exception | None = None
     try:

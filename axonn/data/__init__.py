@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 
-class Data(Protocol):
+class Dataset(Protocol):
     """The samples of a run, the same on every grid."""
 
     @property

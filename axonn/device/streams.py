@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from axonn.distributed.collectives import Work
+from axonn.distributed.collectives import CollectiveHandle
 from axonn.spans import SpanKind, SpanRecorder
 
 
-class Moment:
+class DeviceEvent:
     """The point in the current stream's work at which it was made, or the instant `at` on a CPU's clock."""
 
     def __init__(self, device: torch.device, *, timed: bool, at: float | None = None) -> None:
@@ -70,7 +70,7 @@ class SideStream:
             self._stream.synchronize()
 
 
-class Reading:
+class DeviceToHostCopy:
     """A few numbers on their way from the device to the host, which does not wait before `wait`.
 
     `values` [n], which must stay as they are until then.
@@ -94,8 +94,8 @@ class Reading:
 
 class _Pending(NamedTuple):
     kind: SpanKind
-    start: Moment
-    end: Moment
+    start: DeviceEvent
+    end: DeviceEvent
     where: dict[str, int]
 
 
@@ -113,16 +113,16 @@ class Timeline:
         """Whether spans are taken."""
         return self.spans is not None
 
-    def now(self) -> Moment:
+    def now(self) -> DeviceEvent:
         """This moment, in the order of what the device was given."""
-        return Moment(self.device, timed=self.timed)
+        return DeviceEvent(self.device, timed=self.timed)
 
-    def at(self, seconds: float | None) -> Moment:
+    def at(self, seconds: float | None) -> DeviceEvent:
         """The instant at which a clock showed `seconds`; `now` where nobody has looked."""
-        return Moment(self.device, timed=self.timed, at=seconds)
+        return DeviceEvent(self.device, timed=self.timed, at=seconds)
 
     @staticmethod
-    def later(one: Moment, other: Moment) -> Moment:
+    def later(one: DeviceEvent, other: DeviceEvent) -> DeviceEvent:
         """The later of two moments; under CUDA, where only the device knows, the second."""
         return one if one.event is None and one.at > other.at else other
 
@@ -130,7 +130,7 @@ class Timeline:
         """Another queue of work of the same device."""
         return SideStream(self.device)
 
-    def result_of(self, work: Work) -> Moment:
+    def result_of(self, work: CollectiveHandle) -> DeviceEvent:
         """Let the current stream go on when the result of a collective is there; when that is.
 
         The end of a collective is a moment of a stream that does nothing else: that of the current stream would come no
@@ -142,7 +142,7 @@ class Timeline:
         finished.wait()
         return finished
 
-    def span(self, kind: SpanKind, start: Moment, end: Moment, **where: int) -> None:
+    def span(self, kind: SpanKind, start: DeviceEvent, end: DeviceEvent, **where: int) -> None:
         """Note a span, `where` as of `SpanRecorder.add`. Under CUDA it is recorded by the next `flush`."""
         if self.spans is None or not self.spans.recording:
             return
@@ -165,6 +165,6 @@ class Timeline:
         self._pending.clear()
 
 
-def _seconds(moment: Moment, last: Moment) -> float:
+def _seconds(moment: DeviceEvent, last: DeviceEvent) -> float:
     first: Any = moment.event
     return last.at - 1e-3 * float(first.elapsed_time(last.event))

@@ -20,7 +20,7 @@ CallKind = Literal["all-reduce sum", "all-reduce max", "all-gather"]
 _KINDS: dict[Operation, CallKind] = {"sum": "all-reduce sum", "max": "all-reduce max"}
 
 
-class Work(ABC):
+class CollectiveHandle(ABC):
     """A collective under way."""
 
     @property
@@ -34,7 +34,7 @@ class Work(ABC):
 
 
 @dataclass(frozen=True)
-class Group:
+class CollectiveGroup:
     """Ranks that take part in a collective, with the implementation's own handle. `axes`: of the grid, along which they
     differ; some of them may have one rank only."""
 
@@ -81,12 +81,12 @@ class Collectives(ABC):
         """The same object: groups belong to the job and are not copied."""
         return self
 
-    def axis_group(self, axes: Sequence[Axis]) -> Group:
+    def axis_group(self, axes: Sequence[Axis]) -> CollectiveGroup:
         """The ranks that differ from this one along `axes` only."""
         ranks = self.grid.group(self.rank, axes)
-        return Group(ranks, tuple(axis for axis in AXES if axis in axes), self._group(ranks, axes))
+        return CollectiveGroup(ranks, tuple(axis for axis in AXES if axis in axes), self._group(ranks, axes))
 
-    def stage_group(self, stages: tuple[int, ...]) -> Group | None:
+    def stage_group(self, stages: tuple[int, ...]) -> CollectiveGroup | None:
         """The ranks of this rank's pipeline on `stages`; None where this rank is on another stage.
 
         Every rank of the grid calls it, with the same stages in the same order.
@@ -96,17 +96,19 @@ class Collectives(ABC):
             ranks = tuple(pipeline[stage] for stage in stages)
             handle = self._group(ranks, None)
             if self.rank in ranks:
-                mine = Group(ranks, ("inter",), handle)
+                mine = CollectiveGroup(ranks, ("inter",), handle)
         return mine
 
-    def all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation = "sum") -> Work:
+    def all_reduce(
+        self, tensor: torch.Tensor, group: CollectiveGroup, operation: Operation = "sum"
+    ) -> CollectiveHandle:
         """Start reducing `tensor` in place over `group`. It must not be touched before `wait`."""
         if len(group.ranks) == 1:
             return _NothingToDo()
         self._count(_KINDS[operation], tensor, group)
         return self._all_reduce(tensor, group, operation)
 
-    def all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: Group) -> Work:
+    def all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: CollectiveGroup) -> CollectiveHandle:
         """Start filling contiguous `output` [ranks, *shape] with the contiguous `tensor` [*shape] of every rank of
         `group`, in the order of `group.ranks`. Neither must be touched before `wait`."""
         if len(group.ranks) == 1:
@@ -115,7 +117,7 @@ class Collectives(ABC):
         self._count("all-gather", tensor, group)
         return self._all_gather(output, tensor, group)
 
-    def _count(self, kind: CallKind, tensor: torch.Tensor, group: Group) -> None:
+    def _count(self, kind: CallKind, tensor: torch.Tensor, group: CollectiveGroup) -> None:
         dtype = str(tensor.dtype).removeprefix("torch.")
         self.calls[Call(kind, group.axes, group.ranks, tensor.numel(), dtype, tensor.element_size())] += 1
 
@@ -123,13 +125,13 @@ class Collectives(ABC):
     def _group(self, ranks: tuple[int, ...], axes: Sequence[Axis] | None) -> Any: ...
 
     @abstractmethod
-    def _all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation) -> Work: ...
+    def _all_reduce(self, tensor: torch.Tensor, group: CollectiveGroup, operation: Operation) -> CollectiveHandle: ...
 
     @abstractmethod
-    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: Group) -> Work: ...
+    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: CollectiveGroup) -> CollectiveHandle: ...
 
 
-class _TorchWork(Work):
+class _TorchWork(CollectiveHandle):
     def __init__(self, work: Any, tensor: torch.Tensor) -> None:
         self._work = work
         self._finished_at: float | None = None
@@ -164,17 +166,17 @@ class TorchCollectives(Collectives):
         # Members alone may make a group that every rank is in one of; its name counts the groups each has made.
         return dist.new_group(list(ranks), use_local_synchronization=axes is not None)
 
-    def _all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation) -> Work:
+    def _all_reduce(self, tensor: torch.Tensor, group: CollectiveGroup, operation: Operation) -> CollectiveHandle:
         op = dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX
         return _TorchWork(dist.all_reduce(tensor, op=op, group=group.handle, async_op=True), tensor)
 
-    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: Group) -> Work:
+    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: CollectiveGroup) -> CollectiveHandle:
         # Backends differ in which shapes of output they take; all take flat ones.
         work = dist.all_gather_into_tensor(output.view(-1), tensor.view(-1), group=group.handle, async_op=True)
         return _TorchWork(work, tensor)
 
 
-class _StagedWork(Work):
+class _StagedWork(CollectiveHandle):
     """A collective of Gloo on `staged`, host memory, that belongs into `tensor`."""
 
     def __init__(self, work: Any, staged: torch.Tensor, tensor: torch.Tensor) -> None:
@@ -196,12 +198,12 @@ class StagedCollectives(TorchCollectives):
     next. With tensors of a CPU, which are staged all the same, it can be tested anywhere.
     """
 
-    def _all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation) -> Work:
+    def _all_reduce(self, tensor: torch.Tensor, group: CollectiveGroup, operation: Operation) -> CollectiveHandle:
         staged = _to_host(tensor)
         op = dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX
         return _StagedWork(dist.all_reduce(staged, op=op, group=group.handle, async_op=True), staged, tensor)
 
-    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: Group) -> Work:
+    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: CollectiveGroup) -> CollectiveHandle:
         staged = torch.empty(output.shape, dtype=output.dtype, device="cpu", pin_memory=not output.is_cpu)
         work = dist.all_gather_into_tensor(
             staged.view(-1), _to_host(tensor).view(-1), group=group.handle, async_op=True
@@ -224,10 +226,10 @@ class SerialCollectives(Collectives):
     def _group(self, ranks: tuple[int, ...], axes: Sequence[Axis] | None) -> Any:
         return None
 
-    def _all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation) -> Work:
+    def _all_reduce(self, tensor: torch.Tensor, group: CollectiveGroup, operation: Operation) -> CollectiveHandle:
         raise GridError(f"{len(group.ranks)} ranks need collectives between them")
 
-    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: Group) -> Work:
+    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: CollectiveGroup) -> CollectiveHandle:
         raise GridError(f"{len(group.ranks)} ranks need collectives between them")
 
 
@@ -249,6 +251,6 @@ def job_collectives(grid: ProcessGrid, rank: int | None, device_type: str) -> Co
     return TorchCollectives(grid, here, device_type=device_type)
 
 
-class _NothingToDo(Work):
+class _NothingToDo(CollectiveHandle):
     def wait(self) -> None:
         return None

@@ -8,15 +8,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from axonn.device.streams import Moment, Timeline
+from axonn.device.streams import DeviceEvent, Timeline
 from axonn.distributed.tensor_spec import TensorSpec
-from axonn.distributed.transport import Address, Edge, Message, Transport
+from axonn.distributed.transport import Address, Message, MessageEdge, Transport
 from axonn.errors import GridError
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.batch_shard import Batch, Tensors
 from axonn.inter_layer.microbatch_compute import ChunkCompute
-from axonn.inter_layer.non_finite import NotFinite, Probe
-from axonn.inter_layer.stage import Chunk
+from axonn.inter_layer.non_finite import NonFiniteDetector, NotFinite
+from axonn.inter_layer.stage import StageChunk
 from axonn.inter_layer.stage_leader import Agreement
 from axonn.models.base import PipelineModel
 from axonn.schedules import ChunkLayout, Direction, Forwards, Kind, StageSchedule, Task
@@ -40,7 +40,7 @@ class PipelineExecutor:
         self,
         *,
         model: PipelineModel,
-        chunks: Sequence[Chunk],
+        chunks: Sequence[StageChunk],
         layout: ChunkLayout,
         sub_shards: int,
         context: TensorContext,
@@ -71,14 +71,14 @@ class PipelineExecutor:
         self._transport = transport
         self._agreement = Agreement(grid, rank, transport)
         self._timeline = timeline
-        self._given: deque[Moment] = deque()
+        self._given: deque[DeviceEvent] = deque()
         """When the tasks that the device may still have to do are done, in order; nothing on a CPU."""
         self._microbatch_size = microbatch_size
         self._dtype = dtype
         self._device = timeline.device
         self._edges = {direction: self._edges_of(direction) for direction in Direction}
         self._announce()
-        self._probe: Probe | None = None
+        self._probe: NonFiniteDetector | None = None
         self._active_bytes = 0
         self.most_active_bytes = 0
         """Most bytes of activations that were kept for backwards at any one time so far."""
@@ -107,9 +107,9 @@ class PipelineExecutor:
         """What tasks of the last batch handed on that was not finite. Waits for the device."""
         return [] if self._probe is None else self._probe.found()
 
-    def _new_probe(self, microbatches: int) -> Probe:
+    def _new_probe(self, microbatches: int) -> NonFiniteDetector:
         spans = [state.module.span for state in self._chunks]
-        return Probe(
+        return NonFiniteDetector(
             rank=self._rank,
             distances=[self._layout.virtual(self._stage, chunk) for chunk in range(len(spans))],
             layers=[(span.start, span.stop - 1) for span in spans],
@@ -187,15 +187,15 @@ class PipelineExecutor:
                 if target is not None and target[0] != self._stage:
                     self._transport.announce(self._edge(target[0], state, direction, outwards=True))
 
-    def _edge(self, stage: int, state: ChunkCompute, direction: Direction, *, outwards: bool) -> Edge:
+    def _edge(self, stage: int, state: ChunkCompute, direction: Direction, *, outwards: bool) -> MessageEdge:
         span = state.module.span
         boundary = span.stop - 1 if outwards == (direction == Direction.FORWARD) else span.start - 1
         tensors = self._specs(boundary, direction)
-        return Edge(peer=self._peer(stage), direction=direction, tensors=tensors, device=self._device)
+        return MessageEdge(peer=self._peer(stage), direction=direction, tensors=tensors, device=self._device)
 
-    def _edges_of(self, direction: Direction) -> dict[Edge, int]:
+    def _edges_of(self, direction: Direction) -> dict[MessageEdge, int]:
         """Edges that bring messages of this direction to the stage, with how many chunks they serve."""
-        edges: dict[int, tuple[Edge, int]] = {}
+        edges: dict[int, tuple[MessageEdge, int]] = {}
         for chunk, state in enumerate(self._chunks):
             origin = self._layout.origin(self._stage, chunk, direction)
             if origin is None or origin[0] == self._stage:
@@ -280,7 +280,7 @@ class PipelineExecutor:
             self._transport.flush()
         return output
 
-    def _train(self, task: Task, batch: Batch, loss_scale: float, probe: Probe) -> Tensors:
+    def _train(self, task: Task, batch: Batch, loss_scale: float, probe: NonFiniteDetector) -> Tensors:
         """Run a task; what it hands on (nothing where the network begins or ends, and from weight halves)."""
         kind, chunk, microbatch = task
         state = self._chunks[chunk]

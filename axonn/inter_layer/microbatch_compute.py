@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from axonn.inter_layer.activation_memory import SavedBytes
 from axonn.inter_layer.batch_shard import Batch, Tensors, cut_rows
-from axonn.inter_layer.stage import Chunk
+from axonn.inter_layer.stage import StageChunk
 from axonn.models.base import PipelineModel
 from axonn.schedules import Direction
 from axonn.tensor.gradient_accumulation import WeightGradients
@@ -26,7 +26,14 @@ class ChunkCompute:
     """
 
     def __init__(
-        self, module: Chunk, *, model: PipelineModel, microbatch_size: int, sub_shards: int, source: bool, sink: bool
+        self,
+        module: StageChunk,
+        *,
+        model: PipelineModel,
+        microbatch_size: int,
+        sub_shards: int,
+        source: bool,
+        sink: bool,
     ) -> None:
         self.module = module
         self.source = source

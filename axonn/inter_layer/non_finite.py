@@ -32,7 +32,7 @@ class NotFinite:
         return f"{what} {where} for microbatch {self.microbatch}"
 
 
-class Probe:
+class NonFiniteDetector:
     """A number for each task of a batch, finite where all that the task handed on is: its sum, kept on the device.
 
     `distances`: of each chunk of this rank, forwards; `layers`: its first and last layer; `chunks`: of all stages.

@@ -35,7 +35,7 @@ class ParameterSpec:
     shared_with: tuple[nn.Parameter, ...] = ()
 
 
-class Chunk(nn.Module):
+class StageChunk(nn.Module):
     """A rank's part of the consecutive layers `span` of a model, their parameters allocated but not initialised.
 
     `recompute`: keep only the input of every so many blocks for the backward, and recompute what is inside.
@@ -115,7 +115,7 @@ def virtual_spans(model: PipelineModel, layout: ChunkLayout) -> list[range]:
     return partition_chunks([layer.cost for layer in model.layers], layout)
 
 
-def initialise(model: PipelineModel, chunk: Chunk, *, seed: int) -> None:
+def initialise(model: PipelineModel, chunk: StageChunk, *, seed: int) -> None:
     """Fill the parameters of a chunk that stands by itself, and make one of two that are tied: autograd adds up its
     gradients."""
     aliases = {second: first for first, second in model.ties}
@@ -140,7 +140,7 @@ def tied_stages(model: PipelineModel, spans: Sequence[range], layout: ChunkLayou
 
 
 def parameter_specs(
-    model: PipelineModel, chunks: Sequence[Chunk], spans: Sequence[range], layout: ChunkLayout
+    model: PipelineModel, chunks: Sequence[StageChunk], spans: Sequence[range], layout: ChunkLayout
 ) -> list[ParameterSpec]:
     """Every parameter of a stage's `chunks` with its placement, in the order of the layers."""
     aliases = {second: first for first, second in model.ties}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from axonn.distributed.transport import Transport
 from axonn.grid import ProcessGrid
-from axonn.schedules import Kind, StageSchedule, Task, ToldSchedule
+from axonn.schedules import FollowerSchedule, Kind, StageSchedule, Task
 
 
 class Agreement:
@@ -27,14 +27,14 @@ class Agreement:
             return schedule
         assert self._transport is not None, "a stage without others has no arrivals"
         self._transport.expect_decisions(self._leader, schedule.tasks)
-        return ToldSchedule(schedule)
+        return FollowerSchedule(schedule)
 
     def next_task(self, schedule: StageSchedule) -> Task | None:
         """The next task of `schedule`, which is what `begin` gave; None when this rank has to wait."""
         transport = self._transport
         if transport is None or not self._others:
             return schedule.next_task()
-        if isinstance(schedule, ToldSchedule):
+        if isinstance(schedule, FollowerSchedule):
             for kind, chunk, microbatch in transport.told():
                 schedule.tell(Task(Kind(kind), chunk, microbatch))
         task = schedule.next_task()

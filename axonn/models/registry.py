@@ -14,9 +14,9 @@ from axonn.config.model_config import ModelConfig, registered
 
 if TYPE_CHECKING:
     from axonn.config.train_config import TrainConfig
-    from axonn.data import Data
+    from axonn.data import Dataset
     from axonn.models.base import PipelineModel
-    from axonn.perf.layers.model_outline import Outline
+    from axonn.perf.layers.model_outline import ModelOutline
 
 C = TypeVar("C", bound=ModelConfig)
 
@@ -32,11 +32,11 @@ class Architecture(ABC, Generic[C]):
         """Return the model that `config` describes: its chain of layers, not yet built."""
 
     @abstractmethod
-    def outline(self, config: C) -> Outline:
+    def outline(self, config: C) -> ModelOutline:
         """Return what each layer of the chain computes, keeps and sends, for the performance model."""
 
     @abstractmethod
-    def data(self, config: TrainConfig) -> Data:
+    def data(self, config: TrainConfig) -> Dataset:
         """Return the data of a training run. Raises `DataError`."""
 
 
@@ -51,11 +51,11 @@ def make_model(config: ModelConfig) -> PipelineModel:
     return architecture_of(config).model(config)
 
 
-def outline_of(config: ModelConfig) -> Outline:
+def outline_of(config: ModelConfig) -> ModelOutline:
     """Return the outline of the model that `config` describes, for the performance model."""
     return architecture_of(config).outline(config)
 
 
-def make_data(config: TrainConfig) -> Data:
+def make_data(config: TrainConfig) -> Dataset:
     """Return the data of a training run, of the kind that its model trains on. Raises `DataError`."""
     return architecture_of(config.model).data(config)

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from axonn.checkpoint.checkpoints import load_whole, verify
-from axonn.checkpoint.local_shard import Part, compare_shapes
-from axonn.checkpoint.rank_group import Ranks
+from axonn.checkpoint.local_shard import LocalShard, compare_shapes
+from axonn.checkpoint.rank_group import RankGroup
 from axonn.durable_files import opened, reason_of
 from axonn.errors import CheckpointError, ConfigError
 from axonn.models.base import PipelineModel
@@ -52,7 +52,9 @@ def read_weights(checkpoint: Path | str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(MASTER): weight for name, weight in weights.items()}
 
 
-def import_weights(path: Path | str, tensors: Mapping[str, Part], *, group: dist.ProcessGroup | None = None) -> None:
+def import_weights(
+    path: Path | str, tensors: Mapping[str, LocalShard], *, group: dist.ProcessGroup | None = None
+) -> None:
     """Fill this rank's parts of master weights from a safetensors file, converting to their type.
 
     Collective over `group`; a rank reads only its parts. `tensors`: the state of an engine; what does not begin with
@@ -60,7 +62,7 @@ def import_weights(path: Path | str, tensors: Mapping[str, Part], *, group: dist
     another shape; nothing is changed then.
     """
     weights = {name.removeprefix(MASTER): part for name, part in tensors.items() if name.startswith(MASTER)}
-    wanted = Ranks(group).shapes(weights)
+    wanted = RankGroup(group).shapes(weights)
     with _opened(path) as file:
         _compare(path, file, wanted)
         for name, target in weights.items():
@@ -104,6 +106,6 @@ def _compare(path: Path | str, file: Any, wanted: Mapping[str, Shape]) -> None:
 
 
 @torch.no_grad()
-def _fill(target: Part, stored: Any) -> None:
+def _fill(target: LocalShard, stored: Any) -> None:
     for piece in target.pieces:
         target.view(piece).copy_(stored[piece.whole])

@@ -20,7 +20,7 @@ SCHEMA = "axonn-records/1"
 RecordKind = Literal["published", "predicted", "measured"]
 
 
-class Asked(StrictModel):
+class Workload(StrictModel):
     """The work: what was to be computed."""
 
     model: Line
@@ -38,7 +38,7 @@ class Asked(StrictModel):
     """Of one sample, of a model that is none."""
 
     @classmethod
-    def of(cls, model: ModelConfig, *, gpus: int, batch_size: int, precision: str) -> Asked:
+    def of(cls, model: ModelConfig, *, gpus: int, batch_size: int, precision: str) -> Workload:
         """Training `model` on batches of `batch_size` sequences or images."""
         return cls(
             model=model.name,
@@ -69,7 +69,7 @@ class Asked(StrictModel):
         )
 
 
-class Ran(StrictModel):
+class Execution(StrictModel):
     """The strategy: how it was computed."""
 
     framework: Line
@@ -124,8 +124,8 @@ class Record(StrictModel):
     experiment: Line
     point: Line
     """Name of the point in the experiment, the same for its published, predicted and measured record."""
-    asked: Asked
-    ran: Ran
+    asked: Workload
+    ran: Execution
     settings: dict[str, Any] = {}
     """Every setting with which it ran, or was predicted, by its dotted name: those of a `TrainConfig`, or of the model
     (`model.` before them) and of a `Strategy`. Empty of published runs, whose settings are not all known."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from axonn.distributed.collectives import Call, CallKind, Collectives
-from axonn.distributed.transport.base import Decisions, Sent, Transport
+from axonn.distributed.transport.base import Decisions, SentMessage, Transport
 from axonn.grid import AXES, Axis
 
 TrafficKind = Literal[CallKind, "message", "decision"]
@@ -40,7 +40,7 @@ class TrafficMeter:
         self._collectives = collectives
         self._transport = transport
         self._calls: Counter[Call] = Counter()
-        self._messages: Counter[Sent] = Counter()
+        self._messages: Counter[SentMessage] = Counter()
         self._decisions = Decisions()
 
     def start(self) -> None:
@@ -59,7 +59,7 @@ class TrafficMeter:
         """What has been counted."""
         return summary(self._calls, self._messages, self._decisions)
 
-    def _now(self) -> tuple[Counter[Call], Counter[Sent], Decisions]:
+    def _now(self) -> tuple[Counter[Call], Counter[SentMessage], Decisions]:
         calls = self._collectives.calls.copy()
         if self._transport is None:
             return calls, Counter(), Decisions()
@@ -81,7 +81,7 @@ def ring_bytes(call: Call) -> float:
 
 
 def summary(
-    calls: Mapping[Call, int], messages: Mapping[Sent, int] | None = None, decisions: Decisions | None = None
+    calls: Mapping[Call, int], messages: Mapping[SentMessage, int] | None = None, decisions: Decisions | None = None
 ) -> list[Traffic]:
     """`calls` and `messages`, each with how often there was one, and `decisions`, by axis and kind, in alphabetical
     order. Decisions are told to the other ranks of a stage, along row and col."""

@@ -17,7 +17,7 @@ from axonn.inter_layer.stage import ParameterSpec
 
 
 @dataclass(frozen=True)
-class Entry:
+class FlatEntry:
     """A parameter's elements in the flat buffers. `axes`: those of more than one rank along which it is partial."""
 
     spec: ParameterSpec
@@ -30,7 +30,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class ReductionChunk:
     """Elements that are reduced at once, over `axes`, and the buckets that the optimizer then works on."""
 
     axes: tuple[Axis, ...]
@@ -89,7 +89,7 @@ LARGEST_BUCKET = 1 << 28
 """Elements that are updated at once at most."""
 
 
-def cut(flat: FlatParameters, *, bsize: int, k: int | None, few: bool = False) -> list[Chunk]:
+def cut(flat: FlatParameters, *, bsize: int, k: int | None, few: bool = False) -> list[ReductionChunk]:
     """Chunks of `k` buckets of `bsize` elements, in order; None makes one chunk of all that is reduced together.
 
     A chunk ends where the axes of the reduction change, so the last bucket of a chunk may be smaller. With `few` a
@@ -101,7 +101,7 @@ def cut(flat: FlatParameters, *, bsize: int, k: int | None, few: bool = False) -
         whole = slice(entries[0].where.start, entries[-1].where.stop)
         length = (whole.stop - whole.start) if k is None or (few and not axes) else k * bsize
         for part in pieces(whole, length):
-            chunks.append(Chunk(axes, part, tuple(pieces(part, LARGEST_BUCKET if few else bsize))))
+            chunks.append(ReductionChunk(axes, part, tuple(pieces(part, LARGEST_BUCKET if few else bsize))))
     return chunks
 
 
@@ -115,7 +115,7 @@ def replicas(flat: FlatParameters, grid: ProcessGrid) -> int:
     return max((prod(grid.extent(axis) for axis in entry.axes) for entry in flat.entries), default=1)
 
 
-def _lay_out(specs: Sequence[ParameterSpec], grid: ProcessGrid) -> tuple[Entry, ...]:
+def _lay_out(specs: Sequence[ParameterSpec], grid: ProcessGrid) -> tuple[FlatEntry, ...]:
     by_axes: dict[tuple[Axis, ...], list[ParameterSpec]] = {}
     for spec in specs:
         axes = tuple(axis for axis in spec.placement.partial if grid.extent(axis) > 1)
@@ -125,7 +125,7 @@ def _lay_out(specs: Sequence[ParameterSpec], grid: ProcessGrid) -> tuple[Entry, 
     for axes, group in by_axes.items():
         for spec in group:
             stop = start + spec.parameter.numel()
-            entries.append(Entry(spec, slice(start, stop), axes))
+            entries.append(FlatEntry(spec, slice(start, stop), axes))
             start = stop
     return tuple(entries)
 

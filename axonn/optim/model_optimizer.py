@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch.optim.adamw import adamw
 
-from axonn.checkpoint.local_shard import Part
+from axonn.checkpoint.local_shard import LocalShard
 from axonn.config.train_config import OptimizerConfig, PrecisionConfig
-from axonn.device.streams import Reading, Timeline
+from axonn.device.streams import DeviceToHostCopy, Timeline
 from axonn.distributed.collectives import Collectives
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
@@ -49,8 +49,8 @@ class Step:
         loss_scale: float,
     ) -> None:
         self._finish = finish
-        self._overflow = None if overflow is None else Reading(overflow)
-        self._norm = None if norm is None else Reading(norm)
+        self._overflow = None if overflow is None else DeviceToHostCopy(overflow)
+        self._norm = None if norm is None else DeviceToHostCopy(norm)
         self._learning_rate = learning_rate
         self._loss_scale = loss_scale
 
@@ -260,7 +260,7 @@ class ModelOptimizer:
             host=state.host,
         )
 
-    def state_tensors(self) -> dict[str, Part]:
+    def state_tensors(self) -> dict[str, LocalShard]:
         """ "master.NAME", "exp_avg.NAME" and "exp_avg_sq.NAME" of each parameter: its part here, where it lies.
 
         After writing into them call `state_loaded`.
@@ -268,7 +268,9 @@ class ModelOptimizer:
         self._state.settle()
         kinds = {"master": self._state.master, "exp_avg": self._state.exp_avg, "exp_avg_sq": self._state.exp_avg_sq}
         return {
-            f"{kind}.{entry.spec.name}": Part.placed(entry.view(flat), entry.spec.placement, self._grid, self._here)
+            f"{kind}.{entry.spec.name}": LocalShard.placed(
+                entry.view(flat), entry.spec.placement, self._grid, self._here
+            )
             for kind, flat in kinds.items()
             for entry in self._flat.entries
         }

@@ -10,7 +10,7 @@ import torch
 
 from axonn.config.train_config import OptimizerConfig, PrecisionConfig
 from axonn.device.pinned_memory import pinned_zeros
-from axonn.device.streams import Moment, Timeline
+from axonn.device.streams import DeviceEvent, Timeline
 from axonn.optim.flat_buffers import FlatParameters
 from axonn.spans import SpanKind
 
@@ -120,7 +120,7 @@ class OffloadedState(OptimizerState):
             return torch.empty(bsize, dtype=self.dtype, device=device)
 
         self._slots = [[empty() for _ in self.stored] for _ in range(config.buckets_resident)]
-        self._left: list[Moment | None] = [None] * len(self._slots)
+        self._left: list[DeviceEvent | None] = [None] * len(self._slots)
         """When what each slot last held was out of it."""
         self._gradients = [empty() for _ in self._slots] if self.converts_gradients else []
 
@@ -142,7 +142,7 @@ class OffloadedState(OptimizerState):
         gradient = self._gradients[number % len(self._slots)][:size] if self._gradients else None
         return Bucket(master, slot[-2], slot[-1], gradient)
 
-    def _load(self, part: slice, number: int) -> Moment:
+    def _load(self, part: slice, number: int) -> DeviceEvent:
         """Copy in, once the slot's last store is done, and so every store before it: also that of this part."""
         slot = number % len(self._slots)
         left = self._left[slot]
@@ -156,7 +156,7 @@ class OffloadedState(OptimizerState):
         self._timeline.span(SpanKind.COPY, start, end)
         return end
 
-    def _store(self, part: slice, number: int, computed: Moment) -> None:
+    def _store(self, part: slice, number: int, computed: DeviceEvent) -> None:
         slot = number % len(self._slots)
         with self._outwards:
             computed.wait()

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from axonn.device.streams import Moment, Timeline
-from axonn.distributed.collectives import Collectives, Group, Operation, Work
+from axonn.device.streams import DeviceEvent, Timeline
+from axonn.distributed.collectives import CollectiveGroup, CollectiveHandle, Collectives, Operation
 from axonn.errors import ConfigError
 from axonn.grid import AXES, Axis, ProcessGrid
 from axonn.optim.exact_sum import from_digits, to_digits
-from axonn.optim.flat_buffers import Chunk, Entry, FlatParameters, pieces
+from axonn.optim.flat_buffers import FlatEntry, FlatParameters, ReductionChunk, pieces
 from axonn.spans import SpanKind
 
 _NORM_AXES: tuple[Axis, ...] = ("inter", "row", "col")
@@ -23,8 +23,8 @@ class Reduction:
 
     def __init__(
         self,
-        work: Work | None,
-        started: Moment,
+        work: CollectiveHandle | None,
+        started: DeviceEvent,
         timeline: Timeline,
         before: Reduction | None = None,
         *,
@@ -35,9 +35,9 @@ class Reduction:
         self._timeline = timeline
         self._before = before
         self._kind = kind
-        self._finished: Moment | None = None
+        self._finished: DeviceEvent | None = None
 
-    def wait(self) -> Moment:
+    def wait(self) -> DeviceEvent:
         """Let the current stream go on when the result is there, as those of the all-reduces before it."""
         if self._finished is not None:
             return self._finished
@@ -63,7 +63,7 @@ class GradientReduction:
     def __init__(
         self,
         flat: FlatParameters,
-        chunks: Sequence[Chunk],
+        chunks: Sequence[ReductionChunk],
         *,
         ties: Sequence[tuple[int, ...]],
         grid: ProcessGrid,
@@ -75,13 +75,13 @@ class GradientReduction:
         self._chunks = chunks
         self._collectives = collectives
         self._timeline = timeline
-        self._groups: dict[tuple[Axis, ...], Group] = {}
+        self._groups: dict[tuple[Axis, ...], CollectiveGroup] = {}
         for chunk in chunks:
             if chunk.axes and chunk.axes not in self._groups:
                 self._groups[chunk.axes] = collectives.axis_group(chunk.axes)
         here = grid.coordinates(rank)._asdict()
         groups = {stages: collectives.stage_group(stages) for stages in ties}
-        self._tied: list[tuple[Group, torch.Tensor]] = []
+        self._tied: list[tuple[CollectiveGroup, torch.Tensor]] = []
         for entry in flat.entries:
             stages = entry.spec.placement.tied_stages
             if stages:
@@ -140,14 +140,14 @@ class GradientReduction:
         self._agree(digits, self._model, "sum")
         return from_digits(digits).sqrt_()
 
-    def _agree(self, value: torch.Tensor, group: Group | None, operation: Operation) -> None:
+    def _agree(self, value: torch.Tensor, group: CollectiveGroup | None, operation: Operation) -> None:
         if group is not None:
             started = self._timeline.now()
             work = self._collectives.all_reduce(value, group, operation)
             # A single number: what takes time is the ranks that are not done yet.
             Reduction(work, started, self._timeline, kind=SpanKind.IDLE).wait()
 
-    def _start(self, parts: Sequence[tuple[Group | None, torch.Tensor]]) -> list[Reduction]:
+    def _start(self, parts: Sequence[tuple[CollectiveGroup | None, torch.Tensor]]) -> list[Reduction]:
         reductions: list[Reduction] = []
         for group, gradient in parts:
             started = self._timeline.now()
@@ -157,7 +157,7 @@ class GradientReduction:
         return reductions
 
 
-def _counted_here(entries: Sequence[Entry], here: dict[str, int]) -> list[slice]:
+def _counted_here(entries: Sequence[FlatEntry], here: dict[str, int]) -> list[slice]:
     """Elements that this rank adds to the norm: of each parameter, one of the ranks that hold it."""
     counted: list[slice] = []
     for entry in entries:

@@ -15,13 +15,13 @@ from functools import partial
 
 from axonn.config.model_config import ModelConfig
 from axonn.models.registry import outline_of
-from axonn.perf.layers.model_outline import Outline
+from axonn.perf.layers.model_outline import ModelOutline
 from axonn.perf.machine.machine_file import MachineFile
 from axonn.perf.machine.network import MessageTime, edge, message_time
 from axonn.perf.pipeline.simulator import Simulation, simulate
 from axonn.perf.strategy import Strategy
 from axonn.perf.timing.communication import BYTES
-from axonn.perf.timing.jitter import Jitter, Spread
+from axonn.perf.timing.jitter import Jitter, JitterSpread
 from axonn.perf.timing.memory_model import Memory, stage_memory
 from axonn.perf.timing.stage_times import StageTimes, stage_times
 from axonn.perf.timing.step_times import StageEnd, finish, flag_time, ties_of
@@ -32,7 +32,7 @@ from axonn.spans import Span, SpanKind
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class PredictedBreakdown:
     """Seconds of a batch, mean over the stages; they add up to the batch time."""
 
     compute: float
@@ -51,7 +51,7 @@ class Prediction:
     """What the model says about one strategy. Times in seconds."""
 
     batch_time_s: float
-    parts: Parts
+    parts: PredictedBreakdown
     pipeline_s: float
     """The pipeline phase: from the first forward to the last backward."""
     memories: list[Memory]
@@ -67,7 +67,7 @@ class Prediction:
     """What each stage does after its last task."""
     first_layers: list[list[int]]
     """By stage and chunk."""
-    spread: Spread | None = None
+    spread: JitterSpread | None = None
     """With `jitter`; everything else is without."""
 
     @property
@@ -115,7 +115,7 @@ class Prediction:
 
 
 def predict(
-    model: ModelConfig | Outline,
+    model: ModelConfig | ModelOutline,
     machine: MachineFile,
     strategy: Strategy,
     *,
@@ -129,9 +129,9 @@ def predict(
     Raises `ConfigError` when batch, layers or tensor axes do not divide. A strategy that does not fit is predicted all
     the same: see `Prediction.memory` and `Memory.check`.
     """
-    if not isinstance(model, Outline):
+    if not isinstance(model, ModelOutline):
         strategy.check(model)
-    outline = model if isinstance(model, Outline) else outline_of(model)
+    outline = model if isinstance(model, ModelOutline) else outline_of(model)
     microbatches = strategy.microbatches(batch_size)
     stages = stage_times(outline, machine, strategy)
     pipeline = partial(simulate_pipeline, outline, machine, strategy, microbatches=microbatches, stages=stages)
@@ -170,13 +170,13 @@ def predict(
 
 def _parts(
     simulation: Simulation, stages: Sequence[StageTimes], ends: Sequence[StageEnd], total: float, host: float
-) -> Parts:
+) -> PredictedBreakdown:
     count = len(stages)
     tasks = Counter((stage, task.kind, task.chunk) for stage, task, _, _ in simulation.tasks)
     inside = sum(number * stages[s].chunks[chunk].tasks[kind].waited for (s, kind, chunk), number in tasks.items())
     busy, waited = sum(simulation.busy), sum(simulation.point_to_point)
     reducing, updating = sum(end.reducing for end in ends), sum(end.updating for end in ends)
-    return Parts(
+    return PredictedBreakdown(
         compute=(busy - inside) / count,
         tensor_all_reduce=inside / count,
         point_to_point=waited / count,
@@ -194,7 +194,7 @@ def _spread(
     steps: Sequence[StepTime],
     *,
     replicas: int,
-) -> Spread:
+) -> JitterSpread:
     """Each replica has a pipeline of its own; a stage reduces once it is done in all of them."""
     times = []
     for repeat in range(jitter.repeats):
@@ -202,11 +202,11 @@ def _spread(
         noise = jitter.noise(repeat)
         own = [StepTime(step.reduction * noise(), step.optimizer * noise()) for step in steps]
         times.append(max(end.optimizer[1] for end in finished([max(stage) for stage in zip(*runs, strict=True)], own)))
-    return Spread(tuple(times))
+    return JitterSpread(tuple(times))
 
 
 def simulate_pipeline(
-    outline: Outline,
+    outline: ModelOutline,
     machine: MachineFile,
     strategy: Strategy,
     *,
@@ -238,7 +238,9 @@ def simulate_pipeline(
     )
 
 
-def _of_pipelining(outline: Outline, machine: MachineFile, strategy: Strategy) -> Callable[[int, Kind, int], float]:
+def _of_pipelining(
+    outline: ModelOutline, machine: MachineFile, strategy: Strategy
+) -> Callable[[int, Kind, int], float]:
     """Seconds of a task of a stage's chunk in which its core chooses it, and sends and receives messages; none where
     the device does not wait for its host."""
     layout = strategy.schedule.spec().layout(strategy.grid.inter)
@@ -258,7 +260,7 @@ def _of_pipelining(outline: Outline, machine: MachineFile, strategy: Strategy) -
     return seconds
 
 
-def messages(outline: Outline, machine: MachineFile, strategy: Strategy) -> Callable[[int, int], MessageTime]:
+def messages(outline: ModelOutline, machine: MachineFile, strategy: Strategy) -> Callable[[int, int], MessageTime]:
     """Time of a message from one stage to another, the largest of the chain; activations and gradients are equal."""
     grid = strategy.process_grid(machine)
     nbytes = message_bytes(outline, strategy)
@@ -270,7 +272,7 @@ def messages(outline: Outline, machine: MachineFile, strategy: Strategy) -> Call
     return time
 
 
-def message_bytes(outline: Outline, strategy: Strategy) -> float:
+def message_bytes(outline: ModelOutline, strategy: Strategy) -> float:
     """Of a message from a rank to the next stage, the largest of the chain."""
     grid = strategy.logical_grid
     largest = max(link.message(grid, strategy.microbatch_size) for link in outline.links)

@@ -12,7 +12,7 @@ from axonn.config.train_config import FloatType, GridConfig, ScheduleConfig, Str
 from axonn.errors import ConfigError
 from axonn.grid import AXES, Axis, ProcessGrid
 from axonn.inter_layer.partition import partition_chunks
-from axonn.perf.layers.model_outline import Outline, with_sequence_parallelism
+from axonn.perf.layers.model_outline import ModelOutline, with_sequence_parallelism
 from axonn.perf.machine.machine_file import Library, MachineFile
 from axonn.schedules import ChunkLayout
 
@@ -110,7 +110,7 @@ class Strategy(StrictModel):
             ranks_per_node=machine.node.gpus.number,
         )
 
-    def laid_out(self, outline: Outline) -> Outline:
+    def laid_out(self, outline: ModelOutline) -> ModelOutline:
         """The model as its ranks compute it. Raises `ConfigError` when its layers cannot be cut so."""
         return with_sequence_parallelism(outline) if self.sequence_parallel else outline
 
@@ -129,7 +129,7 @@ class Strategy(StrictModel):
             )
         return batch_size // unit
 
-    def virtual_spans(self, outline: Outline) -> list[range]:
+    def virtual_spans(self, outline: ModelOutline) -> list[range]:
         """Links of the chain of each virtual stage. Raises `ConfigError` when the model has too few layers."""
         layout = self.schedule.spec().layout(self.grid.inter)
         if self.partition == "work":
@@ -149,13 +149,13 @@ class Strategy(StrictModel):
         ends.append(len(outline.links))
         return [range(first, end) for first, end in zip([0, *ends], ends, strict=False)]
 
-    def spans_of_stages(self, outline: Outline) -> list[list[range]]:
+    def spans_of_stages(self, outline: ModelOutline) -> list[list[range]]:
         """Links of the chunks of each stage."""
         spans = self.virtual_spans(outline)
         layout = self.schedule.spec().layout(self.grid.inter)
         return [[spans[layout.virtual(s, c)] for c in range(layout.chunks)] for s in range(layout.stages)]
 
-    def blocks_of_stages(self, outline: Outline) -> list[int]:
+    def blocks_of_stages(self, outline: ModelOutline) -> list[int]:
         """Blocks (transformer layers) that each stage has a part of."""
         return [
             len({outline.links[i].block for span in spans for i in span} - {None})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from axonn.errors import ConfigError
 from axonn.schedules.base import Direction, Kind, StageSchedule, Task
-from axonn.schedules.follower import ToldSchedule
+from axonn.schedules.follower import FollowerSchedule
 from axonn.schedules.forward_only import Forwards
 from axonn.schedules.layout import ChunkLayout, ChunkPlacement
 from axonn.schedules.message_driven import PICKS, MessageDriven
@@ -29,7 +29,7 @@ __all__ = [
     "StaticOrder",
     "StaticSchedule",
     "Task",
-    "ToldSchedule",
+    "FollowerSchedule",
     "make_schedule",
     "names",
 ]

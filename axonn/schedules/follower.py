@@ -6,7 +6,7 @@ from axonn.schedules.base import StageSchedule, Task
 from axonn.schedules.static import StaticSchedule
 
 
-class ToldSchedule(StaticSchedule):
+class FollowerSchedule(StaticSchedule):
     """Runs what `schedule` picks on another rank of the stage, in that order. It is told of each pick by `tell`."""
 
     def __init__(self, schedule: StageSchedule) -> None:

@@ -13,8 +13,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from axonn.device.compilation import Compiler
-from axonn.device.streams import Moment, Timeline
-from axonn.distributed.collectives import Collectives, Group, Operation, SerialCollectives, Work, job_collectives
+from axonn.device.streams import DeviceEvent, Timeline
+from axonn.distributed.collectives import (
+    CollectiveGroup,
+    CollectiveHandle,
+    Collectives,
+    Operation,
+    SerialCollectives,
+    job_collectives,
+)
 from axonn.errors import ConfigError, GridError
 from axonn.grid import ProcessGrid
 from axonn.spans import SpanKind
@@ -64,17 +71,17 @@ class TaskSpans:
     layer: int
     """First layer of the chunk."""
     chunk: int
-    blocked: list[tuple[Moment, Moment]] = field(default_factory=list)
+    blocked: list[tuple[DeviceEvent, DeviceEvent]] = field(default_factory=list)
     """When this rank waited for a collective with nothing else to compute, in order; nothing without spans. Of no
     length where the next sub-shard began without."""
     turns: list[int] = field(default_factory=list)
     """The sub-shard that computed first, and those that went on after each of these; -1 where there is only one."""
 
 
-class Pending:
+class AsyncCollective:
     """A collective along a tensor axis, under way once `issue` has been called; None: there is none."""
 
-    def __init__(self, issue: Callable[[], Work] | None, context: TensorContext) -> None:
+    def __init__(self, issue: Callable[[], CollectiveHandle] | None, context: TensorContext) -> None:
         self._context = context
         self._started = context.timeline.now() if context.timed else None
         self._work = None if issue is None else issue()
@@ -116,7 +123,7 @@ class TensorContext:
         self.compiler = compiler or Compiler()
         self._task: TaskSpans | None = None
         self.collectives = collectives
-        self._groups: dict[TensorAxis, Group] = {}
+        self._groups: dict[TensorAxis, CollectiveGroup] = {}
         for axis in ("row", "col"):
             if grid.extent(axis) > 1:
                 self._groups[axis] = collectives.axis_group([axis])
@@ -171,10 +178,14 @@ class TensorContext:
                 task.blocked.append((now, now))
             task.turns.append(lane)
 
-    def start_all_reduce(self, tensor: torch.Tensor, axis: TensorAxis | None, operation: Operation = "sum") -> Pending:
+    def start_all_reduce(
+        self, tensor: torch.Tensor, axis: TensorAxis | None, operation: Operation = "sum"
+    ) -> AsyncCollective:
         """Start reducing contiguous `tensor` in place along `axis`."""
         group = self._group(axis)
-        return Pending(None if group is None else partial(self.collectives.all_reduce, tensor, group, operation), self)
+        return AsyncCollective(
+            None if group is None else partial(self.collectives.all_reduce, tensor, group, operation), self
+        )
 
     def all_reduce(self, tensor: torch.Tensor, axis: TensorAxis | None, operation: Operation = "sum") -> torch.Tensor:
         """Reduce contiguous `tensor` in place along `axis`, other lanes computing meanwhile; returns it."""
@@ -187,10 +198,10 @@ class TensorContext:
         if group is None:
             return tensor.unsqueeze(0)
         gathered = tensor.new_empty(len(group.ranks), *tensor.shape)
-        Pending(partial(self.collectives.all_gather, gathered, tensor.contiguous(), group), self).wait()
+        AsyncCollective(partial(self.collectives.all_gather, gathered, tensor.contiguous(), group), self).wait()
         return gathered
 
-    def _group(self, axis: TensorAxis | None) -> Group | None:
+    def _group(self, axis: TensorAxis | None) -> CollectiveGroup | None:
         return None if axis is None else self._groups.get(axis)
 
     @property
@@ -198,7 +209,7 @@ class TensorContext:
         """Whether collectives are recorded now."""
         return self.timeline.timed and self._task is not None
 
-    def _finish(self, work: Work, started: Moment | None) -> None:
+    def _finish(self, work: CollectiveHandle, started: DeviceEvent | None) -> None:
         task, timeline = self._task, self.timeline
         if task is None or started is None:
             work.wait()

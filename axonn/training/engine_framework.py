@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, get_args
 
-from axonn.checkpoint.local_shard import Part
+from axonn.checkpoint.local_shard import LocalShard
 from axonn.config.defaults import sub_shards
 from axonn.config.train_config import FloatType, ScheduleConfig, TrainConfig
 from axonn.device.devices import DeviceType
@@ -87,7 +87,7 @@ class EngineTrainer(ResumableTrainer):
     def data_digest(self) -> str:
         return self.data.digest
 
-    def state_tensors(self) -> dict[str, Part]:
+    def state_tensors(self) -> dict[str, LocalShard]:
         return self.engine.state_tensors()
 
     def state_loaded(self) -> None:

@@ -16,7 +16,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from axonn.checkpoint.local_shard import Part
+from axonn.checkpoint.local_shard import LocalShard
 from axonn.config.loading import dotted
 from axonn.config.model_config import ModelConfig
 from axonn.config.train_config import FloatType, ScheduleConfig, TrainConfig
@@ -26,7 +26,7 @@ from axonn.engine import BatchResult
 from axonn.errors import LaunchError
 from axonn.inter_layer.non_finite import NotFinite
 from axonn.models.gpt.gpt_config import GPTConfig
-from axonn.observability.records import Failure, Ran, settings_of
+from axonn.observability.records import Execution, Failure, settings_of
 from axonn.observability.traffic import Traffic
 from axonn.perf.strategy import Strategy
 from axonn.spans import SpanRecorder
@@ -63,7 +63,7 @@ class ResumableTrainer(ABC):
         """Hash of the data that it trains on."""
 
     @abstractmethod
-    def state_tensors(self) -> Mapping[str, Part]:
+    def state_tensors(self) -> Mapping[str, LocalShard]:
         """This rank's part of the state, by names that are global over the job; call `state_loaded` after writing."""
 
     @abstractmethod
@@ -285,9 +285,9 @@ def version_of(framework: Framework) -> str:
         return "not installed"
 
 
-def ran_by(framework: Framework, config: TrainConfig) -> Ran:
+def ran_by(framework: Framework, config: TrainConfig) -> Execution:
     """What `framework` makes of `config`, for a record."""
-    return Ran(
+    return Execution(
         framework=framework.label,
         version=version_of(framework),
         grid=config.grid,
@@ -298,7 +298,7 @@ def ran_by(framework: Framework, config: TrainConfig) -> Ran:
     )
 
 
-def settings_ran(config: TrainConfig, ran: Ran) -> dict[str, Any]:
+def settings_ran(config: TrainConfig, ran: Execution) -> dict[str, Any]:
     """The settings of `config` for a record, what the framework chooses being as it `ran`."""
     settings = {name: value for name, value in settings_of(config).items() if not name.startswith("schedule.")}
     chosen = {} if ran.schedule is None else {"schedule": ran.schedule.model_dump(mode="json")}

@@ -33,7 +33,7 @@ _DETAIL = 400
 
 
 @dataclass(frozen=True)
-class Line:
+class LogLine:
     """One printed line: its text and what its prefixes said."""
 
     text: str
@@ -43,7 +43,7 @@ class Line:
     """All prefixes, which tell the lines of several ranks apart."""
 
 
-def split(line: str) -> Line:
+def split(line: str) -> LogLine:
     """Take colours, carriage returns and the prefixes of launchers off."""
     text = _ESCAPE.sub("", line).rstrip("\r\n")
     text = text.rpartition("\r")[2]
@@ -53,7 +53,7 @@ def split(line: str) -> Line:
         rank = int(named) if named is not None else rank
         prefix += found[0]
         text = text[found.end() :]
-    return Line(text.rstrip(), rank, prefix.strip())
+    return LogLine(text.rstrip(), rank, prefix.strip())
 
 
 def clean(line: str) -> str:
@@ -61,7 +61,7 @@ def clean(line: str) -> str:
     return split(line).text
 
 
-def lines_of(lines: Iterable[str]) -> Iterator[Line]:
+def lines_of(lines: Iterable[str]) -> Iterator[LogLine]:
     """Every line; what a carriage return ended is one of its own, and empty ones are left out."""
     for whole in lines:
         for part in whole.splitlines():
@@ -178,7 +178,7 @@ def failure_of(lines: Iterable[str]) -> Failure | None:
     return Failure(cause=first.cause, detail=first.detail[:_DETAIL], rank=first.rank)
 
 
-def _notices(lines: list[Line]) -> Iterator[_Notice]:
+def _notices(lines: list[LogLine]) -> Iterator[_Notice]:
     raising: set[str] = set()
     """Prefixes of the lines that are within a traceback."""
     summary = _Summary()
@@ -202,7 +202,7 @@ def _notices(lines: list[Line]) -> Iterator[_Notice]:
             yield _exception(line)
 
 
-def _known(line: Line) -> _Notice | None:
+def _known(line: LogLine) -> _Notice | None:
     for pattern, weight, cause in _NOTICES:
         if pattern.search(line.text):
             said = _SAYS_RANK.search(line.text)
@@ -211,7 +211,7 @@ def _known(line: Line) -> _Notice | None:
     return None
 
 
-def _exception(line: Line) -> _Notice:
+def _exception(line: LogLine) -> _Notice:
     """Last line of a traceback."""
     if line.text.startswith(("MemoryError", "numpy.core._exceptions._ArrayMemoryError")):
         return _Notice(_Weight.CAUSE, "out-of-memory", line.text, line.rank)
@@ -225,7 +225,7 @@ def _exception(line: Line) -> _Notice:
     return _Notice(weight, "error", line.text, line.rank)
 
 
-def _folded(lines: list[Line], number: int) -> str:
+def _folded(lines: list[LogLine], number: int) -> str:
     """The line, with what Open MPI folds its notices into."""
     text = lines[number].text
     if " noticed that process rank " in text and number + 1 < len(lines):

@@ -15,15 +15,15 @@ from typing import IO
 import torch
 
 from axonn.checkpoint.checkpoints import CheckpointState, load, save
-from axonn.checkpoint.local_shard import Part, some_names
-from axonn.checkpoint.rank_group import Ranks
+from axonn.checkpoint.local_shard import LocalShard, some_names
+from axonn.checkpoint.rank_group import RankGroup
 from axonn.config.train_config import EvaluationConfig, TrainConfig
 from axonn.distributed.runtime import Runtime
 from axonn.errors import ConfigError, NotFiniteError, RecordError
 from axonn.grid import AXES
 from axonn.models.weights_file import import_weights
 from axonn.observability.rank_usage import UsageLog, usage_file
-from axonn.observability.records import Asked
+from axonn.observability.records import Workload
 from axonn.spans import SpanRecorder
 from axonn.training.framework import ResumableTrainer, Trainer
 from axonn.training.metrics import BATCHES, EVALUATIONS, Row
@@ -78,7 +78,7 @@ class TrainingLoop:
         self._digest: str | None = None
         grid = config.grid
         ranks = grid.data * grid.inter * grid.row * grid.col
-        work = Asked.of(config.model, gpus=ranks, batch_size=config.batch_size, precision=config.precision.compute)
+        work = Workload.of(config.model, gpus=ranks, batch_size=config.batch_size, precision=config.precision.compute)
         self._recompute = config.activation_checkpointing is not None
         self._tflop = {recompute: work.flops(recompute=recompute) / ranks / 1e12 for recompute in (False, True)}
 
@@ -181,7 +181,7 @@ class TrainingLoop:
             what = f"the norm of the gradient of batch {step} is {norm}"
         do = "lower optimizer.lr"
         found = [] if self._full is None else self._full.not_finite()
-        everywhere = sorted(place for places in Ranks(None).gather(found) for place in places)
+        everywhere = sorted(place for places in RankGroup(None).gather(found) for place in places)
         if not everywhere:
             raise NotFiniteError(f"{what}; {do}")
         first = everywhere[0]
@@ -191,10 +191,10 @@ class TrainingLoop:
             f"{what}: {first} on {named} {', '.join(map(str, ranks))} was the first that was not finite; {do}", ranks
         )
 
-    def _check_state(self, done: int, tensors: Mapping[str, Part]) -> None:
+    def _check_state(self, done: int, tensors: Mapping[str, LocalShard]) -> None:
         """Raise `NotFiniteError` on every rank where there is something that nobody could go on from."""
         bad = [n for n, p in tensors.items() if p.tensor.is_floating_point() and not p.tensor.isfinite().all()]
-        found = {rank: names for rank, names in enumerate(Ranks(None).gather(bad)) if names}
+        found = {rank: names for rank, names in enumerate(RankGroup(None).gather(bad)) if names}
         if found:
             said = "; ".join(f"rank {rank}: {some_names(names)}" for rank, names in found.items())
             raise NotFiniteError(

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from axonn.checkpoint.checkpoints import clean, latest
-from axonn.checkpoint.rank_group import Ranks
+from axonn.checkpoint.rank_group import RankGroup
 from axonn.observability.rank_usage import USAGE
 from axonn.training.metrics import BATCHES, EVALUATIONS, cut_rows
 
@@ -35,7 +35,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
     Collective over all ranks: one looks and tells the others. Raises `CheckpointError` where files cannot be changed.
     """
-    ranks = Ranks(None)
+    ranks = RankGroup(None)
     found: list[Path] = []
 
     def look() -> None:

@@ -13,19 +13,21 @@ from axonn.errors import RecordError
 from axonn.grid import ProcessGrid
 from axonn.observability.phases import phases
 from axonn.observability.provenance import fingerprint
-from axonn.observability.records import Asked, Failure, Ran, Record
+from axonn.observability.records import Execution, Failure, Record, Workload
 from axonn.spans import Span, breakdown, overlap, read_spans, span_files
 from axonn.training.framework import settings_ran
 from axonn.training.run_outcome import Outcome, steady
 
 
-def run_record(config: TrainConfig, outcome: Outcome, *, folder: Path, warmup: int, ran: Ran, **said: Any) -> Record:
+def run_record(
+    config: TrainConfig, outcome: Outcome, *, folder: Path, warmup: int, ran: Execution, **said: Any
+) -> Record:
     """The record of a run of `config` in `folder`; `said`: the fields that none of them knows.
 
     The rate is that of the published formula without recompute, whatever was recomputed.
     """
     found = measured_fields(config, outcome, folder=folder, warmup=warmup)
-    asked = Asked.of(
+    asked = Workload.of(
         config.model, gpus=_ranks(config), batch_size=config.batch_size, precision=config.precision.compute
     )
     mean = found["batch_time_s"]

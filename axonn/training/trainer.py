@@ -19,7 +19,7 @@ import yaml
 from axonn.checkpoint.checkpoints import Checkpoint, clean, latest, remove_all
 from axonn.config.loading import dotted
 from axonn.config.train_config import TrainConfig, validate
-from axonn.data import Data
+from axonn.data import Dataset
 from axonn.data.order import held_out_of
 from axonn.device.devices import DeviceType
 from axonn.distributed.launch import find_mpiexec
@@ -29,7 +29,7 @@ from axonn.grid import ProcessGrid
 from axonn.models.registry import make_model
 from axonn.models.weights_file import check_weights
 from axonn.observability.provenance import this_machine
-from axonn.observability.records import Asked, Record, write_records
+from axonn.observability.records import Record, Workload, write_records
 from axonn.training.framework import Framework, load_framework, ran_by, settings_ran
 from axonn.training.resumption import CHECKPOINTS
 from axonn.training.run_outcome import Outcome
@@ -88,7 +88,7 @@ def prepare(
     config: TrainConfig,
     folder: Path,
     *,
-    data: Data,
+    data: Dataset,
     command: str,
     fresh: bool,
     warn: Callable[[str], None],
@@ -115,7 +115,7 @@ def prepare(
     return Session(config=config, folder=folder, command=command, resume=resume, device=device, config_file=config_file)
 
 
-def config_differences(checkpoint: Checkpoint, config: TrainConfig, data: Data) -> list[str]:
+def config_differences(checkpoint: Checkpoint, config: TrainConfig, data: Dataset) -> list[str]:
     """What keeps `config` from going on with a checkpoint, in words."""
     where = str(checkpoint.folder)
     saved = _flat(validate(checkpoint.state.config, TrainConfig, where=where))
@@ -176,7 +176,7 @@ def _write_record(session: Session, framework: Framework, outcome: Outcome) -> R
     times, losses = outcome.batch_times_s[session.first :], outcome.losses[session.first :]
     warmup = 1 if len(times) > 1 else 0
     mean = sum(times[warmup:]) / len(times[warmup:]) if times and outcome.failure is None else None
-    asked = Asked.of(config.model, gpus=grid.size, batch_size=config.batch_size, precision=config.precision.compute)
+    asked = Workload.of(config.model, gpus=grid.size, batch_size=config.batch_size, precision=config.precision.compute)
     recompute = config.activation_checkpointing is not None
 
     def tflops(*, recompute: bool) -> float | None:

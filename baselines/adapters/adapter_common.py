@@ -12,7 +12,7 @@ from torch import nn
 from axonn.config.train_config import FloatType, LearningRateConfig, PrecisionConfig, ScheduleConfig, TrainConfig
 from axonn.data.text import TextData
 from axonn.device.devices import on_device
-from axonn.inter_layer.stage import Chunk, initialise
+from axonn.inter_layer.stage import StageChunk, initialise
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.gpt.gpt_model import GPT
 from axonn.tensor import TensorContext
@@ -90,7 +90,7 @@ def loss_of(model: GPT) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     return partial(model.loss, context=TensorContext.serial())
 
 
-class Layers(Chunk):
+class Layers(StageChunk):
     """A chunk of our engine's layers with its initial weights: one tensor in, one tensor out."""
 
     def __init__(self, model: GPT, span: range, config: TrainConfig, *, device: torch.device = DEVICE) -> None:
@@ -103,7 +103,7 @@ class Layers(Chunk):
         return y
 
 
-def layers_of(chunks: Iterable[Chunk]) -> dict[str, nn.Module]:
+def layers_of(chunks: Iterable[StageChunk]) -> dict[str, nn.Module]:
     """The modules of all layers of these chunks, by name."""
     return {name: layer for chunk in chunks for name, layer in chunk.chain.items()}
 

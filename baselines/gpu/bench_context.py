@@ -23,8 +23,8 @@ from axonn.training.framework import load_adapter, load_framework
 from axonn.training.places import PROJECT
 from axonn.training.run_outcome import Outcome
 from axonn.training.supervision.supervisor import supervise
-from baselines.gpu.bench_rows import PartResult, Row
-from baselines.gpu.bench_work import Plan
+from baselines.gpu.bench_rows import BenchRow, PartResult
+from baselines.gpu.bench_work import BenchPlan
 from baselines.gpu.peaks import Peak
 
 LEAST_S = 3.0
@@ -32,7 +32,7 @@ LEAST_S = 3.0
 _RUNS = PROJECT / "runs" / "gpu"
 
 
-class Lost(Exception):
+class NotMeasured(Exception):
     """Something that could not be measured."""
 
     def __init__(self, failure: Failure) -> None:
@@ -44,7 +44,7 @@ class Lost(Exception):
 class Context:
     """Of one part. `deadline`: on `clock`, when its time is used up."""
 
-    plan: Plan
+    plan: BenchPlan
     part: str
     deadline: float
     say: Callable[[str], None] = lambda what: None
@@ -69,15 +69,17 @@ class Context:
         return self.runs / self.part / "".join(c if c.isalnum() else "-" for c in name.lower())
 
     def limit(self, most_s: float | None = None) -> float:
-        """Seconds that something may take. Raises `Lost` when the time of the part is used up."""
+        """Seconds that something may take. Raises `NotMeasured` when the time of the part is used up."""
         left = self.left_s if most_s is None else min(self.left_s, most_s)
         if left < LEAST_S:
-            raise Lost(Failure(cause="timeout", detail=f"the time of part '{self.part}' was used up before its turn"))
+            raise NotMeasured(
+                Failure(cause="timeout", detail=f"the time of part '{self.part}' was used up before its turn")
+            )
         return left
 
     def task(self, task: str, *, name: str, most_s: float | None = None, **arguments: Any) -> dict[str, Any]:
         """What `task` of `baselines.gpu.bench_worker` returns, run in a process of its own, so that its memory is free
-        afterwards. Raises `Lost` when it fails or takes longer than `most_s`, or than the part has."""
+        afterwards. Raises `NotMeasured` when it fails or takes longer than `most_s`, or than the part has."""
         limit = self.limit(most_s)
         self.say(name)
         folder = self.folder(name)
@@ -98,7 +100,7 @@ class Context:
             try:
                 code = process.wait(limit)
             except subprocess.TimeoutExpired:
-                raise Lost(Failure(cause="timeout", detail=f"not finished after {limit:.0f} s")) from None
+                raise NotMeasured(Failure(cause="timeout", detail=f"not finished after {limit:.0f} s")) from None
             finally:
                 _end(process)
         return _read(result, code, folder)
@@ -106,20 +108,20 @@ class Context:
     def ranks(
         self, framework: str, config: TrainConfig, *, name: str, most_s: float | None = None, threads: int = 1
     ) -> Outcome:
-        """A run of several ranks, or of another framework. Raises `Lost` when it fails."""
+        """A run of several ranks, or of another framework. Raises `NotMeasured` when it fails."""
         limit = self.limit(most_s)
         self.say(name)
         try:
             reason = self.refusal(framework) or load_framework(framework).unavailable(config)
             if reason is not None:
-                raise Lost(Failure(cause="unavailable", detail=reason))
+                raise NotMeasured(Failure(cause="unavailable", detail=reason))
             outcome = supervise(
                 framework, config, self.folder(name), timeout_s=limit, device=self.plan.device, threads=threads
             )
         except (AxonnError, OSError) as error:
-            raise Lost(Failure(cause="error", detail=str(error))) from error
+            raise NotMeasured(Failure(cause="error", detail=str(error))) from error
         if outcome.failure is not None:
-            raise Lost(outcome.failure)
+            raise NotMeasured(outcome.failure)
         return outcome
 
     def refusal(self, framework: str) -> str | None:
@@ -134,7 +136,7 @@ class Context:
         return None
 
 
-def worker_environment(plan: Plan) -> dict[str, str]:
+def worker_environment(plan: BenchPlan) -> dict[str, str]:
     """With a GPU all cores make initial weights and step optimizers of the host; in miniature one is enough, and two
     that wait for one another on a busy machine take a hundred times as long."""
     environment = rank_environment(os.environ, threads=available_cores() if plan.device == "cuda" else 1)
@@ -159,12 +161,12 @@ def _read(result: Path, code: int, folder: Path) -> dict[str, Any]:
         killed = "; the system kills a process like this when memory runs out" if code == -signal.SIGKILL else ""
         how = f"killed by signal {-code}{killed}" if code < 0 else f"ended with code {code}"
         cause = "out-of-memory" if killed else "error"
-        raise Lost(Failure(cause=cause, detail=" | ".join([how, *tail]))) from None
+        raise NotMeasured(Failure(cause=cause, detail=" | ".join([how, *tail]))) from None
     if (failure := content.get("failure")) is not None:
-        raise Lost(Failure(**failure))
+        raise NotMeasured(Failure(**failure))
     found: dict[str, Any] = content["result"]
     return found
 
 
-Part = Callable[[Context], tuple[list[Row], dict[str, Any]]]
-"""Measures; its rows, and what holds for all of them. It never raises `Lost`: that is a row."""
+Part = Callable[[Context], tuple[list[BenchRow], dict[str, Any]]]
+"""Measures; its rows, and what holds for all of them. It never raises `NotMeasured`: that is a row."""

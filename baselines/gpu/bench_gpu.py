@@ -29,11 +29,11 @@ from axonn.observability.busy_watch import BusyWatch
 from axonn.observability.provenance import this_machine
 from axonn.observability.records import Failure, Machine
 from axonn.training.places import PROJECT, from_here
-from baselines.gpu.bench_context import Context, Lost, Part
-from baselines.gpu.bench_rows import PartResult, Row, failed, read_parts, write_part
+from baselines.gpu.bench_context import Context, NotMeasured, Part
+from baselines.gpu.bench_rows import BenchRow, PartResult, failed, read_parts, write_part
 from baselines.gpu.bench_summary import GPU_RECORDS, same_device, write_gpu_records, write_summary
 from baselines.gpu.bench_table import remarks, table_of
-from baselines.gpu.bench_work import Device, Plan, plan_of
+from baselines.gpu.bench_work import BenchPlan, Device, plan_of
 from baselines.gpu.parts import (
     part_gpt,
     part_grids,
@@ -139,7 +139,7 @@ def default_folder(device: Device, *, quick: bool) -> Path:
 
 
 def measured_parts(
-    plan: Plan,
+    plan: BenchPlan,
     wanted: Sequence[str],
     folder: Path,
     *,
@@ -183,11 +183,11 @@ def measured_parts(
     return {name: parts[name] for name in PARTS if name in parts}
 
 
-def attempt(name: str, context: Context) -> tuple[list[Row], dict[str, Any]]:
+def attempt(name: str, context: Context) -> tuple[list[BenchRow], dict[str, Any]]:
     """A part that fails as a whole is a row as well, and the others go on."""
     try:
         return PARTS[name].measure(context)
-    except Lost as lost:
+    except NotMeasured as lost:
         return [failed(name, "all", "all", lost.failure)], {}
     except Exception as error:
         failure = Failure(cause="error", detail=f"{type(error).__name__}: {error}")
@@ -199,7 +199,7 @@ def measured_peak(context: Context, machine: Machine) -> Peak:
     name = machine.device or context.plan.device
     try:
         return peak_of(name, context.task("peak", name="largest product", size=context.plan.product_size, most_s=60.0))
-    except Lost:
+    except NotMeasured:
         return peak_of(name, {})
 
 
@@ -216,7 +216,7 @@ def is_done(part: PartResult | None, machine: Machine) -> bool:
     return all(row.failure is None or row.failure.cause != "timeout" for row in part.rows)
 
 
-def title_of(machine: Machine, plan: Plan) -> str:
+def title_of(machine: Machine, plan: BenchPlan) -> str:
     device = machine.cpu if plan.device == "cpu" else machine.device
     mini = " in miniature: times mean nothing" if plan.quick else ""
     return f"measured on {device}{f' ({machine.driver})' if machine.driver else ''}, torch {machine.torch}{mini}"

@@ -16,7 +16,7 @@ from axonn.observability.records import Failure, Machine
 SCHEMA = "axonn-gpu/1"
 
 
-class Row(StrictModel):
+class BenchRow(StrictModel):
     """One measurement, or why there is none."""
 
     part: str
@@ -71,7 +71,7 @@ class PartResult(StrictModel):
 
     schema_: str = SCHEMA
     part: str
-    rows: list[Row]
+    rows: list[BenchRow]
     about: dict[str, Any] = {}
     """What holds for all rows."""
     quick: bool
@@ -82,9 +82,9 @@ class PartResult(StrictModel):
     machine: Machine
 
 
-def failed(part: str, model: str, contender: str, failure: Failure, **said: Any) -> Row:
+def failed(part: str, model: str, contender: str, failure: Failure, **said: Any) -> BenchRow:
     """A row that says why there is no measurement."""
-    return Row(part=part, model=model, contender=contender, failure=failure, **said)
+    return BenchRow(part=part, model=model, contender=contender, failure=failure, **said)
 
 
 def write_part(folder: Path, result: PartResult) -> Path:

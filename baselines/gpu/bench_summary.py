@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from axonn.config.train_config import TrainConfig, validate
-from axonn.observability.records import Asked, Failure, Machine, Ran, Record, settings_of, write_records
+from axonn.observability.records import Execution, Failure, Machine, Record, Workload, settings_of, write_records
 from axonn.training.engine_framework import EngineFramework
 from axonn.training.places import PROJECT
-from baselines.gpu.bench_rows import PartResult, Row
+from baselines.gpu.bench_rows import BenchRow, PartResult
 
 GPU_RECORDS = PROJECT / "results" / "measured" / "gpu.json"
 EXPERIMENT = "gpu"
@@ -72,7 +72,7 @@ def records_of(part: PartResult) -> Iterator[Record]:
             yield _record(row, part)
 
 
-def _record(row: Row, part: PartResult) -> Record:
+def _record(row: BenchRow, part: PartResult) -> Record:
     config = validate(row.config or {}, TrainConfig, where=row.model)
     grid = config.grid
     failure = row.failure
@@ -92,14 +92,14 @@ def _record(row: Row, part: PartResult) -> Record:
         kind="measured",
         experiment=EXPERIMENT,
         point=f"{row.part}: {row.model}, {row.contender}",
-        asked=Asked.of(
+        asked=Workload.of(
             config.model,
             # Ranks share the device; each counts.
             gpus=grid.data * grid.inter * grid.row * grid.col,
             batch_size=config.batch_size,
             precision=config.precision.compute,
         ),
-        ran=Ran(
+        ran=Execution(
             framework=EngineFramework.label if row.ours else row.contender,
             version=version,
             grid=grid,

@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from baselines.gpu.bench_rows import PartResult, Row
+from baselines.gpu.bench_rows import BenchRow, PartResult
 
 COLUMNS = ("part", "model", "who", "ms/batch", "per s", "TFLOP/s", "of peak", "AxoNN /", "GB", "by model", "result")
 
@@ -29,7 +29,7 @@ def table_of(parts: Mapping[str, PartResult], *, title: str) -> Table:
     return table
 
 
-def cells_of(row: Row) -> list[str]:
+def cells_of(row: BenchRow) -> list[str]:
     """All but part and model."""
     after = row.memory.get("after_init", row.memory.get("batch_peak"))
     return [
@@ -45,7 +45,7 @@ def cells_of(row: Row) -> list[str]:
     ]
 
 
-def result_of(row: Row) -> str:
+def result_of(row: BenchRow) -> str:
     """What is to be said of a row beside its numbers."""
     if row.failure is not None:
         return f"{row.failure.cause}: {row.failure.detail}"

@@ -14,7 +14,7 @@ OPTIMIZER = {"lr": 1e-3, "eps": 1e-3, "weight_decay": 0.1}
 """AdamW's `eps` is large, so that losses show gradients of another scale; with a small one Adam would hide them."""
 
 
-class Work(StrictModel):
+class BenchModel(StrictModel):
     """One GPT to train."""
 
     model: GPTConfig
@@ -35,16 +35,18 @@ class Work(StrictModel):
         return validate({**content, **changes}, TrainConfig, where=self.model.name)
 
 
-def _gpt(name: str, layers: int, hidden: int, heads: int, *, batch: int, micro: int, seq: int, vocab: int) -> Work:
+def _gpt(
+    name: str, layers: int, hidden: int, heads: int, *, batch: int, micro: int, seq: int, vocab: int
+) -> BenchModel:
     model = GPTConfig(name=name, layers=layers, hidden=hidden, heads=heads, seq_len=seq, vocab=vocab)
-    return Work(model=model, batch_size=batch, microbatch_size=micro)
+    return BenchModel(model=model, batch_size=batch, microbatch_size=micro)
 
 
-def _full(name: str, layers: int, hidden: int, heads: int, micro: int) -> Work:
+def _full(name: str, layers: int, hidden: int, heads: int, micro: int) -> BenchModel:
     return _gpt(name, layers, hidden, heads, batch=32, micro=micro, seq=SEQ_LEN, vocab=VOCAB)
 
 
-def _mini(name: str, layers: int, hidden: int, *, seq: int = 32) -> Work:
+def _mini(name: str, layers: int, hidden: int, *, seq: int = 32) -> BenchModel:
     return _gpt(name, layers, hidden, 4, batch=8, micro=2, seq=seq, vocab=512)
 
 
@@ -73,19 +75,19 @@ MINI_UNET = UNetConfig(
 )
 
 
-class Plan(StrictModel):
+class BenchPlan(StrictModel):
     """All that is measured."""
 
     device: Device
     quick: bool
-    gpts: tuple[Work, ...]
-    offload: Work
+    gpts: tuple[BenchModel, ...]
+    offload: BenchModel
     """Whose memory is measured; also the one whose copies are."""
     bsize: int
     """Elements of a bucket of the offloaded optimizer."""
-    small: Work
+    small: BenchModel
     """On grids of several ranks."""
-    cut: Work
+    cut: BenchModel
     """On two ranks that share its layers, for the collectives."""
     unet: UNetConfig
     unet_batch: int
@@ -106,10 +108,10 @@ class Plan(StrictModel):
         return "miniature" if self.quick else "whole"
 
 
-def plan_of(device: Device, *, quick: bool) -> Plan:
+def plan_of(device: Device, *, quick: bool) -> BenchPlan:
     """The models of issue and papers on a GPU; in miniature, for trying the benchmark itself anywhere."""
     if quick:
-        return Plan(
+        return BenchPlan(
             device=device,
             quick=True,
             gpts=(_mini("gpt-mini-2x64", 2, 64), _mini("gpt-mini-4x128", 4, 128)),
@@ -128,7 +130,7 @@ def plan_of(device: Device, *, quick: bool) -> Plan:
             warmup=1,
             grid_batches=3,
         )
-    return Plan(
+    return BenchPlan(
         device=device,
         quick=False,
         gpts=(

@@ -94,7 +94,7 @@ def zero(work: common.Work) -> common.Train:
     return train
 
 
-class Stage(nn.Sequential):
+class DeepSpeedStage(nn.Sequential):
     """Some layers, with their weights, as one layer of a `PipelineModule`."""
 
     def __init__(self, work: common.Work, names: list[str]) -> None:
@@ -107,7 +107,7 @@ def pipeline(work: common.Work) -> common.Train:
     from deepspeed.pipe import LayerSpec, PipelineModule
 
     # One of its layers is one of our stages, so it cuts where we cut.
-    specs = [LayerSpec(Stage, work, names) for names in plain_gpt.stages(work.model)]
+    specs = [LayerSpec(DeepSpeedStage, work, names) for names in plain_gpt.stages(work.model)]
     module = PipelineModule(specs, num_stages=len(specs), loss_fn=plain_gpt.loss_of, partition_method="uniform")
     replicas = work.grid["data"]
     engine = initialise(work, module, replicas=replicas, zero={"stage": 1 if replicas > 1 else 0})

@@ -18,7 +18,7 @@ import torch
 CPU = torch.device("cpu")
 
 
-class Stream:
+class FakeStream:
     """A stream or an event: whatever was asked for before is done."""
 
     def __init__(self, *_: object, **__: object) -> None:
@@ -55,11 +55,11 @@ def install() -> None:
         "current_device": lambda: CPU,
         "set_device": lambda _: None,
         "synchronize": lambda *_: None,
-        "current_stream": lambda *_: Stream(),
-        "default_stream": lambda *_: Stream(),
+        "current_stream": lambda *_: FakeStream(),
+        "default_stream": lambda *_: FakeStream(),
         "stream": lambda _: nullcontext(),
-        "Stream": Stream,
-        "Event": Stream,
+        "Stream": FakeStream,
+        "Event": FakeStream,
         # Its state is saved and restored around regions whose dropout differs between ranks.
         "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda state, *_: torch.set_rng_state(state),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 
-class Embedding(nn.Module):
+class PlainEmbedding(nn.Module):
     """[batch, seq] int64 -> [batch, seq, hidden]."""
 
     def __init__(self, model: Any) -> None:
@@ -27,7 +27,7 @@ class Embedding(nn.Module):
         return embedded
 
 
-class Attention(nn.Module):
+class PlainAttention(nn.Module):
     """First half of a transformer layer; of as many heads as `qkv` has."""
 
     def __init__(self, model: Any) -> None:
@@ -45,7 +45,7 @@ class Attention(nn.Module):
         return x + projected
 
 
-class FeedForward(nn.Module):
+class PlainFeedForward(nn.Module):
     """Second half of a transformer layer."""
 
     def __init__(self, model: Any) -> None:
@@ -59,7 +59,7 @@ class FeedForward(nn.Module):
         return x + fed
 
 
-class Head(nn.Module):
+class PlainHead(nn.Module):
     """[batch, seq, hidden] -> [batch, seq, vocab]."""
 
     def __init__(self, model: Any) -> None:
@@ -88,10 +88,10 @@ def stages(model: Any) -> list[list[str]]:
 def build(name: str, model: Any, weights: Mapping[str, torch.Tensor] | None, dtype: torch.dtype) -> nn.Module:
     """The layer `name` of `model` (anything with the attributes of a GPTConfig), with its weights, or torch's own."""
     kinds: dict[str, type[nn.Module]] = {
-        "embedding": Embedding,
-        "attention": Attention,
-        "mlp": FeedForward,
-        "head": Head,
+        "embedding": PlainEmbedding,
+        "attention": PlainAttention,
+        "mlp": PlainFeedForward,
+        "head": PlainHead,
     }
     layer = kinds[name.rstrip("0123456789")](model).to(dtype)
     if weights is None:

@@ -50,7 +50,7 @@ def _told(*names: str, otherwise: int) -> int:
     return next((int(os.environ[name]) for name in names if name in os.environ), otherwise)
 
 
-class Work:
+class RankWork:
     """What this rank is asked to do.
 
     `model` and `optimizer` have the keys of the configuration as attributes; `grid` is a mapping of extents.
@@ -111,7 +111,7 @@ class Work:
         return inputs.to(self.device), targets.to(self.device)
 
 
-def connect(work: Work) -> None:
+def connect(work: RankWork) -> None:
     """The default process group, and the variables in which frameworks look for it."""
     os.environ.update(RANK=str(work.rank), WORLD_SIZE=str(work.ranks), LOCAL_RANK=str(work.local_rank))
     if _told("OMPI_COMM_WORLD_LOCAL_SIZE", "LOCAL_WORLD_SIZE", otherwise=1) == work.ranks:
@@ -126,7 +126,7 @@ def connect(work: Work) -> None:
     dist.init_process_group(backend, store=store, rank=work.rank, world_size=work.ranks)
 
 
-def barrier(work: Work) -> None:
+def barrier(work: RankWork) -> None:
     """Wait for every rank, and for what this one's device still does."""
     if work.device.type == "cuda":
         torch.cuda.synchronize(work.device)
@@ -140,7 +140,7 @@ def mean_over_ranks(loss: float) -> float:
     return float(value) / dist.get_world_size()
 
 
-def _loop(work: Work, train: Train, run_folder: ModuleType) -> None:
+def _loop(work: RankWork, train: Train, run_folder: ModuleType) -> None:
     turns = run_folder.Turns(work.folder, work.rank) if work.turns else None
     batches = open(work.folder / "batches.jsonl", "a", buffering=1) if work.rank == 0 else None  # noqa: SIM115
     usage = _of_suite("observability", "rank_usage").UsageLog(work.folder, work.rank)
@@ -168,14 +168,14 @@ def _loop(work: Work, train: Train, run_folder: ModuleType) -> None:
             turns.finish()
 
 
-def main(set_up: Callable[[Work], Train], leave: Callable[[], None] = lambda: None) -> None:
+def main(set_up: Callable[[RankWork], Train], leave: Callable[[], None] = lambda: None) -> None:
     """Run on this rank what `set_up` returns, batch after batch: python SCRIPT RUN_FOLDER STRATEGY.
 
     `leave` is called at the end of a run that has not failed.
     """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     run_folder = _of_suite("training", "run_folder")
-    work = Work(Path(sys.argv[1]), sys.argv[2])
+    work = RankWork(Path(sys.argv[1]), sys.argv[2])
 
     def train() -> None:
         connect(work)

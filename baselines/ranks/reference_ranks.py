@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-class Stage(nn.Module):
+class ReferenceStage(nn.Module):
     """The layers of one stage; the reference implementation asks it for the shapes of its messages."""
 
     def __init__(self, work: common.Work, names: list[str]) -> None:
@@ -68,7 +68,7 @@ def set_up(work: common.Work) -> common.Train:
     # Its data loader is what would set it.
     ax.config.micro_batch_size = work.microbatch_size
     stage, replica = ax.config.inter_layer_parallel_rank, ax.config.data_parallel_rank
-    module = Stage(work, plain_gpt.stages(work.model)[stage]).to(work.device)
+    module = ReferenceStage(work, plain_gpt.stages(work.model)[stage]).to(work.device)
     engine = AxoNN_Inter_Layer_Engine(module, plain_gpt.loss_of, computation_dtype=work.dtype)
     o = work.optimizer
     optimizer = torch.optim.AdamW(

@@ -26,7 +26,7 @@ PROGRESS = "progress.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class CalibrationJob:
     """What to measure: kernels and memory; one rank, what the host costs, several, messages and collectives.
 
     A GPU is measured by one rank alone.
@@ -40,7 +40,7 @@ class Job:
         (folder / "job.json").write_text(json.dumps(asdict(self)))
 
     @classmethod
-    def read(cls, folder: Path) -> Job:
+    def read(cls, folder: Path) -> CalibrationJob:
         return cls(**json.loads((folder / "job.json").read_text()))
 
 
@@ -53,7 +53,7 @@ def main() -> None:
     from experiments.calibration.timing import DeviceClock, Timer
 
     folder = Path(sys.argv[1])
-    job = Job.read(folder)
+    job = CalibrationJob.read(folder)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     rank, size = launched_as()
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from axonn.distributed.collectives import Collectives, Group
+from axonn.distributed.collectives import CollectiveGroup, Collectives
 from axonn.distributed.tensor_spec import TensorSpec
-from axonn.distributed.transport import Address, Edge, Transport
+from axonn.distributed.transport import Address, MessageEdge, Transport
 from axonn.grid import AXES
 from axonn.schedules import Direction
 from experiments.calibration.timing import Phases, Timer
@@ -38,7 +38,7 @@ def message_seconds(transport: Transport, comm: MPI.Intracomm, sizes: Sequence[i
         spec = TensorSpec((nbytes // 4,), torch.float32)
         cpu = torch.device("cpu")
         if comm.rank == 1:
-            transport.expect(Edge(peer=0, direction=Direction.FORWARD, tensors=(spec,), device=cpu), repeats)
+            transport.expect(MessageEdge(peer=0, direction=Direction.FORWARD, tensors=(spec,), device=cpu), repeats)
         times = []
         for number in range(repeats):
             payload = torch.ones(spec.shape)
@@ -69,7 +69,7 @@ def host_seconds(transport: Transport, comm: MPI.Intracomm, sizes: Sequence[int]
         spec = TensorSpec((nbytes // 4,), torch.float32)
         if comm.rank == 1:
             cpu = torch.device("cpu")
-            transport.expect(Edge(peer=0, direction=Direction.FORWARD, tensors=(spec,), device=cpu), repeats)
+            transport.expect(MessageEdge(peer=0, direction=Direction.FORWARD, tensors=(spec,), device=cpu), repeats)
         payload = torch.ones(spec.shape)
         alone, beside = [], []
         for number in range(repeats):
@@ -165,7 +165,7 @@ def slowdown_beside(collectives: Collectives, timer: Timer, *, nbytes: int) -> f
     return 1 / (1 - hidden)
 
 
-def _all_reduce(collectives: Collectives, group: Group, tensor: torch.Tensor) -> None:
+def _all_reduce(collectives: Collectives, group: CollectiveGroup, tensor: torch.Tensor) -> None:
     collectives.all_reduce(tensor, group).wait()
 
 

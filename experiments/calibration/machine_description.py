@@ -27,7 +27,7 @@ _LIBRARIES: tuple[tuple[Library, str], ...] = (("mpi", "mpi"), ("nccl", "torch")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class CalibrationResults:
     """Results of the ranks. `alone`: of one rank by itself; `together`: of all at once, None with a single rank."""
 
     ranks: int
@@ -37,7 +37,7 @@ class Measured:
     together: Mapping[str, Any] | None
 
 
-def machine_of(measured: Measured, *, name: str) -> MachineFile:
+def machine_of(measured: CalibrationResults, *, name: str) -> MachineFile:
     """The machine as the performance model reads it. Raises `ConfigError` for numbers that cannot be."""
     content = _content(measured, name)
     machine = validate(content, MachineFile, where="what was measured")
@@ -65,7 +65,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _content(measured: Measured, name: str) -> dict[str, Any]:
+def _content(measured: CalibrationResults, name: str) -> dict[str, Any]:
     source, alone = measured.source, measured.alone
 
     def quantity(value: float, unit: str, how: str = "") -> dict[str, Any]:
@@ -131,11 +131,11 @@ def _content(measured: Measured, name: str) -> dict[str, Any]:
     }
 
 
-def _tables(measured: Measured, busy: int, found: Mapping[str, Any]) -> dict[str, Any]:
+def _tables(measured: CalibrationResults, busy: int, found: Mapping[str, Any]) -> dict[str, Any]:
     return {"busy": busy, "precision": measured.precision, "source": measured.source, **found["kernels"]}
 
 
-def _network(measured: Measured, quantity: Any) -> dict[str, Any]:
+def _network(measured: CalibrationResults, quantity: Any) -> dict[str, Any]:
     """A single rank sends nothing: its links are then given by copies."""
     found = measured.together
     if found is None:
@@ -169,7 +169,7 @@ def _network(measured: Measured, quantity: Any) -> dict[str, Any]:
     }
 
 
-def _host_of_pipelining(measured: Measured) -> dict[str, Any]:
+def _host_of_pipelining(measured: CalibrationResults) -> dict[str, Any]:
     """What messages cost the cores, and what else a task of a pipeline does."""
     found = measured.together
     if found is None:

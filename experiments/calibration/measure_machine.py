@@ -23,8 +23,8 @@ from axonn.observability.procfs import available_cores
 from axonn.perf.machine.machine_file import MachineFile
 from axonn.training.places import PROJECT
 from axonn.training.supervision.session_folders import session_folders
-from experiments.calibration.calibration_worker import PROGRESS, RESULT, Job
-from experiments.calibration.machine_description import Measured, machine_of, write_machine
+from experiments.calibration.calibration_worker import PROGRESS, RESULT, CalibrationJob
+from experiments.calibration.machine_description import CalibrationResults, machine_of, write_machine
 
 LOCAL = PROJECT / "experiments" / "machines" / "local.yaml"
 LOCAL_GPU = LOCAL.with_name("local-gpu.yaml")
@@ -63,11 +63,11 @@ def calibrate(
         def say(part: str, size: int = size) -> None:
             on_part(f"{size} rank{'s' if size > 1 else ''}: {part}")
 
-        job = Job(precision=precision, quick=quick, device=device)
+        job = CalibrationJob(precision=precision, quick=quick, device=device)
         found.append(_measured(job, size, say))
     given = [f"--ranks {count}", f"--precision {precision}", *["--quick"] * quick, *["--device cuda"] * on_gpu]
     busy = "" if watch.warning() is None else f"; machine busy: others took {watch.share():.0%} of the cores"
-    measured = Measured(
+    measured = CalibrationResults(
         ranks=count,
         precision=precision,
         source=f"axonn calibrate {' '.join(given)}{busy}",
@@ -79,7 +79,7 @@ def calibrate(
     return machine
 
 
-def _measured(job: Job, ranks: int, on_part: Callable[[str], None]) -> dict[str, Any]:
+def _measured(job: CalibrationJob, ranks: int, on_part: Callable[[str], None]) -> dict[str, Any]:
     """Results of rank 0. The ranks never outlive this call."""
     command = [sys.executable, "-m", "experiments.calibration.calibration_worker"]
     with tempfile.TemporaryDirectory(prefix="axonn-calibrate-") as name, session_folders() as session:

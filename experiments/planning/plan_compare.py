@@ -20,16 +20,16 @@ from axonn.cli.console import make_console
 from axonn.cli.doc_links import explained
 from axonn.errors import ConfigError
 from axonn.observability.provenance import commit
-from axonn.perf.planner.planner import Choice, plan
+from axonn.perf.planner.planner import PlannedStrategy, plan
 from axonn.perf.planner.search_space import Space
-from axonn.perf.prediction import Parts, Prediction, predict
+from axonn.perf.prediction import PredictedBreakdown, Prediction, predict
 from axonn.perf.strategy import Strategy
 from axonn.training.places import from_here
 from experiments.definition import HERE, OURS, PredictedPoint, find_machine, load_experiment, load_model, strategy_of
 from experiments.planning.planning import TABLE_WIDTH, described, plannable
 from experiments.predictor import PREDICTED
 
-PARTS = tuple(field.name for field in fields(Parts))
+PARTS = tuple(field.name for field in fields(PredictedBreakdown))
 """Of a batch, as in `axonn.perf.prediction.Parts`."""
 
 
@@ -45,7 +45,7 @@ def row_of(name: str, strategy: Strategy, prediction: Prediction) -> dict[str, A
     }
 
 
-def compared(point: PredictedPoint, published: Choice, best: Choice) -> dict[str, Any]:
+def compared(point: PredictedPoint, published: PlannedStrategy, best: PlannedStrategy) -> dict[str, Any]:
     """The two and their difference, part by part."""
     rows = [
         row_of(name, choice.strategy, choice.prediction)
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         space = Space(gpus=point.gpus, batch_size=batch_size, precision=strategy.compute)
         with console.status(f"planning {point.model} on {point.gpus} GPUs"):
             best = plan(plannable(model), machine, space, shown=1).best[0]
-        found.append(compared(point, Choice(strategy=strategy, prediction=published), best))
+        found.append(compared(point, PlannedStrategy(strategy=strategy, prediction=published), best))
         console.print(table(found[-1]))
     out = PREDICTED / f"plan-{experiment.name}.json"
     content = {

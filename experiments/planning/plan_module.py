@@ -13,7 +13,7 @@ from torch import nn
 from axonn.autoparallel.module_outline import outline_of_module
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
-from axonn.perf.layers.model_outline import Outline
+from axonn.perf.layers.model_outline import ModelOutline
 from axonn.perf.planner.planner import Plannable
 
 _INPUT = re.compile(r"(\w+)\[(\d+(?:,\s*\d+)*)\]")
@@ -29,7 +29,7 @@ def plannable_module(name: str, inputs: Sequence[str]) -> Plannable:
         )
 
     @cache
-    def outline(row: int, col: int) -> Outline:
+    def outline(row: int, col: int) -> ModelOutline:
         return outline_of_module(module, ProcessGrid(row=row, col=col), example)
 
     outline(1, 1)

@@ -11,7 +11,7 @@ from axonn.config.train_config import GridConfig, validate
 from axonn.errors import ConfigError
 from axonn.models.registry import outline_of
 from axonn.perf.machine.machine_file import MachineFile
-from axonn.perf.planner.planner import Plan, Plannable, plan
+from axonn.perf.planner.planner import Plannable, StrategyPlan, plan
 from axonn.perf.planner.search_space import Checkpointing, Space
 from axonn.perf.strategy import Strategy
 from axonn.perf.timing.memory_model import DoesNotFit
@@ -23,7 +23,7 @@ _ALWAYS_SEARCHED = ("bsize", "k")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
+class PlannedPoint:
     """What the planner chose. `searched`: configurations that it looked at; `fitting`: those that fit in memory.
 
     `refused`: why our engine would not run it, empty where it would.
@@ -80,7 +80,7 @@ def space_of_strategy(given: Mapping[str, Any], *, gpus: int, batch_size: int, w
 
 def planned(
     model: ModelConfig, machine: MachineFile, given: Mapping[str, Any], *, gpus: int, batch_size: int, where: str
-) -> Planned:
+) -> PlannedPoint:
     """The configuration that is predicted to be the fastest of those that our engine runs and that fit.
 
     Where there is none, layers count as cut evenly on every grid, as they do in a prediction of a given strategy, and
@@ -105,6 +105,6 @@ def planned(
     return found
 
 
-def _found(made: Plan) -> Planned:
+def _found(made: StrategyPlan) -> PlannedPoint:
     lacking = sum(count for reason, count in made.discarded.counts.items() if "memory" in reason)
-    return Planned(strategy=made.best[0].strategy, searched=made.estimated, fitting=made.estimated - lacking)
+    return PlannedPoint(strategy=made.best[0].strategy, searched=made.estimated, fitting=made.estimated - lacking)

@@ -18,10 +18,10 @@ from axonn.config.train_config import FloatType, ScheduleConfig, TrainConfig
 from axonn.errors import ConfigError
 from axonn.grid import AXES, ProcessGrid
 from axonn.models.registry import make_model, outline_of
-from axonn.perf.layers.model_outline import Outline
+from axonn.perf.layers.model_outline import ModelOutline
 from axonn.perf.machine.machine_file import MachineFile
 from axonn.perf.planner.engine_strategy import config_of_strategy
-from axonn.perf.planner.planner import Choice, Plan, Plannable
+from axonn.perf.planner.planner import Plannable, PlannedStrategy, StrategyPlan
 from axonn.perf.planner.search_space import Checkpointing, Space
 from axonn.perf.strategy import Strategy
 from axonn.schedules import make_schedule
@@ -36,7 +36,7 @@ def plannable(config: ModelConfig) -> Plannable:
     model, outline = make_model(config), outline_of(config)
 
     @cache
-    def on(row: int, col: int) -> Outline:
+    def on(row: int, col: int) -> ModelOutline:
         model.check(ProcessGrid(row=row, col=col))
         return outline
 
@@ -69,7 +69,7 @@ def size(nbytes: float) -> str:
     return f"{nbytes / 1000**unit:.3g} {['B', 'kB', 'MB', 'GB', 'TB'][unit]}"
 
 
-def table(plan: Plan, sent: Sequence[Mapping[str, int]], title: str) -> Table:
+def table(plan: StrategyPlan, sent: Sequence[Mapping[str, int]], title: str) -> Table:
     """The best configurations. `sent`: bytes by axis, of each."""
     found = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in (
@@ -93,7 +93,7 @@ def table(plan: Plan, sent: Sequence[Mapping[str, int]], title: str) -> Table:
     return found
 
 
-def what_was_searched(plan: Plan) -> list[str]:
+def what_was_searched(plan: StrategyPlan) -> list[str]:
     """How much was tried, and what was left out and why."""
     rate = plan.estimated / max(plan.estimating_s, 1e-9)
     lines = [
@@ -113,7 +113,9 @@ def what_was_searched(plan: Plan) -> list[str]:
     return lines
 
 
-def write_config(choice: Choice, model: ModelConfig, space: Space, path: Path, *, machine: MachineFile) -> TrainConfig:
+def write_config(
+    choice: PlannedStrategy, model: ModelConfig, space: Space, path: Path, *, machine: MachineFile
+) -> TrainConfig:
     """The configuration file with which `axonn train` runs a choice."""
     config = config_of_strategy(choice.strategy, model, batch_size=space.batch_size)
     p = choice.prediction
@@ -143,7 +145,7 @@ def where_it_runs(config: TrainConfig, path: Path, machine: MachineFile) -> str:
     )
 
 
-def picked(plan: Plan, number: int) -> Choice:
+def picked(plan: StrategyPlan, number: int) -> PlannedStrategy:
     """Number `number` of the table."""
     if not 1 <= number <= len(plan.best):
         raise ConfigError(f"--pick {number}: the table has {len(plan.best)} rows")

@@ -28,7 +28,7 @@ from axonn.errors import LaunchError
 from axonn.observability.busy_watch import BusyWatch
 from axonn.observability.procfs import available_cores
 from axonn.observability.provenance import this_machine
-from axonn.observability.records import Asked, Ran, Record, write_records
+from axonn.observability.records import Execution, Record, Workload, write_records
 from axonn.perf.machine.machine_file import MachineFile, load_machine
 from axonn.perf.planner.engine_strategy import strategy_of_config
 from axonn.perf.prediction import Prediction, predict
@@ -129,7 +129,7 @@ def compare(
 ) -> list[Compared]:
     """Medians of the measured batches beside what the model says."""
     flops = {
-        n: Asked.of(c.model, gpus=1, batch_size=c.batch_size, precision="").flops(recompute=False)
+        n: Workload.of(c.model, gpus=1, batch_size=c.batch_size, precision="").flops(recompute=False)
         for n, c in configs.items()
     }
     rate = naive_constant([(flops[n], ranks_of(c), median(times[n])) for n, c in configs.items()])
@@ -157,7 +157,7 @@ def records_of(found: Sequence[Compared], runs: LocalRuns, source: str) -> list[
 def _records(one: Compared, runs: LocalRuns, source: str) -> tuple[Record, Record]:
     config = one.config
     ranks = ranks_of(config)
-    asked = Asked.of(config.model, gpus=ranks, batch_size=config.batch_size, precision=config.precision.compute)
+    asked = Workload.of(config.model, gpus=ranks, batch_size=config.batch_size, precision=config.precision.compute)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     ran = ran_by(load_framework("axonn"), config)
     common: dict[str, Any] = {
@@ -187,7 +187,7 @@ def _records(one: Compared, runs: LocalRuns, source: str) -> tuple[Record, Recor
     parts = [prediction.parts for prediction in one.predictions]
     predicted = Record(
         kind="predicted",
-        ran=Ran(**{**ran.model_dump(), "version": "performance model"}),
+        ran=Execution(**{**ran.model_dump(), "version": "performance model"}),
         source=source,
         batch_time_s=one.predicted,
         parts_s={name: mean(getattr(p, name) for p in parts) for name in parts[0].__dataclass_fields__},

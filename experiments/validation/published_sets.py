@@ -67,7 +67,7 @@ class Open(StrictModel):
         return None if self.points is None else frozenset(self.points)
 
 
-class Measured(StrictModel):
+class MeasuredQuantities(StrictModel):
     """Several published numbers of one point, by quantity."""
 
     batch_time_s: float | None = Field(default=None, gt=0)
@@ -78,7 +78,7 @@ class Measured(StrictModel):
     tflops_per_gpu: float | None = Field(default=None, gt=0)
 
 
-class Point(StrictModel):
+class SetPoint(StrictModel):
     """What was run and what was measured; what is not given is the set's default. `strategy` goes over `groups` and
     that over `defaults`."""
 
@@ -91,7 +91,7 @@ class Point(StrictModel):
     strategy: dict[str, Any] = {}
     published: float | None = Field(default=None, gt=0)
     """In the set's quantity. None for a point that only ratios use, or one with `parts`."""
-    parts: Measured = Measured()
+    parts: MeasuredQuantities = MeasuredQuantities()
     note: str = ""
 
 
@@ -160,7 +160,7 @@ class DataSet(StrictModel):
     defaults: Defaults = Defaults()
     groups: dict[str, dict[str, Any]] = {}
     """Strategies of groups of points."""
-    points: list[Point] = []
+    points: list[SetPoint] = []
     ratios: list[Ratio] = []
     open: list[Open] = []
     targets: Targets = Targets()
@@ -298,7 +298,7 @@ def _by_number(path: Path) -> list[str | int]:
 
 
 def _case(
-    data: DataSet, point: Point, shared: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]], where: str
+    data: DataSet, point: SetPoint, shared: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]], where: str
 ) -> Case:
     def given(key: str) -> Any:
         own, shared = getattr(point, key), getattr(data.defaults, key)

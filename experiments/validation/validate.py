@@ -19,7 +19,14 @@ from experiments.definition import find_machine, slug
 from experiments.predicted_case import PredictedCase, predict_case
 from experiments.predictor import PREDICTED
 from experiments.validation.published_sets import DataSet, Quantity, Ratio, Variant, load_data_set, rules_for
-from experiments.validation.validation_results import Goal, Row, SetResult, Validation, VariantRow, fitted_constants
+from experiments.validation.validation_results import (
+    Goal,
+    SetResult,
+    Validation,
+    ValidationRow,
+    VariantRow,
+    fitted_constants,
+)
 
 RESULT = PREDICTED / "validation.json"
 _RATED: tuple[Quantity, ...] = ("batch_time_s", "pipeline_s", "tflops_per_gpu")
@@ -112,9 +119,9 @@ def points_of(path: Path) -> int:
     return len(cases) * (1 + len(data.variants))
 
 
-def _rows(found: Iterable[PredictedCase]) -> list[Row]:
+def _rows(found: Iterable[PredictedCase]) -> list[ValidationRow]:
     return [
-        Row(
+        ValidationRow(
             label=p.case.label,
             group=p.case.group,
             quantity=quantity,
@@ -132,7 +139,7 @@ def _rows(found: Iterable[PredictedCase]) -> list[Row]:
     ]
 
 
-def _with_constant_rate(found: Sequence[PredictedCase], rows: Sequence[Row]) -> list[Row]:
+def _with_constant_rate(found: Sequence[PredictedCase], rows: Sequence[ValidationRow]) -> list[ValidationRow]:
     """The rows with what a constant rate of all GPUs predicts."""
     by_label = {p.case.label: p for p in found}
     batches = [_batch(row, by_label[row.label]) if row.quantity in _RATED else None for row in rows]
@@ -146,14 +153,16 @@ def _with_constant_rate(found: Sequence[PredictedCase], rows: Sequence[Row]) -> 
     ]
 
 
-def _batch(row: Row, found: PredictedCase) -> tuple[float, int, float]:
+def _batch(row: ValidationRow, found: PredictedCase) -> tuple[float, int, float]:
     """FLOPs, GPUs and seconds of which the rate is the measured one."""
     if row.quantity == "tflops_per_gpu":
         return row.measured * 1e12, 1, 1.0
     return found.flops, found.case.gpus, row.measured
 
 
-def _with_rates(row: Row, batch: tuple[float, int, float], fitted: float, held_out: float | None) -> Row:
+def _with_rates(
+    row: ValidationRow, batch: tuple[float, int, float], fitted: float, held_out: float | None
+) -> ValidationRow:
     """A row with what the rate fitted on all rows, and that fitted on those of the other models, make of it."""
 
     def value(rate: float) -> float:
@@ -177,12 +186,12 @@ def _ratio(ratio: Ratio, found: Mapping[str, PredictedCase]) -> float:
     return found[ratio.slower].prediction.batch_time_s / found[ratio.faster].prediction.batch_time_s
 
 
-def _ratio_row(ratio: Ratio, found: Mapping[str, PredictedCase], rows: Sequence[Row]) -> Row:
+def _ratio_row(ratio: Ratio, found: Mapping[str, PredictedCase], rows: Sequence[ValidationRow]) -> ValidationRow:
     slower, faster = found[ratio.slower], found[ratio.faster]
     predicted = _ratio(ratio, found)
     # At a constant rate the same work takes the same time.
     constant = slower.flops / slower.case.gpus / (faster.flops / faster.case.gpus)
-    return Row(
+    return ValidationRow(
         label=ratio.label,
         group="",
         quantity="ratio",
@@ -211,7 +220,9 @@ def _variant_row(data: DataSet, variant: Variant, found: Mapping[str, PredictedC
     )
 
 
-def _summed_up(data: DataSet, rows: list[Row], ratios: list[Row], variants: list[VariantRow]) -> SetResult:
+def _summed_up(
+    data: DataSet, rows: list[ValidationRow], ratios: list[ValidationRow], variants: list[VariantRow]
+) -> SetResult:
     judged = rows or ratios
     errors = [abs(row.error_pct) for row in judged]
     by_group: dict[str, list[float]] = {}
@@ -242,7 +253,7 @@ def _summed_up(data: DataSet, rows: list[Row], ratios: list[Row], variants: list
     )
 
 
-def rank_correlation(rows: Sequence[Row]) -> float | None:
+def rank_correlation(rows: Sequence[ValidationRow]) -> float | None:
     """Spearman's rank correlation of measured and predicted; None with fewer than three or mixed quantities."""
     if len(rows) < 3 or len({row.quantity for row in rows}) > 1:
         return None
@@ -252,7 +263,9 @@ def rank_correlation(rows: Sequence[Row]) -> float | None:
     return float(table["measured"].corr(table["predicted"]))
 
 
-def _goals(data: DataSet, errors: Sequence[float], groups: Mapping[str, float], ratios: Sequence[Row]) -> list[Goal]:
+def _goals(
+    data: DataSet, errors: Sequence[float], groups: Mapping[str, float], ratios: Sequence[ValidationRow]
+) -> list[Goal]:
     targets = data.targets
     asked = [("mean error", targets.mean_pct, mean(errors) if errors else 0.0)]
     asked += [("largest error", targets.max_pct, max(errors, default=0.0))]

@@ -12,7 +12,7 @@ from axonn.perf.machine.quantities import FitReport
 from experiments.validation.published_sets import Open
 
 
-class Row(StrictModel):
+class ValidationRow(StrictModel):
     """One published number and its predictions, in the quantity's unit. Errors are predicted / measured - 1, in
     percent."""
 
@@ -52,7 +52,7 @@ class Goal(StrictModel):
 
 
 class VariantRow(StrictModel):
-    """Predictions with something else in place of an assumption, by `Row.key`, or label of a point without any."""
+    """Predictions with something else in place of an assumption, by `ValidationRow.key`, or label of a point without any."""
 
     label: str
     predicted: dict[str, float]
@@ -70,8 +70,8 @@ class SetResult(StrictModel):
     source: str
     status: str
     machine: str
-    rows: list[Row]
-    ratios: list[Row] = []
+    rows: list[ValidationRow]
+    ratios: list[ValidationRow] = []
     mean_pct: float | None = None
     max_pct: float | None = None
     bias_pct: float | None = None

@@ -8,8 +8,8 @@ from rich import box
 from rich.table import Table
 
 from axonn.observability.records import Record
-from axonn.perf.timing.jitter import Spread
-from experiments.validation.validation_results import Fitted, Row, SetResult
+from axonn.perf.timing.jitter import JitterSpread
+from experiments.validation.validation_results import Fitted, SetResult, ValidationRow
 
 
 def _table(title: str, *names: str) -> Table:
@@ -78,7 +78,7 @@ def summary_table(results: Sequence[SetResult]) -> Table:
     names = ("points", "mean", "max", "bias", "rank", "constant", "held out", "goals met")
     table = _table("All data sets: errors; constant: the constant-TFLOP/s predictor, held out: by model", "", *names)
     for r in results:
-        rows: list[Row] = r.rows or r.ratios
+        rows: list[ValidationRow] = r.rows or r.ratios
         met = sum(goal.met for goal in r.goals)
         table.add_row(
             r.name,
@@ -119,7 +119,7 @@ def spread_table(records: Sequence[Record]) -> Table:
     """Batch times under jitter, in seconds."""
     table = _table("Batch times under jitter, seconds", "", "mean", "10%", "median", "90%")
     for record in records:
-        spread = Spread(tuple(record.batch_times_s))
+        spread = JitterSpread(tuple(record.batch_times_s))
         numbers = (spread.mean, *(spread.percentile(p) for p in (10, 50, 90)))
         table.add_row(f"{record.asked.model} {record.ran.framework}", *(f"{n:.4g}" for n in numbers))
     return table

@@ -15,14 +15,14 @@ from axonn.errors import RecordError
 from axonn.observability.records import read_records
 from experiments import predictor
 from experiments.validation.published_sets import FOLDER
-from experiments.validation.validation_results import Row, SetResult, Validation
+from experiments.validation.validation_results import SetResult, Validation, ValidationRow
 from experiments.validation.validation_tables import remarks, variant_names
 from plots import figure
 from plots.report.extras import column_of
 from plots.report.figure_sections import Picture, machine_text, picture_of
 from plots.report.report_tables import (
     Column,
-    Table,
+    ReportTable,
     errors,
     fixed,
     numbers,
@@ -60,21 +60,21 @@ class Evidence:
     command: str
     lacking: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    parts: list[Part] = field(default_factory=list)
+    tables: list[ReportTable] = field(default_factory=list)
+    parts: list[DataSetEvidence] = field(default_factory=list)
     picture: Picture | None = None
     machine: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class DataSetEvidence:
     """One data set."""
 
     name: str
     title: str
     source: str
     remarks: list[str]
-    tables: list[Table]
+    tables: list[ReportTable]
 
 
 def _attribute(name: str) -> Any:
@@ -111,7 +111,7 @@ def published_sets() -> Evidence:
         remarks=[f"Computed by {found.command} on {when(found.created)} (commit {found.commit or 'unknown'})."],
         tables=[t for t in (_sets_table(found.sets), _goals_table(found.sets), _fitted_table(found)) if t.rows],
         parts=[
-            Part(
+            DataSetEvidence(
                 name=result.name,
                 title=result.title,
                 source=result.source,
@@ -123,7 +123,7 @@ def published_sets() -> Evidence:
     )
 
 
-def _sets_table(sets: Sequence[SetResult]) -> Table:
+def _sets_table(sets: Sequence[SetResult]) -> ReportTable:
     rows = [
         {
             "set": r.name,
@@ -154,7 +154,7 @@ def _sets_table(sets: Sequence[SetResult]) -> Table:
     )
 
 
-def _goals_table(sets: Sequence[SetResult]) -> Table:
+def _goals_table(sets: Sequence[SetResult]) -> ReportTable:
     rows = [{"set": r.name, **goal.model_dump()} for r in sets for goal in r.goals]
     return table(
         "Bounds that this project set itself",
@@ -169,7 +169,7 @@ def _goals_table(sets: Sequence[SetResult]) -> Table:
     )
 
 
-def _fitted_table(found: Validation) -> Table:
+def _fitted_table(found: Validation) -> ReportTable:
     rows = [fit.model_dump() for fit in found.fitted]
     return table(
         "Fitted constants of the machines, and their errors",
@@ -184,8 +184,8 @@ def _fitted_table(found: Validation) -> Table:
     )
 
 
-def _tables_of_set(result: SetResult) -> Iterator[Table]:
-    by_quantity: dict[str, list[Row]] = {}
+def _tables_of_set(result: SetResult) -> Iterator[ReportTable]:
+    by_quantity: dict[str, list[ValidationRow]] = {}
     for row in [*result.rows, *result.ratios]:
         by_quantity.setdefault(row.quantity, []).append(row)
     for quantity, rows in by_quantity.items():
@@ -207,7 +207,7 @@ def _tables_of_set(result: SetResult) -> Iterator[Table]:
         yield _variants(result)
 
 
-def _variants(result: SetResult) -> Table:
+def _variants(result: SetResult) -> ReportTable:
     """A column for each assumption; the notes say what it is."""
     named = variant_names(result)
     rows = [
@@ -226,7 +226,7 @@ def _variants(result: SetResult) -> Table:
             for (letter, meaning), v in zip(named[1:], result.variants[1:], strict=True)
         ],
     )
-    return Table(**{**vars(found), "folded": True})
+    return ReportTable(**{**vars(found), "folded": True})
 
 
 # Other frameworks
@@ -284,7 +284,7 @@ def comparison() -> Evidence:
     )
 
 
-def _verdicts(found: Mapping[str, Any]) -> Table:
+def _verdicts(found: Mapping[str, Any]) -> ReportTable:
     verdicts = [v for v in found.get("verdicts") or [] if isinstance(v, dict)]
 
     def said(verdict: Mapping[str, Any]) -> str:
@@ -332,7 +332,7 @@ def _ends(low: Any, high: Any) -> str | None:
     return None if low is None or high is None else f"{fixed(low, 3)} to {fixed(high, 3)}"
 
 
-def _baseline_rows(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> Table:
+def _baseline_rows(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> ReportTable:
     found = table(
         "All that was measured",
         rows,
@@ -363,7 +363,7 @@ def _baseline_rows(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> T
         ],
         notes=notes,
     )
-    return Table(**{**vars(found), "folded": True})
+    return ReportTable(**{**vars(found), "folded": True})
 
 
 # This machine

@@ -13,7 +13,7 @@ from plots.report.report_tables import (
     Column,
     Formatted,
     Heading,
-    Table,
+    ReportTable,
     errors,
     is_grid,
     is_number,
@@ -60,7 +60,7 @@ def column_of(key: str, values: Sequence[Any]) -> Column:
     return Column(heading=heading, value=lambda row: row.get(key), form=texts if is_text else form)
 
 
-def rendered(name: str, value: Any, *, depth: int = 3) -> Iterator[Table]:
+def rendered(name: str, value: Any, *, depth: int = 3) -> Iterator[ReportTable]:
     """Tables of content whose form is not known beforehand, under captions that name it; never fails."""
     value = _with_known_units(name, value)
     if isinstance(value, Mapping):
@@ -98,7 +98,7 @@ def _with_known_units(name: str, value: Any) -> Any:
     return [{f"{k}{units.get(k, '')}": v for k, v in row.items()} for row in value]
 
 
-def _of_mapping(name: str, value: Mapping[str, Any], depth: int) -> Iterator[Table]:
+def _of_mapping(name: str, value: Mapping[str, Any], depth: int) -> Iterator[ReportTable]:
     inside = {k: v for k, v in value.items() if isinstance(v, Mapping) and v and not is_grid(v)}
     # Several of the same form are one table.
     if len(inside) == len(value) > 0 and all(_is_flat(v) for v in inside.values()):
@@ -151,7 +151,7 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _of_rows(name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+def _of_rows(name: str, rows: Sequence[Mapping[str, Any]]) -> ReportTable:
     keys = list(dict.fromkeys(str(key) for row in rows for key in row))
     shown = [{str(k): v for k, v in row.items()} for row in rows[:MOST_ROWS]]
     notes = [f"{len(rows) - MOST_ROWS} more rows are in summary.json."] if len(rows) > MOST_ROWS else []
@@ -172,7 +172,7 @@ def _of_rows(name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     return replace(found, folded=len(shown) > FOLDED)
 
 
-def _of_pairs(name: str, value: Mapping[str, Any]) -> Table:
+def _of_pairs(name: str, value: Mapping[str, Any]) -> ReportTable:
     rows = []
     for key, content in value.items():
         column = column_of(str(key), [content])
@@ -180,7 +180,7 @@ def _of_pairs(name: str, value: Mapping[str, Any]) -> Table:
         rows.append([column.heading + (f" ({unit})" if unit else ""), cell])
     in_words = any(isinstance(content, str) for content in value.values())
     headings = [Heading(text="what", number=False), Heading(text="value", number=not in_words)]
-    return Table(caption=_caption(name), headings=headings, rows=rows, notes=[])
+    return ReportTable(caption=_caption(name), headings=headings, rows=rows, notes=[])
 
 
 def _caption(name: str) -> str:

@@ -17,7 +17,7 @@ from plots import figure, style
 from plots.figure import end_lines
 from plots.report.extras import column_of
 from plots.report.point_tables import KINDS, KNOWN, WOVEN_IN, tables_of
-from plots.report.report_tables import NOTHING, Table, fixed, is_number, mapping, strings
+from plots.report.report_tables import NOTHING, ReportTable, fixed, is_number, mapping, strings
 
 POSTER = ("fig3", "fig5", "fig6", "fig7")
 LARGEST_VECTOR = 600_000
@@ -55,7 +55,7 @@ class Section:
     counts: dict[str, int] = field(default_factory=dict)
     mean_error: str = NOTHING
     remarks: list[str] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
+    tables: list[ReportTable] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     ways: list[tuple[str, list[str]]] = field(default_factory=list)
     """Commands, each with what of `missing` it makes; an empty one for the rest."""

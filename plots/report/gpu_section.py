@@ -12,7 +12,7 @@ from plots.report.evidence import Evidence, when
 from plots.report.figure_sections import machine_text, picture_of
 from plots.report.report_tables import (
     Column,
-    Table,
+    ReportTable,
     errors,
     mapping,
     numbers,
@@ -116,7 +116,7 @@ def _bytes(*names: str) -> Any:
     return lambda row: next((v for n in names if (v := mapping(row.get("memory")).get(n)) is not None), None)
 
 
-def _table(part: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+def _table(part: str, rows: Sequence[Mapping[str, Any]]) -> ReportTable:
     """Rows of one part that have something to show; columns without a value are left out."""
     mine = [row for row in rows if row.get("part") == part and not row.get("failure")]
     return table(

@@ -9,7 +9,7 @@ from plots.report.extras import rendered
 from plots.report.report_tables import (
     TIMES,
     Column,
-    Table,
+    ReportTable,
     errors,
     grid_text,
     is_number,
@@ -70,7 +70,7 @@ def _who(rows: Sequence[Mapping[str, Any]], *, gpus: str = "GPUs") -> list[Colum
     return columns
 
 
-def tables_of(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
+def tables_of(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[ReportTable]:
     """All tables of a figure: at the published scale, on this machine, of its own, and the details of every point."""
     mine = [r for r in rows if here(r)]
     local = {(r.get("point"), r.get("framework")) for r in mine}
@@ -141,7 +141,7 @@ def _compared(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
     ]
 
 
-def _scale_table(rows: Sequence[Mapping[str, Any]], naive: Mapping[str, Any]) -> Table:
+def _scale_table(rows: Sequence[Mapping[str, Any]], naive: Mapping[str, Any]) -> ReportTable:
     merged = _merged(rows, "batch_time_s")
     constant = {
         (r.get("framework"), r.get("model"), r.get("gpus")): r for r in naive.get("rows") or [] if isinstance(r, dict)
@@ -171,7 +171,7 @@ def _scale_table(rows: Sequence[Mapping[str, Any]], naive: Mapping[str, Any]) ->
     )
 
 
-def _phases_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
+def _phases_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[ReportTable]:
     """Where phases are published."""
     if not any(r.get("kind") == "published" and mapping(r.get("phases_s")) for r in rows):
         return
@@ -199,7 +199,7 @@ def _here_table(
     predicted: Mapping[tuple[Any, Any], Mapping[str, Any]],
     *,
     title: str = "Measured on the machine at hand: time of a batch",
-) -> Table:
+) -> ReportTable:
     """Measured on one machine; ratios to our engine on the same model and ranks."""
     rows = sorted(rows, key=lambda r: (str(type(r.get("gpus"))), r.get("gpus") or 0))
     ours = {(r.get("model"), r.get("gpus")): r for r in rows if r.get("framework") == "AxoNN"}
@@ -250,7 +250,7 @@ def _here_table(
     )
 
 
-def _details(rows: Sequence[Mapping[str, Any]], *, parts: bool) -> Iterator[Table]:
+def _details(rows: Sequence[Mapping[str, Any]], *, parts: bool) -> Iterator[ReportTable]:
     """Parts (if wanted), memory and bytes of every point, folded."""
     some = [r for r in rows if parts and mapping(r.get("parts_s"))]
     who = [*_who(rows, gpus="GPUs or ranks"), Column(heading="kind", value=_get("kind"), form=texts)]
@@ -264,7 +264,7 @@ def _details(rows: Sequence[Mapping[str, Any]], *, parts: bool) -> Iterator[Tabl
         found = table(
             "Where the time of a batch goes, by spans, mean of the ranks", some, [*who, *columns, _MACHINE_BUSY]
         )
-        yield Table(**{**vars(found), "folded": True})
+        yield ReportTable(**{**vars(found), "folded": True})
     axes = list(dict.fromkeys(a for r in rows for a in mapping(r.get("bytes_per_batch"))))
     columns = [
         Column(heading=GRID_HEADING, value=lambda r: grid_text(r.get("grid")), form=texts),
@@ -287,4 +287,4 @@ def _details(rows: Sequence[Mapping[str, Any]], *, parts: bool) -> Iterator[Tabl
         found = table(
             "Configuration, memory of the fullest rank, and bytes that a rank sends for a batch", rows, [*who, *columns]
         )
-        yield Table(**{**vars(found), "folded": True})
+        yield ReportTable(**{**vars(found), "folded": True})

@@ -24,7 +24,7 @@ from plots import figure
 from plots.report import evidence, figure_sections, gpu_section
 from plots.report.figure_sections import Picture, Section, files_of, picture_of
 from plots.report.point_tables import KINDS
-from plots.report.report_tables import Column, Table, numbers, table, texts
+from plots.report.report_tables import Column, ReportTable, numbers, table, texts
 
 HERE = Path(__file__).parent
 SCHEMATICS = {
@@ -104,7 +104,7 @@ def marked(text: str) -> Markup:
     return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts))
 
 
-def machine_table(machines: Sequence[dict[str, Any]]) -> Table:
+def machine_table(machines: Sequence[dict[str, Any]]) -> ReportTable:
     """Every machine that measured or drew something, once; commits are told together."""
     found: dict[str, dict[str, Any]] = {}
     for machine in machines:

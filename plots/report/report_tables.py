@@ -48,7 +48,7 @@ class Heading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class ReportTable:
     """`folded`: shown when the reader asks for it, and in print."""
 
     caption: str
@@ -75,12 +75,12 @@ class Column:
 
 def table(
     caption: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], *, notes: Sequence[str] = ()
-) -> Table:
+) -> ReportTable:
     """Columns in which no row has a value are left out."""
     valued = [(c, [c.value(r) for r in rows]) for c in columns]
     shown = [(c, values) for c, values in valued if any(v is not None for v in values)]
     formed = [c.form(values) for c, values in shown]
-    return Table(
+    return ReportTable(
         caption=caption,
         headings=[
             Heading(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from axonn.perf.planner.planner import Plan, plan
+from axonn.perf.planner.planner import StrategyPlan, plan
 from axonn.perf.planner.search_space import Space
 from experiments.definition import find_machine, load_model
 from experiments.planning.planning import plannable
 
 
 def bench_plan_for_4096_gpus(benchmark: BenchmarkFixture) -> None:
-    def run() -> Plan:
+    def run() -> StrategyPlan:
         space = Space(gpus=4096, batch_size=16384)
         return plan(plannable(load_model("gpt-100b")), find_machine("summit"), space)
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from axonn.distributed.tensor_spec import TensorSpec
-from axonn.distributed.transport import Address, Decision, Edge, Message, Transport
+from axonn.distributed.transport import Address, Decision, Message, MessageEdge, Transport
 from axonn.grid import ProcessGrid
 from axonn.models.base import Layer
 from axonn.models.initialization import Constant, Initial
@@ -125,7 +125,7 @@ class DelayedTransport(Transport):
         self._pending: list[tuple[float, Message]] = []
         """By the time at which each was sent; those of one edge stay in order, since the latency is one."""
 
-    def expect(self, edge: Edge, count: int) -> None:
+    def expect(self, edge: MessageEdge, count: int) -> None:
         self._inner.expect(replace(edge, tensors=(*edge.tensors, _STAMP)), count)
 
     def _send(self, peer: int, address: Address, tensors: tuple[torch.Tensor, ...]) -> None:

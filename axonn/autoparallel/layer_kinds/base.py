@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 from torch import nn
 
 from axonn.autoparallel.layouts.op_rules import Label
-from axonn.perf.layers.layer_cost import Part
+from axonn.perf.layers.layer_cost import LayerCost
 from axonn.tensor.context import TensorAxis, TensorContext
 from axonn.tensor.layers.layer import Layout
 
@@ -81,7 +81,7 @@ class LayerKind(ABC, Generic[M]):
         axes: tuple[TensorAxis | None, TensorAxis | None],
         segments: tuple[int, ...] | None,
         gradient: bool,
-    ) -> Part:
+    ) -> LayerCost:
         """What it is for the performance model. `rows`: of the example; `axes`: along which its input and output
         features are cut, the latter in `segments`; `gradient`: whether its input needs one."""
 

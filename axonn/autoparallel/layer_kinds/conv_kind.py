@@ -11,7 +11,7 @@ from torch import nn
 from axonn import tensor
 from axonn.autoparallel.layer_kinds.base import Features, LayerKind, Place, Shapes, mixing
 from axonn.autoparallel.layouts.op_rules import Label
-from axonn.perf.layers.layer_cost import Linear, Part
+from axonn.perf.layers.layer_cost import LayerCost, LinearCost
 
 
 class Conv2dKind(LayerKind[nn.Conv2d]):
@@ -45,8 +45,10 @@ class Conv2dKind(LayerKind[nn.Conv2d]):
             out_segments=place.segments[1],
         )
 
-    def part(self, module: nn.Conv2d, shapes: Shapes, *, rows: int, axes: Any, segments: Any, gradient: bool) -> Part:
-        return Linear(
+    def part(
+        self, module: nn.Conv2d, shapes: Shapes, *, rows: int, axes: Any, segments: Any, gradient: bool
+    ) -> LayerCost:
+        return LinearCost(
             positions=prod(shapes.output[-2:]),
             inputs=module.in_channels,
             outputs=module.out_channels,

@@ -10,7 +10,7 @@ from torch import nn
 from axonn import tensor
 from axonn.autoparallel.layer_kinds.base import Features, LayerKind, Place, Shapes
 from axonn.autoparallel.layouts.op_rules import Label
-from axonn.perf.layers.layer_cost import Embedding, Part
+from axonn.perf.layers.layer_cost import EmbeddingCost, LayerCost
 
 
 class EmbeddingKind(LayerKind[nn.Embedding]):
@@ -41,8 +41,8 @@ class EmbeddingKind(LayerKind[nn.Embedding]):
 
     def part(
         self, module: nn.Embedding, shapes: Shapes, *, rows: int, axes: Any, segments: Any, gradient: bool
-    ) -> Part:
-        return Embedding(
+    ) -> LayerCost:
+        return EmbeddingCost(
             positions=prod(shapes.output[:-1]) // rows,
             entries=module.num_embeddings,
             features=module.embedding_dim,

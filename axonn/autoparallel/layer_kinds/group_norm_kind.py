@@ -10,7 +10,7 @@ from torch import nn
 from axonn import tensor
 from axonn.autoparallel.layer_kinds.base import Features, LayerKind, Place, Shapes, mixing
 from axonn.autoparallel.layouts.op_rules import Label
-from axonn.perf.layers.layer_cost import GroupNorm, Part
+from axonn.perf.layers.layer_cost import GroupNormCost, LayerCost
 
 
 class GroupNormKind(LayerKind[nn.GroupNorm]):
@@ -38,8 +38,8 @@ class GroupNormKind(LayerKind[nn.GroupNorm]):
 
     def part(
         self, module: nn.GroupNorm, shapes: Shapes, *, rows: int, axes: Any, segments: Any, gradient: bool
-    ) -> Part:
-        return GroupNorm(
+    ) -> LayerCost:
+        return GroupNormCost(
             groups=module.num_groups,
             segments=segments or (module.num_channels,),
             axis=axes[1],

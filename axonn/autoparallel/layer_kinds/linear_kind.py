@@ -10,7 +10,7 @@ from torch import nn
 from axonn import tensor
 from axonn.autoparallel.layer_kinds.base import Features, LayerKind, Place, Shapes, mixing
 from axonn.autoparallel.layouts.op_rules import Label
-from axonn.perf.layers.layer_cost import Linear, Part
+from axonn.perf.layers.layer_cost import LayerCost, LinearCost
 
 
 class LinearKind(LayerKind[nn.Linear]):
@@ -35,8 +35,10 @@ class LinearKind(LayerKind[nn.Linear]):
             out_segments=place.segments[1],
         )
 
-    def part(self, module: nn.Linear, shapes: Shapes, *, rows: int, axes: Any, segments: Any, gradient: bool) -> Part:
-        return Linear(
+    def part(
+        self, module: nn.Linear, shapes: Shapes, *, rows: int, axes: Any, segments: Any, gradient: bool
+    ) -> LayerCost:
+        return LinearCost(
             positions=prod(shapes.output[:-1]) // rows,
             inputs=module.in_features,
             outputs=module.out_features,

@@ -10,7 +10,7 @@ from torch import nn
 from axonn import tensor
 from axonn.autoparallel.layer_kinds.base import Features, LayerKind, M, Place, Shapes, mixing
 from axonn.autoparallel.layouts.op_rules import Label
-from axonn.perf.layers.layer_cost import Norm, Part
+from axonn.perf.layers.layer_cost import LayerCost, NormCost
 
 
 class _LastDims(LayerKind[M]):
@@ -28,9 +28,9 @@ class _LastDims(LayerKind[M]):
     def alike(self, module: M, dims: int) -> tuple[list[Label], list[Label]]:
         return mixing(dims, len(module.normalized_shape))  # type: ignore[arg-type]
 
-    def part(self, module: M, shapes: Shapes, *, rows: int, axes: Any, segments: Any, gradient: bool) -> Part:
+    def part(self, module: M, shapes: Shapes, *, rows: int, axes: Any, segments: Any, gradient: bool) -> LayerCost:
         features = prod(module.normalized_shape)  # type: ignore[arg-type]
-        return Norm(
+        return NormCost(
             positions=prod(shapes.output) // features // rows,
             features=features,
             axis=axes[1],

@@ -28,7 +28,7 @@ from axonn.autoparallel.layouts.layout_choices import (
 from axonn.autoparallel.layouts.min_cost_search import Costs, minimise
 from axonn.autoparallel.layouts.op_rules import Operation
 from axonn.autoparallel.layouts.op_table import elements
-from axonn.autoparallel.layouts.shardings import Part, State, Wanted
+from axonn.autoparallel.layouts.shardings import Shard, State, Wanted
 from axonn.autoparallel.redistribute_modules import received, sent
 from axonn.errors import ConfigError
 from axonn.tensor.context import TensorContext
@@ -40,7 +40,7 @@ _HELD = 1e-3
 """What an element of an activation on a rank counts against one that a layer sends."""
 
 
-class Plan(NamedTuple):
+class LayoutPlan(NamedTuple):
     """The option of each node, and what led to it. `exact`: whether no other plan sends less."""
 
     options: dict[fx.Node, Option]
@@ -51,7 +51,7 @@ class Plan(NamedTuple):
     exact: bool
 
 
-def assign(root: fx.GraphModule, context: TensorContext, *, whole_outputs: bool) -> Plan:
+def assign(root: fx.GraphModule, context: TensorContext, *, whole_outputs: bool) -> LayoutPlan:
     """Choose the layouts of a traced module. Raises `ConfigError` when the holders of one parameter cannot agree."""
     operations = operations_of(root)
     gradients = needing_gradients(root, operations)
@@ -62,7 +62,7 @@ def assign(root: fx.GraphModule, context: TensorContext, *, whole_outputs: bool)
     if not np.isfinite(problem.total(found.choices)):
         raise ConfigError("no layout suits all modules that share a parameter; untie them, or leave one of them out")
     chosen = {node: problem.hubs[node][choice][0] for node, choice in zip(options, found.choices, strict=True)}
-    return Plan(chosen, operations, gradients, rows, found.exact)
+    return LayoutPlan(chosen, operations, gradients, rows, found.exact)
 
 
 class _Problem:
@@ -161,7 +161,7 @@ class _Problem:
             # A tuple is taken apart before anything else, so it cannot be laid out another way.
             return float("inf")
         rows = self._rows.forms.get(node)
-        if rows is not None and any(isinstance(s, Part) and s.form.dim == rows.dim for s in (have, want)):
+        if rows is not None and any(isinstance(s, Shard) and s.form.dim == rows.dim for s in (have, want)):
             # The segments of that dim would depend on the number of rows.
             return float("inf")
         forward, backward = sent(value.numel(), value.is_floating_point(), have, want, self._context)

@@ -10,8 +10,8 @@ from torch import fx, nn
 
 from axonn.autoparallel.layouts.op_rules import Operation
 from axonn.autoparallel.layouts.op_table import is_tensor, operation_of, tensor_inputs
-from axonn.autoparallel.layouts.shardings import Form, Link, Part, Repeated, State, Wanted
-from axonn.autoparallel.sharded_layers import AXES, Choice, Key, LayerOperation, WholeModule, module_operation
+from axonn.autoparallel.layouts.shardings import Form, Repeated, Shard, ShardingRule, State, Wanted
+from axonn.autoparallel.sharded_layers import AXES, Key, LayerLayout, LayerOperation, WholeModule, module_operation
 from axonn.autoparallel.tracing.op_names import kind_of
 from axonn.placement import Cut
 from axonn.tensor.context import TensorAxis, TensorContext
@@ -28,9 +28,9 @@ class Option(NamedTuple):
     wanted: tuple[Wanted, ...]
     output: State
     cost: float = 0.0
-    choice: Choice | None = None
+    choice: LayerLayout | None = None
     """Of a layer."""
-    link: Link | None = None
+    link: ShardingRule | None = None
     """Of an operation that carries a cut."""
 
 
@@ -84,7 +84,7 @@ class Candidates:
 
     def __init__(self, operations: Mapping[fx.Node, Operation], context: TensorContext) -> None:
         self.forms: dict[fx.Node, list[Form]] = {}
-        self.links: dict[fx.Node, list[Link]] = {}
+        self.links: dict[fx.Node, list[ShardingRule]] = {}
         self._operations = operations
         self._extents = [context.extent(axis) for axis in AXES if context.extent(axis) > 1]
         self._users: dict[fx.Node, list[tuple[Operation, int]]] = {}
@@ -115,7 +115,7 @@ class Candidates:
             found.append(form)
             self._waiting.append((node, form))
 
-    def _add_links(self, operation: Operation, links: Iterable[Link]) -> None:
+    def _add_links(self, operation: Operation, links: Iterable[ShardingRule]) -> None:
         found = self.links.setdefault(operation.node, [])
         for link in links:
             if link not in found and len(found) < 2 * _FORMS:
@@ -195,7 +195,7 @@ def _options(
         )
         return [Option((operation.wanted(c),), c.output, c.cost, c) for c in choices]
     carried = [
-        Option(_wanted(link, axis), Part(axis, link.output), link=link)
+        Option(_wanted(link, axis), Shard(axis, link.output), link=link)
         for axis in AXES
         if context.extent(axis) > 1
         for link in candidates.links.get(operation.node, ())
@@ -204,13 +204,13 @@ def _options(
     return [whole, *carried]
 
 
-def _wanted(link: Link, axis: TensorAxis) -> tuple[Wanted, ...]:
-    return tuple(Repeated(axis) if form is None else Part(axis, form) for form in link.inputs)
+def _wanted(link: ShardingRule, axis: TensorAxis) -> tuple[Wanted, ...]:
+    return tuple(Repeated(axis) if form is None else Shard(axis, form) for form in link.inputs)
 
 
-def _parts(forms: Sequence[Form], context: TensorContext) -> list[Part]:
+def _parts(forms: Sequence[Form], context: TensorContext) -> list[Shard]:
     return [
-        Part(axis, form)
+        Shard(axis, form)
         for axis in AXES
         if context.extent(axis) > 1
         for form in forms

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from axonn.autoparallel.layouts.shardings import Form, Link, Shape, concatenated, pieces, reshaped, splits
+from axonn.autoparallel.layouts.shardings import Form, Shape, ShardingRule, concatenated, pieces, reshaped, splits
 
 Label = Hashable
 
@@ -33,15 +33,15 @@ class Operation:
         self.alike: Operation = self
         """What it is to rows, of which it may carry a cut although it does not carry one between ranks."""
 
-    def carry(self, position: int, form: Form) -> list[Link]:
+    def carry(self, position: int, form: Form) -> list[ShardingRule]:
         """The ways in which it takes input number `position` in this form."""
         return []
 
-    def demand(self, form: Form) -> list[Link]:
+    def demand(self, form: Form) -> list[ShardingRule]:
         """The ways in which its output gets this form."""
         return []
 
-    def seeds(self) -> list[Link]:
+    def seeds(self) -> list[ShardingRule]:
         """Ways that are worth considering although no input comes in such a form yet."""
         return []
 
@@ -49,7 +49,7 @@ class Operation:
         """Whether the size of this dim of the output is a number written in the code (or another dim's size)."""
         return False
 
-    def localise(self, link: Link, extent: int) -> None:
+    def localise(self, link: ShardingRule, extent: int) -> None:
         """Change the node, which is one of the new graph by now, so that it works on parts."""
 
     def why_not(self, position: int, form: Form) -> str:
@@ -78,17 +78,17 @@ class Labelled(Operation):
         if dims != [len(labels) for labels in (*self._inputs, self._output)]:
             raise ValueError(f"{node.format_node()} has tensors of {dims} dims, which is not foreseen")
 
-    def carry(self, position: int, form: Form) -> list[Link]:
+    def carry(self, position: int, form: Form) -> list[ShardingRule]:
         return self._link(self._inputs[position][form.dim], form.segments)
 
-    def demand(self, form: Form) -> list[Link]:
+    def demand(self, form: Form) -> list[ShardingRule]:
         return self._link(self._output[form.dim], form.segments)
 
-    def _link(self, label: Label, segments: tuple[int, ...]) -> list[Link]:
+    def _link(self, label: Label, segments: tuple[int, ...]) -> list[ShardingRule]:
         if label is None or label not in self._output:
             return []
         forms = tuple(Form(labels.index(label), segments) if label in labels else None for labels in self._inputs)
-        return [Link(forms, Form(self._output.index(label), segments))]
+        return [ShardingRule(forms, Form(self._output.index(label), segments))]
 
 
 def elementwise(node: Node, inputs: Sequence[Node], reason: str = "") -> Labelled:
@@ -110,14 +110,14 @@ class Expand(Labelled):
         super().__init__(node, inputs, plain._inputs, plain._output)
         self.sizes = list(sizes)
 
-    def _link(self, label: Label, segments: tuple[int, ...]) -> list[Link]:
+    def _link(self, label: Label, segments: tuple[int, ...]) -> list[ShardingRule]:
         # What is spread along a dim is not cut in it.
         return super()._link(label, segments) if label in self._inputs[0] else []
 
     def fixes(self, dim: int) -> bool:
         return isinstance(self.sizes[dim], int) and self.sizes[dim] > 1
 
-    def localise(self, link: Link, extent: int) -> None:
+    def localise(self, link: ShardingRule, extent: int) -> None:
         if self.node.target == "expand":
             sizes = list(_sizes_of(self.node))
             sizes[link.output.dim] = -1
@@ -132,21 +132,21 @@ class Reshape(Operation):
         self._source, self._target = shape_of(inputs[0]), shape_of(node)
         self._sizes = sizes
 
-    def carry(self, position: int, form: Form) -> list[Link]:
+    def carry(self, position: int, form: Form) -> list[ShardingRule]:
         output = reshaped(form, self._source, self._target)
-        return [] if output is None else [Link((form,), output)]
+        return [] if output is None else [ShardingRule((form,), output)]
 
-    def demand(self, form: Form) -> list[Link]:
+    def demand(self, form: Form) -> list[ShardingRule]:
         found = reshaped(form, self._target, self._source)
         return [] if found is None else self.carry(0, found)
 
-    def seeds(self) -> list[Link]:
+    def seeds(self) -> list[ShardingRule]:
         return [link for form in splits(self._source, self._target) for link in self.demand(form)]
 
     def fixes(self, dim: int) -> bool:
         return self._sizes is not None and isinstance(self._sizes[dim], int) and self._sizes[dim] > 1
 
-    def localise(self, link: Link, extent: int) -> None:
+    def localise(self, link: ShardingRule, extent: int) -> None:
         if self._sizes is None:
             return
         sizes = list(_sizes_of(self.node))
@@ -172,13 +172,13 @@ class Pieces(Operation):
         self.dim = dim
         self.sizes = sizes
 
-    def carry(self, position: int, form: Form) -> list[Link]:
-        return [Link((form,), form)] if self.piece(form, 0) is not None else []
+    def carry(self, position: int, form: Form) -> list[ShardingRule]:
+        return [ShardingRule((form,), form)] if self.piece(form, 0) is not None else []
 
-    def demand(self, form: Form) -> list[Link]:
+    def demand(self, form: Form) -> list[ShardingRule]:
         return self.carry(0, form)
 
-    def seeds(self) -> list[Link]:
+    def seeds(self) -> list[ShardingRule]:
         return [] if self.sizes is None else self.carry(0, Form(self.dim, tuple(self.sizes)))
 
     def piece(self, form: Form, number: int) -> Form | None:
@@ -198,7 +198,7 @@ class Pieces(Operation):
         alike = [form.segments for size in self.sizes] if len(set(self.sizes)) == 1 else parts
         return [Form(self.dim, tuple(s for part in found for s in part)) for found in (alike, parts)]
 
-    def localise(self, link: Link, extent: int) -> None:
+    def localise(self, link: ShardingRule, extent: int) -> None:
         if self.sizes is not None and link.output.dim == self.dim:
             self.node.target = "split"
             self.node.op = "call_method"
@@ -209,7 +209,7 @@ class Pieces(Operation):
         return f"its pieces of dim {self.dim} are not made of whole segments"
 
 
-class Piece(Operation):
+class SplitPiece(Operation):
     """One of the tensors of a `Pieces`."""
 
     def __init__(self, node: Node, inputs: Sequence[Node], source: Pieces, number: int) -> None:
@@ -217,11 +217,11 @@ class Piece(Operation):
         self._source = source
         self._number = number
 
-    def carry(self, position: int, form: Form) -> list[Link]:
+    def carry(self, position: int, form: Form) -> list[ShardingRule]:
         piece = self._source.piece(form, self._number)
-        return [] if piece is None else [Link((form,), piece)]
+        return [] if piece is None else [ShardingRule((form,), piece)]
 
-    def demand(self, form: Form) -> list[Link]:
+    def demand(self, form: Form) -> list[ShardingRule]:
         return [link for f in self._source.sources(form, self._number) for link in self.carry(0, f)]
 
 
@@ -236,32 +236,32 @@ class Slice(Operation):
         self._kept = kept
         self._source = shape_of(inputs[0])
 
-    def carry(self, position: int, form: Form) -> list[Link]:
+    def carry(self, position: int, form: Form) -> list[ShardingRule]:
         kept = self._kept[form.dim]
         if kept is None:
             return []
         dim, borders = kept
         if borders is None:
-            return [Link((form,), form._replace(dim=dim))]
+            return [ShardingRule((form,), form._replace(dim=dim))]
         start, stop = borders
         cut = pieces(form, [start, stop - start, self._source[form.dim] - stop])
-        return [] if cut is None or start == stop else [Link((form,), Form(dim, cut[1].segments))]
+        return [] if cut is None or start == stop else [ShardingRule((form,), Form(dim, cut[1].segments))]
 
-    def demand(self, form: Form) -> list[Link]:
+    def demand(self, form: Form) -> list[ShardingRule]:
         for source, kept in enumerate(self._kept):
             if kept is not None and kept[0] == form.dim:
                 if kept[1] is None:
-                    return [Link((form._replace(dim=source),), form)]
+                    return [ShardingRule((form._replace(dim=source),), form)]
                 start, stop = kept[1]
                 around = [start, *form.segments, self._source[source] - stop]
                 return self.carry(0, Form(source, tuple(n for n in around if n)))
         return []
 
-    def seeds(self) -> list[Link]:
+    def seeds(self) -> list[ShardingRule]:
         proper = [kept[0] for kept in self._kept if kept is not None and kept[1] is not None]
         return [link for dim in proper for link in self.demand(Form(dim, (shape_of(self.node)[dim],)))]
 
-    def localise(self, link: Link, extent: int) -> None:
+    def localise(self, link: ShardingRule, extent: int) -> None:
         form = link.inputs[0]
         assert form is not None
         kept = self._kept[form.dim]
@@ -285,18 +285,18 @@ class Concatenate(Operation):
         self.dim = dim
         self._sizes = [shape_of(i)[dim] for i in inputs]
 
-    def carry(self, position: int, form: Form) -> list[Link]:
+    def carry(self, position: int, form: Form) -> list[ShardingRule]:
         if form.dim != self.dim:
-            return [Link((form,) * len(self.inputs), form)]
+            return [ShardingRule((form,) * len(self.inputs), form)]
         forms = [Form(self.dim, (size,)) for size in self._sizes]
         forms[position] = form
-        return [Link(tuple(forms), concatenated(forms))]
+        return [ShardingRule(tuple(forms), concatenated(forms))]
 
-    def demand(self, form: Form) -> list[Link]:
+    def demand(self, form: Form) -> list[ShardingRule]:
         if form.dim != self.dim:
             return self.carry(0, form)
         cut = pieces(form, self._sizes)
-        return [] if cut is None else [Link(tuple(cut), form)]
+        return [] if cut is None else [ShardingRule(tuple(cut), form)]
 
 
 class Gate(Operation):
@@ -306,16 +306,16 @@ class Gate(Operation):
         super().__init__(node, inputs)
         self.dim = dim
 
-    def carry(self, position: int, form: Form) -> list[Link]:
+    def carry(self, position: int, form: Form) -> list[ShardingRule]:
         if form.dim != self.dim:
-            return [Link((form,), form)]
+            return [ShardingRule((form,), form)]
         half = form.segments[: len(form.segments) // 2]
-        return [Link((form,), Form(self.dim, half))] if half * 2 == form.segments else []
+        return [ShardingRule((form,), Form(self.dim, half))] if half * 2 == form.segments else []
 
-    def demand(self, form: Form) -> list[Link]:
+    def demand(self, form: Form) -> list[ShardingRule]:
         return self.carry(0, form if form.dim != self.dim else Form(self.dim, form.segments * 2))
 
-    def seeds(self) -> list[Link]:
+    def seeds(self) -> list[ShardingRule]:
         return self.demand(Form(self.dim, (shape_of(self.node)[self.dim],)))
 
 

@@ -16,10 +16,10 @@ from axonn.autoparallel.layouts.op_rules import (
     Label,
     Labelled,
     Operation,
-    Piece,
     Pieces,
     Reshape,
     Slice,
+    SplitPiece,
     elementwise,
     shape_of,
 )
@@ -257,7 +257,7 @@ def _getitem(node: fx.Node, inputs: list[fx.Node], known: dict[fx.Node, Operatio
     index = node.args[1]
     if isinstance(source.meta["val"], list | tuple):
         before = known.get(source)
-        return Piece(node, inputs, before, int(index)) if isinstance(before, Pieces) else None  # type: ignore[arg-type]
+        return SplitPiece(node, inputs, before, int(index)) if isinstance(before, Pieces) else None  # type: ignore[arg-type]
     items = list(index) if isinstance(index, tuple) else [index]
     if len(inputs) > 1 or not all(i is None or i is Ellipsis or isinstance(i, int | slice | fx.Node) for i in items):
         return None

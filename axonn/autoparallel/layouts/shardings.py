@@ -22,7 +22,7 @@ class Form(NamedTuple):
         return all(segment % extent == 0 for segment in self.segments)
 
 
-class Part(NamedTuple):
+class Shard(NamedTuple):
     """Cut along `axis` in this form, and repeated along the other tensor axis."""
 
     axis: TensorAxis
@@ -42,13 +42,13 @@ class Repeated(NamedTuple):
         return f"whole, gradient summed along {self.axis}"
 
 
-State = Part | None
+State = Shard | None
 """How a value lies; None is whole on every rank."""
-Wanted = Part | Repeated | None
+Wanted = Shard | Repeated | None
 """How an operation wants a value."""
 
 
-class Link(NamedTuple):
+class ShardingRule(NamedTuple):
     """One way in which an operation carries a cut: the forms of its inputs (None is whole) and that of its output."""
 
     inputs: tuple[Form | None, ...]

@@ -3,18 +3,18 @@
 `axonn.distributed.runtime.connect` picks between the first two, which need mpi4py to find each other; the last is for tests.
 """
 
-from axonn.distributed.transport.base import Address, Decision, Decisions, Edge, Message, Sent, Transport
+from axonn.distributed.transport.base import Address, Decision, Decisions, Message, MessageEdge, SentMessage, Transport
 from axonn.distributed.transport.in_process import InProcessCollectives, InProcessTransport, InProcessWorld
 
 __all__ = [
     "Address",
     "Decision",
     "Decisions",
-    "Edge",
+    "MessageEdge",
     "InProcessCollectives",
     "InProcessTransport",
     "InProcessWorld",
     "Message",
-    "Sent",
+    "SentMessage",
     "Transport",
 ]

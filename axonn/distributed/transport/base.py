@@ -38,7 +38,7 @@ Decision = tuple[int, int, int]
 """What one rank of a stage has decided, for the others: three numbers, whose meaning is the caller's."""
 
 
-class Sent(NamedTuple):
+class SentMessage(NamedTuple):
     """One message as this rank sent it. `bytes`: of its tensors, which have so many `elements`."""
 
     peer: int
@@ -56,7 +56,7 @@ class Decisions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Edge:
+class MessageEdge:
     """Where messages of one direction come from, and which tensors each of them carries."""
 
     peer: int
@@ -99,13 +99,13 @@ class Transport(ABC):
         """Where tensors lie; None if anywhere."""
         self.spans: SpanRecorder | None = None
         """Where send spans go, from the posting of a message until its buffer is free again."""
-        self.calls: Counter[Sent] = Counter()
+        self.calls: Counter[SentMessage] = Counter()
         """How often each message has been sent from here so far."""
         self.decisions = Decisions()
         """The traffic of `tell`."""
         self._announced: dict[tuple[int, Direction], tuple[TensorSpec, ...]] = {}
 
-    def announce(self, edge: Edge) -> None:
+    def announce(self, edge: MessageEdge) -> None:
         """From now on `send` refuses what is not `edge.tensors` in `edge.direction` to `edge.peer`.
 
         Without it such a message is refused where it arrives.
@@ -128,7 +128,7 @@ class Transport(ABC):
             self._check_device(tensor.device)
         self._send(peer, address, tensors)
         elements = sum(t.numel() for t in tensors)
-        self.calls[Sent(peer, address.direction, elements, sum(t.nbytes for t in tensors))] += 1
+        self.calls[SentMessage(peer, address.direction, elements, sum(t.nbytes for t in tensors))] += 1
 
     def tell(self, peer: int, decision: Decision) -> None:
         """Start sending `decision`. There is no answer: `peer` learns it from `told`, whatever it computes now."""
@@ -137,7 +137,7 @@ class Transport(ABC):
         self.decisions.bytes += DECISION_BYTES
 
     @abstractmethod
-    def expect(self, edge: Edge, count: int) -> None:
+    def expect(self, edge: MessageEdge, count: int) -> None:
         """Receive `count` messages over `edge`; a receive stays posted until all have arrived.
 
         A message of other tensors than the edge's makes `poll` and `wait` raise `TransportError`.

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from axonn.distributed.collectives import Collectives, Group, Operation, Work
+from axonn.distributed.collectives import CollectiveGroup, CollectiveHandle, Collectives, Operation
 from axonn.distributed.tensor_spec import TensorSpec
-from axonn.distributed.transport.base import Address, Decision, Edge, Message, Transport, describe, mismatch
+from axonn.distributed.transport.base import Address, Decision, Message, MessageEdge, Transport, describe, mismatch
 from axonn.errors import DeadlockError, TransportError
 from axonn.grid import Axis, ProcessGrid
 from axonn.schedules import Direction
@@ -122,11 +122,11 @@ class InProcessTransport(Transport):
         super().__init__(rank)
         self._world = world
         self._expected: dict[tuple[int, Direction], int] = {}
-        self._edges: dict[tuple[int, Direction], Edge] = {}
+        self._edges: dict[tuple[int, Direction], MessageEdge] = {}
         self._decisions_left: dict[int, int] = {}
         self._told: list[Decision] = []
 
-    def expect(self, edge: Edge, count: int) -> None:
+    def expect(self, edge: MessageEdge, count: int) -> None:
         key = (edge.peer, edge.direction)
         if self._expected.get(key):
             raise TransportError(f"rank {self.rank} still expects messages from rank {edge.peer}")
@@ -172,7 +172,7 @@ class InProcessTransport(Transport):
             self._expected[key] = left
         return arrived
 
-    def _checked(self, message: Message, edge: Edge) -> Message:
+    def _checked(self, message: Message, edge: MessageEdge) -> Message:
         found = tuple(TensorSpec(tuple(t.shape), t.dtype) for t in message.tensors)
         if found != edge.tensors:
             way = f"from rank {edge.peer} to rank {self.rank}"
@@ -203,7 +203,7 @@ class InProcessTransport(Transport):
         return None
 
 
-class _Done(Work):
+class _Done(CollectiveHandle):
     def __init__(self, finish: Callable[[], None]) -> None:
         self._finish = finish
 
@@ -221,7 +221,7 @@ class InProcessCollectives(Collectives):
     def _group(self, ranks: tuple[int, ...], axes: Sequence[Axis] | None) -> Any:
         return None
 
-    def _all_reduce(self, tensor: torch.Tensor, group: Group, operation: Operation) -> Work:
+    def _all_reduce(self, tensor: torch.Tensor, group: CollectiveGroup, operation: Operation) -> CollectiveHandle:
         def combine(parts: list[torch.Tensor]) -> None:
             total, *others = parts
             for part in others:
@@ -230,12 +230,12 @@ class InProcessCollectives(Collectives):
 
         return self._meet(tensor, group, f"all-reduce {operation}", combine)
 
-    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: Group) -> Work:
+    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: CollectiveGroup) -> CollectiveHandle:
         return self._meet(tensor, group, "all-gather", lambda parts: torch.stack(parts, out=output))
 
     def _meet(
-        self, tensor: torch.Tensor, group: Group, operation: str, combine: Callable[[list[torch.Tensor]], Any]
-    ) -> Work:
+        self, tensor: torch.Tensor, group: CollectiveGroup, operation: str, combine: Callable[[list[torch.Tensor]], Any]
+    ) -> CollectiveHandle:
         """Lay `tensor` on the table and, once those of all ranks are there, `combine` them."""
         calls = self._world.calls[self.rank]
         number = calls.get(group.ranks, 0)

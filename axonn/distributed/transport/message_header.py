@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 
 from axonn.distributed.tensor_spec import TensorSpec
-from axonn.distributed.transport.base import Address, Decision, Edge, describe, mismatch
+from axonn.distributed.transport.base import Address, Decision, MessageEdge, describe, mismatch
 from axonn.schedules import Direction
 
 HEADER_BYTES = 512
@@ -32,7 +32,7 @@ def pack_header(address: Address, tensors: Iterable[torch.Tensor]) -> bytearray:
     return bytearray(_NUMBERS.pack(*address) + text.encode().ljust(_TEXT_BYTES, b"\0"))
 
 
-def open_header(header: bytearray, edge: Edge, *, rank: int) -> Address:
+def open_header(header: bytearray, edge: MessageEdge, *, rank: int) -> Address:
     """The address in a header that came to `rank` over `edge`. Raises `TransportError` for tensors of other specs."""
     direction, chunk, microbatch = _NUMBERS.unpack_from(header)
     address = Address(Direction(direction), chunk, microbatch)

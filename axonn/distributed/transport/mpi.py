@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-from axonn.distributed.transport.base import Address, Decision, Edge, Message, Transport
+from axonn.distributed.transport.base import Address, Decision, Message, MessageEdge, Transport
 from axonn.distributed.transport.message_header import HEADER_BYTES, open_header, pack_header
 from axonn.distributed.transport.mpi_decisions import MPIDecisions
 from axonn.distributed.transport.staging import HostPath, Landed, Path
@@ -57,7 +57,7 @@ class _Receive:
 class _Incoming:
     """The receiving end of an edge."""
 
-    edge: Edge
+    edge: MessageEdge
     to_post: int = 0
     receive: _Receive | None = None
 
@@ -105,7 +105,7 @@ class MPITransport(Transport):
         self._thread = threading.Thread(target=self._keep_going, name="axonn-progress", daemon=True)
         self._thread.start()
 
-    def expect(self, edge: Edge, count: int) -> None:
+    def expect(self, edge: MessageEdge, count: int) -> None:
         self._check_device(edge.device)
         with self._lock:
             incoming = self._incoming.setdefault((edge.peer, edge.direction), _Incoming(edge))
@@ -222,7 +222,7 @@ class MPITransport(Transport):
         request = self._comms[edge.direction].Irecv([header, MPI.BYTE], source=edge.peer, tag=_HEADER_TAG)
         incoming.receive = _Receive(header, request)
 
-    def _post_tensors(self, edge: Edge, receive: _Receive) -> None:
+    def _post_tensors(self, edge: MessageEdge, receive: _Receive) -> None:
         receive.address = open_header(receive.header, edge, rank=self.rank)
         receive.buffers = self._path.buffers(edge.tensors)
         comm = self._comms[edge.direction]

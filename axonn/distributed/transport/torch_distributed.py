@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
-from axonn.distributed.transport.base import Address, Decision, Edge, Message, Transport
+from axonn.distributed.transport.base import Address, Decision, Message, MessageEdge, Transport
 from axonn.distributed.transport.torch_ends import End, Hearer, Outbox, Receiver, Sender, State, Teller
 from axonn.distributed.transport.torch_wire import GlooWire, NcclWire, Wire
 from axonn.errors import TransportError
@@ -106,7 +106,7 @@ class TorchTransport(Transport):
                 sent = partial(self._sent, channel.target)
                 self._outgoing[channel.target, channel.direction] = Sender(self._state, headers, wire, sent)
 
-    def expect(self, edge: Edge, count: int) -> None:
+    def expect(self, edge: MessageEdge, count: int) -> None:
         self._check_device(edge.device)
         receiver = self._incoming.get((edge.peer, edge.direction))
         if receiver is None:

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from axonn.distributed.transport.base import DECISION_BYTES, Address, Decision, Edge, Message
+from axonn.distributed.transport.base import DECISION_BYTES, Address, Decision, Message, MessageEdge
 from axonn.distributed.transport.message_header import (
     HEADER_BYTES,
     open_decision,
@@ -97,11 +97,11 @@ class Receiver(End):
         self._rank = rank
         self._control = control
         self._wire = wire
-        self._edge: Edge | None = None
+        self._edge: MessageEdge | None = None
         self.left = 0
         self.arrived: deque[Message] = deque()
 
-    def expect(self, edge: Edge, count: int) -> None:
+    def expect(self, edge: MessageEdge, count: int) -> None:
         """Receive `count` messages over `edge`. Raises `TransportError` while earlier ones are to come."""
         with self.state.changed:
             if self.left:

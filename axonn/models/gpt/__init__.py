@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from axonn.config.train_config import TrainConfig
     from axonn.data.text import TextData
     from axonn.models.gpt.gpt_model import GPT
-    from axonn.perf.layers.model_outline import Outline
+    from axonn.perf.layers.model_outline import ModelOutline
 
 
 class GPTArchitecture(Architecture[GPTConfig]):
@@ -26,7 +26,7 @@ class GPTArchitecture(Architecture[GPTConfig]):
 
         return GPT(config)
 
-    def outline(self, config: GPTConfig) -> Outline:
+    def outline(self, config: GPTConfig) -> ModelOutline:
         """Return the outline for the performance model."""
         from axonn.models.gpt.gpt_outline import gpt_outline
 

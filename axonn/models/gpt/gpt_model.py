@@ -28,7 +28,7 @@ def _residual_dropout(config: GPTConfig, context: TensorContext, layer: str) -> 
     return Dropout(config.dropout, name=f"{layer}.dropout", context=context, cuts=((2, "row"),))
 
 
-class Embedding(nn.Module):
+class GPTEmbedding(nn.Module):
     """Token plus learned position embedding: [batch, seq] int64 -> [batch, seq, hidden / G_row]."""
 
     def __init__(self, config: GPTConfig, context: TensorContext, *, name: str) -> None:
@@ -42,7 +42,7 @@ class Embedding(nn.Module):
         return embedded if self.dropout is None else self.dropout(embedded)
 
 
-class Attention(nn.Module):
+class GPTAttention(nn.Module):
     """First half of a transformer layer: x + attention(norm(x)), causal and multi-head; [batch, seq, hidden / G_row].
 
     Each rank has heads / G_col of the heads, whole.
@@ -70,7 +70,7 @@ class Attention(nn.Module):
         return x + (projected if self.dropout is None else self.dropout(projected))
 
 
-class FeedForward(nn.Module):
+class GPTFeedForward(nn.Module):
     """Second half of a transformer layer: x + fc2(gelu(fc1(norm(x)))); [batch, seq, hidden / G_row]."""
 
     def __init__(self, config: GPTConfig, context: TensorContext, *, name: str) -> None:
@@ -85,7 +85,7 @@ class FeedForward(nn.Module):
         return x + (fed if self.dropout is None else self.dropout(fed))
 
 
-class Head(nn.Module):
+class GPTHead(nn.Module):
     """Final norm and language-model head: [batch, seq, hidden / G_row] -> [batch, seq, vocab / G_col]."""
 
     def __init__(self, config: GPTConfig, context: TensorContext) -> None:
@@ -107,13 +107,13 @@ class GPT:
     def __init__(self, config: GPTConfig) -> None:
         self.config = config
         c = config
-        chain = [Layer(name="embedding", build=partial(Embedding, c, name="embedding"), cost=c.cost("embedding"))]
+        chain = [Layer(name="embedding", build=partial(GPTEmbedding, c, name="embedding"), cost=c.cost("embedding"))]
         for i in range(c.layers):
-            halves = ("attention", Attention, c.cost("attention")), ("mlp", FeedForward, c.cost("mlp"))
+            halves = ("attention", GPTAttention, c.cost("attention")), ("mlp", GPTFeedForward, c.cost("mlp"))
             for kind, half, cost in halves:
                 name = f"{kind}{i}"
                 chain.append(Layer(name=name, build=partial(half, c, name=name), cost=cost, block=i))
-        chain.append(Layer(name="head", build=partial(Head, c), cost=c.cost("head")))
+        chain.append(Layer(name="head", build=partial(GPTHead, c), cost=c.cost("head")))
         self.layers: Sequence[Layer] = tuple(chain)
         self.ties: Sequence[tuple[str, str]] = (
             (("embedding.tokens.weight", "head.output.weight"),) if c.tied_head else ()

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from axonn.config.train_config import TrainConfig
     from axonn.data.images import ImageData
     from axonn.models.unet.unet_model import UNet
-    from axonn.perf.layers.model_outline import Outline
+    from axonn.perf.layers.model_outline import ModelOutline
 
 
 class UNetArchitecture(Architecture[UNetConfig]):
@@ -26,7 +26,7 @@ class UNetArchitecture(Architecture[UNetConfig]):
 
         return UNet(config)
 
-    def outline(self, config: UNetConfig) -> Outline:
+    def outline(self, config: UNetConfig) -> ModelOutline:
         """Return the outline for the performance model."""
         from axonn.models.unet.unet_outline import unet_outline
 

@@ -201,14 +201,14 @@ class _Chain:
         )
 
 
-class Work(NamedTuple):
+class LinkWork(NamedTuple):
     """Trainable parameters, and floating-point operations of the forward of one image."""
 
     parameters: int
     flops: int
 
 
-def work_of(config: UNetConfig, link: UNetLink) -> Work:
+def work_of(config: UNetConfig, link: UNetLink) -> LinkWork:
     """What one link holds and computes; what is left out is said at `UNetConfig.forward_flops`."""
     channels, size = link.output
     inputs, time = sum(link.inputs), config.time_width
@@ -221,7 +221,7 @@ def work_of(config: UNetConfig, link: UNetLink) -> Work:
             parts += [_convolution(inputs, channels, size, kernel=1)] if link.shortcut else []
         case "attention":
             pixels = size**2
-            products = Work(0, 4 * pixels**2 * channels)
+            products = LinkWork(0, 4 * pixels**2 * channels)
             parts = [_norm(channels), _linear(channels, 3 * channels, rows=pixels), products]
             parts += [_linear(channels, channels, rows=pixels)]
         case "down" | "up":
@@ -231,20 +231,20 @@ def work_of(config: UNetConfig, link: UNetLink) -> Work:
     return _sum(parts)
 
 
-def _sum(parts: Iterable[Work]) -> Work:
+def _sum(parts: Iterable[LinkWork]) -> LinkWork:
     parameters, flops = zip(*parts, strict=True)
-    return Work(sum(parameters), sum(flops))
+    return LinkWork(sum(parameters), sum(flops))
 
 
-def _convolution(inputs: int, outputs: int, size: int, *, kernel: int = 3) -> Work:
+def _convolution(inputs: int, outputs: int, size: int, *, kernel: int = 3) -> LinkWork:
     """To maps of `size` x `size` pixels."""
     weights = inputs * outputs * kernel**2
-    return Work(weights + outputs, 2 * weights * size**2)
+    return LinkWork(weights + outputs, 2 * weights * size**2)
 
 
-def _linear(inputs: int, outputs: int, *, rows: int = 1) -> Work:
-    return Work(inputs * outputs + outputs, 2 * rows * inputs * outputs)
+def _linear(inputs: int, outputs: int, *, rows: int = 1) -> LinkWork:
+    return LinkWork(inputs * outputs + outputs, 2 * rows * inputs * outputs)
 
 
-def _norm(channels: int) -> Work:
-    return Work(2 * channels, 0)
+def _norm(channels: int) -> LinkWork:
+    return LinkWork(2 * channels, 0)

@@ -63,7 +63,7 @@ def sinusoids(timesteps: torch.Tensor, width: int) -> torch.Tensor:
     return torch.cat([angles.sin(), angles.cos()], -1)
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """x + conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + time)))): a normal and a transposed convolution.
 
     x is concatenated with the last skip connection where the link `joins` one. Where it is not as wide as the output,
@@ -97,7 +97,7 @@ class Residual(nn.Module):
         return x + h, time, *kept
 
 
-class Attention(nn.Module):
+class UNetAttention(nn.Module):
     """x + attention(norm(x)) between all pixels of an image. Each rank has heads / G_col of the heads, whole."""
 
     def __init__(self, config: UNetConfig, link: UNetLink, context: TensorContext) -> None:
@@ -162,8 +162,8 @@ class Output(nn.Module):
 
 _MODULES: dict[LinkKind, Callable[[UNetConfig, UNetLink, TensorContext], nn.Module]] = {
     "input": Input,
-    "residual": Residual,
-    "attention": Attention,
+    "residual": ResidualBlock,
+    "attention": UNetAttention,
     "down": Down,
     "up": Up,
     "output": Output,

@@ -74,7 +74,7 @@ StreamKind = Literal[
 ]
 
 
-class Stream(NamedTuple):
+class MemoryBoundKernel(NamedTuple):
     """Kernels that compute little for what they move between memory and device.
 
     `elements`: of the tensor that they work on. Moved, read and written together: `moved` elements of the type that is
@@ -93,7 +93,7 @@ class Stream(NamedTuple):
         return element * self.moved + 4 * self.wide + self.mask
 
 
-class Attention(NamedTuple):
+class AttentionKernel(NamedTuple):
     """softmax(q k^T) v of `matrices` (sequences times heads) matrices [`rows`, `width`], or its gradients."""
 
     matrices: int
@@ -104,4 +104,4 @@ class Attention(NamedTuple):
     backward: bool = False
 
 
-Operation: TypeAlias = Product | Convolution | Stream | Attention
+Operation: TypeAlias = Product | Convolution | MemoryBoundKernel | AttentionKernel

@@ -33,7 +33,7 @@ class Exchange(NamedTuple):
     """Before or after the layer's computation; beside: the first of the products of the backward does not need it."""
 
 
-class Part(Hashable, Protocol):
+class LayerCost(Hashable, Protocol):
     """One layer. Equal ones do and need the same."""
 
     @property
@@ -85,7 +85,7 @@ class Saving:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(Saving):
+class LinearCost(Saving):
     """A linear layer whose output has `positions` places for each row, or a convolution, whose places are pixels.
 
     The output is summed along the axis of the input. Its gradient gives that of the input, a sum along the axis of the
@@ -143,7 +143,7 @@ class Linear(Saving):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Norm(Saving):
+class NormCost(Saving):
     """A norm over features cut along `axis`, at `positions` places of each row.
 
     Each rank's mean and sum of squares are gathered; the backward sums the two means that the gradient needs. Without
@@ -178,7 +178,7 @@ class Norm(Saving):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embedding(Saving):
+class EmbeddingCost(Saving):
     """A lookup among `entries`, cut along the first axis of `layout`; what other ranks hold is summed in.
 
     The gradient of its output is complete, and what it looks up has none. `spread`: axis along which the positions of
@@ -207,7 +207,7 @@ class Embedding(Saving):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrossEntropy(Saving):
+class CrossEntropyCost(Saving):
     """The loss over a vocabulary cut along `axis`: the largest logit, then sum of exponentials and target's logit.
 
     A rank knows all that its part of the gradient needs.
@@ -233,7 +233,7 @@ class CrossEntropy(Saving):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupNorm(Saving):
+class GroupNormCost(Saving):
     """A group norm whose channels are cut along `axis`, each of `segments` by itself.
 
     Only groups that lie on several ranks need others: their moments are gathered, and their two sums reduced.
@@ -277,7 +277,7 @@ class GroupNorm(Saving):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Redistribution:
+class RedistributionCost:
     """What is cut along `source` and repeated along `target` is laid out the other way round; its gradient goes back.
 
     Ranks along the source gather the whole, or sum what each has of the part that they all want; the second is less

@@ -12,19 +12,34 @@ from math import isqrt
 from typing import NamedTuple
 
 from axonn.grid import ProcessGrid
-from axonn.perf.layers.kernel_operations import Attention, Convolution, Operation, Product, Role, Stream, StreamKind
+from axonn.perf.layers.kernel_operations import (
+    AttentionKernel,
+    Convolution,
+    MemoryBoundKernel,
+    Operation,
+    Product,
+    Role,
+    StreamKind,
+)
 from axonn.perf.layers.layer_cost import (
-    CrossEntropy,
-    Embedding,
-    GroupNorm,
+    CrossEntropyCost,
+    EmbeddingCost,
+    GroupNormCost,
     Issued,
-    Linear,
-    Norm,
-    Part,
-    Redistribution,
+    LayerCost,
+    LinearCost,
+    NormCost,
+    RedistributionCost,
     TensorAxis,
 )
-from axonn.perf.layers.local_layers import Activation, AttentionCore, Dropout, Rearranged, Residual, WholeLoss
+from axonn.perf.layers.local_layers import (
+    ActivationCost,
+    AttentionCoreCost,
+    DropoutCost,
+    RearrangementCost,
+    ResidualCost,
+    WholeLossCost,
+)
 
 VOCABULARY_UNIT = 128
 """What the ranks cannot share evenly (a vocabulary) is padded to multiples of this, as Megatron-LM does."""
@@ -42,7 +57,7 @@ class Saved(NamedTuple):
         return element * self.elements + 4 * self.wide + self.mask
 
 
-class Work(NamedTuple):
+class LayerWork(NamedTuple):
     """One layer on one rank. `weight`: the part of the backward that only gives gradients of parameters."""
 
     forward: tuple[Operation, ...] = ()
@@ -52,50 +67,52 @@ class Work(NamedTuple):
 
 
 @lru_cache(maxsize=1 << 16)
-def work_of(part: Part, grid: ProcessGrid, rows: int) -> Work:
+def work_of(part: LayerCost, grid: ProcessGrid, rows: int) -> LayerWork:
     """What a rank of `grid` computes for `rows` rows of the batch."""
     match part:
-        case Linear():
+        case LinearCost():
             return _linear(part, grid, rows)
-        case AttentionCore():
+        case AttentionCoreCost():
             return _attention(part, grid, rows)
-        case Embedding():
+        case EmbeddingCost():
             return _embedding(part, grid, rows)
-        case Norm():
+        case NormCost():
             elements = part.places(grid, rows) * _share(grid, part.features, part.axis)
             return _norm("layer-norm", elements, trained=part.weight or part.bias)
-        case GroupNorm():
+        case GroupNormCost():
             elements = rows * part.positions * _share(grid, sum(part.segments), part.axis)
             return _norm("group-norm", elements, trained=part.affine)
-        case Activation():
+        case ActivationCost():
             elements = rows * part.positions * _share(grid, part.features, part.axis)
-            backward = Stream(_backward(part.kind), elements, 3 * elements)
-            return Work((Stream(part.kind, elements, 2 * elements),), (backward,), saved=Saved(elements))
-        case Residual():
+            backward = MemoryBoundKernel(_backward(part.kind), elements, 3 * elements)
+            return LayerWork(
+                (MemoryBoundKernel(part.kind, elements, 2 * elements),), (backward,), saved=Saved(elements)
+            )
+        case ResidualCost():
             return _residual(part.places(grid, rows) * _share(grid, part.features, part.axis), part.dropout)
-        case Dropout():
+        case DropoutCost():
             elements = part.places(grid, rows) * _share(grid, part.features, part.axis)
-            forward = Stream("dropout", elements, 2 * elements, mask=elements)
+            forward = MemoryBoundKernel("dropout", elements, 2 * elements, mask=elements)
             back = forward._replace(kind="dropout-backward")
-            return Work((forward,), (back,), saved=Saved(mask=elements))
-        case Rearranged():
+            return LayerWork((forward,), (back,), saved=Saved(mask=elements))
+        case RearrangementCost():
             elements = rows * part.positions * _share(grid, part.features, part.axis)
             moved = elements + rows * _share(grid, part.inputs, part.axis)
-            forward = Stream(part.kind, elements, moved)
-            return Work((forward,), (Stream(_backward(part.kind), elements, moved),))
-        case Redistribution():
+            forward = MemoryBoundKernel(part.kind, elements, moved)
+            return LayerWork((forward,), (MemoryBoundKernel(_backward(part.kind), elements, moved),))
+        case RedistributionCost():
             # Cut or copied into place on the way to the collective and from it.
             elements = rows * _share(grid, part.elements, part.source)
-            copied = () if grid.tensor == 1 else (Stream("transpose", elements, 4 * elements),)
-            return Work(copied, copied)
+            copied = () if grid.tensor == 1 else (MemoryBoundKernel("transpose", elements, 4 * elements),)
+            return LayerWork(copied, copied)
         case Issued():
-            return Work()
-        case CrossEntropy():
+            return LayerWork()
+        case CrossEntropyCost():
             return _cross_entropy(part, grid, rows)
-        case WholeLoss():
+        case WholeLossCost():
             elements = rows * part.elements
-            loss = Stream("cross-entropy", elements, 0, wide=3 * elements)
-            return Work((loss,), (loss,), saved=Saved(wide=elements))
+            loss = MemoryBoundKernel("cross-entropy", elements, 0, wide=3 * elements)
+            return LayerWork((loss,), (loss,), saved=Saved(wide=elements))
         case _:
             raise TypeError(f"{type(part).__name__} is no layer whose work is known")
 
@@ -111,7 +128,7 @@ def _share(grid: ProcessGrid, size: int, axis: TensorAxis | None) -> int:
     return VOCABULARY_UNIT * -(-(share + 1) // VOCABULARY_UNIT) if rest else share
 
 
-def _linear(part: Linear, grid: ProcessGrid, rows: int) -> Work:
+def _linear(part: LinearCost, grid: ProcessGrid, rows: int) -> LayerWork:
     inputs, outputs = _share(grid, part.inputs, part.layout[0]), _share(grid, part.outputs, part.layout[1])
     places = rows * part.positions
     read = rows * (part.input_positions or part.positions) * inputs
@@ -133,64 +150,64 @@ def _linear(part: Linear, grid: ProcessGrid, rows: int) -> Work:
     made = places * outputs
     forward = [product("forward")]
     parameters = outputs * inputs * part.kernel
-    weight = [product("weight"), Stream("accumulate", parameters, 3 * parameters)]
+    weight = [product("weight"), MemoryBoundKernel("accumulate", parameters, 3 * parameters)]
     if part.bias:
         if not part.fused_bias:
-            forward.append(Stream("bias", made, 2 * made))
-        weight.append(Stream("bias-backward", made, made))
+            forward.append(MemoryBoundKernel("bias", made, 2 * made))
+        weight.append(MemoryBoundKernel("bias-backward", made, made))
     backward = [product("input")] if part.input_gradient else []
-    return Work(tuple(forward), tuple(backward), tuple(weight), Saved(kept))
+    return LayerWork(tuple(forward), tuple(backward), tuple(weight), Saved(kept))
 
 
-def _attention(part: AttentionCore, grid: ProcessGrid, rows: int) -> Work:
+def _attention(part: AttentionCoreCost, grid: ProcessGrid, rows: int) -> LayerWork:
     heads = max(1, part.heads // grid.col)
     matrices = rows * heads
     elements = matrices * part.positions * part.width
     scores = matrices * part.positions**2
 
     def operation(backward: bool) -> Operation:
-        return Attention(matrices, part.positions, part.width, part.causal, part.dropout, backward)
+        return AttentionKernel(matrices, part.positions, part.width, part.causal, part.dropout, backward)
 
     # Heads go back into rows; backward, and gradients of q, k and v into one tensor.
-    forward = (operation(False), Stream("transpose", elements, 2 * elements))
-    backward = (operation(True), Stream("transpose", 4 * elements, 8 * elements))
+    forward = (operation(False), MemoryBoundKernel("transpose", elements, 2 * elements))
+    backward = (operation(True), MemoryBoundKernel("transpose", 4 * elements, 8 * elements))
     # Probabilities, and with dropout what is left of them and the mask; q, k and v are a view of what they came from.
     saved = Saved(scores + (scores if part.dropout else 0) + 3 * elements, mask=scores if part.dropout else 0)
-    return Work(forward, backward, saved=saved)
+    return LayerWork(forward, backward, saved=saved)
 
 
-def _embedding(part: Embedding, grid: ProcessGrid, rows: int) -> Work:
+def _embedding(part: EmbeddingCost, grid: ProcessGrid, rows: int) -> LayerWork:
     entries, features = _share(grid, part.entries, part.layout[0]), _share(grid, part.features, part.layout[1])
     elements = rows * part.positions * features
     table = entries * features
-    forward = Stream("embedding", elements, 3 * elements)
+    forward = MemoryBoundKernel("embedding", elements, 3 * elements)
     # The table's gradient is cleared, rows are added to it, and it is accumulated like any weight's.
-    gradient = Stream("embedding-backward", elements, 3 * elements + table, kernels=2)
-    accumulate = Stream("accumulate", table, 3 * table)
-    return Work((forward,), (), (gradient, accumulate), Saved())
+    gradient = MemoryBoundKernel("embedding-backward", elements, 3 * elements + table, kernels=2)
+    accumulate = MemoryBoundKernel("accumulate", table, 3 * table)
+    return LayerWork((forward,), (), (gradient, accumulate), Saved())
 
 
-def _norm(kind: StreamKind, elements: int, *, trained: bool) -> Work:
-    forward = Stream(kind, elements, 2 * elements)
+def _norm(kind: StreamKind, elements: int, *, trained: bool) -> LayerWork:
+    forward = MemoryBoundKernel(kind, elements, 2 * elements)
     # Gradient and input in, gradient out; once more for the gradients of scale and shift.
     moved, kernels = (5, 2) if trained else (3, 1)
-    backward = Stream(_backward(kind), elements, moved * elements, kernels=kernels)
-    return Work((forward,), (backward,), saved=Saved(elements))
+    backward = MemoryBoundKernel(_backward(kind), elements, moved * elements, kernels=kernels)
+    return LayerWork((forward,), (backward,), saved=Saved(elements))
 
 
-def _residual(elements: int, dropout: bool) -> Work:
+def _residual(elements: int, dropout: bool) -> LayerWork:
     mask = elements if dropout else 0
-    forward = Stream("residual", elements, 3 * elements, mask=mask)
-    back = [Stream("residual-backward", elements, 3 * elements)]
+    forward = MemoryBoundKernel("residual", elements, 3 * elements, mask=mask)
+    back = [MemoryBoundKernel("residual-backward", elements, 3 * elements)]
     if dropout:
-        back.append(Stream("dropout-backward", elements, 2 * elements, mask=mask))
-    return Work((forward,), tuple(back), saved=Saved(mask=mask))
+        back.append(MemoryBoundKernel("dropout-backward", elements, 2 * elements, mask=mask))
+    return LayerWork((forward,), tuple(back), saved=Saved(mask=mask))
 
 
-def _cross_entropy(part: CrossEntropy, grid: ProcessGrid, rows: int) -> Work:
+def _cross_entropy(part: CrossEntropyCost, grid: ProcessGrid, rows: int) -> LayerWork:
     """In single precision: to it (read, write), largest, minus it and exponential (read, write), sum; back, softmax and
     its gradient (read and write each), to the compute type (read, write)."""
     logits = rows * part.positions * _share(grid, part.entries, part.axis)
-    forward = Stream("cross-entropy", logits, logits, wide=5 * logits, kernels=4)
-    backward = Stream("cross-entropy-backward", logits, logits, wide=5 * logits, kernels=3)
-    return Work((forward,), (backward,), saved=Saved(logits, wide=logits))
+    forward = MemoryBoundKernel("cross-entropy", logits, logits, wide=5 * logits, kernels=4)
+    backward = MemoryBoundKernel("cross-entropy-backward", logits, logits, wide=5 * logits, kernels=3)
+    return LayerWork((forward,), (backward,), saved=Saved(logits, wide=logits))

@@ -24,7 +24,7 @@ class _Local:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionCore(_Local, Saving):
+class AttentionCoreCost(_Local, Saving):
     """softmax(q k^T) v of `heads` heads, which are cut along col, over `positions` places; `width`: of one head."""
 
     positions: int
@@ -35,7 +35,7 @@ class AttentionCore(_Local, Saving):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Activation(_Local, Saving):
+class ActivationCost(_Local, Saving):
     """A nonlinearity at `positions` places of each row, its `features` cut along `axis`."""
 
     kind: Literal["gelu", "silu"]
@@ -45,7 +45,7 @@ class Activation(_Local, Saving):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Residual(_Local):
+class ResidualCost(_Local):
     """What a branch hands on, after dropout if there is any, is added to what went around it."""
 
     positions: int
@@ -65,7 +65,7 @@ class Residual(_Local):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dropout(_Local, Saving):
+class DropoutCost(_Local, Saving):
     """Dropout by itself. `spread`: axis along which the positions are cut."""
 
     positions: int
@@ -79,7 +79,7 @@ class Dropout(_Local, Saving):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rearranged(_Local):
+class RearrangementCost(_Local):
     """Values copied to other places: maps enlarged, or several tensors joined into one. `inputs`: elements read."""
 
     kind: Literal["upsample", "concatenate"]
@@ -94,7 +94,7 @@ class Rearranged(_Local):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WholeLoss(_Local, Saving):
+class WholeLossCost(_Local, Saving):
     """A loss of an output that is whole on every rank, with `elements` for each row."""
 
     elements: int = 0

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
-from axonn.perf.layers.layer_cost import Embedding, Linear, Norm, Part
-from axonn.perf.layers.local_layers import Activation, AttentionCore, Dropout, Residual
+from axonn.perf.layers.layer_cost import EmbeddingCost, LayerCost, LinearCost, NormCost
+from axonn.perf.layers.local_layers import ActivationCost, AttentionCoreCost, DropoutCost, ResidualCost
 
 
 @dataclass(frozen=True, kw_only=True)
-class Link:
+class OutlineLink:
     """A link of the chain that inter-layer parallelism cuts: its layers by name, in the order in which they run.
 
     `block`: number of the block that it is part of, which activation checkpointing recomputes; None outside of blocks.
@@ -21,7 +21,7 @@ class Link:
     """
 
     name: str
-    parts: Mapping[str, Part]
+    parts: Mapping[str, LayerCost]
     block: int | None = None
     handed_on: int = 0
     cost: float = 0.0
@@ -40,14 +40,14 @@ class Link:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outline:
+class ModelOutline:
     """A model: its chain, its loss, and the pairs of full names that are one parameter.
 
     `flops`, `flops_recomputing`: of training on one row, without and with activation checkpointing.
     """
 
-    links: Sequence[Link]
-    loss: Part
+    links: Sequence[OutlineLink]
+    loss: LayerCost
     ties: Sequence[tuple[str, str]] = field(default=())
     name: str = "model"
     flops: float = 0.0
@@ -65,7 +65,7 @@ class Outline:
         return found
 
 
-def with_sequence_parallelism(outline: Outline) -> Outline:
+def with_sequence_parallelism(outline: ModelOutline) -> ModelOutline:
     """The same model with the positions of the residual stream cut along col, where its features are repeated.
 
     Korthikanti et al., arXiv 2205.05198, section 4.2.2. Raises `ConfigError` for layers that mix positions.
@@ -76,17 +76,17 @@ def with_sequence_parallelism(outline: Outline) -> Outline:
     return replace(outline, links=links)
 
 
-def _spread(part: Part, model: str) -> Part:
+def _spread(part: LayerCost, model: str) -> LayerCost:
     match part:
-        case Linear(kernel=1, layout=("row", "col")):
+        case LinearCost(kernel=1, layout=("row", "col")):
             return replace(part, spread="input")
-        case Linear(kernel=1, layout=("col", "row")):
+        case LinearCost(kernel=1, layout=("col", "row")):
             return replace(part, spread="output")
-        case Norm() | Residual() | Dropout():
+        case NormCost() | ResidualCost() | DropoutCost():
             return replace(part, spread="col") if part.axis == "row" else part
-        case Embedding():
+        case EmbeddingCost():
             return replace(part, spread="col") if part.layout[0] == "col" else part
-        case AttentionCore() | Activation():
+        case AttentionCoreCost() | ActivationCost():
             return part
         case _:
             raise ConfigError(

@@ -29,7 +29,7 @@ from axonn.errors import DataError
 from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.registry import outline_of
-from axonn.perf.layers.kernel_operations import Operation, Product, Stream
+from axonn.perf.layers.kernel_operations import MemoryBoundKernel, Operation, Product
 from axonn.perf.layers.layer_work import work_of
 from axonn.perf.machine.kernel_times import Kernels
 from axonn.perf.machine.machine_file import GpuSpec, load_machine
@@ -247,7 +247,7 @@ def row_operations(row: dict[str, str]) -> Iterator[Operation]:
             work = work_of(layer, ProcessGrid(), int(row["batch"]))
             backward = () if part == "forward" else (*work.backward, *work.weight)
             for operation in (*work.forward, *backward):
-                if not (isinstance(operation, Stream) and operation.kind == "accumulate"):
+                if not (isinstance(operation, MemoryBoundKernel) and operation.kind == "accumulate"):
                     yield operation
 
 

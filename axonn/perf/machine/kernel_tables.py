@@ -17,10 +17,18 @@ from pydantic import Field
 
 from axonn.config.loading import StrictModel
 from axonn.config.train_config import FloatType
-from axonn.perf.layers.kernel_operations import Attention, Convolution, Operation, Product, Role, Stream, StreamKind
+from axonn.perf.layers.kernel_operations import (
+    AttentionKernel,
+    Convolution,
+    MemoryBoundKernel,
+    Operation,
+    Product,
+    Role,
+    StreamKind,
+)
 
 
-class Table(StrictModel):
+class KernelTable(StrictModel):
     """Microseconds by sizes: `us` has one for each point of the grid, the last axis varying fastest."""
 
     axes: ClassVar[tuple[str, ...]]
@@ -75,7 +83,7 @@ def _place(size: float, grid: Sequence[int]) -> tuple[int, float]:
     return low, log(size / grid[low]) / log(grid[low + 1] / grid[low])
 
 
-class ProductTable(Table):
+class ProductTable(KernelTable):
     """Products of [m, k] and [k, n]: one role of those of a linear layer."""
 
     axes = ("m", "n", "k")
@@ -85,7 +93,7 @@ class ProductTable(Table):
     k: list[int]
 
 
-class ConvolutionTable(Table):
+class ConvolutionTable(KernelTable):
     """Convolutions of stride 1 that keep the size, one role; those of another stride have the same rate.
 
     `size`: pixels of a side; `kernel`: weights of a side.
@@ -100,7 +108,7 @@ class ConvolutionTable(Table):
     kernel: list[int]
 
 
-class AttentionTable(Table):
+class AttentionTable(KernelTable):
     """Fused attention without dropout: `matrices` of [rows, width]."""
 
     axes = ("matrices", "rows", "width")
@@ -110,7 +118,7 @@ class AttentionTable(Table):
     width: list[int]
 
 
-class StreamTable(Table):
+class StreamTable(KernelTable):
     """Kernels of one kind, by the elements of the tensor that they work on."""
 
     axes = ("elements",)
@@ -162,14 +170,14 @@ class MeasuredKernels(StrictModel):
             case Convolution() if self.convolutions:
                 c = operation
                 return self.convolutions[c.role].at(c.images, c.inputs, c.outputs, c.size, c.kernel)
-            case Attention(matrices, rows, width, causal, False, backward):
+            case AttentionKernel(matrices, rows, width, causal, False, backward):
                 way: AttentionWay = "backward" if backward else "forward"
                 if causal:
                     way = "causal-backward" if backward else "causal-forward"
                 return self.attention[way].at(matrices, rows, width) if way in self.attention else None
-            case Stream("bias"):
+            case MemoryBoundKernel("bias"):
                 return 0.0
-            case Stream(kind, elements) if kind in self.streams:
+            case MemoryBoundKernel(kind, elements) if kind in self.streams:
                 return self.streams[kind].at(elements)
             case _:
                 return None

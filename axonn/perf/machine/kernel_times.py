@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from math import ceil
 
 from axonn.errors import ConfigError
-from axonn.perf.layers.kernel_operations import Attention, Convolution, Operation, Product, Stream
+from axonn.perf.layers.kernel_operations import AttentionKernel, Convolution, MemoryBoundKernel, Operation, Product
 from axonn.perf.machine.machine_file import GpuSpec
 
 HALF = 2
@@ -85,15 +85,15 @@ class Kernels:
         """(matrix products, all else) of an operation that has the device to itself."""
         measured = self.measured(operation)
         if measured is not None:
-            return (0.0, measured) if isinstance(operation, Stream) else (measured, 0.0)
+            return (0.0, measured) if isinstance(operation, MemoryBoundKernel) else (measured, 0.0)
         match operation:
             case Product(m, n, k, batch):
                 return self._product(m, n, k, batch=batch), 0.0
             case Convolution():
                 return self._convolution(operation), 0.0
-            case Attention():
+            case AttentionKernel():
                 return self._attention(operation)
-            case Stream():
+            case MemoryBoundKernel():
                 nbytes = operation.bytes(self.element)
                 return 0.0, stream_time(self.gpu, nbytes, kernels=operation.kernels)
 
@@ -101,14 +101,14 @@ class Kernels:
         """Of an operation that has the device to itself, from the machine file's tables; None where it has none."""
         return None if self.tables is None else self.tables.seconds(operation)
 
-    def _attention(self, attention: Attention) -> tuple[float, float]:
+    def _attention(self, attention: AttentionKernel) -> tuple[float, float]:
         """Two batched products with the scores in memory between them: scale, mask and softmax, then dropout."""
         matrices, s, width, _, dropout, backward = attention
         products = self._product(s, s, width, batch=matrices) + self._product(s, width, s, batch=matrices)
         scores = matrices * s * s
-        streams = [Stream("softmax", scores, (3 if backward else 2) * scores)]
+        streams = [MemoryBoundKernel("softmax", scores, (3 if backward else 2) * scores)]
         if dropout:
-            streams.append(Stream("dropout", scores, 2 * scores, mask=scores))
+            streams.append(MemoryBoundKernel("dropout", scores, 2 * scores, mask=scores))
         seconds = sum(self.alone(stream)[1] for stream in streams)
         return (2 * products if backward else products), seconds
 
@@ -135,8 +135,8 @@ class Kernels:
         match operation:
             case Product(role=role) | Convolution(role=role):
                 forward = role == "forward"
-            case Attention(backward=backward):
+            case AttentionKernel(backward=backward):
                 forward = not backward
-            case Stream(kind):
+            case MemoryBoundKernel(kind):
                 forward = not kind.endswith("-backward")
         return (host.forward if forward else host.backward).si

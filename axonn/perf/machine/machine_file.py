@@ -60,7 +60,7 @@ class InLayer(StrictModel):
     fit: FitReport | Origin
 
 
-class Segment(StrictModel):
+class MessageSegment(StrictModel):
     """`latency + bytes / bandwidth` for messages of at least `min_bytes` and at most `max_bytes`."""
 
     min_bytes: float = Field(ge=0)
@@ -72,7 +72,7 @@ class Segment(StrictModel):
 class Curve(StrictModel):
     """Time of a message by its size. Between two segments the time is interpolated; the last one has no upper end."""
 
-    segments: list[Segment] = Field(min_length=1)
+    segments: list[MessageSegment] = Field(min_length=1)
     fit: FitReport | Origin
 
     def model_post_init(self, context: Any) -> None:
@@ -112,7 +112,7 @@ class Curve(StrictModel):
         return self.segments[-1].gb_per_s * 1e9
 
 
-def _evaluate(segment: Segment, nbytes: float) -> tuple[float, float]:
+def _evaluate(segment: MessageSegment, nbytes: float) -> tuple[float, float]:
     return segment.latency_us * 1e-6, nbytes / (segment.gb_per_s * 1e9)
 
 

@@ -176,14 +176,14 @@ def message_time(
 
 
 @dataclass(frozen=True)
-class Edge:
+class StageEdge:
     """The messages between two stages: the worst pair of ranks."""
 
     same_node: bool
     flows: int
 
 
-def edge(grid: ProcessGrid, stage: int, other: int | None = None) -> Edge:
+def edge(grid: ProcessGrid, stage: int, other: int | None = None) -> StageEdge:
     """How the ranks of `stage` reach those of `other` (default `stage + 1`), every replica sending at once."""
     other = stage + 1 if other is None else other
     leaving: dict[int, int] = {}
@@ -193,4 +193,4 @@ def edge(grid: ProcessGrid, stage: int, other: int | None = None) -> Edge:
         if grid.node(peer) != grid.node(rank):
             node = grid.node(rank)
             leaving[node] = leaving.get(node, 0) + 1
-    return Edge(same_node=not leaving, flows=max(leaving.values(), default=1))
+    return StageEdge(same_node=not leaving, flows=max(leaving.values(), default=1))

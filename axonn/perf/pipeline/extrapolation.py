@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from axonn.perf.layers.model_outline import Outline
+from axonn.perf.layers.model_outline import ModelOutline
 from axonn.perf.machine.machine_file import MachineFile
 from axonn.perf.pipeline.simulator import Simulation
 from axonn.perf.prediction import simulate_pipeline
@@ -17,7 +17,7 @@ from axonn.perf.timing.stage_times import StageTimes
 
 
 def pipeline_seconds(
-    outline: Outline,
+    outline: ModelOutline,
     machine: MachineFile,
     strategy: Strategy,
     *,

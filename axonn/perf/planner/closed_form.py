@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from axonn.config.train_config import FloatType, GridConfig, PrecisionConfig, ScheduleConfig, TrainConfig
 from axonn.grid import AXES, Axis, ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
-from axonn.perf.layers.model_outline import Outline
+from axonn.perf.layers.model_outline import ModelOutline
 from axonn.perf.machine.machine_file import MachineFile
-from axonn.perf.machine.network import Edge, GroupPlacement, edge, message_time, place
+from axonn.perf.machine.network import GroupPlacement, StageEdge, edge, message_time, place
 from axonn.perf.planner.engine_strategy import strategy_of_config
 from axonn.perf.prediction import message_bytes
 from axonn.perf.strategy import OptimizerPlacement, Strategy
@@ -116,7 +116,7 @@ class ClosedForm:
 
     def __init__(
         self,
-        outline: Callable[[int, int], Outline],
+        outline: Callable[[int, int], ModelOutline],
         machine: MachineFile,
         *,
         batch_size: int,
@@ -138,7 +138,7 @@ class ClosedForm:
         self._tables: dict[object, _Table] = {}
         self._stages: dict[object, Stages] = {}
         self._places: dict[object, tuple[GroupPlacement, ...]] = {}
-        self._edges: dict[Extents, Edge] = {}
+        self._edges: dict[Extents, StageEdge] = {}
         self._messages: dict[object, float] = {}
         self._steps: dict[object, float] = {}
 

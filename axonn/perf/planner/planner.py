@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from axonn.errors import AxonnError, ConfigError
-from axonn.perf.layers.model_outline import Outline
+from axonn.perf.layers.model_outline import ModelOutline
 from axonn.perf.machine.machine_file import MachineFile
 from axonn.perf.pipeline.extrapolation import pipeline_seconds
 from axonn.perf.planner.closed_form import Candidate, ClosedForm, Estimate, Extents, Shape
@@ -42,7 +42,7 @@ class Plannable:
     """
 
     name: str
-    outline: Callable[[int, int], Outline]
+    outline: Callable[[int, int], ModelOutline]
     stages: bool = True
 
 
@@ -67,7 +67,7 @@ class Discarded:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class PlannedStrategy:
     """A configuration with its prediction."""
 
     strategy: Strategy
@@ -80,10 +80,10 @@ class Choice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class StrategyPlan:
     """The best configurations, fastest first. `estimated`, `simulated`: how many were."""
 
-    best: list[Choice]
+    best: list[PlannedStrategy]
     estimated: int
     estimating_s: float
     simulated: int
@@ -97,7 +97,7 @@ def plan(
     *,
     shown: int = SHOWN,
     on_progress: OnProgress = lambda what, done, total: None,
-) -> Plan:
+) -> StrategyPlan:
     """The `shown` best configurations of `space`.
 
     Raises `ConfigError` when the machine has fewer GPUs or no configuration is possible, and `DoesNotFit` when none
@@ -112,7 +112,7 @@ def plan(
         raise search.nothing()
     ranked = search.simulated(_chosen(found))
     ranked = search.refined(ranked)
-    return Plan(
+    return StrategyPlan(
         best=search.predicted(ranked, shown),
         estimated=search.estimated,
         estimating_s=seconds,
@@ -252,7 +252,7 @@ class _Search:
         fitting = [c for c in tried if self.closed.needs(c, stages) <= capacity]
         return min(fitting, key=lambda c: self.closed.step_seconds(c, stages), default=candidate)
 
-    def predicted(self, ranked: list[tuple[float, Candidate]], shown: int) -> list[Choice]:
+    def predicted(self, ranked: list[tuple[float, Candidate]], shown: int) -> list[PlannedStrategy]:
         """In full."""
         found = []
         for done, (_, candidate) in enumerate(ranked[:shown]):
@@ -260,7 +260,7 @@ class _Search:
             strategy = self.closed.strategy(candidate)
             outline = self.model.outline(strategy.grid.row, strategy.grid.col)
             prediction = predict(outline, self.machine, strategy, batch_size=self.space.batch_size)
-            found.append(Choice(strategy=strategy, prediction=prediction))
+            found.append(PlannedStrategy(strategy=strategy, prediction=prediction))
         self.on_progress("predicting", shown, shown)
         return sorted(found, key=lambda choice: choice.seconds)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 from axonn.config.train_config import OptimizerConfig, PrecisionConfig
-from axonn.perf.layers.model_outline import Outline
+from axonn.perf.layers.model_outline import ModelOutline
 from axonn.perf.strategy import Strategy
 from axonn.perf.timing.communication import BYTES, Training
 
 
-def bytes_by_axis(outline: Outline, strategy: Strategy, *, batch_size: int) -> dict[str, int]:
+def bytes_by_axis(outline: ModelOutline, strategy: Strategy, *, batch_size: int) -> dict[str, int]:
     """By axis of the grid, of the rank that sends most along it (`axonn.observability.records.Record.bytes_per_batch`).
 
     `axonn.perf.timing.communication` without what only our engine sends; messages whose parts the ranks of col send each count

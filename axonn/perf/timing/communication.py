@@ -14,8 +14,8 @@ from typing import NamedTuple
 from axonn.config.train_config import OptimizerConfig, PrecisionConfig
 from axonn.errors import ConfigError
 from axonn.grid import AXES, Axis, ProcessGrid
-from axonn.perf.layers.layer_cost import Exchange, Kind, Part
-from axonn.perf.layers.model_outline import Outline
+from axonn.perf.layers.layer_cost import Exchange, Kind, LayerCost
+from axonn.perf.layers.model_outline import ModelOutline
 from axonn.schedules import ChunkLayout, Direction
 
 BYTES = {"float64": 8, "int64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -68,19 +68,19 @@ class Volume(NamedTuple):
     bytes: float
 
 
-def recomputed(outline: Outline, span: range, together: int) -> list[Part]:
+def recomputed(outline: ModelOutline, span: range, together: int) -> list[LayerCost]:
     """The layers of a chunk, the links `span`, whose forward runs again when `together` blocks are checkpointed."""
     return [part for _, part in recomputed_links(outline, span, together)]
 
 
-def recomputed_links(outline: Outline, span: range, together: int) -> list[tuple[int, Part]]:
+def recomputed_links(outline: ModelOutline, span: range, together: int) -> list[tuple[int, LayerCost]]:
     """As `recomputed`, each with the number of its link.
 
     The recomputation of several blocks ends as soon as it has all that their backward needs. So what follows the last
     layer that saves anything is left out. That layer saves its input once its output is complete: its own collective is
     issued again, though nobody needs the output.
     """
-    found: list[tuple[int, Part]] = []
+    found: list[tuple[int, LayerCost]] = []
     blocks = sorted({b for i in span if (b := outline.links[i].block) is not None})
     for first in range(0, len(blocks), together):
         links = [i for i in span if outline.links[i].block in blocks[first : first + together]]
@@ -100,7 +100,7 @@ class Training:
     the sizes do not fit each other.
     """
 
-    outline: Outline
+    outline: ModelOutline
     grid: ProcessGrid
     batch_size: int
     microbatch_size: int
@@ -215,7 +215,7 @@ class Training:
                 for part in self._recomputed(span):
                     yield from part.forward(self.grid, rows)
 
-    def _recomputed(self, span: range) -> list[Part]:
+    def _recomputed(self, span: range) -> list[LayerCost]:
         """The layers of a chunk whose forward runs again."""
         return [] if self.recompute is None else recomputed(self.outline, span, self.recompute)
 

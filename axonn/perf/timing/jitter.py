@@ -37,7 +37,7 @@ class Jitter:
 
 
 @dataclass(frozen=True)
-class Spread:
+class JitterSpread:
     """Predicted batch times under jitter, in seconds, one for each repeat."""
 
     batch_times_s: tuple[float, ...]

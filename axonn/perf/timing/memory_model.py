@@ -8,16 +8,16 @@ from typing import NamedTuple
 
 from axonn.config.train_config import FloatType
 from axonn.errors import AxonnError
-from axonn.perf.layers.kernel_operations import Attention
-from axonn.perf.layers.layer_work import Work, work_of
-from axonn.perf.layers.model_outline import Outline
+from axonn.perf.layers.kernel_operations import AttentionKernel
+from axonn.perf.layers.layer_work import LayerWork, work_of
+from axonn.perf.layers.model_outline import ModelOutline
 from axonn.perf.machine.kernel_times import SINGLE
 from axonn.perf.machine.machine_file import MachineFile
 from axonn.perf.strategy import Strategy
 from axonn.perf.timing.communication import BYTES
 
 
-class StateBytes(NamedTuple):
+class OptimizerBytes(NamedTuple):
     """Bytes per parameter of AdamW. `kept`: weight and gradient in the type that is computed in; `optimizer`: the rest
     of the step; `streamed`: what of it the offloaded optimizer has in host memory."""
 
@@ -26,11 +26,11 @@ class StateBytes(NamedTuple):
     streamed: int
 
 
-def state_bytes(compute: FloatType) -> StateBytes:
+def state_bytes(compute: FloatType) -> OptimizerBytes:
     """Half precision: 2 + 2, and 4 + 8 + 4 of single-precision weight, moments and gradient (Singh & Bhatele, IPDPS
     2022, section V-B: 20 together). Other types: the weights are the masters, and only the moments are beside them."""
     element = BYTES[compute]
-    return StateBytes(4, 16, 12) if element == 2 else StateBytes(2 * element, 2 * element, 2 * element)
+    return OptimizerBytes(4, 16, 12) if element == 2 else OptimizerBytes(2 * element, 2 * element, 2 * element)
 
 
 class DoesNotFit(AxonnError):
@@ -62,7 +62,7 @@ def host_bytes(phi: int, machine: MachineFile, compute: FloatType) -> int:
     return state_bytes(compute).streamed * phi * machine.node.gpus.number
 
 
-def stage_parameters(outline: Outline, strategy: Strategy) -> list[int]:
+def stage_parameters(outline: ModelOutline, strategy: Strategy) -> list[int]:
     """Parameters of a rank of each stage. A tied one counts on every stage that holds a copy, once on each."""
     grid = strategy.logical_grid
     return [sum(outline.parameters(spans, grid).values()) for spans in strategy.spans_of_stages(outline)]
@@ -128,7 +128,7 @@ class RankBytes(NamedTuple):
         return self.model_state + self.checkpoints + self.working
 
 
-def rank_bytes(outline: Outline, strategy: Strategy, *, stage: int, held: int) -> RankBytes:
+def rank_bytes(outline: ModelOutline, strategy: Strategy, *, stage: int, held: int) -> RankBytes:
     """Bytes of one rank of `stage` while it holds `held` pairs of a chunk and a microbatch, taken to be spread evenly
     over its chunks."""
     grid = strategy.logical_grid
@@ -157,7 +157,7 @@ def rank_bytes(outline: Outline, strategy: Strategy, *, stage: int, held: int) -
     return RankBytes(state, -(-held * kept // len(spans)), working, streamed)
 
 
-def stage_memory(outline: Outline, machine: MachineFile, strategy: Strategy, *, stage: int, held: int) -> Memory:
+def stage_memory(outline: ModelOutline, machine: MachineFile, strategy: Strategy, *, stage: int, held: int) -> Memory:
     """Memory of one rank of `stage` of a machine; `held` as of `rank_bytes`."""
     rank = rank_bytes(outline, strategy, stage=stage, held=held)
     return Memory(
@@ -181,7 +181,7 @@ class LinkBytes(NamedTuple):
     handed_on: int
 
 
-def link_bytes(outline: Outline, strategy: Strategy) -> list[LinkBytes]:
+def link_bytes(outline: ModelOutline, strategy: Strategy) -> list[LinkBytes]:
     """Of every link, for a microbatch.
 
     For a transformer layer in half precision `s b h (10 + 24 / t + 5 a s / (h t))` (Korthikanti et al., arXiv
@@ -202,9 +202,9 @@ def link_bytes(outline: Outline, strategy: Strategy) -> list[LinkBytes]:
     return found
 
 
-def _scores(work: Work, element: int) -> int:
+def _scores(work: LayerWork, element: int) -> int:
     """Bytes of an attention's scores: all that it saves but queries, keys and values."""
-    inputs = (3 * o.matrices * o.rows * o.width for o in work.forward if isinstance(o, Attention))
+    inputs = (3 * o.matrices * o.rows * o.width for o in work.forward if isinstance(o, AttentionKernel))
     return sum(work.saved.bytes(element) - element * of_attention for of_attention in inputs)
 
 
@@ -237,7 +237,7 @@ def activation_bytes(
     return kept, working
 
 
-def loss_bytes(outline: Outline, strategy: Strategy) -> int:
+def loss_bytes(outline: ModelOutline, strategy: Strategy) -> int:
     """What the loss of a microbatch saves, and its gradient in single precision."""
     loss = work_of(outline.loss, strategy.logical_grid, strategy.microbatch_size).saved
     element = BYTES[strategy.compute]

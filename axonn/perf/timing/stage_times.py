@@ -6,17 +6,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from axonn.grid import Axis
-from axonn.perf.layers.kernel_operations import Operation, Stream
-from axonn.perf.layers.layer_cost import Exchange, Part
+from axonn.perf.layers.kernel_operations import MemoryBoundKernel, Operation
+from axonn.perf.layers.layer_cost import Exchange, LayerCost
 from axonn.perf.layers.layer_work import work_of
-from axonn.perf.layers.local_layers import AttentionCore
-from axonn.perf.layers.model_outline import Outline
+from axonn.perf.layers.local_layers import AttentionCoreCost
+from axonn.perf.layers.model_outline import ModelOutline
 from axonn.perf.machine.kernel_times import Kernels
 from axonn.perf.machine.machine_file import MachineFile
 from axonn.perf.machine.network import GroupPlacement, all_reduce_time, place
 from axonn.perf.strategy import Strategy
 from axonn.perf.timing.communication import BYTES, recomputed_links
-from axonn.perf.timing.task_times import Segment, TaskTime, joined, task_time
+from axonn.perf.timing.task_times import TaskSegment, TaskTime, joined, task_time
 from axonn.schedules import Kind
 
 
@@ -92,7 +92,7 @@ class StageTimes:
         return sum(c.reduce_backward for c in self.chunks)
 
 
-def stage_times(outline: Outline, machine: MachineFile, strategy: Strategy) -> list[StageTimes]:
+def stage_times(outline: ModelOutline, machine: MachineFile, strategy: Strategy) -> list[StageTimes]:
     """Of every stage. Raises `ConfigError` when there are more chunks than layers."""
     model = _Times(strategy.laid_out(outline), machine, strategy)
     return [
@@ -101,7 +101,7 @@ def stage_times(outline: Outline, machine: MachineFile, strategy: Strategy) -> l
     ]
 
 
-def link_times(outline: Outline, machine: MachineFile, strategy: Strategy) -> tuple[list[ChunkTimes], ChunkTimes]:
+def link_times(outline: ModelOutline, machine: MachineFile, strategy: Strategy) -> tuple[list[ChunkTimes], ChunkTimes]:
     """(every link, the loss) on the first stage, without recomputation and without gathering messages.
 
     What a link adds to the one before it, since its lanes compute under that one's collectives.
@@ -135,24 +135,24 @@ def kernels_of(machine: MachineFile, strategy: Strategy) -> Kernels:
     return Kernels(machine.gpu, element=BYTES[strategy.compute], busy=busy)
 
 
-_Placed = tuple[int, Part]
+_Placed = tuple[int, LayerCost]
 """A layer with the number of its link."""
 
 
 class _Times:
     """Times of chunks, those of equal chunks computed once."""
 
-    def __init__(self, outline: Outline, machine: MachineFile, strategy: Strategy) -> None:
+    def __init__(self, outline: ModelOutline, machine: MachineFile, strategy: Strategy) -> None:
         self.outline, self.machine, self.strategy = outline, machine, strategy
         self.grid = strategy.process_grid(machine)
         self.kernels = kernels_of(machine, strategy)
         host = machine.gpu.host
-        self.start = [] if host is None else [Segment(host.task.si)]
+        self.start = [] if host is None else [TaskSegment(host.task.si)]
         self.layout = strategy.schedule.spec().layout(self.grid.inter)
         share, rest = divmod(strategy.microbatch_size, strategy.overdecomposition)
         self.rows = [share + (lane < rest) for lane in range(strategy.overdecomposition)]
         self._found: dict[object, ChunkTimes] = {}
-        self._parts: dict[object, list[Segment]] = {}
+        self._parts: dict[object, list[TaskSegment]] = {}
 
     def chunk(self, stage: int, chunk: int, span: range) -> ChunkTimes:
         places = _Places(self, stage)
@@ -166,10 +166,10 @@ class _Times:
         parts = [(i, part) for i in span for part in self.outline.links[i].parts.values()]
         parts += [(span.stop - 1, self.outline.loss)] if sink else []
         again = self._recomputed(span)
-        gather = [Segment(0.0, places.gather)]
+        gather = [TaskSegment(0.0, places.gather)]
 
-        def lanes(*directions: tuple[str, Sequence[_Placed]], first: list[Segment]) -> TaskTime:
-            found: list[list[Segment]] = []
+        def lanes(*directions: tuple[str, Sequence[_Placed]], first: list[TaskSegment]) -> TaskTime:
+            found: list[list[TaskSegment]] = []
             layers: list[tuple[int, ...]] = []
             for rows in self.rows:
                 segments = [] if found else [*self.start, *first]
@@ -198,20 +198,20 @@ class _Times:
                 return recomputed_links(self.outline, span, self.strategy.checkpoint_layers)
             case "selective":
                 parts = ((i, part) for i in span for part in self.outline.links[i].parts.values())
-                return [(i, part) for i, part in parts if isinstance(part, AttentionCore)]
+                return [(i, part) for i, part in parts if isinstance(part, AttentionCoreCost)]
             case "none":
                 return []
 
-    def _of_part(self, places: _Places, part: Part, rows: int, way: str) -> list[Segment]:
+    def _of_part(self, places: _Places, part: LayerCost, rows: int, way: str) -> list[TaskSegment]:
         key = (places.key, part, rows, way)
         if key not in self._parts:
             self._parts[key] = list(self._segments(places, part, rows, way))
         return self._parts[key]
 
-    def _segments(self, places: _Places, part: Part, rows: int, way: str) -> Iterator[Segment]:
+    def _segments(self, places: _Places, part: LayerCost, rows: int, way: str) -> Iterator[TaskSegment]:
         work = work_of(part, self.grid, rows)
         if way == "weight":
-            yield Segment(self._seconds(work.weight))
+            yield TaskSegment(self._seconds(work.weight))
             return
         forward = way == "forward"
         exchanges = part.forward(self.grid, rows) if forward else part.backward(self.grid, rows)
@@ -221,22 +221,22 @@ class _Times:
         for exchange in exchanges:
             seconds = places.seconds(exchange)
             if exchange.when == "before":
-                yield Segment(0.0, seconds)
+                yield TaskSegment(0.0, seconds)
             elif exchange.when == "beside" and overlap:
-                yield Segment(0.0, seconds, compute)
+                yield TaskSegment(0.0, seconds, compute)
                 compute = 0.0
             elif exchange is exchanges[-1] and overlap:
-                yield Segment(compute, seconds, weight)
+                yield TaskSegment(compute, seconds, weight)
                 compute = weight = 0.0
             else:
-                yield Segment(compute, seconds)
+                yield TaskSegment(compute, seconds)
                 compute = 0.0
-        yield Segment(compute + weight)
+        yield TaskSegment(compute + weight)
 
     def _seconds(self, operations: Iterable[Operation]) -> float:
         in_place = self.strategy.accumulate == "in-place"
         return self.kernels.total(
-            o for o in operations if not (in_place and isinstance(o, Stream) and o.kind == "accumulate")
+            o for o in operations if not (in_place and isinstance(o, MemoryBoundKernel) and o.kind == "accumulate")
         )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from axonn.grid import AXES
-from axonn.perf.layers.model_outline import Outline
+from axonn.perf.layers.model_outline import ModelOutline
 from axonn.perf.machine.machine_file import MachineFile
 from axonn.perf.machine.network import all_reduce_time, edge, message_time, place
 from axonn.perf.strategy import Strategy
@@ -89,7 +89,7 @@ def finish(
     ]
 
 
-def ties_of(outline: Outline, machine: MachineFile, strategy: Strategy) -> list[Tie]:
+def ties_of(outline: ModelOutline, machine: MachineFile, strategy: Strategy) -> list[Tie]:
     """The tied parameters whose stages are not the same, each with the time of an all-reduce of two ranks, which moves
     everything once each way."""
     grid = strategy.process_grid(machine)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
-class Segment(NamedTuple):
+class TaskSegment(NamedTuple):
     """Computes for `compute` seconds, starts a collective of `exchange` seconds, and computes for `beside` seconds more
     before it needs the result."""
 
@@ -51,18 +51,18 @@ class TaskTime(NamedTuple):
         return turn[0] if self.lanes > 1 else -1
 
 
-def joined(segments: Iterable[Segment]) -> list[Segment]:
+def joined(segments: Iterable[TaskSegment]) -> list[TaskSegment]:
     """The same with as few segments as possible: only the last may be without a collective."""
-    found: list[Segment] = []
+    found: list[TaskSegment] = []
     before = 0.0
     for compute, exchange, beside in segments:
         if exchange > 0:
-            found.append(Segment(before + compute, exchange, beside))
+            found.append(TaskSegment(before + compute, exchange, beside))
             before = 0.0
         else:
             before += compute + beside
     if before > 0 or not found:
-        found.append(Segment(before))
+        found.append(TaskSegment(before))
     return found
 
 
@@ -74,7 +74,7 @@ def computed(now: float, seconds: float, link: float, slowdown: float) -> float:
     return now + seconds + beside * (1 - 1 / slowdown)
 
 
-def task_time(lanes: Sequence[Sequence[Segment]], *, slowdown: float = 1.0) -> TaskTime:
+def task_time(lanes: Sequence[Sequence[TaskSegment]], *, slowdown: float = 1.0) -> TaskTime:
     """Seconds of the lanes' (`joined`) segments in turns, on one device and one link.
 
     `slowdown`: how much longer computing takes while a collective is under way. What is under way when a computation

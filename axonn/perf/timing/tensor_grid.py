@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
-from axonn.perf.layers.layer_cost import Embedding, Linear, Part, TensorAxis
-from axonn.perf.layers.model_outline import Outline
+from axonn.perf.layers.layer_cost import EmbeddingCost, LayerCost, LinearCost, TensorAxis
+from axonn.perf.layers.model_outline import ModelOutline
 
 
 class Widths(NamedTuple):
@@ -35,7 +35,7 @@ class Widths(NamedTuple):
         return sqrt(self.row * tensor / self.col) if self.col else float(tensor)
 
 
-def widths_of(outline: Outline, *, recompute: bool = False) -> Widths:
+def widths_of(outline: ModelOutline, *, recompute: bool = False) -> Widths:
     """Of the matrix products, convolutions and embeddings of a model, all stages together.
 
     With `recompute` the forward of the blocks runs twice. Norms, re-layouts and the loss, which move little, are left
@@ -51,11 +51,11 @@ def widths_of(outline: Outline, *, recompute: bool = False) -> Widths:
     return Widths(total["row"], total["col"])
 
 
-def _summed(part: Part, forwards: int) -> list[tuple[TensorAxis | None, int]]:
+def _summed(part: LayerCost, forwards: int) -> list[tuple[TensorAxis | None, int]]:
     """Elements of one row that a layer sums, each with the axis along which."""
-    if isinstance(part, Embedding):
+    if isinstance(part, EmbeddingCost):
         return [(part.layout[0], forwards * part.positions * part.features)]
-    if not isinstance(part, Linear):
+    if not isinstance(part, LinearCost):
         return []
     backwards = (part.input_positions or part.positions) * part.inputs if part.input_gradient else 0
     return [(part.layout[0], forwards * part.positions * part.outputs), (part.layout[1], backwards)]

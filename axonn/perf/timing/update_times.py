@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from math import ceil
 from typing import NamedTuple
 
-from axonn.perf.layers.kernel_operations import Stream
-from axonn.perf.layers.model_outline import Outline
+from axonn.perf.layers.kernel_operations import MemoryBoundKernel
+from axonn.perf.layers.model_outline import ModelOutline
 from axonn.perf.machine.kernel_times import stream_time
 from axonn.perf.machine.machine_file import MachineFile
 from axonn.perf.machine.network import PAYLOAD_SHARE, GroupPlacement, all_reduce_time, place, ranks_of_node, shared_with
@@ -47,7 +47,7 @@ class StepTime(NamedTuple):
 
 
 def stage_steps(
-    outline: Outline, machine: MachineFile, strategy: Strategy, *, stages: Sequence[StageTimes] | None = None
+    outline: ModelOutline, machine: MachineFile, strategy: Strategy, *, stages: Sequence[StageTimes] | None = None
 ) -> list[StepTime]:
     """Of each stage. `stages`: times of the last backward, beside which gradients may be reduced."""
     grid = strategy.process_grid(machine)
@@ -71,7 +71,7 @@ def step_time(machine: MachineFile, strategy: Strategy, phi: int, where: GroupPl
     return of_placement(machine, strategy, phi, where)
 
 
-def step_times(outline: Outline, machine: MachineFile, strategy: Strategy) -> StepTime:
+def step_times(outline: ModelOutline, machine: MachineFile, strategy: Strategy) -> StepTime:
     """`stage_steps` of the stage that takes longest."""
     return max(stage_steps(outline, machine, strategy), key=sum)
 
@@ -85,7 +85,7 @@ def _on_device(machine: MachineFile, strategy: Strategy, phi: int, where: GroupP
     moved = passes.update + (_CLIPPING if strategy.clip_norm else 0)
     if BYTES[strategy.compute] < 4:
         reduction += stream_time(machine.gpu, passes.descale * mine)
-    adam = Stream("adam", mine, 0, mask=moved * mine)
+    adam = MemoryBoundKernel("adam", mine, 0, mask=moved * mine)
     return StepTime(reduction, kernels_of(machine, strategy).alone(adam)[1])
 
 
@@ -116,7 +116,7 @@ def _streamed(machine: MachineFile, strategy: Strategy, size: int) -> tuple[floa
     kernels = kernels_of(machine, strategy)
     update = 0.0
     for count, elements in ((full, strategy.bsize), (1, rest)):
-        bucket = kernels.measured(Stream("adam-offloaded", elements, 0)) if count and elements else None
+        bucket = kernels.measured(MemoryBoundKernel("adam-offloaded", elements, 0)) if count and elements else None
         update += count * (elements * per_element if bucket is None else bucket)
     return update, size * copies
 

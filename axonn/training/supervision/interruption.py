@@ -72,7 +72,7 @@ def raised() -> Iterator[None]:
         yield
 
 
-class Pending:
+class PendingSignals:
     """The signals that came while they were noted.
 
     `first`: the one that counts, and `since` when, by `time.monotonic`; `another`: whether one after it asked for more
@@ -102,12 +102,12 @@ class Pending:
 
 
 @contextmanager
-def noted() -> Iterator[Pending]:
+def noted() -> Iterator[PendingSignals]:
     """Note signals inside of the block in place of raising them, and raise the first one at its end.
 
     Outside of the main thread, which alone hears signals, nothing ever comes.
     """
-    pending = Pending()
+    pending = PendingSignals()
 
     def handle(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:

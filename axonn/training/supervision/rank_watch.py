@@ -14,7 +14,7 @@ from axonn.observability.records import Failure
 from axonn.training.metrics import BATCHES, Tail
 from axonn.training.run_folder import STOP, Heartbeats, stack_of
 from axonn.training.run_outcome import rank_state
-from axonn.training.supervision.interruption import WARNINGS, Pending, number_of
+from axonn.training.supervision.interruption import WARNINGS, PendingSignals, number_of
 from axonn.training.supervision.liveness import Vitality, counted_standstill, load_said
 
 SILENCE_S = 20.0
@@ -42,7 +42,7 @@ class Watch:
         stall_limit_s: float,
         on_batch: Callable[[int], None],
         give_up: Callable[[], Failure | None],
-        pending: Pending,
+        pending: PendingSignals,
         on_stop: Callable[[str], None] | None,
         on_warning: Callable[[str], None],
     ) -> None:

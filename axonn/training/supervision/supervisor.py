@@ -23,7 +23,7 @@ from axonn.training.resumption import forget_batches
 from axonn.training.run_folder import SPEC, STOP, SUPERVISOR
 from axonn.training.run_outcome import Outcome, outcome_of, rank_state
 from axonn.training.session_history import NEWEST_LOG
-from axonn.training.supervision.interruption import Pending, noted
+from axonn.training.supervision.interruption import PendingSignals, noted
 from axonn.training.supervision.rank_watch import Watch
 from axonn.training.supervision.session_folders import session_folders
 
@@ -45,7 +45,7 @@ def supervise(
     link_only: bool = False,
     device: DeviceType = "cpu",
     threads: int = 1,
-    pending: Pending | None = None,
+    pending: PendingSignals | None = None,
     on_stop: Callable[[str], None] | None = None,
     on_warning: Callable[[str], None] = lambda text: None,
 ) -> Outcome:
@@ -143,7 +143,7 @@ def _clear(folder: Path, resume: Checkpoint | None) -> None:
         log.rename(folder / kept)
 
 
-def _failure_after_exit(code: int, folder: Path, ranks: int, interruption: Pending) -> Failure | None:
+def _failure_after_exit(code: int, folder: Path, ranks: int, interruption: PendingSignals) -> Failure | None:
     states = {rank: rank_state(folder, rank) for rank in range(ranks)}
     if {s.get("state") for s in states.values()} == {"stopped"}:
         told = interruption.said or f"told to end by the file '{STOP}' of the run folder"

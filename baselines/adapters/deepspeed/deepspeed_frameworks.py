@@ -102,7 +102,7 @@ class Zero3Offload(Zero3):
     strategy = "zero-3-offload"
 
 
-class Pipeline(DeepSpeed):
+class DeepSpeedPipeline(DeepSpeed):
     """PipelineModule (1F1B), stages cut as our engine's; with replicas, ZeRO-1 over them."""
 
     label = "DeepSpeed pipeline"
@@ -134,6 +134,6 @@ KINDS: tuple[type[DeepSpeed], ...] = (
     Zero1Offload,
     Zero2Offload,
     Zero3Offload,
-    Pipeline,
+    DeepSpeedPipeline,
 )
 STRATEGIES: Mapping[str, type[Framework]] = {kind.strategy: kind for kind in KINDS}

@@ -11,10 +11,10 @@ from baselines.adapters.megatron.megatron_local import (
     DISCLOSURE,
     ENVIRONMENT,
     Combined,
-    Data,
     DistributedOptimizer,
     Interleaved,
-    Pipeline,
+    MegatronData,
+    MegatronPipeline,
     Tensor,
 )
 from baselines.adapters.megatron.megatron_log import read_log
@@ -24,7 +24,8 @@ class MegatronAdapter(Adapter):
     name = "megatron"
     label = "Megatron-LM"
     strategies: ClassVar[dict[str, type[Framework]]] = {
-        kind.strategy: kind for kind in (Tensor, Pipeline, Interleaved, Data, DistributedOptimizer, Combined)
+        kind.strategy: kind
+        for kind in (Tensor, MegatronPipeline, Interleaved, MegatronData, DistributedOptimizer, Combined)
     }
 
     def capabilities(self) -> Capabilities:

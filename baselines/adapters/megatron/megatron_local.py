@@ -73,7 +73,7 @@ class Tensor(Megatron):
     axes = ("col",)
 
 
-class Pipeline(Megatron):
+class MegatronPipeline(Megatron):
     """1F1B: one stage per rank."""
 
     label = "Megatron-LM 1F1B"
@@ -105,7 +105,7 @@ class Interleaved(Megatron):
         return ScheduleConfig(name="interleaved-1f1b", chunks=self.chunks(config))
 
 
-class Data(Megatron):
+class MegatronData(Megatron):
     """Replicas whose gradients are all-reduced bucket by bucket beside the last backward."""
 
     label = "Megatron-LM data"
@@ -113,7 +113,7 @@ class Data(Megatron):
     axes = ("data",)
 
 
-class DistributedOptimizer(Data):
+class DistributedOptimizer(MegatronData):
     """Replicas that share the optimizer's state: gradients reduce-scattered, parameters gathered beside the forward."""
 
     # In half types its optimizer has settings of its own.

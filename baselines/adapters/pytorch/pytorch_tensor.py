@@ -38,11 +38,11 @@ from baselines.ranks import plain_gpt
 
 def plan_of(layer: nn.Module, *, cut_embedding: bool) -> dict[str, ParallelStyle]:
     """How the parts of a layer are cut."""
-    if isinstance(layer, plain_gpt.Attention):
+    if isinstance(layer, plain_gpt.PlainAttention):
         return {"qkv": ColwiseParallel(), "projection": RowwiseParallel()}
-    if isinstance(layer, plain_gpt.FeedForward):
+    if isinstance(layer, plain_gpt.PlainFeedForward):
         return {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()}
-    if isinstance(layer, plain_gpt.Head):
+    if isinstance(layer, plain_gpt.PlainHead):
         return {"output": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)}
     return {"tokens": RowwiseParallel(input_layouts=Replicate())} if cut_embedding else {}
 

@@ -8,9 +8,9 @@ from typing import Any
 from axonn.config.train_config import TrainConfig
 from axonn.observability.records import Failure
 from axonn.training.framework import load_framework, version_of
-from baselines.gpu.bench_context import Context, Lost
-from baselines.gpu.bench_rows import Row, failed
-from baselines.gpu.bench_work import Work
+from baselines.gpu.bench_context import Context, NotMeasured
+from baselines.gpu.bench_rows import BenchRow, failed
+from baselines.gpu.bench_work import BenchModel
 from baselines.gpu.parts.parts_common import agreement, speed, steady
 from baselines.gpu.tasks.task_gpt import COMPILED, ENGINE, LOOP
 from baselines.statistics import median_interval
@@ -31,14 +31,14 @@ REMARKS = {
 }
 
 
-def bytes_needed(work: Work, contenders: int) -> int:
+def bytes_needed(work: BenchModel, contenders: int) -> int:
     """Rough: 20 bytes of state for each parameter of each, and activations and logits of one microbatch, kept once."""
     model, rows = work.model, work.microbatch_size
     tokens = rows * model.seq_len
     return contenders * 20 * model.parameters + tokens * (34 * model.hidden * model.layers + 12 * model.vocab)
 
 
-def groups(work: Work, memory: int | None) -> list[list[str]]:
+def groups(work: BenchModel, memory: int | None) -> list[list[str]]:
     """Contenders that take turns in one process: all three where memory allows, else our engine with each of the
     others, else each alone."""
     everyone = [ENGINE, LOOP, COMPILED]
@@ -49,14 +49,14 @@ def groups(work: Work, memory: int | None) -> list[list[str]]:
     return [[name] for name in everyone]
 
 
-def measure(context: Context) -> tuple[list[Row], dict[str, Any]]:
+def measure(context: Context) -> tuple[list[BenchRow], dict[str, Any]]:
     """Every model, the smallest first; then the other frameworks, the smallest model last."""
     memory = None if context.peak is None else context.peak.memory
     about: dict[str, Any] = {
         "formula": "72bslh^2(1+s/6h)+6bshV",
         "peak": None if context.peak is None else context.peak.model_dump(exclude_none=True),
     }
-    rows: list[Row] = []
+    rows: list[BenchRow] = []
     whole = context.deadline
     if any(context.refusal(name) is None for name in FOREIGN):
         context.deadline = whole - FOREIGN_SHARE * context.left_s
@@ -69,13 +69,13 @@ def measure(context: Context) -> tuple[list[Row], dict[str, Any]]:
     return sorted(rows, key=lambda row: order.index(row.model)), about
 
 
-def own_rows(context: Context, work: Work, memory: int | None) -> list[Row]:
+def own_rows(context: Context, work: BenchModel, memory: int | None) -> list[BenchRow]:
     """Our engine, the loop and the compiled loop."""
     plan = context.plan
     steps = plan.warmup + plan.rounds * plan.batches
     config = work.config(steps=steps)
     plain = config.model_dump(mode="json")
-    found: dict[str, Row] = {}
+    found: dict[str, BenchRow] = {}
     reference: list[float] = []
     waiting = groups(work, memory)
     while waiting:
@@ -91,7 +91,7 @@ def own_rows(context: Context, work: Work, memory: int | None) -> list[Row]:
                 rounds=plan.rounds,
                 batches=plan.batches,
             )
-        except Lost as lost:
+        except NotMeasured as lost:
             if lost.failure.cause == "out-of-memory" and len(group) > 1:
                 # Then each by itself: beside others there is not room enough.
                 waiting += [[who] for who in group if who not in found]
@@ -108,30 +108,32 @@ def own_rows(context: Context, work: Work, memory: int | None) -> list[Row]:
     return sorted(rows, key=lambda row: [*LABELS.values()].index(row.contender))
 
 
-def with_ratio(row: Row, ours: Row | None) -> Row:
+def with_ratio(row: BenchRow, ours: BenchRow | None) -> BenchRow:
     """With the ratio to our engine also where the two had no turns in one process."""
     if row.ratio is not None or row.ours or row.seconds is None or ours is None or ours.seconds is None:
         return row
     return row.model_copy(update={"ratio": ours.seconds / row.seconds, "paired": False})
 
 
-def row_of(context: Context, config: TrainConfig, who: str, result: dict[str, Any], reference: Sequence[float]) -> Row:
+def row_of(
+    context: Context, config: TrainConfig, who: str, result: dict[str, Any], reference: Sequence[float]
+) -> BenchRow:
     """One contender of a task, beside our engine where that took turns with it."""
     base: dict[str, Any] = {"part": PART, "model": config.model.name, "contender": LABELS[who], "ours": who == ENGINE}
     if who in result["failed"]:
-        return Row(**base, failure=Failure(cause="error", detail=result["failed"][who]))
+        return BenchRow(**base, failure=Failure(cause="error", detail=result["failed"][who]))
     times, ours = result["times"][who], result["times"].get(ENGINE)
     fields: dict[str, Any] = speed(context, config, times)
     if who == ENGINE:
-        return Row(**base, **fields, losses=result["losses"][who])
+        return BenchRow(**base, **fields, losses=result["losses"][who])
     fields |= {"framework": f"torch {result['torch']}", "paired": ours is not None}
     if ours:
         ratio = median_interval([a / b for a, b in zip(ours, times, strict=True)])
         fields |= {"ratio": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high}
-    return Row(**base, **fields, **agreement(result["losses"][who], reference))
+    return BenchRow(**base, **fields, **agreement(result["losses"][who], reference))
 
 
-def foreign_rows(context: Context, work: Work, ours: Sequence[Row]) -> list[Row]:
+def foreign_rows(context: Context, work: BenchModel, ours: Sequence[BenchRow]) -> list[BenchRow]:
     """DeepSpeed and megatron-core, each in its own environment and process, after our engine."""
     plan = context.plan
     config = work.config(steps=plan.warmup + plan.batches * 2)
@@ -144,12 +146,12 @@ def foreign_rows(context: Context, work: Work, ours: Sequence[Row]) -> list[Row]
         plain = config.model_dump(mode="json")
         try:
             outcome = context.ranks(name, config, name=f"{work.model.name}: {framework.label}", most_s=FOREIGN_MOST_S)
-        except Lost as lost:
+        except NotMeasured as lost:
             rows.append(failed(PART, work.model.name, framework.label, lost.failure, **base, config=plain))
             continue
         fields = speed(context, config, steady(outcome.batch_times_s, plan.warmup))
         if engine is not None and engine.seconds is not None:
             fields["ratio"] = engine.seconds / fields["seconds"]
         fields |= agreement(outcome.losses, [] if engine is None else engine.losses)
-        rows.append(Row(part=PART, model=work.model.name, contender=framework.label, **base, **fields))
+        rows.append(BenchRow(part=PART, model=work.model.name, contender=framework.label, **base, **fields))
     return rows

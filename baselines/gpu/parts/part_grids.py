@@ -5,8 +5,8 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from baselines.gpu.bench_context import Context, Lost
-from baselines.gpu.bench_rows import Row, failed
+from baselines.gpu.bench_context import Context, NotMeasured
+from baselines.gpu.bench_rows import BenchRow, failed
 from baselines.gpu.parts.parts_common import agreement, steady
 
 PART = "grids"
@@ -30,16 +30,16 @@ def name_of(grid: dict[str, int]) -> str:
     return " x ".join(f"{axis} {extent}" for axis, extent in grid.items())
 
 
-def measure(context: Context) -> tuple[list[Row], dict[str, Any]]:
+def measure(context: Context) -> tuple[list[BenchRow], dict[str, Any]]:
     """Float32 on all grids and bfloat16 on the first two, each beside one rank."""
-    rows: list[Row] = []
+    rows: list[BenchRow] = []
     for precision, grids in (("float32", GRIDS), ("bfloat16", GRIDS[:2])):
         rows += compared(context, precision, grids)
     about = {"batches": context.plan.grid_batches, "tolerances": TOLERANCES}
     return rows, about
 
 
-def compared(context: Context, precision: str, grids: tuple[dict[str, int], ...]) -> list[Row]:
+def compared(context: Context, precision: str, grids: tuple[dict[str, int], ...]) -> list[BenchRow]:
     """One rank, and the grids beside it."""
     plan = context.plan
     model = f"{plan.small.model.name}, {precision}"
@@ -52,10 +52,10 @@ def compared(context: Context, precision: str, grids: tuple[dict[str, int], ...]
             batch_size=plan.small.batch_size,
         )
 
-    def row(grid: dict[str, int], label: str, reference: list[float] | None) -> Row:
+    def row(grid: dict[str, int], label: str, reference: list[float] | None) -> BenchRow:
         try:
             outcome = context.ranks("axonn", config(grid), name=f"{precision} {label}", most_s=MOST_S)
-        except Lost as lost:
+        except NotMeasured as lost:
             return failed(PART, model, label, lost.failure, ours=True, config=config(grid).model_dump(mode="json"))
         times = steady(outcome.batch_times_s, plan.warmup)
         fields = (
@@ -64,7 +64,7 @@ def compared(context: Context, precision: str, grids: tuple[dict[str, int], ...]
             else agreement(outcome.losses, reference, tolerance=TOLERANCES[precision])
         )
         # Ranks that share one device say nothing about speed: times are kept, shares of the peak are not.
-        return Row(
+        return BenchRow(
             part=PART,
             model=model,
             contender=label,

@@ -9,8 +9,8 @@ from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.observability.records import Failure
 from axonn.perf.timing.memory_model import model_state_bytes
 from axonn.training.capacity import free_memory
-from baselines.gpu.bench_context import Context, Lost
-from baselines.gpu.bench_rows import Row, failed
+from baselines.gpu.bench_context import Context, NotMeasured
+from baselines.gpu.bench_rows import BenchRow, failed
 from baselines.gpu.parts.part_offload import ENGINE
 
 PART = "largest"
@@ -77,7 +77,7 @@ def most_layers(context: Context, placement: str, *, device: int, host: int) -> 
     return layers, why
 
 
-def measure(context: Context) -> tuple[list[Row], dict[str, Any]]:
+def measure(context: Context) -> tuple[list[BenchRow], dict[str, Any]]:
     """For each placement: what should just fit, then larger or smaller models by halves of the bracket."""
     total = None if context.peak is None else context.peak.memory
     host = free_memory() or 0
@@ -111,7 +111,7 @@ def next_layers(trains: int | None, refused: int | None, ceiling: int) -> int | 
     return middle if trains < middle < refused else None
 
 
-def search(context: Context, placement: str, *, device: int | None, host: int) -> Row:
+def search(context: Context, placement: str, *, device: int | None, host: int) -> BenchRow:
     label = ENGINE[placement]
     # On a CPU nothing runs out: the miniature tries the search itself, up to its limit.
     guess, why = most_layers(context, placement, device=device or 1 << 60, host=host if device else 1 << 60)
@@ -128,7 +128,7 @@ def search(context: Context, placement: str, *, device: int | None, host: int) -
             )
             best = (layers, result)
             tried.append(f"{layers} layers: trains")
-        except Lost as lost:
+        except NotMeasured as lost:
             refused = (layers, lost.failure)
             tried.append(f"{layers} layers: {lost.failure.cause}")
             if lost.failure.cause != "out-of-memory":
@@ -147,7 +147,7 @@ def search(context: Context, placement: str, *, device: int | None, host: int) -
     memory = dict(result["memory"])
     if result["batch_peak"] is not None:
         memory["batch_peak"] = result["batch_peak"]
-    return Row(
+    return BenchRow(
         part=PART,
         model=config.model.name,
         contender=label,

@@ -7,8 +7,8 @@ from typing import Any
 from axonn.config.train_config import TrainConfig
 from axonn.perf.timing.memory_model import model_state_bytes
 from axonn.training.framework import load_framework, version_of
-from baselines.gpu.bench_context import Context, Lost
-from baselines.gpu.bench_rows import Row, failed
+from baselines.gpu.bench_context import Context, NotMeasured
+from baselines.gpu.bench_rows import BenchRow, failed
 from baselines.gpu.parts.parts_common import agreement, speed, steady
 
 PART = "offload"
@@ -36,7 +36,7 @@ def config_of(context: Context, placement: str) -> TrainConfig:
     return plan.offload.config(steps=plan.warmup + plan.rounds, optimizer=optimizer)
 
 
-def measure(context: Context) -> tuple[list[Row], dict[str, Any]]:
+def measure(context: Context) -> tuple[list[BenchRow], dict[str, Any]]:
     """Our engine in both ways, then PyTorch's and DeepSpeed's offloading of the same model."""
     resident_row = engine_row(context, "device")
     rows = [resident_row, engine_row(context, "offloaded", reference=resident_row)]
@@ -53,7 +53,7 @@ def measure(context: Context) -> tuple[list[Row], dict[str, Any]]:
     return [with_ratio(row, ours.get(ENGINE["offloaded"])) for row in rows], about
 
 
-def engine_row(context: Context, placement: str, *, reference: Row | None = None) -> Row:
+def engine_row(context: Context, placement: str, *, reference: BenchRow | None = None) -> BenchRow:
     """`reference`: a row with the losses of the same batches."""
     plan, label = context.plan, ENGINE[placement]
     config = config_of(context, placement)
@@ -66,11 +66,11 @@ def engine_row(context: Context, placement: str, *, reference: Row | None = None
             warmup=plan.warmup,
             batches=plan.rounds,
         )
-    except Lost as lost:
+    except NotMeasured as lost:
         return failed(PART, config.model.name, label, lost.failure, ours=True, config=config.model_dump(mode="json"))
     memory, model = result["memory"], state_by_model(config)
     compared = [] if reference is None else reference.losses
-    return Row(
+    return BenchRow(
         part=PART,
         model=config.model.name,
         contender=label,
@@ -83,7 +83,7 @@ def engine_row(context: Context, placement: str, *, reference: Row | None = None
     )
 
 
-def fsdp_row(context: Context) -> Row:
+def fsdp_row(context: Context) -> BenchRow:
     plan = context.plan
     config = config_of(context, "offloaded")
     try:
@@ -95,9 +95,9 @@ def fsdp_row(context: Context) -> Row:
             warmup=plan.warmup,
             batches=plan.rounds,
         )
-    except Lost as lost:
+    except NotMeasured as lost:
         return failed(PART, config.model.name, FSDP, lost.failure)
-    return Row(
+    return BenchRow(
         part=PART,
         model=config.model.name,
         contender=FSDP,
@@ -108,7 +108,7 @@ def fsdp_row(context: Context) -> Row:
     )
 
 
-def zero_row(context: Context) -> Row:
+def zero_row(context: Context) -> BenchRow:
     """Its peak is that of whole batches, as its ranks say it."""
     framework = load_framework(ZERO)
     config = config_of(context, "device").model_copy(update={"steps": context.plan.warmup + 2})
@@ -117,10 +117,10 @@ def zero_row(context: Context) -> Row:
         name = f"{config.model.name}: {framework.label}"
         # CPUAdam steps on the host's cores.
         outcome = context.ranks(ZERO, config, name=name, most_s=MOST_S, threads=context.host_threads)
-    except Lost as lost:
+    except NotMeasured as lost:
         return failed(PART, config.model.name, framework.label, lost.failure, **base)
     peak = {"batch_peak": outcome.memory_bytes} if outcome.memory_bytes and context.plan.device == "cuda" else {}
-    return Row(
+    return BenchRow(
         part=PART,
         model=config.model.name,
         contender=framework.label,
@@ -131,7 +131,7 @@ def zero_row(context: Context) -> Row:
     )
 
 
-def with_ratio(row: Row, ours: Row | None) -> Row:
+def with_ratio(row: BenchRow, ours: BenchRow | None) -> BenchRow:
     """With the seconds of our offloaded engine over its own."""
     if ours is None or ours.seconds is None or row.seconds is None or row is ours:
         return row

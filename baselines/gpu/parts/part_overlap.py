@@ -6,8 +6,8 @@ from typing import Any
 
 from axonn.spans import overlap
 from axonn.training.run_record import spans_of
-from baselines.gpu.bench_context import Context, Lost
-from baselines.gpu.bench_rows import Row, failed
+from baselines.gpu.bench_context import Context, NotMeasured
+from baselines.gpu.bench_rows import BenchRow, failed
 from baselines.gpu.parts.part_offload import config_of
 
 PART = "overlap"
@@ -15,7 +15,7 @@ COPIES, COLLECTIVES = "copies of the offloaded optimizer", "collectives on 1 x 2
 MOST_S = 90.0
 
 
-def measure(context: Context) -> tuple[list[Row], dict[str, Any]]:
+def measure(context: Context) -> tuple[list[BenchRow], dict[str, Any]]:
     """Copies on one rank; collectives with 1 and with 2 sub-shards."""
     rows = copies(context)
     rows += [collectives(context, shards) for shards in (1, 2)]
@@ -29,7 +29,7 @@ def measure(context: Context) -> tuple[list[Row], dict[str, Any]]:
     return rows, about
 
 
-def copies(context: Context) -> list[Row]:
+def copies(context: Context) -> list[BenchRow]:
     plan = context.plan
     config = config_of(context, "offloaded")
     try:
@@ -41,7 +41,7 @@ def copies(context: Context) -> list[Row]:
             warmup=plan.warmup,
             batches=plan.rounds,
         )
-    except Lost as lost:
+    except NotMeasured as lost:
         return [failed(PART, config.model.name, COPIES, lost.failure, ours=True)]
     tails = result["tail_s"]
     note = (
@@ -50,8 +50,8 @@ def copies(context: Context) -> list[Row]:
     )
     common: dict[str, Any] = {"part": PART, "model": config.model.name, "ours": True}
     return [
-        Row(**common, contender=COPIES, share=result["hidden"], share_of="copies hidden", note=note),
-        Row(
+        BenchRow(**common, contender=COPIES, share=result["hidden"], share_of="copies hidden", note=note),
+        BenchRow(
             **common,
             contender=f"{COPIES}, by spans",
             share=result["under_spans"],
@@ -60,7 +60,7 @@ def copies(context: Context) -> list[Row]:
     ]
 
 
-def collectives(context: Context, shards: int) -> Row:
+def collectives(context: Context, shards: int) -> BenchRow:
     plan = context.plan
     label = f"{COLLECTIVES}, {shards} sub-shard{'s' if shards > 1 else ''}"
     config = plan.cut.config(steps=plan.warmup + plan.rounds, grid={"col": 2}, overdecomposition=shards)
@@ -68,10 +68,10 @@ def collectives(context: Context, shards: int) -> Row:
         # On a GPU the cores have nothing to do but to make initial weights; on a CPU each rank computes on one.
         threads = max(1, context.host_threads // 2)
         context.ranks("axonn", config, name=label, most_s=MOST_S, threads=threads)
-    except Lost as lost:
+    except NotMeasured as lost:
         return failed(PART, config.model.name, label, lost.failure, ours=True)
     found = overlap(spans_of(context.folder(label), config, first=plan.warmup, last=config.steps))
-    return Row(
+    return BenchRow(
         part=PART,
         model=config.model.name,
         contender=label,

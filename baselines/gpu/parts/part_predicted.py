@@ -11,7 +11,7 @@ from axonn.perf.machine.machine_file import MachineFile, load_machine
 from axonn.perf.planner.engine_strategy import strategy_of_config
 from axonn.perf.prediction import predict
 from baselines.gpu.bench_context import Context
-from baselines.gpu.bench_rows import Row, failed
+from baselines.gpu.bench_rows import BenchRow, failed
 from experiments.calibration.measure_machine import LOCAL, LOCAL_GPU
 
 PART = "predicted"
@@ -32,7 +32,7 @@ def _make(context: Context) -> str:
     return f"axonn calibrate{' --device cuda' if context.plan.device == 'cuda' else ''} makes it"
 
 
-def measure(context: Context) -> tuple[list[Row], dict[str, Any]]:
+def measure(context: Context) -> tuple[list[BenchRow], dict[str, Any]]:
     """A row for each GPT that was measured."""
     measured = context.earlier.get("gpt")
     rows = [row for row in measured.rows if row.ours and row.failure is None] if measured is not None else []
@@ -51,18 +51,18 @@ def measure(context: Context) -> tuple[list[Row], dict[str, Any]]:
         return [_nothing(str(error))], {}
 
 
-def _nothing(reason: str) -> Row:
+def _nothing(reason: str) -> BenchRow:
     return failed(PART, "GPTs", LABEL, Failure(cause="unavailable", detail=reason))
 
 
-def _row(row: Row, machine: MachineFile) -> Row:
+def _row(row: BenchRow, machine: MachineFile) -> BenchRow:
     assert row.seconds is not None
     config = validate(row.config or {}, TrainConfig, where=PART)
     try:
         found = predict(config.model, machine, strategy_of_config(config), batch_size=config.batch_size)
     except AxonnError as error:
         return failed(PART, row.model, LABEL, Failure(cause="unavailable", detail=str(error)))
-    return Row(
+    return BenchRow(
         part=PART,
         model=row.model,
         contender=LABEL,

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from axonn.config.train_config import TrainConfig, validate
-from baselines.gpu.bench_context import Context, Lost
-from baselines.gpu.bench_rows import Row, failed
+from baselines.gpu.bench_context import Context, NotMeasured
+from baselines.gpu.bench_rows import BenchRow, failed
 from baselines.gpu.parts.parts_common import speed
 
 PART = "unet"
 LABEL = "AxoNN"
 
 
-def measure(context: Context) -> tuple[list[Row], dict[str, Any]]:
+def measure(context: Context) -> tuple[list[BenchRow], dict[str, Any]]:
     plan = context.plan
     content = {
         "model": plan.unet.model_dump(),
@@ -31,10 +31,10 @@ def measure(context: Context) -> tuple[list[Row], dict[str, Any]]:
             warmup=plan.warmup,
             batches=plan.rounds,
         )
-    except Lost as lost:
+    except NotMeasured as lost:
         return [failed(PART, plan.unet.name, LABEL, lost.failure, ours=True, config=config.model_dump(mode="json"))], {}
     memory = {} if result["peak"] is None else {"batch_peak": result["peak"]}
-    row = Row(
+    row = BenchRow(
         part=PART,
         model=plan.unet.name,
         contender=LABEL,

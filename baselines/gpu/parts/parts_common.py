@@ -8,7 +8,7 @@ from typing import Any
 
 from axonn.config.model_config import ModelConfig
 from axonn.config.train_config import TrainConfig
-from axonn.observability.records import Asked, Failure
+from axonn.observability.records import Failure, Workload
 from baselines.equal_work import difference
 from baselines.gpu.bench_context import Context
 from baselines.statistics import middle_half
@@ -20,7 +20,7 @@ float32 masters and the loss in float32. Another seed, or a lost microbatch, is 
 
 def flops_of(model: ModelConfig, batch_size: int) -> float:
     """Floating-point operations of one batch without recompute, by `formula_of`."""
-    return Asked.of(model, gpus=1, batch_size=batch_size, precision="bfloat16").flops(recompute=False)
+    return Workload.of(model, gpus=1, batch_size=batch_size, precision="bfloat16").flops(recompute=False)
 
 
 def formula_of(model: ModelConfig) -> str:

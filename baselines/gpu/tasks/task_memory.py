@@ -14,7 +14,7 @@ from axonn.device.streams import Timeline
 from axonn.distributed.collectives import SerialCollectives
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
-from axonn.inter_layer.stage import Chunk, parameter_specs, virtual_spans
+from axonn.inter_layer.stage import StageChunk, parameter_specs, virtual_spans
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.gpt.gpt_model import GPT
 from axonn.models.initialization import Constant, Initial
@@ -67,7 +67,7 @@ def state_alone(config: TrainConfig, device: torch.device) -> dict[str, int]:
     spans = virtual_spans(model, layout)
     context = TensorContext.serial(seed=config.seed)
     dtype = getattr(torch, config.precision.compute)
-    chunks = [Chunk(model, spans[0], context=context, dtype=dtype, device=torch.device("meta"))]
+    chunks = [StageChunk(model, spans[0], context=context, dtype=dtype, device=torch.device("meta"))]
     specs = parameter_specs(model, chunks, spans, layout)
 
     def initialise(name: str, part: torch.Tensor) -> None:
