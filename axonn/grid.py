@@ -10,8 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
+from pydantic import Field, GetCoreSchemaHandler, ValidatorFunctionWrapHandler, create_model
+from pydantic_core import CoreSchema, core_schema
+
+from axonn.config.loading import StrictModel, validate
 from axonn.errors import GridError
 
 if TYPE_CHECKING:
@@ -19,6 +23,11 @@ if TYPE_CHECKING:
 
 Axis = Literal["data", "inter", "row", "col"]
 AXES: tuple[Axis, ...] = ("data", "inter", "row", "col")
+TENSOR_AXES: tuple[Axis, ...] = ("row", "col")
+"""Axes along which layers are cut."""
+_EXTENTS: dict[str, Any] = dict.fromkeys(AXES, (int, Field(default=1, ge=1)))
+GridExtents: type[StrictModel] = create_model("GridExtents", __base__=StrictModel, **_EXTENTS)
+"""The keys of a grid in a file."""
 
 
 class Coordinates(NamedTuple):
@@ -36,7 +45,10 @@ class ProcessGrid:
 
     `order` lists the axes from the slowest to the fastest varying one; ranks are numbered and placed on nodes in that
     order. Raises `GridError` when an extent is not a positive integer or `order` is not a permutation of the axes.
+    A file has the extents alone, by axis.
     """
+
+    file_keys: ClassVar[type[StrictModel]] = GridExtents
 
     data: int = 1
     inter: int = 1
@@ -60,12 +72,21 @@ class ProcessGrid:
     @property
     def size(self) -> int:
         """Number of ranks."""
-        return self.data * self.inter * self.row * self.col
+        return prod(self.extents().values())
 
     @property
     def tensor(self) -> int:
         """G_tensor: ranks that share one layer."""
-        return self.row * self.col
+        return prod(self.extent(axis) for axis in TENSOR_AXES)
+
+    @classmethod
+    def of(cls, extents: object, *, where: str) -> Self:
+        """Return the grid of these plain extents by axis. Raises `ConfigError` naming `where` and the key."""
+        return cls(**validate(extents, GridExtents, where=where).model_dump())
+
+    def extents(self) -> dict[str, int]:
+        """Return the number of ranks along each axis."""
+        return {axis: self.extent(axis) for axis in AXES}
 
     @cached_property
     def _strides(self) -> dict[Axis, int]:
@@ -82,6 +103,18 @@ class ProcessGrid:
         value = getattr(self, axis)
         assert isinstance(value, int)
         return value
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_wrap_validator_function(
+            cls._of_file,
+            handler.generate_schema(GridExtents),
+            serialization=core_schema.plain_serializer_function_ser_schema(cls.extents),
+        )
+
+    @classmethod
+    def _of_file(cls, value: object, validated: ValidatorFunctionWrapHandler) -> Self:
+        return value if isinstance(value, cls) else cls(**validated(value).model_dump())
 
     def check_world(self, world_size: int) -> None:
         """Raise `GridError` unless the grid uses exactly `world_size` ranks."""

@@ -16,7 +16,6 @@ from typing import Literal, Protocol
 
 from axonn.config.loading import Loss
 from axonn.config.train_config import StrictModel, TrainConfig
-from axonn.grid import ProcessGrid
 from axonn.observability.batch_usage import batch_usage
 from axonn.observability.machine_usage import BatchUsage
 from axonn.observability.procfs import available_cores
@@ -89,7 +88,7 @@ class RanksJob:
         self._framework = framework
         self._config = config
         self._folder = folder
-        self._ranks = ProcessGrid(**config.grid.model_dump()).size
+        self._ranks = config.grid.size
         self._link_only = link_only
         self._device: Device = device
         self._outcome = Outcome()

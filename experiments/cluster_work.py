@@ -33,7 +33,7 @@ class SmallWork:
     def gpus(self) -> int:
         """One of each rank, where there are any."""
         g = self.config.grid
-        return g.data * g.inter * g.row * g.col
+        return g.size
 
     @property
     def steps(self) -> int:
@@ -59,7 +59,7 @@ def cluster_work(
     name = name or case.label
     strategy = case.checked(name)
     grid = strategy.grid
-    ranks = grid.data * grid.inter * grid.row * grid.col
+    ranks = grid.size
     if ranks != case.gpus:
         raise LaunchError(f"{name}: the grid has {ranks} ranks for {case.gpus} GPUs")
     return ClusterWork(

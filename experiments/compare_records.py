@@ -76,7 +76,7 @@ def _of_record(record: Record) -> ComparedRun:
     asked, ran = record.asked, record.ran
     timed = record.batch_times_s[record.warmup_batches or 0 :]
     schedule = "" if ran.schedule is None else ran.schedule.name
-    grid = " x ".join(f"{axis} {extent}" for axis, extent in ran.grid.model_dump().items() if extent != 1)
+    grid = " x ".join(f"{axis} {extent}" for axis, extent in ran.grid.extents().items() if extent != 1)
     # Records of one point differ in nothing else that a reader could tell them apart by.
     named = record.note.partition(";")[0] if record.experiment == "baselines" and record.note else ""
     return ComparedRun(

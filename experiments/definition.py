@@ -19,7 +19,6 @@ from axonn.config.loading import LONGEST_NAME, Inside, Line, Name, is_plain, sho
 from axonn.config.model_config import ModelConfig, validate_model
 from axonn.config.train_config import (
     FloatType,
-    GridConfig,
     OptimizerConfig,
     StrictModel,
     TrainConfig,
@@ -28,6 +27,7 @@ from axonn.config.train_config import (
     validate,
 )
 from axonn.errors import ConfigError, MachineError
+from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.observability.procfs import available_cores
 from axonn.perf.machine.machine_file import MachineFile, load_machine
@@ -235,7 +235,7 @@ def strategies_by_default(experiment: Experiment) -> list[str]:
 
 def _in_words(left: Iterable[str]) -> str:
     """Fields of a strategy with their defaults."""
-    plain = Strategy(grid=GridConfig(), microbatch_size=1).model_dump(mode="json")
+    plain = Strategy(grid=ProcessGrid(), microbatch_size=1).model_dump(mode="json")
     values = {name: plain[name]["name"] if name == "schedule" else plain[name] for name in left}
     return ", ".join(f"{name} {' '.join(v) if isinstance(v, list) else v}" for name, v in values.items())
 
@@ -292,7 +292,7 @@ def measured_configs(panel: MeasuredPanel, *, most: int | None = None) -> list[T
                 seq_len=panel.seq_len,
                 vocab=panel.vocab,
             ),
-            grid=GridConfig(inter=ranks),
+            grid=ProcessGrid(inter=ranks),
             batch_size=panel.microbatch_size * microbatches,
             microbatch_size=panel.microbatch_size,
             optimizer=panel.optimizer,

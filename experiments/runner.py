@@ -60,7 +60,7 @@ class MeasuredPoint:
     @property
     def ranks(self) -> int:
         g = self.config.grid
-        return g.data * g.inter * g.row * g.col
+        return g.size
 
     @property
     def function(self) -> str:

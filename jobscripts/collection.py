@@ -281,7 +281,7 @@ def _outcome(run: _Run, config: TrainConfig) -> Outcome:
     output = _lines(run.starts[-1] / "output.txt") if run.starts else []
     states = [line for path in sorted(run.path.glob("rank-*.json")) for line in _lines(path)]
     printed = adapter.read([*states, *output])
-    found = outcome_of(run.path, g.data * g.inter * g.row * g.col)
+    found = outcome_of(run.path, g.size)
     failure = _failure(run, printed.failure, found.batch_times_s)
     if failure is None and (unreadable := readable_spans(run.path, config)) is not None:
         raise RecordError(

@@ -143,7 +143,7 @@ def rows_of(published: Sequence[Record], others: Sequence[Record], *, with_busy:
                 "pct_peak": first.pct_peak,
                 "published_s": known,
                 "error_pct": None if known is None or time is None or not in_ratios else 100 * (time / known - 1),
-                "grid": first.ran.grid.model_dump(),
+                "grid": first.ran.grid.extents(),
                 "microbatch_size": first.ran.microbatch_size,
                 "sub_shards": first.ran.overdecomposition,
                 "schedule": None if first.ran.schedule is None else first.ran.schedule.model_dump(exclude_none=True),

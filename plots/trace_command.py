@@ -48,7 +48,7 @@ class TracedRun:
 
     def during(self, session: PastSession) -> TracedRun:
         """The spans of one session alone, with its grid."""
-        grid = ProcessGrid(**session.grid.model_dump())
+        grid = session.grid
         files = {rank: [p for p in own if _in(session, p)] for rank, own in self.files.items() if rank < grid.size}
         return replace(self, files={r: own for r, own in files.items() if own}, grid=grid, sessions=[session])
 
@@ -103,7 +103,7 @@ def find_run(run: Path) -> TracedRun:
     return TracedRun(
         folder=run,
         files=files,
-        grid=None if grid is None else ProcessGrid(**grid.model_dump()),
+        grid=grid,
         record=record,
         sessions=sessions,
     )
@@ -123,7 +123,7 @@ def session_to_show(run: TracedRun, *, step: int | None, first: bool) -> TracedR
     for other in run.sessions:
         if other is not chosen:
             end = f" to {other.end - 1}" if other.end is not None else " and on"
-            grid = ProcessGrid(**other.grid.model_dump())
+            grid = other.grid
             console.print(
                 f"not shown: batches {other.first_batch}{end}, of another start ({grid}); choose one with --step",
                 soft_wrap=True,

@@ -158,7 +158,7 @@ def stated_by_engine(launch: Launch) -> dict[str, Any]:
     optimizer = config.optimizer
     recomputes = config.activation_checkpointing is not None
     return (
-        {f"grid.{axis}": extent for axis, extent in config.grid.model_dump().items()}
+        {f"grid.{axis}": extent for axis, extent in config.grid.extents().items()}
         | {f"schedule.{key}": value for key, value in config.schedule.model_dump().items()}
         | {f"model.{key}": value for key, value in leaves(config.model.model_dump(mode="json")).items()}
         | {

@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from axonn.cli import main
-from axonn.config.train_config import GridConfig, TrainConfig
+from axonn.config.train_config import TrainConfig
+from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
 from experiments import definition, runner
 
@@ -23,7 +24,7 @@ TEXT = definition.ROOT / "LICENSE"
 def tiny(*, inter: int = 2, steps: int = ENDLESS, **changes: Any) -> TrainConfig:
     return TrainConfig(
         model=GPTConfig(name="tiny", layers=2, hidden=16, heads=2, seq_len=16, vocab=256),
-        grid=GridConfig(inter=inter),
+        grid=ProcessGrid(inter=inter),
         batch_size=8,
         microbatch_size=2,
         steps=steps,

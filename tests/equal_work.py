@@ -11,7 +11,6 @@ from mpi4py import MPI
 
 from axonn.config.train_config import TrainConfig, validate
 from axonn.distributed.runtime import connect
-from axonn.grid import ProcessGrid
 from axonn.inter_layer.stage import virtual_spans
 from axonn.models.gpt.gpt_model import GPT
 from axonn.models.initialization import fill
@@ -70,7 +69,7 @@ def serial_losses(batch_size: int, dtype: str, heads: int = HEADS, vocab: int = 
 def train(comm: MPI.Intracomm, framework: type[Framework], config: TrainConfig) -> tuple[list[float], list[str]]:
     """A job of the rank pool: losses and the names of the layers here. Sets up twice: nothing may be left over."""
     results = []
-    with connect(ProcessGrid(**config.grid.model_dump()), comm=comm) as runtime:
+    with connect(config.grid, comm=comm) as runtime:
         for _ in range(2):
             with framework().trainer(config, runtime, None) as trainer:
                 layers: Any = trainer
@@ -86,7 +85,7 @@ def check(pool: RankPool, framework: type[Framework], config: TrainConfig, layou
     assert len(set(serial)) == STEPS
     model = GPT(config.model)
     spans = virtual_spans(model, layout)
-    grid = ProcessGrid(**config.grid.model_dump())
+    grid = config.grid
     for rank, (losses, names) in enumerate(pool.run(train, framework, config, ranks=grid.size)):
         assert losses == pytest.approx(serial, rel=BOUND[dtype], abs=0), rank
         stage = grid.coordinates(rank).inter

@@ -23,14 +23,8 @@ from pathlib import Path
 import torch
 
 from axonn.checkpoint.checkpoints import Checkpoint, clean, latest
-from axonn.config.train_config import (
-    CheckpointConfig,
-    DataConfig,
-    EvaluationConfig,
-    GridConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from axonn.config.train_config import CheckpointConfig, DataConfig, EvaluationConfig, OptimizerConfig, TrainConfig
+from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.weights_file import read_weights
 from axonn.training.loop import CHECKPOINTS
@@ -40,13 +34,13 @@ from axonn.training.supervision.interruption import Interrupted, noted, raised
 from axonn.training.supervision.supervisor import supervise
 from tests.command_line import TEXT
 
-GRIDS = [GridConfig(inter=2), GridConfig(data=2), GridConfig(col=2)]
+GRIDS = [ProcessGrid(inter=2), ProcessGrid(data=2), ProcessGrid(col=2)]
 RANKS = 2
 MOMENTS = ("after some batches", "during a save", "at any time")
 _POLL_S = 0.001
 
 
-def config_of(grid: GridConfig) -> TrainConfig:
+def config_of(grid: ProcessGrid) -> TrainConfig:
     """A model so small that much of the time goes into checkpoints."""
     return TrainConfig(
         model=GPTConfig(name="tiny", layers=2, hidden=16, heads=2, seq_len=16, vocab=256, tied_head=True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from axonn.config.train_config import GridConfig, PrecisionConfig
+from axonn.config.train_config import PrecisionConfig
 from axonn.distributed.transport import InProcessCollectives, InProcessTransport, InProcessWorld
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
@@ -23,7 +23,7 @@ SIZE = 2
 def predicted(model: GPTConfig, grid: ProcessGrid, rows: int, together: int | None) -> int:
     """Of one microbatch on a grid without stages, in single precision."""
     outline = outline_of(model)
-    extents = GridConfig(data=grid.data, row=grid.row, col=grid.col)
+    extents = ProcessGrid(data=grid.data, row=grid.row, col=grid.col)
     links = link_bytes(outline, Strategy(grid=extents, microbatch_size=rows, compute="float32"))
     kept, _ = activation_bytes(links, range(len(links)), together=together)
     return kept + 4 * work_of(outline.loss, grid, rows).saved.wide

@@ -149,7 +149,7 @@ def assert_recorded(asked: AskedFor, record: Record, assumed: dict[str, Any]) ->
         "compute": work.precision,
         "microbatch_size": ran.microbatch_size,
         "overdecomposition": ran.overdecomposition,
-        **{f"grid.{axis}": extent for axis, extent in ran.grid.model_dump().items()},
+        **{f"grid.{axis}": extent for axis, extent in ran.grid.extents().items()},
         **{f"schedule.{key}": value for key, value in (ran.schedule.model_dump() if ran.schedule else {}).items()},
     }
     if "model.layers" in record.settings:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from axonn.config.train_config import GridConfig
 from axonn.errors import ConfigError, RecordError
+from axonn.grid import ProcessGrid
 from axonn.observability import provenance
 from axonn.observability.records import Execution, Failure, Machine, Record, Workload, read_records, write_records
 from axonn.spans import Span, SpanKind
@@ -414,7 +414,7 @@ def test_a_record_keeps_driver_and_clocks(tmp_path: Path) -> None:
         experiment="gpu",
         point="p",
         asked=Workload.of(PLAN.gpts[0].model, gpus=1, batch_size=8, precision="bfloat16"),
-        ran=Execution(framework="AxoNN", version="1", grid=GridConfig()),
+        ran=Execution(framework="AxoNN", version="1", grid=ProcessGrid()),
         machine=machine,
         source="s",
         batch_time_s=1.0,

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 from axonn.cli.main import app
 from axonn.config.loading import load_yaml
-from axonn.config.train_config import GridConfig, TrainConfig
+from axonn.config.train_config import TrainConfig
 from axonn.errors import ConfigError
+from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.perf.layers.kernel_operations import MemoryBoundKernel
 from axonn.perf.machine.machine_file import MachineFile, load_machine
@@ -24,10 +25,10 @@ from experiments.validation.local_validation import RUNS_FILE, LocalRuns, compar
 from tests.test_tables import content, load
 
 MODEL = GPTConfig(name="g", layers=4, hidden=64, heads=2, seq_len=32, vocab=256)
-GRIDS = {1: [GridConfig()], 2: [GridConfig(), GridConfig(inter=2), GridConfig(data=2), GridConfig(col=2)]}
+GRIDS = {1: [ProcessGrid()], 2: [ProcessGrid(), ProcessGrid(inter=2), ProcessGrid(data=2), ProcessGrid(col=2)]}
 
 
-def seconds(machine: MachineFile, grid: GridConfig, hidden: int = 64) -> float:
+def seconds(machine: MachineFile, grid: ProcessGrid, hidden: int = 64) -> float:
     model = MODEL.model_copy(update={"hidden": hidden})
     config = TrainConfig(model=model, grid=grid, batch_size=8, microbatch_size=2)
     prediction = predict(model, machine, strategy_of_config(config), batch_size=8)
@@ -84,7 +85,7 @@ def test_host_times_delay_operations_tasks_and_batches(tmp_path: Path) -> None:
         name: {"value": value, **us}
         for name, value in {"forward": 1e3, "backward": 2e3, "task": 1e5, "batch": 1e7}.items()
     }
-    grid = GridConfig()
+    grid = ProcessGrid()
     more = seconds(load(tmp_path, slow), grid) - seconds(load(tmp_path, plain), grid)
     # 4 microbatches have a forward and a backward each; a layer has at least 10 operations.
     assert more > 10 + 4 * 2 * 0.1 + 4 * 4 * 10 * (1e-3 + 2e-3)

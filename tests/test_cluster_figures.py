@@ -41,7 +41,7 @@ def _record(  # noqa: PLR0917
     name: str, label: str, config: TrainConfig, framework: str, machine: str, seconds: float
 ) -> Record:
     g = config.grid
-    ranks = g.data * g.inter * g.row * g.col
+    ranks = g.size
     parts = {"compute": 0.5, "point_to_point": 0.2, "bubble": 0.1, "all_reduce": 0.1, "optimizer": 0.05}
     return Record(
         kind="measured",

@@ -348,7 +348,7 @@ def test_the_contenders_of_the_file_make_valid_configurations() -> None:
         for contender in mine:
             config = contender.config("small", ranks, steps=3)
             g = config.grid
-            assert g.data * g.inter * g.row * g.col == ranks
+            assert g.size == ranks
             assert (config.batch_size, config.microbatch_size, config.steps) == (32, 4, 3)
             assert config.model == contender.config("small", 2 * ranks, steps=1).model
     named = choose(found, frameworks=["pytorch/ddp", "deepspeed"], kinds=["data"], ranks=2)

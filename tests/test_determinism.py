@@ -13,7 +13,8 @@ import torch
 from mpi4py import MPI
 
 from axonn.checkpoint.checkpoints import latest
-from axonn.config.train_config import CheckpointConfig, DataConfig, EvaluationConfig, GridConfig, OptimizerConfig
+from axonn.config.train_config import CheckpointConfig, DataConfig, EvaluationConfig, OptimizerConfig
+from axonn.grid import ProcessGrid
 from axonn.models.weights_file import read_weights
 from axonn.training.resumption import CHECKPOINTS
 from axonn.training.supervision.supervisor import supervise
@@ -182,7 +183,7 @@ def test_two_runs_leave_the_same_losses_and_weights(tmp_path: Path) -> None:
         optimizer=OptimizerConfig(clip_norm=1.0),
         evaluation=EvaluationConfig(every=5),
         checkpoints=CheckpointConfig(every=10),
-    ).model_copy(update={"grid": GridConfig(data=2)})
+    ).model_copy(update={"grid": ProcessGrid(data=2)})
     outcomes = [supervise("axonn", config, tmp_path / name, timeout_s=250) for name in ("one", "two")]
     assert all(outcome.failure is None for outcome in outcomes)
     assert outcomes[0].losses == outcomes[1].losses

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axonn.config.train_config import GridConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from axonn.config.train_config import OptimizerConfig, ScheduleConfig, TrainConfig
 from axonn.errors import ConfigError, GridError
+from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.perf.planner.engine_strategy import config_of_strategy, strategy_of_config
 
@@ -22,9 +23,9 @@ def config(**changes: Any) -> TrainConfig:
 
 def test_a_strategy_has_what_the_engine_does() -> None:
     strategy = strategy_of_config(
-        config(grid=GridConfig(inter=2, col=2), transport="torch", precision={"compute": "bfloat16"})
+        config(grid=ProcessGrid(inter=2, col=2), transport="torch", precision={"compute": "bfloat16"})
     )
-    assert strategy.grid == GridConfig(inter=2, col=2)
+    assert strategy.grid == ProcessGrid(inter=2, col=2)
     assert strategy.message_library == "nccl"
     assert strategy.compute == "bfloat16"
     assert strategy.partition == "work"
@@ -50,7 +51,7 @@ def test_what_the_engine_refuses_is_refused() -> None:
     with pytest.raises(GridError, match="overdecomposition 3"):
         strategy_of_config(config(overdecomposition=3))
     with pytest.raises(ConfigError, match="batch_size 16 is no multiple"):
-        strategy_of_config(config(grid=GridConfig(data=3)))
+        strategy_of_config(config(grid=ProcessGrid(data=3)))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,9 @@ def test_a_strategy_that_the_engine_does_not_run_is_an_error(change: dict[str, A
 @given(
     st.fixed_dictionaries(
         {
-            "grid": st.sampled_from([GridConfig(), GridConfig(inter=2), GridConfig(data=2, col=2), GridConfig(row=4)]),
+            "grid": st.sampled_from(
+                [ProcessGrid(), ProcessGrid(inter=2), ProcessGrid(data=2, col=2), ProcessGrid(row=4)]
+            ),
             "transport": st.sampled_from(["mpi", "torch"]),
             "activation_checkpointing": st.sampled_from([None, 1, 2]),
             "optimizer": st.builds(

@@ -115,7 +115,7 @@ def work_of(base: dict[str, Any], *, model: dict[str, Any] | None = None, **chan
     own: dict[str, Any] = {"batch_size": 32, "steps": 3} | changes
     if strategy.clip_norm:
         own = {"gradient_clipping": 1.0} | own
-    ranks = grid.data * grid.inter * grid.row * grid.col
+    ranks = grid.size
     return ClusterWork(
         name="small",
         model=GPTConfig(**{**MODEL, **(model or {})}),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from axonn.checkpoint.checkpoints import latest
-from axonn.config.train_config import CheckpointConfig, DataConfig, GridConfig, OptimizerConfig
+from axonn.config.train_config import CheckpointConfig, DataConfig, OptimizerConfig
 from axonn.distributed.transport import InProcessCollectives, InProcessTransport, InProcessWorld
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
@@ -142,7 +142,7 @@ def spoiled_run(folder: Path, monkeypatch: pytest.MonkeyPatch, grid: ProcessGrid
         checkpoints=CheckpointConfig(every=1, keep=9),
         data=DataConfig(path=str(TEXT)),
         optimizer=OptimizerConfig(lr=1e-3),
-    ).model_copy(update={"grid": GridConfig(data=grid.data, inter=grid.inter, row=grid.row, col=grid.col)})
+    ).model_copy(update={"grid": ProcessGrid(data=grid.data, inter=grid.inter, row=grid.row, col=grid.col)})
     return supervise("axonn", config, folder / "run", timeout_s=250), folder / "run" / "checkpoints"
 
 

@@ -17,8 +17,9 @@ import pytest
 
 import axonn.training.supervision.rank_watch
 import axonn.training.supervision.supervisor
-from axonn.config.train_config import DataConfig, GridConfig, OptimizerConfig
+from axonn.config.train_config import DataConfig, OptimizerConfig
 from axonn.errors import LaunchError
+from axonn.grid import ProcessGrid
 from axonn.training.run_outcome import Outcome
 from axonn.training.supervision.supervisor import supervise
 from experiments import definition, runner
@@ -102,7 +103,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(folder: Path, rank: int) -> Non
 @pytest.mark.parametrize("rank", [2, 3], ids=["leader", "told"])
 def test_a_killed_rank_of_a_stage_of_several_ends_the_run_and_is_named(folder: Path, rank: int) -> None:
     """Others wait for what it decides, or in its collectives."""
-    config = tiny().model_copy(update={"grid": GridConfig(inter=2, col=2)})
+    config = tiny().model_copy(update={"grid": ProcessGrid(inter=2, col=2)})
     harm = Harm(folder, signal.SIGKILL, rank=rank)
     outcome = supervise("axonn", config, folder, on_batch=harm, timeout_s=200)
     assert harm.seconds_ago < END_S

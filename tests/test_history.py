@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from axonn.config.train_config import GridConfig, TrainConfig
+from axonn.config.train_config import TrainConfig
 from axonn.errors import RecordError
 from axonn.grid import ProcessGrid
 from axonn.observability.records import read_records
@@ -73,7 +73,7 @@ def of_spans(folder: Path, path: Path) -> list[TrainConfig]:
     """By the file's name alone; what is in it agrees."""
     rank, first = int(path.parent.stem.removeprefix("spans-")), int(path.stem)
     own = session(folder, first)
-    assert rank < ProcessGrid(**own.grid.model_dump()).size
+    assert rank < own.grid.size
     spans = read_spans(path)
     assert {span.rank for span in spans} == {rank}
     assert all(own.has(span.step) for span in spans)
@@ -81,7 +81,7 @@ def of_spans(folder: Path, path: Path) -> list[TrainConfig]:
     return [of_batch(folder, first)]
 
 
-def assert_kinds(spans: list[Span], grid: GridConfig) -> None:
+def assert_kinds(spans: list[Span], grid: ProcessGrid) -> None:
     """A pipeline has messages between its stages, columns have collectives."""
     kinds = {span.kind for span in spans}
     assert (SpanKind.SEND in kinds) == (grid.inter > 1)
@@ -123,7 +123,7 @@ def test_each_session_has_its_batches_and_its_configuration(folder: Path) -> Non
     found = sessions_of(folder)
     assert [(one.first_batch, one.end) for one in found] == [(0, 4), (4, 8), (8, None)]
     for (first, grid), one in zip(GRIDS, found, strict=True):
-        assert one.grid == GridConfig(**grid)
+        assert one.grid == ProcessGrid(**grid)
         assert one.config is not None
         assert (one.config.grid, one.config.steps) == (one.grid, first + 4)
     assert [one.log for one in found] == ["log-1.txt", "log-2.txt", "log.txt"]
@@ -137,7 +137,7 @@ def test_every_file_says_under_which_configuration_it_came_to_be(folder: Path) -
         assert len(how) == 1, f"{name}: nobody says what this is"
         seen[name] = how[0](folder, path)
     grids = {name: [config.grid for config in configs] for name, configs in seen.items()}
-    each = [GridConfig(**grid) for _, grid in GRIDS]
+    each = [ProcessGrid(**grid) for _, grid in GRIDS]
     assert grids["batches.jsonl"] == [grid for grid in each for _ in range(4)]
     assert grids["evaluations.jsonl"] == [grid for grid in each for _ in range(2)]
     assert grids["run.json"] == each
@@ -198,7 +198,7 @@ def test_all_batches_of_a_trace_are_of_one_grid(folder: Path) -> None:
     for one in found.sessions:
         steps = load_steps(found.during(one), None)
         assert sorted(steps) == [batch for batch in range(12) if one.has(batch)]
-        size = ProcessGrid(**one.grid.model_dump()).size
+        size = one.grid.size
         assert {span.rank for spans in steps.values() for span in spans} == set(range(size))
 
 
@@ -209,7 +209,7 @@ def test_a_session_that_went_back_takes_the_place_of_those_after(tmp_path: Path)
     (tmp_path / "run.json").write_text(json.dumps({"schema": "axonn-run/1", "sessions": entries}))
     found = sessions_of(tmp_path)
     assert [(one.first_batch, one.end) for one in found] == [(0, 4), (4, 6), (6, None)]
-    assert [one.grid for one in found] == [GridConfig(**grids[i]) for i in (0, 2, 3)]
+    assert [one.grid for one in found] == [ProcessGrid(**grids[i]) for i in (0, 2, 3)]
     assert session_of(found, 11) == found[-1]
 
 

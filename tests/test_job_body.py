@@ -20,7 +20,6 @@ from axonn.checkpoint.checkpoints import latest, load_whole
 from axonn.config.train_config import TrainConfig
 from axonn.distributed.launch import rank_environment
 from axonn.distributed.runtime import connect
-from axonn.grid import ProcessGrid
 from axonn.spans import SpanRecorder, read_spans
 from axonn.training.cluster_launch import launch_worker, read_run
 from axonn.training.engine_framework import EngineTrainer
@@ -324,7 +323,7 @@ def test_an_id_that_comes_again_overwrites_nothing(tmp_path: Path) -> None:
 
 def uninterrupted(comm: Any, config: TrainConfig, folder: Path) -> None:
     """A job of the rank pool: a run that nothing interrupts, with its state at the end as a checkpoint."""
-    grid = ProcessGrid(**config.grid.model_dump())
+    grid = config.grid
     with connect(grid, comm=comm, transport=config.transport) as runtime:
         trainer = EngineTrainer(config, runtime, None)
         spans = SpanRecorder(runtime.rank, folder=folder / f"spans-{runtime.rank}.parquet")

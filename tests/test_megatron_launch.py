@@ -77,7 +77,7 @@ def work(strategy: dict[str, Any], model: str = "gpt-12b", batch_size: int = 204
     }
     made = validate(base | strategy, Strategy, where="test")
     g = made.grid
-    given: dict[str, Any] = {"gpus": g.data * g.inter * g.row * g.col, "gpus_per_node": 6, "steps": 11} | changes
+    given: dict[str, Any] = {"gpus": g.size, "gpus_per_node": 6, "steps": 11} | changes
     return ClusterWork(name="work", model=load_model(model), strategy=made, batch_size=batch_size, **given)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from axonn.config.train_config import GridConfig, ScheduleConfig, load_yaml
+from axonn.config.train_config import ScheduleConfig, load_yaml
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
@@ -231,7 +231,7 @@ def test_streams_take_bytes_over_bandwidth(machine: MachineFile) -> None:
 
 def test_small_shards_and_small_microbatches_are_less_efficient(machine: MachineFile, gpt12b: GPTConfig) -> None:
     def per_sequence(microbatch: int, col: int) -> float:
-        strategy = Strategy(grid=GridConfig(col=col, inter=2), microbatch_size=microbatch, partition_messages=False)
+        strategy = Strategy(grid=ProcessGrid(col=col, inter=2), microbatch_size=microbatch, partition_messages=False)
         stage = stage_times(outline_of(gpt12b), machine, strategy)[0]
         compute = stage.forward + stage.backward - stage.reduce_forward - stage.reduce_backward
         return col * compute / microbatch
@@ -344,19 +344,19 @@ def test_model_state_is_the_published_formula_to_the_byte() -> None:
 
 
 def test_stages_hold_every_parameter_once(gpt12b: GPTConfig) -> None:
-    strategy = Strategy(grid=GridConfig(data=8, inter=6), microbatch_size=8)
+    strategy = Strategy(grid=ProcessGrid(data=8, inter=6), microbatch_size=8)
     counts = stage_parameters(outline_of(gpt12b), strategy)
     # The last stage holds a copy of the embedding as its head.
     assert gpt12b.tied_head
     assert sum(counts) == gpt12b.parameters + gpt12b.vocab * gpt12b.hidden
     assert counts[1] == 8 * (12 * 4512**2 + 13 * 4512)
-    cut = stage_parameters(outline_of(gpt12b), Strategy(grid=GridConfig(inter=6, col=3), microbatch_size=8))
+    cut = stage_parameters(outline_of(gpt12b), Strategy(grid=ProcessGrid(inter=6, col=3), microbatch_size=8))
     # Cut along col: the matrices, the biases of QKV and FC1; whole: norms, biases of projection and FC2.
     assert cut[1] == 8 * (12 * 4512**2 + 7 * 4512) // 3 + 8 * 6 * 4512
 
 
 def test_what_does_not_fit_says_so_with_numbers(machine: MachineFile, gpt12b: GPTConfig) -> None:
-    grid = GridConfig(data=8, inter=6)
+    grid = ProcessGrid(data=8, inter=6)
     full = Strategy(grid=grid, microbatch_size=8)
     memory = stage_memory(outline_of(gpt12b), machine, full, stage=0, held=6)
     assert memory.model_state == 20 * stage_parameters(outline_of(gpt12b), full)[0]
@@ -374,14 +374,14 @@ def test_what_does_not_fit_says_so_with_numbers(machine: MachineFile, gpt12b: GP
 
 
 def test_a_strategy_refuses_what_does_not_divide(gpt12b: GPTConfig) -> None:
-    strategy = Strategy(grid=GridConfig(data=8, inter=6, col=5), microbatch_size=3)
+    strategy = Strategy(grid=ProcessGrid(data=8, inter=6, col=5), microbatch_size=3)
     with pytest.raises(ConfigError, match="batch_size 100 is no multiple"):
         strategy.microbatches(100)
     with pytest.raises(ConfigError, match=r"heads \(24\) .* change col"):
         strategy.check(gpt12b)
     with pytest.raises(ConfigError, match="50 stages need"):
-        Strategy(grid=GridConfig(inter=50), microbatch_size=1).virtual_spans(outline_of(gpt12b))
-    assert Strategy(grid=GridConfig(inter=5), microbatch_size=1).blocks_of_stages(outline_of(gpt12b)) == [
+        Strategy(grid=ProcessGrid(inter=50), microbatch_size=1).virtual_spans(outline_of(gpt12b))
+    assert Strategy(grid=ProcessGrid(inter=5), microbatch_size=1).blocks_of_stages(outline_of(gpt12b)) == [
         10,
         10,
         10,

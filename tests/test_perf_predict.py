@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from axonn.config.train_config import GridConfig, ScheduleConfig
+from axonn.config.train_config import ScheduleConfig
 from axonn.errors import ConfigError
+from axonn.grid import ProcessGrid
 from axonn.models.registry import outline_of
 from axonn.observability.records import read_records
 from axonn.perf.layers.model_outline import ModelOutline
@@ -111,7 +112,7 @@ def test_the_inter_layer_phase_grows_with_the_stages_as_published(machine: Machi
     for row in rows_of("ipdps22_fig5_inter_layer_time.csv"):
         stages = int(row["G_inter"])
         strategy = Strategy(
-            grid=GridConfig(data=48 // stages, inter=stages),
+            grid=ProcessGrid(data=48 // stages, inter=stages),
             microbatch_size=1,
             schedule=ScheduleConfig(in_flight_limit=stages),
             optimizer="offloaded",
@@ -128,9 +129,9 @@ def test_the_inter_layer_phase_grows_with_the_stages_as_published(machine: Machi
 def test_the_breakdown_without_and_with_the_memory_optimisation_is_as_published(machine: MachineFile) -> None:
     """Figure 6 (the poster's Figure 3). The microbatch of the second bar is not published: that of Table II."""
     changes: list[dict[str, object]] = [
-        {"grid": GridConfig(data=2, inter=24), "microbatch_size": 1, "optimizer": "device"},
+        {"grid": ProcessGrid(data=2, inter=24), "microbatch_size": 1, "optimizer": "device"},
         # Section V-B, without overlap: one chunk.
-        {"grid": GridConfig(data=8, inter=6), "microbatch_size": 8, "optimizer": "offloaded", "k": 1000},
+        {"grid": ProcessGrid(data=8, inter=6), "microbatch_size": 8, "optimizer": "offloaded", "k": 1000},
     ]
     for row, change in zip(rows_of("ipdps22_fig6_breakdown.csv"), changes, strict=True):
         strategy = Strategy(
@@ -160,7 +161,7 @@ def test_spans_of_a_predicted_batch_break_down_to_its_parts(
     machine: MachineFile, schedule: ScheduleConfig, optimizer: str
 ) -> None:
     """The same function as for measured runs, all parts of it, and they add up to the batch time."""
-    grid = GridConfig(inter=6, data=8)
+    grid = ProcessGrid(inter=6, data=8)
     strategy = Strategy(grid=grid, microbatch_size=8, schedule=schedule, optimizer=optimizer)
     prediction = predict(model_of("12B"), machine, strategy, batch_size=2048, record=True)
     found, parts = breakdown(prediction.spans()), prediction.parts
@@ -178,7 +179,7 @@ def test_spans_of_a_predicted_batch_break_down_to_its_parts(
 def test_what_a_strategy_changes_changes_the_prediction_the_right_way(machine: MachineFile) -> None:
     model = model_of("12B")
     base = Strategy(
-        grid=GridConfig(data=2, inter=24),
+        grid=ProcessGrid(data=2, inter=24),
         microbatch_size=1,
         schedule=ScheduleConfig(name="1f1b"),
         optimizer="offloaded",
@@ -194,7 +195,7 @@ def test_what_a_strategy_changes_changes_the_prediction_the_right_way(machine: M
 
 
 def test_the_last_stage_carries_the_head_and_the_first_the_embedding(machine: MachineFile) -> None:
-    stages = stage_times(model_of("12B"), machine, Strategy(grid=GridConfig(inter=6), microbatch_size=8))
+    stages = stage_times(model_of("12B"), machine, Strategy(grid=ProcessGrid(inter=6), microbatch_size=8))
     middle = stages[1]
     assert stages[2:5] == [middle] * 3
     assert stages[5].forward > 1.05 * middle.forward
@@ -204,7 +205,7 @@ def test_the_last_stage_carries_the_head_and_the_first_the_embedding(machine: Ma
 
 def test_the_end_of_a_v_lies_on_the_first_stage(machine: MachineFile) -> None:
     def times(**schedule: object) -> list[StageTimes]:
-        strategy = Strategy(grid=GridConfig(inter=6), microbatch_size=8, schedule=ScheduleConfig(**schedule))
+        strategy = Strategy(grid=ProcessGrid(inter=6), microbatch_size=8, schedule=ScheduleConfig(**schedule))
         return stage_times(model_of("12B"), machine, strategy)
 
     whole, v = times(), times(chunks=2, placement="v")
@@ -222,7 +223,7 @@ def test_the_end_of_a_v_lies_on_the_first_stage(machine: MachineFile) -> None:
 
 def test_split_backwards_and_chunks_shorten_the_predicted_bubble(machine: MachineFile) -> None:
     def bubble(**schedule: object) -> float:
-        strategy = Strategy(grid=GridConfig(inter=6), microbatch_size=8, schedule=ScheduleConfig(**schedule))
+        strategy = Strategy(grid=ProcessGrid(inter=6), microbatch_size=8, schedule=ScheduleConfig(**schedule))
         prediction = predict(model_of("12B"), machine, strategy, batch_size=192)
         assert sum(vars(prediction.parts).values()) == pytest.approx(prediction.batch_time_s)
         return prediction.parts.bubble
@@ -234,7 +235,7 @@ def test_split_backwards_and_chunks_shorten_the_predicted_bubble(machine: Machin
 
 
 def test_partitioned_messages_are_smaller_and_gathered(machine: MachineFile) -> None:
-    base = Strategy(grid=GridConfig(inter=4, col=3), order=("inter", "data", "row", "col"), microbatch_size=8)
+    base = Strategy(grid=ProcessGrid(inter=4, col=3), order=("inter", "data", "row", "col"), microbatch_size=8)
     whole = base.model_copy(update={"partition_messages": False})
     model = model_of("12B")
     assert messages(model, machine, base)(1, 2).transfer < messages(model, machine, whole)(1, 2).transfer / 2.9
@@ -246,7 +247,7 @@ def test_the_optimizer_hides_under_the_all_reduce(machine: MachineFile) -> None:
     """Chunked, the step takes little longer than its all-reduce; in one chunk nothing overlaps."""
     model = model_of("12B")
     base = Strategy(
-        grid=GridConfig(data=8, inter=6), microbatch_size=8, optimizer="offloaded", optimizer_kernels="separate"
+        grid=ProcessGrid(data=8, inter=6), microbatch_size=8, optimizer="offloaded", optimizer_kernels="separate"
     )
     chunked = step_times(model, machine, base)
     whole = step_times(model, machine, base.model_copy(update={"k": 10_000}))
@@ -259,7 +260,7 @@ def test_copies_of_the_optimizer_hold_up_the_all_reduce_to_other_nodes(machine: 
     """Figure 8: all-reduce and optimizer together over k, read off the drawing; buckets of 16 million."""
     model = model_of("12B")
     base = Strategy(
-        grid=GridConfig(data=8, inter=6),
+        grid=ProcessGrid(data=8, inter=6),
         order=("data", "row", "col", "inter"),
         microbatch_size=1,
         optimizer="offloaded",
@@ -273,7 +274,7 @@ def test_copies_of_the_optimizer_hold_up_the_all_reduce_to_other_nodes(machine: 
     }
     assert sum(map(abs, errors.values())) / 6 < 0.07
     # On one node the all-reduce is not held up.
-    near = base.model_copy(update={"grid": GridConfig(data=6), "order": ("inter", "row", "col", "data")})
+    near = base.model_copy(update={"grid": ProcessGrid(data=6), "order": ("inter", "row", "col", "data")})
     reduction, _ = step_times(model, machine, near)
     device, _ = step_times(model, machine, near.model_copy(update={"optimizer": "device"}))
     assert reduction < 1.2 * device
@@ -282,7 +283,7 @@ def test_copies_of_the_optimizer_hold_up_the_all_reduce_to_other_nodes(machine: 
 def test_a_second_resident_bucket_overlaps_the_copies_of_the_offloaded_optimizer(machine: MachineFile) -> None:
     model = model_of("12B")
     base = Strategy(
-        grid=GridConfig(inter=6), microbatch_size=8, optimizer="offloaded", optimizer_kernels="separate", k=10_000
+        grid=ProcessGrid(inter=6), microbatch_size=8, optimizer="offloaded", optimizer_kernels="separate", k=10_000
     )
     one, two = (step_times(model, machine, base.model_copy(update={"buckets_resident": n}))[1] for n in (1, 2))
     # Copied in, computed on and copied out in turn, or at once; then the slowest, the host's memory, counts alone.

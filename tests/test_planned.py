@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from axonn.config.train_config import GridConfig
 from axonn.errors import ConfigError
+from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.unet.unet_config import UNetConfig
 from axonn.observability.records import read_records
@@ -107,7 +107,7 @@ def test_what_cannot_be_pinned_is_said(given: dict[str, Any], message: str) -> N
 def test_a_grid_that_the_engine_refuses_is_taken_where_no_other_fits_and_said(machine: MachineFile) -> None:
     def needs(col: int) -> int:
         strategy = Strategy.model_validate(
-            SCHEME | {"grid": GridConfig(data=4 // col, col=col), "microbatch_size": 1, "partition": "work"}
+            SCHEME | {"grid": ProcessGrid(data=4 // col, col=col), "microbatch_size": 1, "partition": "work"}
         )
         return predict(SMALL, machine, strategy, batch_size=4).memory.total
 

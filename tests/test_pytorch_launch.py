@@ -60,7 +60,7 @@ def test_each_kind_of_parallelism_is_launched(grid: dict[str, int], changes: dic
     config = validate(spec["config"], TrainConfig, where="spec.json")
     assert spec["framework"] == f"pytorch/{strategy}"
     assert spec["ranks"] == max(grid.values(), default=1)
-    assert {axis: extent for axis, extent in config.grid.model_dump().items() if extent > 1} == grid
+    assert {axis: extent for axis, extent in config.grid.extents().items() if extent > 1} == grid
     assert (config.batch_size, config.microbatch_size, config.steps) == (32, 2, 3)
     assert config.precision.compute == "float32"
     assert list(launch.command) == ["python", "-m", "axonn.training.worker", "."]

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from axonn.config.train_config import GridConfig, ScheduleConfig
+from axonn.config.train_config import ScheduleConfig
 from axonn.errors import RecordError
+from axonn.grid import ProcessGrid
 from axonn.observability.records import (
     Execution,
     Failure,
@@ -46,7 +47,7 @@ def record(**changes: Any) -> Record:
         "ran": Execution(
             framework="AxoNN",
             version="0.1",
-            grid=GridConfig(inter=2),
+            grid=ProcessGrid(inter=2),
             microbatch_size=4,
             schedule=ScheduleConfig(in_flight_limit=4),
             microbatches=8,

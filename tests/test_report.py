@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from axonn.config.train_config import GridConfig
+from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.observability.records import Execution, Machine, Record, Workload, write_records
 from experiments.validation.validate import write_validation
@@ -345,7 +345,7 @@ def test_runs_on_this_machine_are_tabled(elsewhere: Path) -> None:
         "experiment": "local",
         "point": "2 stages",
         "asked": Workload.of(model, gpus=2, batch_size=4, precision="float32"),
-        "ran": Execution(framework="AxoNN", version="1", grid=GridConfig(inter=2)),
+        "ran": Execution(framework="AxoNN", version="1", grid=ProcessGrid(inter=2)),
         "machine": Machine(name="this machine", cores=2),
         "source": "test",
     }

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from axonn.config.train_config import GridConfig, ScheduleConfig, load_yaml
+from axonn.config.train_config import ScheduleConfig, load_yaml
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
@@ -30,7 +30,7 @@ def model(layers: int = 4, *, hidden: int = H, heads: int = A) -> GPTConfig:
 
 def kept(*, t: int, b: int, layers: int, **fields: object) -> int:
     """Bytes that a middle stage of `layers` layers keeps of one microbatch."""
-    strategy = Strategy(grid=GridConfig(inter=3, col=t), microbatch_size=b, **fields)
+    strategy = Strategy(grid=ProcessGrid(inter=3, col=t), microbatch_size=b, **fields)
     return stage_memory(outline_of(model(3 * layers)), SELENE, strategy, stage=1, held=1).checkpoints
 
 
@@ -52,7 +52,7 @@ def test_activations_are_the_published_formulas_to_the_byte(t: int, b: int) -> N
 def test_what_is_recomputed_is_held_once_beside_what_is_kept() -> None:
     outline = outline_of(model())
     for recompute, working in (("none", 0), ("selective", 5 * A * S * S), ("full", S * H * 34 + 5 * A * S * S)):
-        strategy = Strategy(grid=GridConfig(inter=2), microbatch_size=1, recompute=recompute)
+        strategy = Strategy(grid=ProcessGrid(inter=2), microbatch_size=1, recompute=recompute)
         assert stage_memory(outline, SELENE, strategy, stage=0, held=2).working == working
 
 
@@ -60,7 +60,7 @@ def test_interleaved_stages_hold_the_published_share_more() -> None:
     """The same, section 4.2.3: with m chunks on each of p stages L (1 + (p - 1) / (p m)) layers' worth."""
     p, m, layers = 4, 2, 16
     strategy = Strategy(
-        grid=GridConfig(inter=p, col=2),
+        grid=ProcessGrid(inter=p, col=2),
         order=("inter", "data", "row", "col"),
         microbatch_size=1,
         recompute="selective",
@@ -124,7 +124,7 @@ def test_a_layer_takes_as_long_as_published() -> None:
         (7.2, 13.1, {"recompute": "selective", "sequence_parallel": True}),
     ]
     for forward, backward, fields in rows:
-        strategy = Strategy(grid=GridConfig(col=8), microbatch_size=4, **base, **fields)
+        strategy = Strategy(grid=ProcessGrid(col=8), microbatch_size=4, **base, **fields)
         one, two = (
             stage_times(
                 outline_of(model(n, hidden=6144, heads=64).model_copy(update={"seq_len": 2048})), SELENE, strategy
@@ -140,7 +140,7 @@ def test_collectives_beside_products_slow_them_down() -> None:
     assert slow == pytest.approx(108 / 84)
     free = SELENE.network.all_reduce.model_copy(update={"multiprocessors": None})
     fast = SELENE.model_copy(update={"network": SELENE.network.model_copy(update={"all_reduce": free})})
-    strategy = Strategy(grid=GridConfig(col=8), microbatch_size=4, overlap_input_gradients=True)
+    strategy = Strategy(grid=ProcessGrid(col=8), microbatch_size=4, overlap_input_gradients=True)
     alone = strategy.model_copy(update={"overlap_input_gradients": False})
     outline = outline_of(model(hidden=4096, heads=32))
     with_it, without = (stage_times(outline, m, strategy)[0].backward for m in (SELENE, fast))
@@ -149,7 +149,7 @@ def test_collectives_beside_products_slow_them_down() -> None:
 
 
 def test_spread_activations_travel_in_parts_and_are_not_gathered() -> None:
-    base = Strategy(grid=GridConfig(inter=2, col=8), order=("inter", "data", "row", "col"), microbatch_size=4)
+    base = Strategy(grid=ProcessGrid(inter=2, col=8), order=("inter", "data", "row", "col"), microbatch_size=4)
     spread = base.model_copy(update={"sequence_parallel": True, "partition_messages": False})
     whole = base.model_copy(update={"partition_messages": False})
     outline = outline_of(model())
@@ -159,6 +159,6 @@ def test_spread_activations_travel_in_parts_and_are_not_gathered() -> None:
 
 def test_a_unet_has_no_sequence_to_cut() -> None:
     unet = load_yaml(ROOT / "experiments/models/unet-1m.yaml", UNetConfig)
-    strategy = Strategy(grid=GridConfig(), microbatch_size=1, sequence_parallel=True)
+    strategy = Strategy(grid=ProcessGrid(), microbatch_size=1, sequence_parallel=True)
     with pytest.raises(ConfigError, match=r"has a \w+: set sequence_parallel to false"):
         stage_times(outline_of(unet), SELENE, strategy)

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from axonn.config.train_config import GridConfig, TrainConfig
+from axonn.config.train_config import TrainConfig
 from axonn.errors import ConfigError
+from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.perf.layers.kernel_operations import AttentionKernel, Convolution, MemoryBoundKernel, Product
 from axonn.perf.machine.kernel_tables import ProductTable, StreamTable
@@ -174,7 +175,7 @@ def test_a_single_node_is_not_asked_for_messages_to_others(tmp_path: Path) -> No
     model = GPTConfig(name="g", layers=8, hidden=64, heads=4, seq_len=32, vocab=64)
 
     def seconds(inter: int) -> float:
-        config = TrainConfig(model=model, grid=GridConfig(inter=inter), batch_size=4, microbatch_size=1)
+        config = TrainConfig(model=model, grid=ProcessGrid(inter=inter), batch_size=4, microbatch_size=1)
         return predict(model, node, strategy_of_config(config), batch_size=4).batch_time_s
 
     assert seconds(2) > 0

@@ -52,7 +52,7 @@ def test_what_was_sent_by_axis_and_operation() -> None:
 
 def predicted(config: TrainConfig) -> dict[str, int]:
     """The most that any rank sends along each axis, by the model."""
-    grid = ProcessGrid(**config.grid.model_dump())
+    grid = config.grid
     layout = ChunkLayout(stages=grid.inter)
     training = Training(
         outline=outline_of(config.model),

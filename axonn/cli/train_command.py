@@ -42,14 +42,13 @@ def train(
         check_capacity(given, device)
     from axonn.device.devices import device_type, ranks_on
     from axonn.engine import microbatches_of
-    from axonn.grid import ProcessGrid
     from axonn.models.registry import make_data
     from axonn.training import trainer
     from axonn.training.engine_framework import layers_of_chunks
     from axonn.training.progress import TrainingProgress
 
     config = trainer.resolved(given)
-    grid = ProcessGrid(**config.grid.model_dump())
+    grid = config.grid
     # Everything that can be wrong is found here, before ranks start.
     launched_once()
     chosen = device_type(device)

@@ -294,6 +294,7 @@ def _follow(
 
 def _models(annotation: Any) -> list[type[StrictModel]]:
     """All models that a value of this type can be, or contain."""
+    annotation = getattr(annotation, "file_keys", annotation)
     if isinstance(annotation, type) and issubclass(annotation, StrictModel):
         return annotation.alternatives()
     return [found for argument in get_args(annotation) for found in _models(argument)]

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from axonn.config.loading import StrictModel, load_yaml, read_yaml, validate
 from axonn.config.model_config import AnyModel
+from axonn.grid import ProcessGrid
 from axonn.schedules import ChunkPlacement, ScheduleSpec
 
 __all__ = [
@@ -15,7 +16,6 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "FloatType",
-    "GridConfig",
     "LearningRateConfig",
     "OptimizerConfig",
     "OptimizerPlacement",
@@ -27,15 +27,6 @@ __all__ = [
     "read_yaml",
     "validate",
 ]
-
-
-class GridConfig(StrictModel):
-    """Extents of the process grid."""
-
-    data: int = Field(default=1, ge=1)
-    inter: int = Field(default=1, ge=1)
-    row: int = Field(default=1, ge=1)
-    col: int = Field(default=1, ge=1)
 
 
 class ScheduleConfig(StrictModel):
@@ -169,7 +160,7 @@ class TrainConfig(StrictModel):
     """
 
     model: AnyModel
-    grid: GridConfig = GridConfig()
+    grid: ProcessGrid = ProcessGrid()
     batch_size: int = Field(ge=1)
     microbatch_size: int = Field(ge=1)
     schedule: ScheduleConfig = ScheduleConfig()

@@ -9,7 +9,7 @@ no answer: the leader goes on at once, and a rank may be told while it still run
 from __future__ import annotations
 
 from axonn.distributed.transport import Transport
-from axonn.grid import ProcessGrid
+from axonn.grid import TENSOR_AXES, ProcessGrid
 from axonn.schedules import FollowerSchedule, Kind, StageSchedule, Task
 
 
@@ -17,7 +17,7 @@ class Agreement:
     """What the rank `rank` of `grid` does for it. `transport` may be None when there is one stage."""
 
     def __init__(self, grid: ProcessGrid, rank: int, transport: Transport | None) -> None:
-        self._leader, *self._others = grid.group(rank, ["row", "col"])
+        self._leader, *self._others = grid.group(rank, TENSOR_AXES)
         self._leads = rank == self._leader
         self._transport = transport
 

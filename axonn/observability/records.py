@@ -11,9 +11,10 @@ from pydantic import Field
 
 from axonn.config.loading import Line, Loss, dotted, load_json, shortened
 from axonn.config.model_config import ModelConfig
-from axonn.config.train_config import GridConfig, ScheduleConfig, StrictModel
+from axonn.config.train_config import ScheduleConfig, StrictModel
 from axonn.durable_files import read_json, reason_of, replace_durably
 from axonn.errors import RecordError
+from axonn.grid import ProcessGrid
 from axonn.observability.machine_usage import BatchUsage, busy_share, is_busy
 
 SCHEMA = "axonn-records/1"
@@ -74,7 +75,7 @@ class Execution(StrictModel):
 
     framework: Line
     version: str
-    grid: GridConfig
+    grid: ProcessGrid
     microbatch_size: int | None = None
     """None where a publication does not say."""
     overdecomposition: int | None = None

@@ -9,12 +9,12 @@ import torch
 from axonn.device.streams import DeviceEvent, Timeline
 from axonn.distributed.collectives import CollectiveGroup, CollectiveHandle, Collectives, Operation
 from axonn.errors import ConfigError
-from axonn.grid import AXES, Axis, ProcessGrid
+from axonn.grid import AXES, TENSOR_AXES, Axis, ProcessGrid
 from axonn.optim.exact_sum import from_digits, to_digits
 from axonn.optim.flat_buffers import FlatEntry, FlatParameters, ReductionChunk, pieces
 from axonn.spans import SpanKind
 
-_NORM_AXES: tuple[Axis, ...] = ("inter", "row", "col")
+_NORM_AXES: tuple[Axis, ...] = ("inter", *TENSOR_AXES)
 """Axes along which ranks hold different parameters, or different parts of them."""
 
 
@@ -163,7 +163,7 @@ def _counted_here(entries: Sequence[FlatEntry], here: dict[str, int]) -> list[sl
     for entry in entries:
         placement = entry.spec.placement
         # Stages hold different parameters, except where the placement sums their gradients.
-        axes = {"row", "col", *placement.partial} - {"data", *placement.cut_axes}
+        axes = {*TENSOR_AXES, *placement.partial} - {"data", *placement.cut_axes}
         replicated = any(here[axis] for axis in axes)
         stages = placement.tied_stages
         if not replicated and not (stages and here["inter"] != min(stages)):

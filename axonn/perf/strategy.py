@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from axonn.config.model_config import ModelConfig
-from axonn.config.train_config import FloatType, GridConfig, ScheduleConfig, StrictModel
+from axonn.config.train_config import FloatType, ScheduleConfig, StrictModel
 from axonn.errors import ConfigError
 from axonn.grid import AXES, Axis, ProcessGrid
 from axonn.inter_layer.partition import partition_chunks
@@ -28,7 +28,7 @@ selective: only the attention's scores are recomputed (Korthikanti et al., arXiv
 class Strategy(StrictModel):
     """A parallel strategy. What a framework does differently is one of these fields, never a number of its own."""
 
-    grid: GridConfig
+    grid: ProcessGrid
     order: tuple[Axis, ...] = Field(default=AXES, strict=False)
     """Placement on nodes: axes from the slowest to the fastest varying one (`ProcessGrid.order`)."""
     microbatch_size: int = Field(ge=1)
@@ -81,7 +81,7 @@ class Strategy(StrictModel):
     @property
     def tensor(self) -> int:
         """G_tensor."""
-        return self.grid.row * self.grid.col
+        return self.grid.tensor
 
     @property
     def gradient_type(self) -> FloatType:

@@ -41,7 +41,7 @@ def spec_of(
     spec = {
         "framework": framework,
         "config": config.model_dump(mode="json"),
-        "ranks": grid.data * grid.inter * grid.row * grid.col,
+        "ranks": grid.size,
         "checkpoint": checkpoint,
         "turns": turns,
         "device": device,

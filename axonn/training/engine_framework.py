@@ -14,7 +14,6 @@ from axonn.device.devices import DeviceType
 from axonn.distributed.runtime import Runtime
 from axonn.engine import Engine, microbatches_of
 from axonn.errors import AxonnError, LaunchError
-from axonn.grid import ProcessGrid
 from axonn.inter_layer.non_finite import NotFinite
 from axonn.inter_layer.stage import virtual_spans
 from axonn.models.registry import make_data, make_model
@@ -38,7 +37,7 @@ from axonn.training.run_folder import NEWEST
 
 def layers_of_chunks(config: TrainConfig) -> list[range]:
     """Layers of each virtual stage. Raises the error with which every rank would refuse the configuration."""
-    grid = ProcessGrid(**config.grid.model_dump())
+    grid = config.grid
     model = make_model(config.model)
     model.check(grid)
     sub_shards(config.overdecomposition, microbatch_size=config.microbatch_size, grid=grid)
@@ -54,7 +53,7 @@ class EngineTrainer(ResumableTrainer):
         self.data = make_data(config)
         self.engine = Engine(
             make_model(config.model),
-            grid=ProcessGrid(**config.grid.model_dump()),
+            grid=config.grid,
             rank=runtime.rank,
             batch_size=config.batch_size,
             microbatch_size=config.microbatch_size,
@@ -123,7 +122,7 @@ class EngineFramework(InProcessFramework):
         return config.schedule
 
     def sub_shards(self, config: TrainConfig) -> int:
-        grid = ProcessGrid(**config.grid.model_dump())
+        grid = config.grid
         try:
             return sub_shards(config.overdecomposition, microbatch_size=config.microbatch_size, grid=grid)
         except AxonnError:

@@ -77,7 +77,7 @@ class TrainingLoop:
             raise ConfigError(f"this framework does not support {', '.join(asked)}; remove it from the configuration")
         self._digest: str | None = None
         grid = config.grid
-        ranks = grid.data * grid.inter * grid.row * grid.col
+        ranks = grid.size
         work = Workload.of(config.model, gpus=ranks, batch_size=config.batch_size, precision=config.precision.compute)
         self._recompute = config.activation_checkpointing is not None
         self._tflop = {recompute: work.flops(recompute=recompute) / ranks / 1e12 for recompute in (False, True)}
@@ -231,7 +231,7 @@ class TrainingLoop:
                 seed=self._config.seed,
                 progress=dict(self._full.progress()),
                 config=self._config.model_dump(mode="json"),
-                grid=self._config.grid.model_dump(),
+                grid=self._config.grid.extents(),
                 data_digest=self._data_digest(),
             ),
             # One that was saved because the run was stopped takes the place of the one before.

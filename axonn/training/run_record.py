@@ -10,7 +10,6 @@ from typing import Any
 
 from axonn.config.train_config import TrainConfig
 from axonn.errors import RecordError
-from axonn.grid import ProcessGrid
 from axonn.observability.phases import phases
 from axonn.observability.provenance import fingerprint
 from axonn.observability.records import Execution, Failure, Record, Workload
@@ -194,4 +193,4 @@ def _apart(first: Record, record: Record, tolerance: float) -> Failure | None:
 
 
 def _ranks(config: TrainConfig) -> int:
-    return ProcessGrid(**config.grid.model_dump()).size
+    return config.grid.size

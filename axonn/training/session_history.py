@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from axonn.config.train_config import GridConfig, TrainConfig, validate
+from axonn.config.train_config import TrainConfig, validate
 from axonn.durable_files import read_json, reason_of
 from axonn.errors import ConfigError, RecordError
+from axonn.grid import ProcessGrid
 from axonn.training.run_folder import SPEC
 
 RUN_FILE = "run.json"
@@ -29,7 +30,7 @@ class PastSession:
 
     first_batch: int
     end: int | None
-    grid: GridConfig
+    grid: ProcessGrid
     config: TrainConfig | None
     log: str | None
 
@@ -85,7 +86,7 @@ def with_logs(entries: Sequence[dict[str, Any]], kept: str | None) -> list[dict[
 def _session(entry: dict[str, Any], end: int | None, path: Path) -> PastSession:
     try:
         config = None if entry.get("config") is None else validate(entry["config"], TrainConfig, where=str(path))
-        grid = validate(entry["grid"], GridConfig, where=f"{path}: grid")
+        grid = ProcessGrid.of(entry["grid"], where=f"{path}: grid")
     except ConfigError as error:
         raise RecordError(str(error)) from error
     return PastSession(first_batch=entry["first_batch"], end=end, grid=grid, config=config, log=entry.get("log"))
@@ -94,7 +95,7 @@ def _session(entry: dict[str, Any], end: int | None, path: Path) -> PastSession:
 def _of_spec(path: Path) -> list[PastSession]:
     try:
         plain = read_json(path)["config"]
-        grid = validate(plain["grid"], GridConfig, where=str(path))
+        grid = ProcessGrid.of(plain["grid"], where=str(path))
     except (OSError, ValueError, KeyError, TypeError, ConfigError):
         return []
     try:

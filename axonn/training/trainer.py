@@ -25,7 +25,6 @@ from axonn.device.devices import DeviceType
 from axonn.distributed.launch import find_mpiexec
 from axonn.durable_files import locked_folder, replace_durably
 from axonn.errors import CheckpointError
-from axonn.grid import ProcessGrid
 from axonn.models.registry import make_model
 from axonn.models.weights_file import check_weights
 from axonn.observability.provenance import this_machine
@@ -100,7 +99,7 @@ def prepare(
     Raises `ConfigError` when the checkpoints of the folder belong to a run of another kind, or when the weights to
     start from are not those of the model, and `LaunchError` when there is no MPI to start several ranks with.
     """
-    if ProcessGrid(**config.grid.model_dump()).size > 1:
+    if config.grid.size > 1:
         find_mpiexec()
     resume = None if fresh else latest(folder / CHECKPOINTS, warn=warn)
     if resume is not None:
@@ -172,7 +171,7 @@ def train(
 
 def _write_record(session: Session, framework: Framework, outcome: Outcome) -> Record:
     config = session.config
-    grid = ProcessGrid(**config.grid.model_dump())
+    grid = config.grid
     times, losses = outcome.batch_times_s[session.first :], outcome.losses[session.first :]
     warmup = 1 if len(times) > 1 else 0
     mean = sum(times[warmup:]) / len(times[warmup:]) if times and outcome.failure is None else None
@@ -238,7 +237,7 @@ def _describe(session: Session, framework: Framework) -> None:
         "checkpoint": None if session.resume is None else str(session.resume.folder),
         "framework": framework.label,
         "version": framework.version(),
-        "grid": session.config.grid.model_dump(),
+        "grid": session.config.grid.extents(),
         "config": session.config.model_dump(mode="json"),
         "log": NEWEST_LOG,
         "machine": this_machine(device=session.device).model_dump(exclude_none=True),

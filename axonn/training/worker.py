@@ -31,7 +31,6 @@ def _train(folder: Path, rank: int, progress: Progress) -> int:
     from axonn.config.train_config import TrainConfig, validate
     from axonn.device.devices import peak_bytes, rank_device
     from axonn.distributed.runtime import connect
-    from axonn.grid import ProcessGrid
     from axonn.observability.traffic import Traffic, sent_by_axis
     from axonn.spans import SpanRecorder
     from axonn.training.framework import InProcessFramework, ResumableTrainer, load_framework
@@ -48,7 +47,7 @@ def _train(folder: Path, rank: int, progress: Progress) -> int:
     memory: dict[str, int] = {}
     traffic: list[Traffic] = []
     device = rank_device(spec["device"])
-    grid = ProcessGrid(**config.grid.model_dump())
+    grid = config.grid
     if rank == 0 and SUPERVISOR not in os.environ:
         progress.watched = Heartbeats(folder, grid.size), config.stall_limit_s
     with connect(grid, transport=config.transport, device=device) as runtime:

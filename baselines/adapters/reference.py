@@ -42,7 +42,7 @@ class Reference(ForeignFramework):
         grid, precision = config.grid, config.precision.compute
         if precision != "float32":
             return f"the reference implementation is run in float32 here, not in {precision}; set precision: float32"
-        if grid.row * grid.col > 1:
+        if grid.tensor > 1:
             return (
                 "the reference implementation's tensor layers gather around every product by default, which is no fair "
                 "comparison; set grid.row and grid.col to 1"

@@ -95,7 +95,7 @@ def _record(row: BenchRow, part: PartResult) -> Record:
         asked=Workload.of(
             config.model,
             # Ranks share the device; each counts.
-            gpus=grid.data * grid.inter * grid.row * grid.col,
+            gpus=grid.size,
             batch_size=config.batch_size,
             precision=config.precision.compute,
         ),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from axonn.config.train_config import FloatType, GridConfig, PrecisionConfig, TrainConfig
+from axonn.config.train_config import FloatType, PrecisionConfig, TrainConfig
 from axonn.distributed.runtime import Runtime, connect
 from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
@@ -65,7 +65,7 @@ def measure_pipelined(precision: FloatType, runtime: Runtime, *, stages: int, ba
     to send. Every rank of the pipeline calls it; the result is this rank's."""
     from axonn.training.engine_framework import EngineTrainer
 
-    config = small(2 * stages, precision).model_copy(update={"grid": GridConfig(inter=stages)})
+    config = small(2 * stages, precision).model_copy(update={"grid": ProcessGrid(inter=stages)})
     spans = SpanRecorder(runtime.rank)
     trainer = EngineTrainer(config, runtime, spans)
     found = []

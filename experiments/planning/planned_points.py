@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from axonn.config.model_config import ModelConfig
-from axonn.config.train_config import GridConfig, validate
+from axonn.config.train_config import validate
 from axonn.errors import ConfigError
 from axonn.models.registry import outline_of
 from axonn.perf.machine.machine_file import MachineFile
@@ -65,7 +65,7 @@ def space_of_strategy(given: Mapping[str, Any], *, gpus: int, batch_size: int, w
             raise ConfigError(f"{where}: the planner knows no recompute 'selective'; say full or none")
         blocks: Checkpointing = known.checkpoint_layers if "checkpoint_layers" in given else "auto"
         checkpointing = blocks if known.recompute == "full" else "none"
-    extents = validate(given.get("grid", {}), GridConfig, where=where).model_dump(exclude_unset=True)
+    extents = {axis: n for axis, n in known.grid.extents().items() if axis in given.get("grid", {})}
     read = {*_PINS, "grid", "recompute", "checkpoint_layers", "compute"}
     return Space(
         gpus=gpus,

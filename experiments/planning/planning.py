@@ -134,7 +134,7 @@ def where_it_runs(config: TrainConfig, path: Path, machine: MachineFile) -> str:
     how = f"axonn train {path}"
     if not (lacking := lacking_here(config, "auto")):
         return f"run it with: {how}"
-    ranks = ProcessGrid(**config.grid.model_dump()).size
+    ranks = config.grid.size
     nodes = -(-ranks // machine.node.gpus.number)
     here = f"this machine cannot run it: {'; '.join(lacking)}"
     if nodes == 1:

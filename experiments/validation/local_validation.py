@@ -102,7 +102,7 @@ class Compared:
 def ranks_of(config: TrainConfig) -> int:
     """Ranks of the grid."""
     grid = config.grid
-    return grid.data * grid.inter * grid.row * grid.col
+    return grid.size
 
 
 def measure_round(

@@ -68,7 +68,7 @@ def draw_grid(config: TrainConfig) -> Figure:
     """Figure 1: one cell per stage and batch shard, in it the ranks of row x col, coloured by the stage."""
     import matplotlib.pyplot as plt
 
-    grid = ProcessGrid(**config.grid.model_dump())
+    grid = config.grid
     model = make_model(config.model)
     layout = config.schedule.spec().layout(grid.inter)
     spans = virtual_spans(model, layout)
@@ -149,7 +149,7 @@ def _draw_cell(
 
 def scheduled(config: TrainConfig) -> Simulation:
     """The configured schedule on a clock on which a forward of a whole stage takes 1."""
-    grid = ProcessGrid(**config.grid.model_dump())
+    grid = config.grid
     count = microbatches_of(batch_size=config.batch_size, microbatch_size=config.microbatch_size, grid=grid)
     spec = config.schedule.spec()
     chunks = spec.layout(grid.inter).chunks
@@ -216,7 +216,7 @@ def draw_layer(config: TrainConfig) -> Figure:
 
     whole = config.grid
     grid = ProcessGrid(row=whole.row, col=whole.col)
-    hidden = 12 * grid.row * grid.col
+    hidden = 12 * grid.tensor
     weights = weights_of(grid, hidden)
     figure, panels = plt.subplots(2, 1, figsize=(PAGE_IN, 3.6), constrained_layout=True)
     palette = colours(min(10, grid.size))
@@ -300,7 +300,7 @@ def main(arguments: Sequence[str]) -> None:
         if given.config is None
         else load_yaml(given.config, TrainConfig)
     )
-    make_model(config.model).check(ProcessGrid(**config.grid.model_dump()))
+    make_model(config.model).check(config.grid)
     for path in draw_all(config, given.out):
         make_console().print(from_here(path), soft_wrap=True)
 

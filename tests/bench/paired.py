@@ -91,7 +91,7 @@ def main(spec_file: str, out_file: str) -> None:
     spec = json.loads(Path(spec_file).read_text())
     contenders = [(name, validate(config, TrainConfig, where=spec_file)) for name, config in spec["contenders"]]
     with ExitStack() as stack:
-        grids = [ProcessGrid(**config.grid.model_dump()) for _, config in contenders]
+        grids = [config.grid for _, config in contenders]
         runtime = stack.enter_context(connect(grids[0]))
         recorders = [SpanRecorder(runtime.rank) if spec["spans"] else None for _ in contenders]
         trainers = [

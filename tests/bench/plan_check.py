@@ -20,7 +20,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from axonn.config.train_config import GridConfig, OptimizerConfig, PrecisionConfig, ScheduleConfig, TrainConfig
+from axonn.config.train_config import OptimizerConfig, PrecisionConfig, ScheduleConfig, TrainConfig
+from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.observability.provenance import commit
 from axonn.perf.machine.machine_file import MachineFile
@@ -54,7 +55,7 @@ def listed(model: GPTConfig) -> list[TrainConfig]:
         found.append(
             TrainConfig(
                 model=model,
-                grid=GridConfig(**grid),
+                grid=ProcessGrid(**grid),
                 batch_size=BATCH,
                 microbatch_size=size,
                 schedule=ScheduleConfig(**schedule),
@@ -105,7 +106,7 @@ def measure(configs: Sequence[TrainConfig], rounds: int) -> list[list[float]]:
     return paired.times
 
 
-def together(config: TrainConfig) -> tuple[GridConfig, int]:
+def together(config: TrainConfig) -> tuple[ProcessGrid, int]:
     """Those with equal ones may be measured in the same ranks: pipelines there share a transport, whose messages must
     have one size."""
     return config.grid, config.microbatch_size if config.grid.inter > 1 else 0
@@ -113,7 +114,7 @@ def together(config: TrainConfig) -> tuple[GridConfig, int]:
 
 def measure_all(configs: Sequence[TrainConfig], rounds: int) -> list[float]:
     """Seconds of each. The first one runs beside all others, and its median sets the scale."""
-    groups: dict[tuple[GridConfig, int], list[TrainConfig]] = {}
+    groups: dict[tuple[ProcessGrid, int], list[TrainConfig]] = {}
     for config in configs:
         groups.setdefault(together(config), []).append(config)
     ratios: dict[TrainConfig, float] = {}

@@ -23,7 +23,7 @@ from axonn.distributed.transport.base import Address, Decision, Message, Message
 from axonn.distributed.transport.torch_ends import End, Hearer, Outbox, Receiver, Sender, State, Teller
 from axonn.distributed.transport.torch_wire import GlooWire, NcclWire, Wire
 from axonn.errors import TransportError
-from axonn.grid import ProcessGrid
+from axonn.grid import TENSOR_AXES, ProcessGrid
 from axonn.schedules import Direction
 
 
@@ -56,7 +56,7 @@ def _inside_stages(grid: ProcessGrid) -> list[Channel]:
     """For decisions, from the first rank of each stage to the others."""
     if grid.inter == 1:
         return []
-    return [Channel(stage[0], member, None) for stage in grid.groups(["row", "col"]) for member in stage[1:]]
+    return [Channel(stage[0], member, None) for stage in grid.groups(TENSOR_AXES) for member in stage[1:]]
 
 
 class TorchTransport(Transport):

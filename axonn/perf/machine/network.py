@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import ceil, log2
 
 from axonn.errors import ConfigError
-from axonn.grid import Axis, ProcessGrid
+from axonn.grid import TENSOR_AXES, Axis, ProcessGrid
 from axonn.perf.machine.machine_file import Library, MachineFile
 
 
@@ -187,7 +187,7 @@ def edge(grid: ProcessGrid, stage: int, other: int | None = None) -> StageEdge:
     """How the ranks of `stage` reach those of `other` (default `stage + 1`), every replica sending at once."""
     other = stage + 1 if other is None else other
     leaving: dict[int, int] = {}
-    for rank in grid.group(grid.rank(inter=stage), ("data", "row", "col")):
+    for rank in grid.group(grid.rank(inter=stage), ("data", *TENSOR_AXES)):
         peer = grid.neighbour(rank, other - stage)
         assert peer is not None
         if grid.node(peer) != grid.node(rank):

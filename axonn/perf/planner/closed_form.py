@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from axonn.config.train_config import FloatType, GridConfig, PrecisionConfig, ScheduleConfig, TrainConfig
-from axonn.grid import AXES, Axis, ProcessGrid
+from axonn.config.train_config import FloatType, PrecisionConfig, ScheduleConfig, TrainConfig
+from axonn.grid import AXES, TENSOR_AXES, Axis, ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.perf.layers.model_outline import ModelOutline
 from axonn.perf.machine.machine_file import MachineFile
@@ -147,7 +147,7 @@ class ClosedForm:
         shape = candidate.shape
         data, inter, row, col = shape.grid
         found = {
-            "grid": GridConfig(data=data, inter=inter, row=row, col=col),
+            "grid": ProcessGrid(data=data, inter=inter, row=row, col=col),
             "order": self.order,
             "microbatch_size": shape.microbatch_size,
             "schedule": candidate.schedule,
@@ -269,7 +269,7 @@ class ClosedForm:
             data, inter, row, col = extents
             per_node = self.machine.node.gpus.number
             grid = ProcessGrid(data=data, inter=inter, row=row, col=col, order=self.order, ranks_per_node=per_node)
-            groups: tuple[tuple[Axis, ...], ...] = (("data",), ("row",), ("col",), ("row", "col"))
+            groups: tuple[tuple[Axis, ...], ...] = (("data",), *((axis,) for axis in TENSOR_AXES), TENSOR_AXES)
             self._places[extents] = tuple(place(grid, axes, 0, self.machine) for axes in groups)
         return self._places[extents]
 

@@ -6,7 +6,7 @@ from axonn.config.defaults import checkpoint_blocks, sub_shards
 from axonn.config.model_config import ModelConfig
 from axonn.config.train_config import OptimizerConfig, PrecisionConfig, TrainConfig
 from axonn.errors import ConfigError
-from axonn.grid import AXES, ProcessGrid
+from axonn.grid import AXES
 from axonn.models.registry import outline_of
 from axonn.perf.strategy import Strategy
 from axonn.schedules import make_schedule
@@ -37,7 +37,7 @@ def strategy_of_config(config: TrainConfig) -> Strategy:
 
     Checkpointing "auto" may choose other numbers of blocks for other stages; the strategy has that of the first.
     """
-    grid = ProcessGrid(**config.grid.model_dump())
+    grid = config.grid
     optimizer = config.optimizer
     phi = config.model.parameters
     fields = {
@@ -78,7 +78,7 @@ def differences(strategy: Strategy) -> list[str]:
     """In what `strategy` computes the same in another way than the engine does, in words."""
     ours = as_the_engine(strategy)
     without_effect = _TENSOR_ONLY if strategy.tensor == 1 else frozenset()
-    extents = strategy.grid.model_dump()
+    extents = strategy.grid.extents()
     if [axis for axis in strategy.order if extents[axis] > 1] == [axis for axis in ours.order if extents[axis] > 1]:
         without_effect = without_effect | {"order"}
     if strategy.agreement == ours.agreement:

@@ -63,7 +63,7 @@ def supervise(
     does `log.txt`. Raises `LaunchError` when there is no MPI to start several ranks with.
     """
     grid = config.grid
-    ranks = grid.data * grid.inter * grid.row * grid.col
+    ranks = grid.size
     if ranks > 1:
         # Before anything is written.
         find_mpiexec()

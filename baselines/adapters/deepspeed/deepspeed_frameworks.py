@@ -33,7 +33,7 @@ class DeepSpeed(ForeignFramework):
         if precision not in self.precisions:
             known = " or ".join(self.precisions)
             return f"{self.label} is run in {known} here, not in {precision}; set precision: float32"
-        if grid.row * grid.col > 1:
+        if grid.tensor > 1:
             return "DeepSpeed has no tensor parallelism of its own; set grid.row and grid.col to 1"
         if config.batch_size % (grid.data * config.microbatch_size):
             return (

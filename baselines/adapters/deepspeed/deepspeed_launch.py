@@ -53,7 +53,7 @@ def refusals(work: ClusterWork) -> list[str]:
         return [str(error)]
     pipelined = grid.inter > 1
     schedule = strategy.schedule
-    ranks = grid.data * grid.inter * grid.row * grid.col
+    ranks = grid.size
     cases = {
         f"the grid has {ranks} ranks for {work.gpus} GPUs; make them equal": ranks != work.gpus,
         "it cuts matrices in one dimension; set grid.row to 1": grid.row > 1,

@@ -151,7 +151,7 @@ def _chunks(work: ClusterWork) -> int:
 
 def _mapping(work: ClusterWork) -> list[str]:
     """The flag of the placement of ranks. Raises `LaunchError` for one that it does not have."""
-    extents = work.strategy.grid.model_dump()
+    extents = work.strategy.grid.extents()
     asked = [axis for axis in work.strategy.order if extents[axis] > 1]
     for order, flag in _ORDERS.items():
         if asked == [axis for axis in order if extents[axis] > 1]:

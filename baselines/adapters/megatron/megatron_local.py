@@ -33,7 +33,7 @@ class Megatron(ForeignFramework):
         return self._wrong_grid(config) or self._wrong_sizes(config)
 
     def _wrong_grid(self, config: TrainConfig) -> str | None:
-        extents = config.grid.model_dump()
+        extents = config.grid.extents()
         if extents["row"] > 1:
             return "Megatron-LM cuts layers along col only: set row to 1"
         others = [axis for axis, extent in extents.items() if extent > 1 and axis not in self.axes]

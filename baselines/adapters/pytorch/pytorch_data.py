@@ -121,7 +121,7 @@ class TorchDDP(InProcessFramework):
 
     def unavailable(self, config: TrainConfig) -> str | None:
         grid = config.grid
-        if grid.data < 2 or grid.inter * grid.row * grid.col > 1:
+        if grid.data < 2 or grid.inter * grid.tensor > 1:
             return f"{self.label} is data parallelism: set G_data to at least 2 and the other axes to 1"
         if (reason := beyond(config, schedule=self.schedule(config))) is not None:
             return reason

@@ -77,7 +77,7 @@ class PlainLoop(InProcessFramework):
 
     def unavailable(self, config: TrainConfig) -> str | None:
         grid = config.grid
-        if grid.data * grid.inter * grid.row * grid.col > 1:
+        if grid.size > 1:
             return "a plain loop runs on 1 rank"
         return beyond(config, schedule=self.schedule(config))
 

@@ -21,7 +21,6 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, Pipeli
 
 from axonn.config.train_config import ScheduleConfig, TrainConfig
 from axonn.distributed.runtime import Runtime
-from axonn.grid import ProcessGrid
 from axonn.inter_layer.stage import virtual_spans
 from axonn.models.gpt.gpt_model import GPT
 from axonn.schedules import ChunkLayout
@@ -36,7 +35,7 @@ class TorchPipeliningTrainer:
     """The same layers, cut at the same places, from the same initial weights, run by PyTorch's schedule."""
 
     def __init__(self, config: TrainConfig, runtime: Runtime, layout: ChunkLayout, kind: type[Schedule]) -> None:
-        here = ProcessGrid(**config.grid.model_dump()).coordinates(runtime.rank).inter
+        here = config.grid.coordinates(runtime.rank).inter
         model = GPT(config.model)
         spans = virtual_spans(model, layout)
         mine = [layout.virtual(here, chunk) for chunk in range(layout.chunks)]
@@ -90,7 +89,7 @@ class TorchPipelining(InProcessFramework):
 
     def unavailable(self, config: TrainConfig) -> str | None:
         grid = config.grid
-        if grid.data * grid.row * grid.col > 1:
+        if grid.data * grid.tensor > 1:
             return "torch.distributed.pipelining is run with G_inter only here; set the other axes to 1"
         if (
             reason := beyond(config, schedule=self.schedule(config))

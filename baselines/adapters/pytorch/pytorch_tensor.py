@@ -27,7 +27,6 @@ from axonn.config.train_config import ScheduleConfig, TrainConfig
 from axonn.distributed.collectives import Call, CallKind
 from axonn.distributed.runtime import Runtime
 from axonn.errors import GridError
-from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_model import GPT
 from axonn.spans import SpanRecorder
 from axonn.training.framework import InProcessFramework
@@ -132,7 +131,7 @@ class TorchTensorParallel(InProcessFramework):
         return f"torch {torch.__version__}"
 
     def unavailable(self, config: TrainConfig) -> str | None:
-        grid = ProcessGrid(**config.grid.model_dump())
+        grid = config.grid
         if grid.col < 2 or grid.size > grid.col:
             return "PyTorch's tensor parallelism is run with G_col only here, at least 2; set the other axes to 1"
         if config.model.tied_head:
