@@ -27,9 +27,9 @@ from axonn.errors import AxonnError, ConfigError, LaunchError
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.registry import make_model
 from axonn.observability.procfs import available_cores
-from axonn.observability.provenance import this_machine
 from axonn.observability.records import Workload
 from axonn.training.places import PROJECT, from_here
+from axonn.training.provenance import this_machine
 from baselines import contenders as who
 from baselines.comparison import (
     Result,

@@ -12,9 +12,9 @@ from typing import Any
 
 from axonn.errors import LaunchError
 from axonn.observability.machine_usage import BUSY_SHARE
-from axonn.observability.provenance import this_machine
 from axonn.observability.records import Failure, Record, Workload, write_records
 from axonn.training.framework import ran_by, settings_ran
+from axonn.training.provenance import this_machine
 from baselines.comparison import Result, Verdict, busy_lines
 from baselines.contenders import Contender, framework_of
 

@@ -12,9 +12,10 @@ import torch
 from axonn.config.train_config import TrainConfig, validate
 from axonn.errors import LaunchError
 from axonn.observability.procfs import available_cores
-from axonn.observability.provenance import fingerprint, sources
 from axonn.observability.records import Failure
+from axonn.training.framework import load_framework
 from axonn.training.places import from_here
+from axonn.training.provenance import fingerprint, source_files
 from axonn.training.supervision.supervisor import supervise
 from baselines.contenders import serial_work
 from baselines.coordinator import keep_little
@@ -25,17 +26,6 @@ BATCHES = 5
 TOLERANCES: Mapping[str, float] = {"float64": 1e-9, "float32": SAME_WORK, "bfloat16": 2e-2, "float16": 5e-3}
 """Largest relative difference of losses, by the type that is computed in."""
 SERIAL = "pytorch/loop"
-_SOURCES = (
-    "axonn/*.py",
-    "axonn/inter_layer/stage.py",
-    "axonn/models/*.py",
-    "axonn/data/*.py",
-    "axonn/tensor/*.py",
-    "baselines/adapters/adapter_common.py",
-    "baselines/adapters/pytorch/pytorch_loop.py",
-    "axonn/training/loop.py",
-    "experiments/workloads.py",
-)
 
 
 def reference_losses(workload: str, *, cache: Path, folder: Path) -> list[float]:
@@ -44,10 +34,8 @@ def reference_losses(workload: str, *, cache: Path, folder: Path) -> list[float]
     `folder`: where the run leaves its files. Raises `LaunchError` when it fails.
     """
     config = validate(config_of(workload, {}) | serial_work(workload) | {"steps": BATCHES}, TrainConfig, where=workload)
-    file = (
-        cache
-        / f"{workload}-{fingerprint([config.model_dump(mode='json'), torch.__version__], sources(*_SOURCES))}.json"
-    )
+    code = source_files("experiments.workloads", *load_framework(SERIAL).source_modules())
+    file = cache / f"{workload}-{fingerprint([config.model_dump(mode='json'), torch.__version__], code)}.json"
     if file.exists():
         return [float(loss) for loss in json.loads(file.read_text())["losses"]]
     # All cores: it is not timed.

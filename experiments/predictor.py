@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from axonn.errors import ConfigError, RecordError
-from axonn.observability.provenance import commit, fingerprint, sources
 from axonn.observability.records import Execution, Machine, Record, Workload, read_records, settings_of, write_records
 from axonn.perf.machine.machine_file import MachineFile
 from axonn.perf.prediction import Prediction
@@ -17,6 +16,7 @@ from axonn.perf.timing.bytes_sent import bytes_by_axis
 from axonn.perf.timing.jitter import Jitter
 from axonn.spans import SpanRecorder, overlap
 from axonn.training.places import PROJECT, in_project
+from axonn.training.provenance import commit, fingerprint, source_files
 from experiments.definition import HERE, OURS, Experiment, find_machine, slug
 from experiments.predicted_case import PredictedCase, predict_case
 from experiments.validation.published_sets import FOLDER, Case, Open, case_of, load_data_set, rules_for
@@ -102,22 +102,7 @@ def fingerprint_of(experiment: Experiment, jitter: Jitter | None = None) -> str:
             "machine": find_machine(machine).model_dump(mode="json"),
         }
         | ({} if jitter is None else {"jitter": asdict(jitter)}),
-        sources(
-            "axonn/perf/*.py",
-            "axonn/schedules/*.py",
-            "axonn/config/train_config.py",
-            "axonn/grid.py",
-            "axonn/inter_layer/partition.py",
-            "axonn/observability/records.py",
-            "axonn/spans.py",
-            "axonn/models/unet/unet_config.py",
-            "axonn/config/defaults.py",
-            "axonn/models/*.py",
-            "experiments/predicted_case.py",
-            "experiments/planning/planned_points.py",
-            "experiments/planning/planning.py",
-            "experiments/predictor.py",
-        ),
+        source_files(__name__),
     )
 
 

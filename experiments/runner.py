@@ -11,11 +11,11 @@ from axonn.config.train_config import TrainConfig
 from axonn.device.devices import DeviceType
 from axonn.durable_files import locked_folder
 from axonn.errors import ConfigError
-from axonn.observability.provenance import fingerprint, sources, this_machine
 from axonn.observability.records import Failure, Record, read_records, write_records
 from axonn.training.capacity import lacking_here
 from axonn.training.framework import Framework, load_adapter, load_framework, ran_by, version_of
 from axonn.training.places import PROJECT
+from axonn.training.provenance import fingerprint, source_files, this_machine
 from axonn.training.run_outcome import Outcome
 from axonn.training.run_record import function_of, run_record, with_losses_compared
 from axonn.training.supervision.supervisor import supervise
@@ -23,24 +23,6 @@ from experiments.definition import Experiment, measured_configs, slug
 
 MEASURED = PROJECT / "results" / "measured"
 RUNS = PROJECT / "runs"
-_SOURCES = (
-    "axonn/*.py",
-    "axonn/schedules/*.py",
-    "axonn/distributed/transport/*.py",
-    "axonn/inter_layer/*.py",
-    "axonn/optim/*.py",
-    "axonn/tensor/*.py",
-    "axonn/models/*.py",
-    "axonn/data/*.py",
-    "baselines/*.py",
-    "baselines/ranks/*.py",
-    "axonn/training/worker.py",
-    "axonn/training/run_folder.py",
-    "axonn/observability/rank_usage.py",
-    "axonn/training/loop.py",
-    "experiments/*framework.py",
-)
-"""What a measured time depends on: a change here makes a point worth measuring anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +81,10 @@ def points_of(experiment: Experiment, device: DeviceType = "cpu") -> list[Measur
     if policy is None:
         raise ConfigError(f"experiments/{experiment.name}.yaml has nothing to measure; give it measured, or runs")
     machine = this_machine(device=device).model_dump(exclude={"commit", "clocks"})
-    code = fingerprint(machine, sources(*_SOURCES))
     work = measured_work(experiment)
-    versions = {name: version_of(load_framework(name)) for name in {name for _, _, name in work}}
+    frameworks = {name: load_framework(name) for name in {name for _, _, name in work}}
+    versions = {name: version_of(framework) for name, framework in frameworks.items()}
+    code = {name: fingerprint(machine, source_files(*one.source_modules())) for name, one in frameworks.items()}
     return [
         MeasuredPoint(
             experiment=experiment.name,
@@ -112,7 +95,7 @@ def points_of(experiment: Experiment, device: DeviceType = "cpu") -> list[Measur
             label=label,
             device=device,
             fingerprint=fingerprint(
-                [name, versions[name], config.model_dump(mode="json"), policy.warmup_batches, code], []
+                [name, versions[name], config.model_dump(mode="json"), policy.warmup_batches, code[name]], []
             ),
         )
         for repeat in range(policy.repeats)

@@ -12,10 +12,10 @@ from axonn.grid import Axis
 from axonn.perf.machine.machine_file import MachineFile
 from axonn.perf.prediction import Prediction
 from axonn.perf.timing.task_times import TaskTime
-from axonn.training.cluster_launch import launch_worker
 from axonn.training.engine_framework import EngineFramework
 from axonn.training.framework import Adapter, InProcessFramework, adapter_names, load_adapter, load_framework
 from axonn.training.run_folder import NEWEST
+from axonn.training.supervision.cluster_launch import launch_worker
 from experiments.cluster_work import PUBLISHED_STEPS, SmallWork, cluster_work
 from experiments.definition import Experiment, find_machine, slug
 from experiments.predicted_case import PredictedCase, predict_case

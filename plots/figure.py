@@ -26,10 +26,10 @@ from axonn.config.train_config import TrainConfig
 from axonn.durable_files import read_json, replace_durably
 from axonn.errors import RecordError
 from axonn.observability.machine_usage import BUSY_SHARE
-from axonn.observability.provenance import THIS_MACHINE, fingerprint, sources, this_machine
 from axonn.observability.records import Record, RecordKind, read_records
 from axonn.training.framework import load_framework
 from axonn.training.places import PROJECT, from_here
+from axonn.training.provenance import THIS_MACHINE, described_files, fingerprint, source_files, this_machine
 from axonn.training.run_record import configuration_of, measures
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment
@@ -279,7 +279,8 @@ def make_figure(
     mark = fingerprint(
         [[r.model_dump(mode="json") for r in content.records], content.missing, with_busy],
         [
-            *sources("plots/*.py", f"experiments/{kind.name}.yaml"),
+            *source_files(kind.draw.__module__),
+            *described_files(f"experiments/{kind.name}.yaml"),
             *(ROOT / reading.file for reading in content.experiment.readings.values()),
             *kind.inputs(content),
         ],

@@ -9,9 +9,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from axonn.observability.provenance import THIS_MACHINE
 from axonn.observability.records import Record
 from axonn.perf.timing.constant_rate import naive_constant, naive_predict
+from axonn.training.provenance import THIS_MACHINE
 
 Key = tuple[str, str]
 """(point, framework)"""

@@ -10,8 +10,8 @@ from typing import Any
 
 from axonn.observability.records import Record
 from axonn.spans import Span, SpanKind, SpanRecorder
-from axonn.training.cluster_launch import launch_worker
 from axonn.training.framework import load_adapter, load_framework
+from axonn.training.supervision.cluster_launch import launch_worker
 from experiments.cluster_work import SmallWork, cluster_work
 from experiments.definition import ROOT, load_experiment
 from experiments.runner import measured_work

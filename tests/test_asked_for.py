@@ -22,10 +22,10 @@ from axonn.perf.planner import planner
 from axonn.perf.planner.engine_strategy import as_the_engine, differences
 from axonn.perf.prediction import Prediction, predict
 from axonn.perf.strategy import Strategy
-from axonn.training.cluster_launch import spec_of
 from axonn.training.framework import ClusterWork, PrintedRun, load_framework, ran_by
 from axonn.training.run_outcome import Outcome
 from axonn.training.run_record import run_record
+from axonn.training.supervision.cluster_launch import spec_of
 from experiments import predicted_case, predictor
 from experiments.cluster_work import SmallWork, record_of
 from experiments.definition import HERE, Experiment, find_machine, load_experiment

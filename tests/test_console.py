@@ -25,7 +25,7 @@ DISPLAYS = """
 import json, sys, time
 from pathlib import Path
 from axonn.cli.console import console, make_console, progress_bar, warn
-from axonn.training.progress import TrainingProgress
+from axonn.cli.training_progress import TrainingProgress
 from baselines.rounds import Widest
 from baselines.comparison_progress import Reporter
 

@@ -16,6 +16,7 @@ from axonn.errors import DataError
 from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.gpt.gpt_model import GPT
+from axonn.models.registry import make_data
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_evaluation_holds_data_out_by_itself(text: Path) -> None:
     def held_out(evaluation: EvaluationConfig | None, part: float) -> int:
         data = DataConfig(path=str(text), held_out=part)
         config = TrainConfig(model=model, batch_size=1, microbatch_size=1, data=data, evaluation=evaluation)
-        return TextData.of(config).held_out_windows
+        return make_data(config).held_out_windows
 
     assert held_out(None, 0.0) == 0
     assert held_out(EvaluationConfig(every=1), 0.0) == 2

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from axonn.device.devices import are_shared, device_type, local_rank, peak_bytes, rank_device
+from axonn.device.local_rank import LOCAL_RANKS
 from axonn.distributed.collectives import StagedCollectives
-from axonn.distributed.launch import LAUNCHERS, LOCAL_RANKS, rank_environment
+from axonn.distributed.launch import LAUNCHERS, rank_environment
 from axonn.distributed.runtime import connect
 from axonn.distributed.transport.mpi import MPITransport
 from axonn.distributed.transport.staging import StagedPath

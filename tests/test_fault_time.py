@@ -18,9 +18,9 @@ import pytest
 
 import axonn.training.supervision.rank_watch
 from axonn.config.train_config import CheckpointConfig, DataConfig, EvaluationConfig
-from axonn.training.cluster_launch import spec_of
 from axonn.training.metrics import BATCHES, read_rows
 from axonn.training.run_folder import Heartbeats, Progress, set_state
+from axonn.training.supervision.cluster_launch import spec_of
 from axonn.training.supervision.supervisor import supervise
 from experiments import definition
 from tests.command_line import TEXT, tiny

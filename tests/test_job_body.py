@@ -21,13 +21,13 @@ from axonn.config.train_config import TrainConfig
 from axonn.distributed.launch import rank_environment
 from axonn.distributed.runtime import connect
 from axonn.spans import SpanRecorder, read_spans
-from axonn.training.cluster_launch import launch_worker, read_run
 from axonn.training.engine_framework import EngineTrainer
 from axonn.training.framework import Launch
 from axonn.training.loop import TrainingLoop
 from axonn.training.metrics import BATCHES, read_rows
 from axonn.training.resumption import CHECKPOINTS, newest_checkpoint
 from axonn.training.run_folder import NEWEST, STOP, STOPPED
+from axonn.training.supervision.cluster_launch import launch_worker, read_run
 from experiments.cluster_work import SmallWork
 from experiments.definition import ROOT
 from jobscripts.generate import ClusterJob, write_jobs

@@ -19,9 +19,9 @@ from axonn.errors import LaunchError
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.unet.unet_config import UNetConfig
 from axonn.perf.strategy import Strategy
-from axonn.training.cluster_launch import data_of, read_run
 from axonn.training.engine_framework import EngineAdapter
 from axonn.training.framework import ClusterWork
+from axonn.training.supervision.cluster_launch import data_of, read_run
 from axonn.training.supervision.supervisor import supervise
 from experiments.definition import ROOT
 from tests.command_line import tiny

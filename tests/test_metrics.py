@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from axonn.cli.training_progress import TrainingProgress
 from axonn.spans import SpanKind, SpanRecorder, read_spans, span_files
 from axonn.training.metrics import BATCHES, EVALUATIONS, Tail, cut_rows
-from axonn.training.progress import TrainingProgress
 
 # --- spans and metrics
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from axonn.training.log_failures import clean, failure_of, lines_of
+from axonn.training.supervision.log_failures import clean, failure_of, lines_of
 
 TRACEBACK = "Traceback (most recent call last):"
 WATCHDOG = (

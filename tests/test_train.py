@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from axonn.checkpoint.checkpoints import Checkpoint, CheckpointState, latest
 from axonn.checkpoint.local_shard import LocalShard
+from axonn.cli.training_progress import TrainingProgress
 from axonn.config.train_config import TrainConfig, validate
 from axonn.data.text import TextData
 from axonn.distributed.collectives import SerialCollectives
@@ -26,6 +27,7 @@ from axonn.errors import ConfigError, LaunchError
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.non_finite import NotFinite
 from axonn.models.gpt.gpt_model import GPT
+from axonn.models.registry import make_data
 from axonn.models.weights_file import check_weights
 from axonn.observability.records import read_records
 from axonn.spans import SpanKind, SpanRecorder, read_spans
@@ -33,7 +35,6 @@ from axonn.training import trainer as training
 from axonn.training.framework import ResumableTrainer
 from axonn.training.loop import CHECKPOINTS, TrainingLoop
 from axonn.training.metrics import BATCHES, EVALUATIONS, read_rows
-from axonn.training.progress import TrainingProgress
 from axonn.training.resumption import newest_checkpoint
 from axonn.training.run_folder import STOP
 from axonn.training.run_record import parts_of
@@ -298,7 +299,7 @@ def test_a_long_run_keeps_no_spans_in_memory(tmp_path: Path, monkeypatch: pytest
 
 @cache
 def text_data() -> TextData:
-    return TextData.of(small())
+    return make_data(small())
 
 
 def saved(config: TrainConfig) -> Checkpoint:
@@ -357,7 +358,7 @@ def test_a_longer_run_must_not_change_the_learning_rate_of_the_shorter() -> None
 def test_other_text_under_the_same_name_is_another_run(tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(b"something else" * 99)
     config = small(data={"path": str(tmp_path / "text")})
-    (difference,) = training.config_differences(saved(small()), config, TextData.of(config))
+    (difference,) = training.config_differences(saved(small()), config, make_data(config))
     assert difference == f"the content of data.path differs (was not set, is {tmp_path}/text)"
 
 

@@ -18,9 +18,9 @@ from axonn.observability.batch_usage import batch_usage
 from axonn.observability.busy_watch import BusyWatch
 from axonn.observability.machine_usage import BUSY_SHARE, TICK_S, BatchUsage, busy_share, is_busy
 from axonn.observability.records import read_all
-from axonn.training.cluster_launch import spec_of
 from axonn.training.resumption import forget_batches
 from axonn.training.run_outcome import outcome_of
+from axonn.training.supervision.cluster_launch import spec_of
 from experiments.definition import ROOT
 from tests.busy import QUIET, busy_machine, usage
 from tests.command_line import CommandLine, tiny

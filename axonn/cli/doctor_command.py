@@ -17,8 +17,8 @@ def doctor() -> None:
     from axonn.distributed.launch import find_mpiexec
     from axonn.distributed.transport.diagnostics import survey
     from axonn.errors import LaunchError
-    from axonn.observability.provenance import this_machine
     from axonn.training.framework import adapter_names, load_adapter
+    from axonn.training.provenance import this_machine
 
     machine = this_machine()
     table = Table(show_header=False, box=None)
@@ -71,7 +71,7 @@ def _gpus() -> list[tuple[str, str]]:
     """What there is to say of the GPUs."""
     import torch
 
-    from axonn.observability.provenance import this_machine
+    from axonn.training.provenance import this_machine
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     said = [("GPUs", str(count))]

@@ -40,12 +40,12 @@ def train(
     if not force:
         # Before PyTorch is loaded, which takes longer.
         check_capacity(given, device)
+    from axonn.cli.training_progress import TrainingProgress
     from axonn.device.devices import device_type, ranks_on
     from axonn.engine import microbatches_of
     from axonn.models.registry import make_data
     from axonn.training import trainer
     from axonn.training.engine_framework import layers_of_chunks
-    from axonn.training.progress import TrainingProgress
 
     config = trainer.resolved(given)
     grid = config.grid

@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from axonn.config.train_config import TrainConfig
 from axonn.data.diffusion import Noising
 from axonn.data.image_files import Pixels, read_images
-from axonn.data.order import SampleOrder, held_out_of
+from axonn.data.order import SampleOrder
 from axonn.errors import DataError
-from axonn.models.unet.unet_config import NoiseSchedule, UNetConfig
+from axonn.models.unet.unet_config import NoiseSchedule
 
 Batch = tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]
 _LUMINANCE = (0.299, 0.587, 0.114)
@@ -54,21 +53,6 @@ class ImageData:
         self._noising = Noising(noise_schedule, noise_steps, seed=seed)
         self.trained_images = self._order.trained
         self.held_out_images = self._order.held_out
-
-    @classmethod
-    def of(cls, config: TrainConfig) -> ImageData:
-        """The data of a training run."""
-        model = config.model
-        assert isinstance(model, UNetConfig), "images are what a U-Net trains on"
-        return cls(
-            config.data.path,
-            image_size=model.image_size,
-            channels=model.channels,
-            noise_steps=model.noise_steps,
-            noise_schedule=model.noise_schedule,
-            seed=config.seed,
-            held_out=held_out_of(config),
-        )
 
     @property
     def summary(self) -> str:

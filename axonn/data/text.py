@@ -15,11 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from axonn.config.train_config import TrainConfig
-from axonn.data.order import SampleOrder, held_out_of
+from axonn.data.order import SampleOrder
 from axonn.durable_files import opened, reason_of
 from axonn.errors import DataError
-from axonn.models.gpt.gpt_config import GPTConfig
 
 _LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 
@@ -76,18 +74,6 @@ class TextData:
         largest = int(self.tokens.max())
         if largest >= vocab:
             raise DataError(f"{where}: token {largest} is outside the vocabulary of {vocab}; raise model.vocab")
-
-    @classmethod
-    def of(cls, config: TrainConfig) -> TextData:
-        """The data of a training run."""
-        assert isinstance(config.model, GPTConfig), "text is what a GPT trains on"
-        return cls(
-            config.data.path,
-            seq_len=config.model.seq_len,
-            vocab=config.model.vocab,
-            seed=config.seed,
-            held_out=held_out_of(config),
-        )
 
     @property
     def summary(self) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
 
-from axonn.distributed.launch import LOCAL_RANKS
+from axonn.device.local_rank import local_rank
 from axonn.errors import ConfigError
 
 DeviceType = Literal["cpu", "cuda"]
@@ -54,12 +53,6 @@ def usable(device: torch.device | None) -> torch.device:
         raise ConfigError(f"the engine computes on 'cpu' or 'cuda', not on '{device}'")
     device_type("cuda")
     return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
-
-
-def local_rank(environment: Mapping[str, str] | None = None) -> int:
-    """Number of this process on its node as the launcher's environment says; 0 without a launcher."""
-    env = os.environ if environment is None else environment
-    return next((int(env[name]) for name in LOCAL_RANKS if name in env), 0)
 
 
 def rank_device(asked: str, environment: Mapping[str, str] | None = None) -> torch.device:

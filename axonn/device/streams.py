@@ -9,12 +9,24 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from axonn.distributed.collectives import CollectiveHandle
 from axonn.spans import SpanKind, SpanRecorder
+
+
+class Completion(Protocol):
+    """Work of other threads or devices that ends by itself, as collectives do."""
+
+    @property
+    def finished_at(self) -> float | None:
+        """When it was complete, in seconds of `time.perf_counter`; None before that and where nobody can tell."""
+        ...
+
+    def wait(self) -> None:
+        """Return when the result is there."""
+        ...
 
 
 class DeviceEvent:
@@ -130,7 +142,7 @@ class Timeline:
         """Another queue of work of the same device."""
         return SideStream(self.device)
 
-    def result_of(self, work: CollectiveHandle) -> DeviceEvent:
+    def result_of(self, work: Completion) -> DeviceEvent:
         """Let the current stream go on when the result of a collective is there; when that is.
 
         The end of a collective is a moment of a stream that does nothing else: that of the current stream would come no

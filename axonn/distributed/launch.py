@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from axonn.device.local_rank import LOCAL_RANKS
 from axonn.errors import LaunchError
 
 LAUNCHERS = (
@@ -17,8 +18,6 @@ LAUNCHERS = (
     ("RANK", "WORLD_SIZE"),
 )
 """Variables in which launchers tell a process its rank and the number of ranks."""
-LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "LOCAL_RANK")
-"""Variables in which they tell it its number on its node."""
 
 
 def find_mpiexec() -> str:

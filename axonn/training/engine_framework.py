@@ -21,7 +21,6 @@ from axonn.observability.traffic import Traffic
 from axonn.perf.planner.engine_strategy import as_the_engine, config_of_strategy, differences
 from axonn.schedules import make_schedule
 from axonn.spans import SpanRecorder
-from axonn.training.cluster_launch import data_of, launch_worker, read_run
 from axonn.training.framework import (
     Adapter,
     Capabilities,
@@ -33,6 +32,7 @@ from axonn.training.framework import (
     ResumableTrainer,
 )
 from axonn.training.run_folder import NEWEST
+from axonn.training.supervision.cluster_launch import data_of, launch_worker, read_run
 
 
 def layers_of_chunks(config: TrainConfig) -> list[range]:

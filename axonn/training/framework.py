@@ -137,6 +137,10 @@ class InProcessFramework(Framework):
     ) -> AbstractContextManager[Trainer]:
         """Set up, on every rank alike. `torch.distributed` is initialised when there is more than one rank."""
 
+    def source_modules(self) -> list[str]:
+        """Return the modules that its ranks run, by which it is known whether what was measured must be anew."""
+        return ["axonn.training.worker", type(self).__module__]
+
     @contextmanager
     def program(self, config: TrainConfig, folder: Path) -> Iterator[RankProgram]:
         yield RankProgram(command=[sys.executable, "-m", "axonn.training.worker", str(folder)])

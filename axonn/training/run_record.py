@@ -11,10 +11,10 @@ from typing import Any
 from axonn.config.train_config import TrainConfig
 from axonn.errors import RecordError
 from axonn.observability.phases import phases
-from axonn.observability.provenance import fingerprint
 from axonn.observability.records import Execution, Failure, Record, Workload
 from axonn.spans import Span, breakdown, overlap, read_spans, span_files
 from axonn.training.framework import settings_ran
+from axonn.training.provenance import fingerprint
 from axonn.training.run_outcome import Outcome, steady
 
 

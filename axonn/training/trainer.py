@@ -27,9 +27,9 @@ from axonn.durable_files import locked_folder, replace_durably
 from axonn.errors import CheckpointError
 from axonn.models.registry import make_model
 from axonn.models.weights_file import check_weights
-from axonn.observability.provenance import this_machine
 from axonn.observability.records import Record, Workload, write_records
 from axonn.training.framework import Framework, load_framework, ran_by, settings_ran
+from axonn.training.provenance import this_machine
 from axonn.training.resumption import CHECKPOINTS
 from axonn.training.run_outcome import Outcome
 from axonn.training.run_record import parts_of

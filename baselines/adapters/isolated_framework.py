@@ -88,6 +88,11 @@ class ForeignFramework(Framework):
         """Environment variables of its ranks."""
         return {}
 
+    def source_modules(self) -> list[str]:
+        """Return its adapter, and the script that its ranks run, with what that loads by its path."""
+        script = f"baselines.ranks.{self.script.removesuffix('.py')}"
+        return [type(self).__module__, script, "axonn.observability.rank_usage", "axonn.training.run_folder"]
+
     @contextmanager
     def program(self, config: TrainConfig, folder: Path) -> Iterator[RankProgram]:
         files = [folder / WORK, folder / "store"]

@@ -13,9 +13,9 @@ from axonn.config.train_config import OptimizerConfig, PrecisionConfig, Schedule
 from axonn.errors import ConfigError, LaunchError
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.registry import outline_of
-from axonn.training.cluster_launch import READ_LATER, read_run, spec_of
 from axonn.training.framework import Adapter, Capabilities, ClusterWork, Framework, Launch, PrintedRun
 from axonn.training.run_folder import SPEC
+from axonn.training.supervision.cluster_launch import READ_LATER, read_run, spec_of
 from baselines.adapters.ignored_settings import OWN_WAY, untold
 from baselines.adapters.isolated_framework import RANKS, ForeignFramework, stage_settings, stage_starts
 from baselines.environments import Environment

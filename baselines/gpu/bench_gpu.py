@@ -26,9 +26,9 @@ from axonn.device.devices import device_type
 from axonn.durable_files import locked_folder
 from axonn.errors import ConfigError
 from axonn.observability.busy_watch import BusyWatch
-from axonn.observability.provenance import this_machine
 from axonn.observability.records import Failure, Machine
 from axonn.training.places import PROJECT, from_here
+from axonn.training.provenance import this_machine
 from baselines.gpu.bench_context import Context, NotMeasured, Part
 from baselines.gpu.bench_rows import BenchRow, PartResult, failed, read_parts, write_part
 from baselines.gpu.bench_summary import GPU_RECORDS, same_device, write_gpu_records, write_summary

@@ -13,13 +13,13 @@ import yaml
 from axonn.config.train_config import FloatType, validate
 from axonn.durable_files import replace_durably
 from axonn.models.registry import outline_of
-from axonn.observability.provenance import cpu_name
 from axonn.perf.machine.coefficient_fit import describe_curves
 from axonn.perf.machine.kernel_tables import MeasuredKernels
 from axonn.perf.machine.machine_file import Curve, Library, MachineFile
 from axonn.perf.machine.quantities import Time
 from axonn.perf.planner.engine_strategy import strategy_of_config
 from axonn.perf.prediction import message_bytes
+from axonn.training.provenance import cpu_name
 from experiments.calibration.host_costs import host_times, small
 
 _LIBRARIES: tuple[tuple[Library, str], ...] = (("mpi", "mpi"), ("nccl", "torch"))

@@ -19,12 +19,12 @@ from rich.table import Table
 from axonn.cli.console import make_console
 from axonn.cli.doc_links import explained
 from axonn.errors import ConfigError
-from axonn.observability.provenance import commit
 from axonn.perf.planner.planner import PlannedStrategy, plan
 from axonn.perf.planner.search_space import Space
 from axonn.perf.prediction import PredictedBreakdown, Prediction, predict
 from axonn.perf.strategy import Strategy
 from axonn.training.places import from_here
+from axonn.training.provenance import commit
 from experiments.definition import HERE, OURS, PredictedPoint, find_machine, load_experiment, load_model, strategy_of
 from experiments.planning.planning import TABLE_WIDTH, described, plannable
 from experiments.predictor import PREDICTED

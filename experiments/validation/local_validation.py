@@ -27,7 +27,6 @@ from axonn.config.train_config import StrictModel, TrainConfig, load_yaml, read_
 from axonn.errors import LaunchError
 from axonn.observability.busy_watch import BusyWatch
 from axonn.observability.procfs import available_cores
-from axonn.observability.provenance import this_machine
 from axonn.observability.records import Execution, Record, Workload, write_records
 from axonn.perf.machine.machine_file import MachineFile, load_machine
 from axonn.perf.planner.engine_strategy import strategy_of_config
@@ -35,6 +34,7 @@ from axonn.perf.prediction import Prediction, predict
 from axonn.perf.timing.constant_rate import naive_constant
 from axonn.training.framework import load_framework, ran_by, settings_ran
 from axonn.training.places import PROJECT, from_here
+from axonn.training.provenance import this_machine
 from axonn.training.run_record import parts_of
 from axonn.training.supervision.supervisor import supervise
 from experiments.calibration.measure_machine import calibrate

@@ -12,9 +12,9 @@ import pandas as pd
 from pydantic import ValidationError
 
 from axonn.errors import AxonnError, ConfigError
-from axonn.observability.provenance import commit, fingerprint, sources
 from axonn.perf.machine.quantities import Size
 from axonn.perf.timing.constant_rate import naive_constants, naive_predict
+from axonn.training.provenance import commit, described_files, fingerprint, source_files
 from experiments.definition import find_machine, slug
 from experiments.predicted_case import PredictedCase, predict_case
 from experiments.predictor import PREDICTED
@@ -69,8 +69,8 @@ def validate_set(path: Path, *, on_point: Callable[[str], None] = lambda label: 
 
 def fingerprint_of(paths: Sequence[Path]) -> str:
     """Hash of the data sets, experiments whose points they may be, machines, models and the code that predicts."""
-    code = sources("axonn/*.py", "axonn/perf/*.py", "axonn/schedules/*.py", "experiments/*.py")
-    described = sources(
+    code = source_files(__name__)
+    described = described_files(
         "experiments/*.yaml", "experiments/models/*.yaml", "experiments/machines/*.yaml", "results/published/*.json"
     )
     return fingerprint(

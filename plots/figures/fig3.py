@@ -11,8 +11,8 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from axonn.observability.provenance import THIS_MACHINE
 from axonn.observability.records import Record
+from axonn.training.provenance import THIS_MACHINE
 from plots.figure import Content, FigureKind, main
 from plots.stacked_bars import INSIDE, NAMES, WHOLE, Stack, draw_stacks, legend
 from plots.style import COLUMN_IN

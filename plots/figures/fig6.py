@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
-from axonn.observability.provenance import this_machine
+from axonn.training.provenance import this_machine
 from plots.figure import Content, FigureKind, main
 from plots.style import COLUMN_IN, KINDS, colours, mark, mark_handle
 from plots.summary import device_of, elsewhere, here, machine_of, measured_tables, naive, published_table, wrong_orders

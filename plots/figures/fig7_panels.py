@@ -7,7 +7,7 @@ from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
 from axonn.grid import AXES
-from axonn.observability.provenance import THIS_MACHINE
+from axonn.training.provenance import THIS_MACHINE
 from experiments.definition import OURS
 from plots.figure import Content
 from plots.style import KINDS, PAGE_IN, colours, mark, mark_handle

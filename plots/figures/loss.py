@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
-from axonn.observability.provenance import THIS_MACHINE
+from axonn.training.provenance import THIS_MACHINE
 from plots.figure import Content, FigureKind, main
 from plots.published_tables import column, read_reading
 from plots.style import COLUMN_IN, KINDS, colours, mark

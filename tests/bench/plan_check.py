@@ -23,12 +23,12 @@ from rich.table import Table
 from axonn.config.train_config import OptimizerConfig, PrecisionConfig, ScheduleConfig, TrainConfig
 from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
-from axonn.observability.provenance import commit
 from axonn.perf.machine.machine_file import MachineFile
 from axonn.perf.planner.engine_strategy import config_of_strategy, strategy_of_config
 from axonn.perf.planner.planner import plan
 from axonn.perf.planner.search_space import Space
 from axonn.perf.prediction import predict
+from axonn.training.provenance import commit
 from experiments.definition import find_machine
 from experiments.planning.planning import described, plannable
 from tests.bench.report import make_console

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from axonn.cli import console
 from axonn.observability.busy_watch import BusyWatch
-from axonn.observability.provenance import this_machine
+from axonn.training.provenance import this_machine
 from tests.bench.workloads import ROOT
 
 RESULTS = ROOT / "results" / "bench"

@@ -34,6 +34,14 @@ class GPTArchitecture(Architecture[GPTConfig]):
 
     def data(self, config: TrainConfig) -> TextData:
         """Return the data of a training run."""
+        from axonn.data.order import held_out_of
         from axonn.data.text import TextData
 
-        return TextData.of(config)
+        assert isinstance(config.model, GPTConfig)
+        return TextData(
+            config.data.path,
+            seq_len=config.model.seq_len,
+            vocab=config.model.vocab,
+            seed=config.seed,
+            held_out=held_out_of(config),
+        )

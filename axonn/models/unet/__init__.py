@@ -35,5 +35,15 @@ class UNetArchitecture(Architecture[UNetConfig]):
     def data(self, config: TrainConfig) -> ImageData:
         """Return the data of a training run."""
         from axonn.data.images import ImageData
+        from axonn.data.order import held_out_of
 
-        return ImageData.of(config)
+        assert isinstance(config.model, UNetConfig)
+        return ImageData(
+            config.data.path,
+            image_size=config.model.image_size,
+            channels=config.model.channels,
+            noise_steps=config.model.noise_steps,
+            noise_schedule=config.model.noise_schedule,
+            seed=config.seed,
+            held_out=held_out_of(config),
+        )

@@ -17,12 +17,12 @@ from axonn.config.train_config import TrainConfig
 from axonn.device.devices import DeviceType
 from axonn.distributed.launch import find_mpiexec, mpiexec_command, rank_environment
 from axonn.observability.records import Failure
-from axonn.training.cluster_launch import spec_of
 from axonn.training.framework import load_framework
 from axonn.training.resumption import forget_batches
 from axonn.training.run_folder import SPEC, STOP, SUPERVISOR
 from axonn.training.run_outcome import Outcome, outcome_of, rank_state
 from axonn.training.session_history import NEWEST_LOG
+from axonn.training.supervision.cluster_launch import spec_of
 from axonn.training.supervision.interruption import PendingSignals, noted
 from axonn.training.supervision.rank_watch import Watch
 from axonn.training.supervision.session_folders import session_folders

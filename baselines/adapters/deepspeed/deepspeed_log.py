@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from axonn.observability.records import Failure
 from axonn.training.framework import PrintedRun
-from axonn.training.log_failures import failure_of, lines_of
+from axonn.training.supervision.log_failures import failure_of, lines_of
 from baselines.adapters.iteration_lines import (
     Iteration,
     begins,

@@ -12,9 +12,9 @@ from axonn.device.devices import DeviceType
 from axonn.errors import ConfigError, LaunchError
 from axonn.grid import AXES
 from axonn.perf.planner.engine_strategy import as_the_engine, config_of_strategy
-from axonn.training.cluster_launch import data_of, launch_worker, read_run
 from axonn.training.framework import Adapter, Capabilities, ClusterWork, Framework, Launch, PrintedRun
 from axonn.training.run_folder import NEWEST
+from axonn.training.supervision.cluster_launch import data_of, launch_worker, read_run
 from baselines.adapters.ignored_settings import untold
 from baselines.adapters.pytorch.pytorch_data import TorchDDP, TorchFullyShard
 from baselines.adapters.pytorch.pytorch_loop import PlainLoop

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from axonn.observability.provenance import gpu_facts
+from axonn.training.provenance import gpu_facts
 from baselines.gpu.peaks import best_product, wait_for
 
 REPEATS = 20

@@ -90,7 +90,7 @@ export MASTER_ADDR MASTER_PORT ATTEMPT
 awk '!seen[$0]++' "$LSB_DJOB_HOSTFILE" > "$attempt/nodes.txt"
 date --utc +%FT%TZ > "$attempt/started.txt"
 { apptainer exec --nv "--bind=$HOME/data:/data" 'my image.sif' python --version; apptainer exec --nv "--bind=$HOME/data:/data" 'my image.sif' python -m pip list --format=freeze; } > "$attempt/versions.txt" 2>&1
-apptainer exec --nv "--bind=$HOME/data:/data" 'my image.sif' python -c "from axonn.observability.provenance import commit; print(commit() or '')" > "$attempt/commit.txt" 2>/dev/null
+apptainer exec --nv "--bind=$HOME/data:/data" 'my image.sif' python -c "from axonn.training.provenance import commit; print(commit() or '')" > "$attempt/commit.txt" 2>/dev/null
 (module list) > "$attempt/modules.txt" 2>&1
 env | grep -E '^(A_NOTE|LD_LIBRARY_PATH|MASTER_ADDR|MASTER_PORT|OMP_NUM_THREADS|PAMI_ENABLE_STRIPING|PAMI_IBV_ADAPTER_AFFINITY|PAMI_IBV_DEVICE_NAME|PAMI_IBV_DEVICE_NAME_1|ROOT)=' | sort > "$attempt/environment.txt"
 cp job.sh rank.sh work.json "$attempt/"

@@ -97,7 +97,7 @@ export MASTER_ADDR MASTER_PORT ATTEMPT
 scontrol show hostnames "$SLURM_JOB_NODELIST" > "$attempt/nodes.txt"
 date --utc +%FT%TZ > "$attempt/started.txt"
 { apptainer exec --nv "--bind=$HOME/data:/data" 'my image.sif' python --version; apptainer exec --nv "--bind=$HOME/data:/data" 'my image.sif' python -m pip list --format=freeze; } > "$attempt/versions.txt" 2>&1
-apptainer exec --nv "--bind=$HOME/data:/data" 'my image.sif' python -c "from axonn.observability.provenance import commit; print(commit() or '')" > "$attempt/commit.txt" 2>/dev/null
+apptainer exec --nv "--bind=$HOME/data:/data" 'my image.sif' python -c "from axonn.training.provenance import commit; print(commit() or '')" > "$attempt/commit.txt" 2>/dev/null
 (module list) > "$attempt/modules.txt" 2>&1
 env | grep -E '^(A_NOTE|CUDA_DEVICE_MAX_CONNECTIONS|FI_CXI_RDZV_EAGER_SIZE|FI_CXI_RDZV_GET_MIN|FI_CXI_RDZV_THRESHOLD|LD_LIBRARY_PATH|MASTER_ADDR|MASTER_PORT|NCCL_CROSS_NIC|NCCL_NET|NCCL_NET_GDR_LEVEL|NCCL_SOCKET_IFNAME|OMP_NUM_THREADS|ROOT)=' | sort > "$attempt/environment.txt"
 cp job.sh rank.sh work.json "$attempt/"

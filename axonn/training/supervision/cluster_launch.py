@@ -14,9 +14,9 @@ from axonn.config.train_config import DataConfig, TrainConfig
 from axonn.device.devices import DeviceType
 from axonn.errors import LaunchError
 from axonn.training.framework import ClusterWork, Launch, PrintedRun
-from axonn.training.log_failures import failure_of
 from axonn.training.metrics import BATCHES
 from axonn.training.run_folder import SPEC
+from axonn.training.supervision.log_failures import failure_of
 
 LARGEST_TOKEN = 65_535
 """Of a file of uint16."""

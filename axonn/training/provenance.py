@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from axonn.config.model_config import ENTRY_POINTS
 from axonn.observability.procfs import available_cores
 from axonn.observability.records import Machine
 from axonn.training.places import ROOT
 
+PACKAGES = ("axonn", "experiments", "baselines", "plots", "jobscripts")
+"""The suite's packages, of which results are made."""
 THIS_MACHINE = "this machine"
 """Name of the machine in records of runs that were not on a cluster."""
 
@@ -122,6 +127,70 @@ def fingerprint(settings: Any, sources: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def sources(*patterns: str) -> list[Path]:
-    """Files of the repository that match any of the patterns."""
+def described_files(*patterns: str) -> list[Path]:
+    """Return the suite's files that match any of the patterns; none of its code (`source_files`)."""
     return sorted({path for pattern in patterns for path in ROOT.glob(pattern)})
+
+
+def source_files(*modules: str) -> list[Path]:
+    """Return the suite's files that running these modules can import, theirs included.
+
+    Imports are followed wherever they stand in a file, but for those of type checkers alone, and those in functions of
+    a package's own file, which imports lazily what was asked of it. Registered architectures count for whoever reads a
+    model's configuration. `modules` may be those of somebody else. Raises `ValueError` for one that is not there.
+    """
+    found: set[Path] = set()
+    left: list[Path] = []
+    for module in modules:
+        spec = find_spec(module)
+        if spec is None or spec.origin is None:
+            raise ValueError(f"there is no module {module}")
+        left.append(Path(spec.origin))
+    while left:
+        file = left.pop()
+        if file not in found:
+            found.add(file)
+            left += _imported_files(file)
+    return sorted(found)
+
+
+@cache
+def _imported_files(file: Path) -> tuple[Path, ...]:
+    tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
+    names = [name for statement in tree.body for name in _imports(statement, file)]
+    if file == _file_of("axonn.config.model_config"):
+        names += [entry.module for entry in entry_points(group=ENTRY_POINTS)]
+    # A package is imported before what it has.
+    names += [".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 1)]
+    # Scripts that run by their path import each other by their names alone.
+    beside = [file.parent / f"{name}.py" for name in names if "." not in name]
+    return tuple({path for path in (*map(_file_of, names), *beside) if path is not None and path.exists()})
+
+
+def _imports(node: ast.AST, file: Path) -> Iterator[str]:
+    """Full names of all that a statement imports: of `from a import b` both a and a.b."""
+    lazy = isinstance(node, ast.FunctionDef) and file.name == "__init__.py" and file not in _architectures()
+    if lazy or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+        return
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        above = file.relative_to(ROOT).parts[: -node.level] if node.level and file.is_relative_to(ROOT) else ()
+        module = ".".join([*above, *([node.module] if node.module else [])])
+        yield from (module, *(f"{module}.{alias.name}" for alias in node.names))
+    for child in ast.iter_child_nodes(node):
+        yield from _imports(child, file)
+
+
+@cache
+def _architectures() -> frozenset[Path | None]:
+    return frozenset(_file_of(entry.module) for entry in entry_points(group=ENTRY_POINTS))
+
+
+@cache
+def _file_of(module: str) -> Path | None:
+    """The suite's file of a module; None of one that is not the suite's, and of a name that is no module."""
+    place = ROOT.joinpath(*module.split("."))
+    if module.split(".")[0] not in PACKAGES:
+        return None
+    return next((file for file in (place / "__init__.py", place.with_suffix(".py")) if file.is_file()), None)
