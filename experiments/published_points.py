@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from axonn.config.loading import validate
 from axonn.observability.records import Execution, Machine, Record, Workload, read_records
 from axonn.perf.strategy import Strategy
-from experiments.definition import OURS, ROOT, Experiment
-from experiments.validation.published_sets import FOLDER, Case, DataSet, load_data_set, rules_for
+from axonn.training.places import ROOT
+from experiments.definition import OURS, Experiment
+from experiments.validation.published_sets import FOLDER, Case, DataSet, Quantity, load_data_set, rules_for
 
-PHASES = {"pipeline_s": "inter_layer", "all_reduce_s": "all_reduce", "optimizer_s": "optimizer"}
+PHASES: Mapping[Quantity, str] = {"pipeline_s": "inter_layer", "all_reduce_s": "all_reduce", "optimizer_s": "optimizer"}
 """Quantities of a data set that are phases of a batch (`axonn.observability.records.Record.phases_s`)."""
 
 

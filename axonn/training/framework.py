@@ -123,6 +123,10 @@ class Framework(ABC):
         return 1
 
     @abstractmethod
+    def source_modules(self) -> list[str]:
+        """Return the modules whose source the ranks run: a measurement is stale once one of them changes."""
+
+    @abstractmethod
     def program(self, config: TrainConfig, folder: Path) -> AbstractContextManager[RankProgram]:
         """What every rank runs to train in `folder` as its `spec.json` says; leaving the block removes what only the
         ranks needed. The ranks leave the trail of `axonn.training.run_folder`."""
@@ -138,7 +142,6 @@ class InProcessFramework(Framework):
         """Set up, on every rank alike. `torch.distributed` is initialised when there is more than one rank."""
 
     def source_modules(self) -> list[str]:
-        """Return the modules that its ranks run, by which it is known whether what was measured must be anew."""
         return ["axonn.training.worker", type(self).__module__]
 
     @contextmanager

@@ -65,7 +65,8 @@ def space_of_strategy(given: Mapping[str, Any], *, gpus: int, batch_size: int, w
             raise ConfigError(f"{where}: the planner knows no recompute 'selective'; say full or none")
         blocks: Checkpointing = known.checkpoint_layers if "checkpoint_layers" in given else "auto"
         checkpointing = blocks if known.recompute == "full" else "none"
-    extents = {axis: n for axis, n in known.grid.extents().items() if axis in given.get("grid", {})}
+    pins: dict[str, Any] = {name: getattr(known, name) for name in _PINS if name in given}
+    pins |= {axis: n for axis, n in known.grid.extents().items() if axis in given.get("grid", {})}
     read = {*_PINS, "grid", "recompute", "checkpoint_layers", "compute"}
     return Space(
         gpus=gpus,
@@ -73,8 +74,7 @@ def space_of_strategy(given: Mapping[str, Any], *, gpus: int, batch_size: int, w
         precision=known.compute,
         checkpointing=checkpointing,
         fixed={name: getattr(known, name) for name in given if name not in read},
-        **{name: getattr(known, name) for name in _PINS if name in given},
-        **extents,
+        **pins,
     )
 
 

@@ -156,8 +156,10 @@ def default_batch(config: ModelConfig) -> int | None:
     """The batch that a model is published with, if an experiment of the suite has published points of it."""
     for path in sorted(HERE.glob("*.yaml")):
         experiment = load_experiment(path)
-        panel = experiment.predicted if experiment.published is not None else None
-        for point in () if panel is None else panel.points:
+        panel = experiment.predicted
+        if panel is None or experiment.published is None:
+            continue
+        for point in panel.points:
             if point.model == config.name:
                 return point.batch_size or panel.batch_size
     return None

@@ -22,9 +22,9 @@ from axonn.config.train_config import StrictModel, load_yaml, validate
 from axonn.errors import AxonnError, ConfigError, RecordError
 from axonn.observability.records import Record, read_records
 from axonn.perf.strategy import Strategy
+from axonn.training.places import ROOT
 from experiments.definition import (
     HERE,
-    ROOT,
     Experiment,
     PredictedPanel,
     PredictedPoint,
