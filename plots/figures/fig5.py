@@ -23,14 +23,14 @@ from plots import style
 from plots.figure import Content, FigureKind, main
 from plots.style import PAGE_IN
 from plots.summary import BUSY_MARK, elsewhere, here, machine_of, rows_of
-from plots.timeline_picture import ROW_IN, Legend, View, draw_rank, whole
+from plots.timeline_picture import ROW_IN, Legend, View, draw_rank, full_view
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLOCKS = 2
 """Of the predicted trace, so many layers of the transformer in the middle are drawn."""
-KINDS = ("predicted", "measured")
+SPAN_KINDS = ("predicted", "measured")
 """Kinds that have spans."""
 _AGREE = 1e-6
 Row = dict[str, Any]
@@ -63,7 +63,7 @@ def spans_of_row(content: Content, row: Row) -> list[Span]:
 def _rows(content: Content) -> list[Row]:
     """Those that are drawn."""
     rows = rows_of([], [*content.predicted, *content.measured])
-    return [row for kind in KINDS for row in _of_kind(content, rows, kind)]
+    return [row for kind in SPAN_KINDS for row in _of_kind(content, rows, kind)]
 
 
 def lacks(content: Content) -> list[str]:
@@ -95,7 +95,7 @@ def extras(content: Content, rows: list[Row]) -> dict[str, Any]:
     """How much of the collectives of each row ran under compute, in seconds of a batch, and the trace files."""
     shares = []
     others = [row for own in elsewhere(rows).values() for row in own if row["overlap_s"]]
-    for row in [*(row for kind in KINDS for row in _of_kind(content, rows, kind)), *others]:
+    for row in [*(row for kind in SPAN_KINDS for row in _of_kind(content, rows, kind)), *others]:
         found = Overlap(**row["overlap_s"])
         shares.append(
             {key: row[key] for key in ("kind", "point", "framework", "batch_time_s")}
@@ -106,7 +106,7 @@ def extras(content: Content, rows: list[Row]) -> dict[str, Any]:
         )
     return {
         "overlap": shares,
-        "traces": {kind: in_project(trace_file(kind)) for kind in KINDS if _of_kind(content, rows, kind)},
+        "traces": {kind: in_project(trace_file(kind)) for kind in SPAN_KINDS if _of_kind(content, rows, kind)},
     }
 
 
@@ -132,7 +132,7 @@ def _of_kind(content: Content, rows: Sequence[Row], kind: str) -> list[Row]:
 
 def write_traces(content: Content, rows: Sequence[Row]) -> None:
     """One file for each kind; the ranks of its points one after another, all beginning at 0."""
-    for kind in KINDS:
+    for kind in SPAN_KINDS:
         joined: list[Span] = []
         names: dict[int, str] = {}
         for row in _of_kind(content, rows, kind):
@@ -219,7 +219,7 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
     import matplotlib.pyplot as plt
 
     write_traces(content, summary["rows"])
-    predicted, measured = (_of_kind(content, summary["rows"], kind) for kind in KINDS)
+    predicted, measured = (_of_kind(content, summary["rows"], kind) for kind in SPAN_KINDS)
     panels: list[tuple[str, list[Span], View, int]] = []
     spans = _there(content, predicted[0] if predicted else None)
     if spans:
@@ -249,7 +249,7 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
             f"batch {shown}\n"
             f"Hidden of the collectives, mean of batches {steps[0]} to {steps[-1]}: {hidden}\n"
         )
-        view = whole(one)
+        view = full_view(one)
         panels += [(f"{title if rank == 0 else ''}Rank {rank}", one, view, rank) for rank in view.ranks]
     rows = [len(view.rows(spans, rank)) for _, spans, view, rank in panels]
     heights = [(0.5 + 0.14 * title.count("\n") + ROW_IN * n) for (title, *_), n in zip(panels, rows, strict=True)]
@@ -267,7 +267,7 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
         axes.set_title(title, fontsize=7, loc="left", pad=3)
         axes.set_xlabel("milliseconds", fontsize=6.5, labelpad=1)
     if panels:
-        legend.draw(figure, ncols=3)
+        legend.draw(figure, columns=3)
     else:
         grid_of_axes[0, 0].set_axis_off()
         grid_of_axes[0, 0].text(0.5, 0.5, "neither predicted nor measured", ha="center")

@@ -11,7 +11,7 @@ from rich.console import RenderableType
 
 from axonn.training.provenance import this_machine
 from plots.figure import Content, FigureKind, main
-from plots.style import COLUMN_IN, KINDS, colours, mark, mark_handle
+from plots.style import COLUMN_IN, KIND_LINES, colours, mark, mark_handle
 from plots.summary import device_of, elsewhere, here, machine_of, measured_tables, naive, published_table, wrong_orders
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MARKERS = {"AxoNN": "o", "DeepSpeed": "s", "Megatron-LM": "^", "PyTorch 1F1B": "D"}
 OTHER_MARKERS = "vP<>Xp"
-MEASURED_LINES = (KINDS["measured"], (0, (3, 1, 1, 1)), (0, (7, 2)), (0, (1, 3)))
+MEASURED_LINES = (KIND_LINES["measured"], (0, (3, 1, 1, 1)), (0, (7, 2)), (0, (1, 3)))
 FILLINGS = ("none", "left", "top", "right")
 """Line and markers of the first machine whose measured points are drawn at the published scale, and of the others."""
 
@@ -77,7 +77,7 @@ def _draw_at_scale(upper: Axes, at_scale: Sequence[dict[str, Any]], looks: Looks
     from matplotlib.lines import Line2D
 
     machines = list(dict.fromkeys(machine_of(r) for r in at_scale if r["kind"] == "measured"))
-    lines: dict[tuple[str, str], Any] = {(kind, ""): line for kind, line in KINDS.items() if kind != "measured"}
+    lines: dict[tuple[str, str], Any] = {(kind, ""): line for kind, line in KIND_LINES.items() if kind != "measured"}
     lines |= dict(zip((("measured", name) for name in machines), cycle(MEASURED_LINES), strict=False))
     fillings = dict(zip(machines, cycle(FILLINGS), strict=False))
 
@@ -159,7 +159,7 @@ def _draw_measured(lower: Axes, local: Sequence[dict[str, Any]], looks: Looks) -
         x = [r["gpus"] * shift for r in mine]
         colour = looks.palette[framework]
         lower.plot(
-            x, [r["batch_time_s"] for r in mine], KINDS["measured"], color=colour, linewidth=1.1,
+            x, [r["batch_time_s"] for r in mine], KIND_LINES["measured"], color=colour, linewidth=1.1,
             marker=looks.markers[framework], markersize=5, markerfacecolor="white", label=framework,
         )  # fmt: skip
         for at, row in zip(x, mine, strict=True):

@@ -10,7 +10,7 @@ from axonn.grid import AXES
 from axonn.training.provenance import THIS_MACHINE
 from experiments.definition import OURS
 from plots.figure import Content
-from plots.style import KINDS, PAGE_IN, colours, mark, mark_handle
+from plots.style import KIND_LINES, PAGE_IN, colours, mark, mark_handle
 from plots.summary import at_scale, device_of, elsewhere, here, machine_of
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
         axes.yaxis.label.set_size(7)
     handles: list[Any] = [Patch(color=palette[OURS], label=OURS_2D), Patch(color=palette[SCHEME], label=SCHEME)]
     handles += [
-        Line2D([], [], color="0.25", linestyle=KINDS["predicted"], marker="o", markersize=4, markerfacecolor="white",
+        Line2D([], [], color="0.25", linestyle=KIND_LINES["predicted"], marker="o", markersize=4, markerfacecolor="white",
                label="predicted"),
         Line2D([], [], color="black", marker="*", markersize=8, linewidth=0, label="published (a ratio, no time)"),
         Line2D([], [], color="0.25", marker="_", markersize=8, linewidth=0, label="measured: runs (bar: median)"),
@@ -101,7 +101,7 @@ def _draw_times(axes: Axes, rows: Sequence[Mapping[str, Any]], palette: Mapping[
         points = sorted((r["gpus"], r["batch_time_s"]) for r in rows if r["framework"] == framework)
         if points:
             axes.plot(
-                *zip(*points, strict=True), KINDS["predicted"], color=palette[framework], marker=marker, markersize=5,
+                *zip(*points, strict=True), KIND_LINES["predicted"], color=palette[framework], marker=marker, markersize=5,
                 markerfacecolor="white", linewidth=1.2,
             )  # fmt: skip
     _gpus_axis(axes, rows)
@@ -123,7 +123,7 @@ def _draw_measured_times(
             )
             if points:
                 axes.plot(
-                    *zip(*points, strict=True), KINDS["measured"], color=palette[framework], marker=marker,
+                    *zip(*points, strict=True), KIND_LINES["measured"], color=palette[framework], marker=marker,
                     markersize=5, markerfacecolor="white", linewidth=1.2,
                 )  # fmt: skip
     busy = [r for r in mine if r["busy"]]
@@ -142,7 +142,7 @@ def _draw_speedups(axes: Axes, speedups: Sequence[Mapping[str, Any]], colour: An
         if not points:
             continue
         axes.plot(
-            *zip(*points, strict=True), KINDS["predicted"], color=colour, marker=marker, markersize=4.5, alpha=alpha,
+            *zip(*points, strict=True), KIND_LINES["predicted"], color=colour, marker=marker, markersize=4.5, alpha=alpha,
             markerfacecolor="white", linewidth=width, zorder=3, label=f"{label}, predicted",
         )  # fmt: skip
         for gpus, value in points:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 
 from plots.figure import Content, FigureKind, main
-from plots.style import COLUMN_IN, KINDS, colours, mark
+from plots.style import COLUMN_IN, KIND_LINES, colours, mark
 from plots.summary import BUSY_MARK, compared, here, small_table
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _panels(
             time.plot(
                 at,
                 [x["over_1f1b_pct"] for x in drawn],
-                KINDS[kind],
+                KIND_LINES[kind],
                 color=colour,
                 linewidth=1,
                 **marker,
@@ -140,7 +140,7 @@ def _panels(
         kept = [(x["limit"] / x["G_inter"], x["activation_bytes"] / size) for x in mine if x["activation_bytes"]]
         if kept:
             memory.plot(
-                *zip(*kept, strict=True), KINDS[kind], color=colour, linewidth=1, label=_short(model),
+                *zip(*kept, strict=True), KIND_LINES[kind], color=colour, linewidth=1, label=_short(model),
                 **marker,
             )  # fmt: skip
         budgets = {x["activation_bytes_of_1f1b"] / size for x in mine if x["activation_bytes_of_1f1b"]}

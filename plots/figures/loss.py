@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from axonn.training.provenance import THIS_MACHINE
 from plots.figure import Content, FigureKind, main
 from plots.published_tables import column, read_reading
-from plots.style import COLUMN_IN, KINDS, colours, mark
+from plots.style import COLUMN_IN, KIND_LINES, colours, mark
 from plots.summary import small_table
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _here(losses: Axes, differences: Axes, summary: dict[str, Any], tolerance: f
     for i, point in enumerate(points):
         own = summary["losses"][point]
         losses.plot(
-            range(len(own)), own, KINDS["measured"], color=palette[point],
+            range(len(own)), own, KIND_LINES["measured"], color=palette[point],
             linewidth=WIDTHS[i % len(WIDTHS)], label=_called(point),
         )  # fmt: skip
         found = [(n, d) for n, d in enumerate(summary["relative_differences"].get(point, [])) if d]
@@ -133,7 +133,7 @@ def _called(point: str) -> str:
 def _published(axes: Axes, summary: dict[str, Any]) -> None:
     for i, (label, curve) in enumerate(summary["published_losses"].items()):
         colour = colours(len(LABELS))[i]
-        axes.plot(curve["batch"], curve["loss"], KINDS["published"], color=colour, linewidth=(1.8, 0.8)[i], label=label)
+        axes.plot(curve["batch"], curve["loss"], KIND_LINES["published"], color=colour, linewidth=(1.8, 0.8)[i], label=label)
         axes.plot(curve["batch"][0], curve["loss"][0], "o^"[i], color=colour, markersize=4)
         suspect = [n for n in curve["batch"] if n in curve["suspect_batches"]]
         mark(axes, suspect, [curve["loss"][curve["batch"].index(n)] for n in suspect], "suspect")

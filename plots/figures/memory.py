@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from axonn.perf.timing.memory_model import model_state_bytes
 from plots.figure import Content, FigureKind, main
 from plots.published_tables import read_reading
-from plots.style import COLUMN_IN, KINDS, colours
+from plots.style import COLUMN_IN, KIND_LINES, colours
 from plots.summary import here, small_table
 
 if TYPE_CHECKING:
@@ -103,11 +103,11 @@ def _over_bsize(axes: Axes, summary: dict[str, Any]) -> None:
         sizes = [b / 1e6 for b in line["bsize"]]
         inter = rf"$G_{{inter}}$ {line['G_inter']}"
         axes.plot(
-            sizes, [b / 1e9 for b in line["with_bytes"]], KINDS["predicted"], color=colour, linewidth=1.1,
+            sizes, [b / 1e9 for b in line["with_bytes"]], KIND_LINES["predicted"], color=colour, linewidth=1.1,
             label=f"{inter}, with",
         )  # fmt: skip
         axes.plot(
-            [sizes[0], sizes[-1]], [line["without_bytes"] / 1e9] * 2, KINDS["predicted"], color=colour, linewidth=2.2,
+            [sizes[0], sizes[-1]], [line["without_bytes"] / 1e9] * 2, KIND_LINES["predicted"], color=colour, linewidth=2.2,
             label=f"{inter}, without",
         )  # fmt: skip
     for x in summary["memory"]:

@@ -14,7 +14,7 @@ from axonn.training.places import from_here
 from experiments.calibration import measure_machine
 from plots.figure import Content, FigureKind, main
 from plots.published_tables import column, read_reading
-from plots.style import COLUMN_IN, KINDS, colours, mark, mark_handle
+from plots.style import COLUMN_IN, KIND_LINES, colours, mark, mark_handle
 from plots.summary import small_table
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
             mine = [s for s in summary["series"] if (s["kind"], s["what"]) == (kind, what)]
             for s in mine:
                 axes.plot(
-                    s["bytes"], s["ms"], KINDS[kind], color=shades[s["library"]], marker=markers[s["where"]],
+                    s["bytes"], s["ms"], KIND_LINES[kind], color=shades[s["library"]], marker=markers[s["where"]],
                     markersize=2.6, linewidth=0.9, label=f"{s['library']}, {s['where']}{FIT[kind]}",
                     # A fit has no points: one marker, for the legend.
                     markevery=1 if kind == "published" else [0],
