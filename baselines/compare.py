@@ -56,16 +56,16 @@ from experiments.workloads import SHAPES, config_of
 OUT = PROJECT / "results" / "baselines"
 RUNS = PROJECT / "runs" / "baselines"
 MINUTES = 40.0
-"""In all, by default; less where every interval is narrow enough before."""
+"""Minutes in all, by default; fewer where every interval is narrow enough earlier."""
 MOST_RANKS = 4
-"""By default, since the fixed workloads cannot be cut much further."""
+"""Most ranks by default, since the fixed workloads cannot be cut much further."""
 MOST_ROUNDS = 200
 QUICK_WORKLOAD, QUICK_MINUTES, QUICK_MARGIN = "tiny", 0.0, 9.0
 ERROR, INTERRUPTED = 2, 130
 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parsed options."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m baselines.compare", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--frameworks", nargs="+", default=[], help="pytorch, deepspeed/zero-1, ...; AxoNN always runs")
     parser.add_argument("--kinds", nargs="+", default=[], choices=who.KINDS, help="of parallelism")
@@ -108,7 +108,7 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def default_ranks(device: str) -> int:
-    """GPUs or cores of this node; at least 2, so that there is something to be parallel."""
+    """Return the number of GPUs or cores of this node, at least 2: on one rank nothing is parallel."""
     if device == "cuda":
         import torch
 
@@ -117,12 +117,12 @@ def default_ranks(device: str) -> int:
 
 
 def on_one_rank(workload: str) -> TrainConfig:
-    """The workload on one rank."""
+    """Return the configuration of a workload on one rank."""
     return validate(config_of(workload, {}), TrainConfig, where=workload)
 
 
 class Comparison:
-    """What is asked for, and what has been found so far."""
+    """The requested comparison, and its results so far."""
 
     def __init__(self, given: argparse.Namespace, console: Console) -> None:
         self._given = given
@@ -141,7 +141,7 @@ class Comparison:
         self._began = time.monotonic()
 
     def run(self) -> None:
-        """All parts, one after the other."""
+        """Measure all parts, one after the other."""
         given = self._given
         plan = [(workload, False) for workload in given.workloads] if not given.link else []
         if given.link:
@@ -172,7 +172,7 @@ class Comparison:
                 return
 
     def _no_link(self, workload: str, seconds: float) -> str | None:
-        """Why the workload is not run over a link now."""
+        """Return why the workload is not run over a link now, or None."""
         if (reason := why_no_link()) is not None or self._given.link:
             return reason
         mine = [r for r in self.results if r.workload == workload and r.turns]
@@ -212,7 +212,7 @@ class Comparison:
         self._take(part, found, reference)
 
     def _able(self, workload: str) -> list[Contender]:
-        """Contenders that can run; the others are remembered with their reasons."""
+        """Return the contenders that can run; the others are kept in `refused` with their reasons."""
         able = []
         left_out: list[str] = []
         given = self._given
@@ -266,7 +266,7 @@ class Comparison:
 
 
 def _weight(workload: str) -> float:
-    """Share of the time: a larger workload gets more, but not in proportion to its work."""
+    """Return the share of the time: a larger workload gets more, but not in proportion to its work."""
     config = on_one_rank(workload)
     work = Workload.of(config.model, gpus=1, batch_size=config.batch_size, precision=config.precision.compute)
     return sqrt(work.flops(recompute=False))
@@ -277,7 +277,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, write and show; the exit code."""
+    """Measure, write and show. Returns the exit code."""
     given = options(arguments)
     console = make_console()
     tolerances = load_tolerances(given.tolerances, this_machine().host or "")

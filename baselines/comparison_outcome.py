@@ -1,4 +1,5 @@
-"""What a comparison leaves in results/: the summary, and one record for each contender, workload and condition."""
+"""Files that a comparison leaves in results/: the summary, and one record for each contender, workload and
+condition."""
 
 from __future__ import annotations
 
@@ -22,12 +23,12 @@ EXPERIMENT = "baselines"
 
 
 def command() -> str:
-    """How the comparison was started, as one types it."""
+    """Return the command line that started the comparison."""
     return shlex.join(["python", "-m", "baselines.compare", *sys.argv[1:]])
 
 
 def about_frameworks(contenders: Sequence[Contender]) -> dict[str, dict[str, str | None]]:
-    """Version and disclosure by framework, of those that there are."""
+    """Return version and disclosure by framework, for those that are installed."""
     about: dict[str, dict[str, str | None]] = {}
     for contender in contenders:
         framework = framework_of(contender)
@@ -104,7 +105,8 @@ def write_summary(
 
 
 def record_of(result: Result) -> Record:
-    """A contender's record, be it a failure. Raises `LaunchError` when its framework has gone meanwhile."""
+    """Return a contender's record, possibly a failure. Raises `LaunchError` when its framework has gone in the
+    meantime."""
     contender = result.contender
     framework = framework_of(contender)
     if framework is None:
@@ -141,7 +143,7 @@ def record_of(result: Result) -> Record:
 
 
 def write_records_of(folder: Path, results: Sequence[Result]) -> None:
-    """One file for each contender and workload in place of those of an earlier comparison."""
+    """Write one file for each contender and workload, replacing those of an earlier comparison."""
     if folder.exists():
         for stale in folder.glob("*.json"):
             stale.unlink()

@@ -1,4 +1,4 @@
-"""What a comparison says while it runs: a bar on a terminal, lines in a log."""
+"""Progress of a running comparison: a bar on a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOG_WIDTH = 130
 
 
 def make_console() -> Console:
-    """As wide as the terminal, or as the tables in a log."""
+    """Return a console as wide as the terminal, or as the tables in a log."""
     return console.make_console(width=_LOG_WIDTH)
 
 
@@ -31,14 +31,17 @@ def _interval(wide: Widest | None, names: Mapping[str, str]) -> str:
 
 
 class Reporter:
-    """Says what is under way, group by group."""
+    """Printer of progress, group by group."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or make_console()
 
     @contextmanager
     def group(self, title: str, names: Mapping[str, str], *, seconds: float) -> Iterator[Say]:
-        """What `take_turns` calls; `names` of the jobs by key, `seconds` that the group may take."""
+        """Yield the `Say` that `take_turns` calls.
+
+        `names` of the jobs by key; `seconds` that the group may take.
+        """
         began = time.monotonic()
         last = -1
         rounds_began = began

@@ -1,6 +1,7 @@
 """One part of the comparison: a workload on the plain loopback, or over an emulated link in a namespace of its own.
 
-Over a link this module is run by itself: python -m baselines.comparison_session PART.json FOUND.json, inside of the namespace.
+Over a link this module is run as a program inside the namespace: python -m baselines.comparison_session PART.json
+FOUND.json
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ from experiments.workloads import MICROBATCHES
 
 SLOWNET = ROOT / "tools" / "slownet.sh"
 MEMORY_SHARE = 0.85
-"""Of what is free, that the jobs of a group may take together."""
+"""Share of the free memory that the jobs of a group may take in all."""
 _RANK_BYTES = 500 << 20
 """A rank's interpreter, libraries and buffers."""
 _STATE_BYTES = 24
-"""Per parameter: float32 weights, gradients and two moments, and as much again for weights and batches on their way."""
+"""Bytes per parameter: float32 weights, gradients and two moments, and as much again for weights and batches in
+transit."""
 MESSAGE_SHARES = (0.2, 0.5)
 """Seconds of a message over those of one stage's forward."""
 COLLECTIVES_SHARE = 0.5
@@ -46,26 +48,26 @@ COLLECTIVES_SHARE = 0.5
 
 
 class SessionPart(StrictModel):
-    """What is measured in one go."""
+    """Everything that is measured on one workload and one link."""
 
     workload: str
     ranks: int
     link: bool
     device: Device
     contenders: list[Contender]
-    """Those that can run."""
+    """Contenders that can run."""
     least_rounds: int
     most_rounds: int
     seconds: float
     conditions: dict[Kind, list[Condition]]
     half_width: float | None = None
     with_busy: bool = False
-    """This and the one before: see `JobGroup`."""
+    """Option of `JobGroup`, as `half_width` is."""
     runs: Path
-    """Where the ranks' run folders are."""
+    """Folder that holds the ranks' run folders."""
 
     def folder(self, key: str) -> Path:
-        """Run folder of a contender."""
+        """Return the run folder of a contender."""
         return self.runs / f"{self.workload}{'-link' if self.link else ''}-{key}"
 
     @property
@@ -74,14 +76,14 @@ class SessionPart(StrictModel):
 
 
 class Found(StrictModel):
-    """What came of a part: the measured contenders by key, one entry for each group that a contender was in."""
+    """Results of a part: the measured contenders by key, one entry for each group in which a contender took part."""
 
     measured: dict[str, list[ContenderResult]] = {}
     interrupted: bool = False
 
 
 class EmulatedLink:
-    """The loopback of a network namespace of this process's own."""
+    """The loopback of a network namespace that belongs to this process."""
 
     def apply(self, condition: Condition) -> None:
         if condition.kbit is None:
@@ -107,9 +109,9 @@ class EmulatedLink:
 def conditions_over_link(
     workload: str, ranks: int, *, forward: float, backward: float, parameters: int, layer_share: float
 ) -> dict[Kind, list[Condition]]:
-    """Rates by kind, from seconds of a microbatch on one of 2 stages.
+    """Return rates by kind, from seconds of a microbatch on one of 2 stages.
 
-    `layer_share`: the part of the model's compute that is one transformer layer.
+    `layer_share`: the share of the model's compute that is one transformer layer.
     """
     compute = 2 * MICROBATCHES * (forward + backward) / ranks
     message = message_bytes(workload)
@@ -133,14 +135,15 @@ def conditions_over_link(
 
 
 def job_bytes(contender: Contender, workload: str, ranks: int) -> int:
-    """About what all ranks of a contender take together; a fully replicated state is assumed of data parallelism."""
+    """Estimate the bytes that all ranks of a contender take in all; data parallelism is assumed to replicate all
+    state."""
     parameters = contender.config(workload, ranks, 1).model.parameters
     copies = contender.grid_of(ranks).get("data", 1)
     return ranks * _RANK_BYTES + copies * _STATE_BYTES * parameters
 
 
 def free_bytes() -> int:
-    """Memory that new processes may take."""
+    """Return the bytes of memory that new processes may take."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) << 10
@@ -148,8 +151,8 @@ def free_bytes() -> int:
 
 
 def groups_of(part: SessionPart, available: int) -> Iterator[tuple[Kind, list[Contender]]]:
-    """Contenders that are there at once: those of a kind, in several groups with all of ours in each where they would
-    take more than `MEMORY_SHARE` of the `available` bytes."""
+    """Yield the contenders that run at the same time: those of a kind, split into several groups with all of ours in
+    each where they would take more than `MEMORY_SHARE` of the `available` bytes."""
     for kind in KINDS:
         mine = [c for c in part.contenders if c.kind == kind and c.ours]
         others = [c for c in part.contenders if c.kind == kind and not c.ours]
@@ -170,7 +173,7 @@ def groups_of(part: SessionPart, available: int) -> Iterator[tuple[Kind, list[Co
 
 
 def run_part(part: SessionPart, *, link: LinkCondition, say: Reporter) -> Found:
-    """Measure all groups of a part. What was measured before an interruption is kept."""
+    """Measure all groups of a part. Results from before an interruption are kept."""
     found = Found()
     groups = list(groups_of(part, free_bytes()))
     deadline = time.monotonic() + part.seconds
@@ -216,7 +219,7 @@ def run_part(part: SessionPart, *, link: LinkCondition, say: Reporter) -> Found:
 
 
 def run_over_link(part: SessionPart, folder: Path) -> Found:
-    """`run_part` in a network namespace of its own. Raises `LaunchError` when that cannot be made or fails."""
+    """Run `run_part` in a network namespace of its own. Raises `LaunchError` when that cannot be made or fails."""
     folder.mkdir(parents=True, exist_ok=True)
     asked, answer = folder / "link-part.json", folder / "link-found.json"
     asked.write_text(part.model_dump_json())
@@ -258,7 +261,7 @@ def run_over_link(part: SessionPart, folder: Path) -> Found:
 
 
 def _end_with(parent: int) -> None:
-    """End when the process that waits for the answer is gone."""
+    """End this process when the one that waits for the answer is gone."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,7 +1,8 @@
-"""Lets jobs that are all there at once train batches in turn, so that the machine's drift hits all alike.
+"""Turn-taking of jobs: all are started at once and train batches one after the other, so that the machine's drift hits
+all of them alike.
 
-A job is one contender's ranks. They are started together, each trains one batch to warm up, and then rounds alternate
-in order and in reversed order: in a round every job trains one batch under every condition.
+A job is one contender's ranks. Each job trains one batch to warm up, and then rounds alternate in order and in reversed
+order: in a round every job trains one batch under every condition.
 """
 
 from __future__ import annotations
@@ -28,26 +29,26 @@ from baselines.contenders import Device
 from baselines.rounds import LOOPBACK, Condition, Turn, Widest, widest
 
 LEAST_ROUNDS = 4
-"""With the batch that warms up, as many losses as are compared."""
+"""Fewest rounds: together with the warm-up batch they yield as many losses as are compared."""
 _POLL_S = 0.2
 _START_S = 900.0
-"""Frameworks that build their operators at first use, all at once, on few cores."""
+"""Seconds for starting: frameworks build their operators at first use, all at once, on few cores."""
 _LEAST_TURN_S, _TURN_TIMES_WARM_UP = 120.0, 30.0
 _END_S = 120.0
 
 
 Stopped = Literal["converged", "minutes", "rounds", "interrupted"]
-"""Why no more rounds were made: every interval is narrow enough, the time is spent, as many as were to be, or somebody
-said so."""
+"""Reason for which no more rounds are made: every interval is narrow enough, the time is spent, the requested number is
+reached, or the comparison was interrupted."""
 
 
 class ContenderResult(StrictModel):
-    """What came of one contender."""
+    """Measurements of one contender."""
 
     turns: list[Turn] = []
-    """The warm-up batch left out."""
+    """Turns after the warm-up batch."""
     losses: list[Loss] = []
-    """Of all batches, the warm-up one first."""
+    """Losses of all batches, the warm-up one first."""
     memory_bytes: int | None = None
     bytes_per_batch: dict[str, int] = {}
     stopped: Stopped | None = None
@@ -59,22 +60,23 @@ class LostJob(Exception):
 
 
 class RankJob(Protocol):
-    """Ranks that train a batch when they are told to."""
+    """Ranks that train one batch per turn."""
 
     key: str
 
     def start(self) -> None: ...
 
     def turn(self, timeout_s: float) -> float:
-        """Train one batch; the seconds that it took. Raises `LostJob` when the job has died or takes too long."""
+        """Train one batch and return its seconds. Raises `LostJob` when the job has died or takes too long."""
         ...
 
     def usage(self) -> Sequence[BatchUsage]:
-        """What the processors did in the batches so far, the warm-up one first, as far as all ranks have said it."""
+        """Return the processor usage of the batches so far, the warm-up one first, as far as all ranks have reported
+        it."""
         ...
 
     def end(self, failure: Failure | None = None) -> Outcome:
-        """Let it come to its end, or end it with this failure."""
+        """Let the job come to its end, or end it with this failure."""
         ...
 
 
@@ -151,17 +153,17 @@ class RanksJob:
 
 
 class LinkCondition(Protocol):
-    """What is between the ranks."""
+    """The network between the ranks."""
 
     def apply(self, condition: Condition) -> None: ...
 
     def sent(self) -> int | None:
-        """Bytes that crossed it so far; None where that cannot be told."""
+        """Return the bytes that crossed it so far; None where they cannot be counted."""
         ...
 
 
 class PlainLoopback:
-    """Nothing to set, and others' bytes cross it too."""
+    """The machine's loopback: it has no rate to set, and other processes' bytes cross it too."""
 
     def apply(self, condition: Condition) -> None:
         assert condition.kbit is None, "a rate needs an emulated link"
@@ -171,24 +173,25 @@ class PlainLoopback:
 
 
 class JobGroup(StrictModel):
-    """What `take_turns` is to do with some jobs."""
+    """Options of `take_turns` for a group of jobs."""
 
     number: int = 0
     conditions: list[Condition] = [LOOPBACK]
     least_rounds: int = LEAST_ROUNDS
     most_rounds: int = 100
     seconds: float
-    """In which as many rounds are made as fit, starting included, but never less than `least_rounds`."""
+    """Seconds in which as many rounds are made as fit, starting included, but never fewer than `least_rounds`."""
     ours: list[str] = []
-    """Keys of our contenders, to the fastest of which ratios are made."""
+    """Keys of our contenders; ratios are made to the fastest of them."""
     half_width: float | None = None
-    """No more rounds are made when no interval of a ratio is wider (`baselines.statistics.HALF_WIDTH`); None: all are."""
+    """Interval width at which no more rounds are made (`baselines.statistics.HALF_WIDTH`): no ratio's is wider. None:
+    all rounds are made."""
     with_busy: bool = False
-    """Whether batches of a busy machine take part in ratios."""
+    """True if batches of a busy machine count in ratios."""
 
 
 Say = Callable[[str, int, int, Widest | None], None]
-"""Hears what is under way, the rounds that are done and those that there will be, and the widest interval."""
+"""Callback with the current activity, the rounds that are done, those that are planned, and the widest interval."""
 
 
 def take_turns(
@@ -199,9 +202,9 @@ def take_turns(
     say: Say,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[dict[str, ContenderResult], bool]:
-    """Rounds of `jobs`; what came of each by its key, and whether it was interrupted.
+    """Run rounds of `jobs`. Returns the result of each by its key, and whether it was interrupted.
 
-    A job that dies or hangs leaves with its failure, the others go on.
+    A job that dies or hangs leaves with its failure; the others go on.
     """
     running = {job.key: job for job in jobs}
     turns: dict[str, list[Turn]] = {job.key: [] for job in jobs}
@@ -271,13 +274,13 @@ def take_turns(
 
 
 def _with_usage(turns: Sequence[Turn], usage: Sequence[BatchUsage]) -> list[Turn]:
-    """Turns with what the processors did, where that is known; `usage` begins with the warm-up batch."""
+    """Return the turns with their processor usage, where it is known; `usage` begins with the warm-up batch."""
     found = dict(enumerate(usage[1:]))
     return [turn if i not in found else turn.model_copy(update={"usage": found[i]}) for i, turn in enumerate(turns)]
 
 
 def _end_all(running: Mapping[str, RankJob], failure: Failure | None) -> dict[str, Outcome]:
-    """All at once, since each may take seconds."""
+    """End all jobs at once, since each may take seconds."""
     if not running:
         return {}
     with ThreadPoolExecutor(len(running)) as pool:
@@ -301,7 +304,7 @@ def _measured(outcome: Outcome, turns: Sequence[Turn], stopped: Stopped) -> Cont
 
 
 def keep_little(folder: Path) -> None:
-    """Of a run that succeeded: what it was asked to do, its batches and its log."""
+    """Delete all files of a run that succeeded but its specification, its batches and its log."""
     for path in folder.iterdir():
         if path.name in ("spec.json", "batches.jsonl", "log.txt"):
             continue

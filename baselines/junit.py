@@ -14,7 +14,10 @@ from baselines.coordinator import Stopped
 def write_junit(
     path: Path, results: Sequence[Result], verdicts: Sequence[Verdict], refused: Mapping[str, Sequence[Contender]]
 ) -> None:
-    """One test case for each verdict and each contender; `refused`: contenders by the reason why they cannot run."""
+    """Write one test case for each verdict and each contender.
+
+    `refused`: contenders by the reason why they cannot run.
+    """
     root = Element("testsuites")
     _suite(root, "AxoNN against the best other framework", [_of_verdict(v) for v in verdicts])
     of_contenders = [_of_result(r) for r in results]
@@ -26,7 +29,7 @@ def write_junit(
 
 
 def text_of(verdict: Verdict) -> str:
-    """A verdict in one line."""
+    """Return a verdict in one line."""
     if verdict.ratio is None:
         return verdict.reason or ""
     of_processor = (
@@ -50,7 +53,7 @@ STOPPED: dict[Stopped, str] = {
     "rounds": "as many as were to be",
     "interrupted": "interrupted",
 }
-"""Why no more rounds were made, in words."""
+"""Reasons for which no more rounds were made, as text."""
 
 
 def _of_verdict(verdict: Verdict) -> Element:
@@ -83,7 +86,7 @@ def _case(where: str, name: str, what: str | None, text: str) -> Element:
 
 
 def _printable(text: str) -> str:
-    """Without control characters, which XML cannot hold: a framework's output may have some."""
+    """Return the text without control characters, which XML cannot hold: a framework's output may have some."""
     return "".join(c for c in text if c.isprintable() or c in "\n\t")
 
 

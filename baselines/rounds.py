@@ -1,7 +1,7 @@
 """Rounds of a comparison: one batch of each contender, and the ratios that are made of them round by round.
 
-Batches while which the machine was busy with other work (`axonn.observability.machine_usage`) are left out of ratios, by a rule that does not
-know whose batch it was; `with_busy` takes them in.
+Batches during which the machine was busy with other work (`axonn.observability.machine_usage`) are left out of ratios,
+by a rule that does not know whose batch it was; `with_busy` includes them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from baselines.statistics import LEAST_PAIRS, Spread, median_interval
 
 
 class Condition(StrictModel):
-    """What is between the ranks during a turn."""
+    """State of the network between the ranks during a turn."""
 
     name: str
     kbit: int | None = None
@@ -35,13 +35,13 @@ class Turn(StrictModel):
     round: int
     seconds: float
     link_bytes: int | None = None
-    """What crossed the link meanwhile, from all ranks."""
+    """Bytes that crossed the link during the turn, from all ranks."""
     usage: BatchUsage | None = None
-    """What the processors did meanwhile; None where the ranks did not say it."""
+    """Processor usage during the turn; None where the ranks did not report it."""
 
     @property
     def busy(self) -> bool:
-        """Whether the machine is known to have been busy with other work."""
+        """True if the machine is known to have been busy with other work."""
         return self.usage is not None and is_busy([self.usage]) is True
 
 
@@ -78,14 +78,14 @@ class Widest(NamedTuple):
     """The ratio whose interval is the widest of a comparison."""
 
     half_width: float
-    """Of the interval, relative to the median; infinite where there are too few rounds for an interval."""
+    """Half width of the interval, relative to the median; infinite where there are too few rounds for an interval."""
     key: str
-    """The contender beside our fastest."""
+    """Contender that is compared with our fastest."""
 
 
 def widest(turns: Mapping[str, Sequence[Turn]], ours: Collection[str], *, with_busy: bool) -> Widest | None:
     """Return the widest interval of all ratios, of seconds and of processor seconds, of contenders (by key) to our
-    fastest under each condition; None where there are none to be made."""
+    fastest under each condition; None where there are no ratios."""
     found: list[Widest] = []
     for condition in dict.fromkeys(turn.condition for some in turns.values() for turn in some):
         mine = {key: [turn for turn in some if turn.condition == condition] for key, some in turns.items()}

@@ -1,4 +1,4 @@
-"""What jobs left, as records: times where a run is whole, otherwise a failure with its cause."""
+"""Records of the jobs that ended: times where a run is complete, otherwise a failure with its cause."""
 
 from __future__ import annotations
 
@@ -29,20 +29,23 @@ from jobscripts.run_environment import Described, changes, described
 from jobscripts.submission import Standing, standings
 
 RECORD = "record.json"
-"""In the run folder: the record of the run, the same as among the results."""
+"""File in the run folder: the record of the run, the same as among the results."""
 SUMS = "sha256.txt"
-"""In the folder of an attempt: what sha256sum printed of files of the run folder when it ended."""
+"""File in the folder of an attempt: the sha256sum of files of the run folder when it ended."""
 _TOLERANCE = 1e-4
-"""Of losses, where the experiment is not there to say it."""
+"""Tolerance of losses, where the experiment is not there to set it."""
 _LARGEST_LOG = 2**30
-"""Bytes of what a run printed."""
+"""Most bytes of a run's output."""
 Work = ClusterWork | SmallWork
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
-    """Of one job: its record, or why it has none. `broken`: what it left cannot be read; `hidden`: its failure is not
-    among the results, which keep the time of an earlier run."""
+    """The record of one job, or why it has none.
+
+    `broken`: its files cannot be read; `hidden`: its failure is not among the results, which keep the time of an
+    earlier run.
+    """
 
     entry: JobEntry
     record: Record | None
@@ -53,7 +56,7 @@ class Collected:
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """What there is to read of a job that ended. `starts`: folders of its attempts, the first one first."""
+    """Files and work of a job that ended. `starts`: folders of its attempts, the first one first."""
 
     manifest: Manifest
     standing: Standing
@@ -68,29 +71,30 @@ class _Run:
 
     @property
     def spec(self) -> dict[str, Any] | None:
-        """What our own ranks were started with; None for a framework with ranks of its own."""
+        """Specification with which our own ranks were started; None for a framework with ranks of its own."""
         path = self.folder / SPEC
         return read_json(path) if f"{self.folder.name}/{SPEC}" in self.standing.entry.files else None
 
     @property
     def on_cpu(self) -> bool:
-        """Whether its ranks compute on processors."""
+        """True if its ranks compute on processors."""
         return (spec := self.spec) is not None and spec["device"] == "cpu"
 
     def about(self) -> Described:
         return described(self.starts, machine=self.manifest.machine, on_cpu=self.on_cpu)
 
     def noted(self, record: Record) -> Record:
-        """The record with what changed between the starts."""
+        """Return the record with what changed between the starts."""
         adapter = self.standing.entry.adapter.partition("/")[0]
         said = changes(self.starts, adapter=adapter, machine=self.manifest.machine, on_cpu=self.on_cpu)
         return record.model_copy(update={"note": "; ".join(filter(None, (record.note, said))) or None})
 
 
 def collect(folder: Path, *, results: Path, command: str) -> list[Collected]:
-    """A record of each job that ended, written into `results` and into its run folder; what waits or runs has none yet.
+    """Write a record of each job that ended into `results` and into its run folder; a job that waits or runs has none
+    yet.
 
-    A job whose files were changed, or cannot be read, is said to be `broken` and keeps none of the others. Raises
+    A job whose files were changed, or cannot be read, is marked `broken` and does not hold up the others. Raises
     `RecordError` for a folder that axonn jobs did not write.
     """
     manifest = load_manifest(folder)
@@ -120,7 +124,8 @@ def collect(folder: Path, *, results: Path, command: str) -> list[Collected]:
 
 
 def _has_time(path: Path) -> bool:
-    """Whether a run was whole before, in a copy of the folder or before it was submitted anew: no failure hides it."""
+    """Return whether a run was complete before, in a copy of the folder or before it was submitted anew: no failure
+    hides it."""
     try:
         return all(record.failure is None for record in read_records(path))
     except RecordError:
@@ -128,7 +133,8 @@ def _has_time(path: Path) -> bool:
 
 
 def _mark(manifest: Manifest, entry: JobEntry) -> str:
-    """Of what was written with which command: other folders have other records, copies of a folder the same."""
+    """Return a hash of the files and the command that wrote them: other folders have other records, copies of a folder
+    the same."""
     said = json.dumps([manifest.command, entry.files], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()[:8]
 
@@ -148,7 +154,7 @@ def _collected(manifest: Manifest, standing: Standing, folder: Path, command: st
 
 
 def _check_files(folder: Path, entry: JobEntry) -> None:
-    """Raises `RecordError` for files that are not those that axonn jobs wrote, or that the job left."""
+    """Raise `RecordError` for files that differ from those that axonn jobs wrote, or that the job left."""
     if changed := changed_files(folder, entry.files):
         path = folder / changed[0]
         how = "not what axonn jobs wrote (its sha256 differs)" if path.exists() else "gone"
@@ -171,7 +177,7 @@ def _check_files(folder: Path, entry: JobEntry) -> None:
 
 
 def _copies(run: Path, entry: JobEntry) -> Iterator[tuple[Path, str]]:
-    """Copies in the run folder of what was written for the job, with the sha256 that they should have."""
+    """Yield copies in the run folder of what was written for the job, with the sha256 that they should have."""
     for name, expected in entry.files.items():
         own = name.partition("/")[2]
         for path in (run / own, *run.glob(f"attempt-*/{own}")):
@@ -180,8 +186,8 @@ def _copies(run: Path, entry: JobEntry) -> Iterator[tuple[Path, str]]:
 
 
 def _sums(start: Path, *, newest: bool) -> Iterator[tuple[Path, str]]:
-    """Files of the run folder with the sha256 that they had when an attempt ended; a later one changes all but those of
-    the attempt's own folder."""
+    """Yield files of the run folder with the sha256 that they had when an attempt ended; a later attempt changes all
+    but those of the attempt's own folder."""
     path = start / SUMS
     if (start / ENDED).exists() and not path.is_file():
         raise RecordError(
@@ -198,7 +204,7 @@ def _sums(start: Path, *, newest: bool) -> Iterator[tuple[Path, str]]:
 
 
 def work_of(path: Path, manifest: Manifest, entry: JobEntry) -> Work:
-    """What a job was written for. Raises `RecordError` where its file says something else than the manifest."""
+    """Return the work that a job was written for. Raises `RecordError` where its file contradicts the manifest."""
     try:
         content = read_json(path)
         said = {name: content[name] for name in ("schema", "adapter", "framework", "machine")}
@@ -222,7 +228,7 @@ def work_of(path: Path, manifest: Manifest, entry: JobEntry) -> Work:
 
 
 def _small_record(run: _Run, work: SmallWork) -> Record:
-    """As axonn run makes it of such a run."""
+    """Return the record that axonn run makes of such a run."""
     outcome = _outcome(run, work.config)
     about = run.about()
     record = run_record(
@@ -240,7 +246,7 @@ def _small_record(run: _Run, work: SmallWork) -> Record:
 
 
 def _published_record(run: _Run, work: ClusterWork) -> Record:
-    """Of a point at the published scale: what its output says, and more where the ranks were our own."""
+    """Return the record of a point at the published scale: from its output, and more where the ranks were our own."""
     spec, about = run.spec, run.about()
     outcome = config = None
     if spec is not None:
@@ -275,7 +281,7 @@ def _published_record(run: _Run, work: ClusterWork) -> Record:
 
 
 def _outcome(run: _Run, config: TrainConfig) -> Outcome:
-    """What our own ranks left; the states are those of the newest start."""
+    """Return the outcome of our own ranks; the states are those of the newest start."""
     g = config.grid
     adapter = load_adapter(run.standing.entry.adapter.partition("/")[0])
     output = _lines(run.starts[-1] / "output.txt") if run.starts else []
@@ -291,9 +297,10 @@ def _outcome(run: _Run, config: TrainConfig) -> Outcome:
 
 
 def _printed(run: _Run) -> tuple[PrintedRun, list[int]]:
-    """Iterations of all attempts, a later one's in place of an earlier one's, and those with which an attempt went on.
+    """Return the iterations of all attempts, a later one's in place of an earlier one's, and those with which an
+    attempt resumed.
 
-    How it ended is said by the newest attempt alone.
+    The newest attempt alone says how the run ended.
     """
     adapter = load_adapter(run.standing.entry.adapter)
     lines: list[str] = []
@@ -309,7 +316,7 @@ def _printed(run: _Run) -> tuple[PrintedRun, list[int]]:
 
 
 def _failure(run: _Run, said: Failure | None, seconds: Any) -> Failure | None:
-    """Why there is no time; None for a run with all its batches, whatever happened when it ended."""
+    """Return why there is no time; None for a run with all its batches, whatever happened when it ended."""
     if len(seconds) >= run.work.steps and (said is None or said.cause != "nan"):
         return None
     return failure_of_job(run.standing, said, done=len(seconds), steps=run.work.steps, job=run.folder)
@@ -320,7 +327,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _said(run: _Run, about: Described) -> dict[str, Any]:
-    """What a record has beside the run."""
+    """Return the fields of a record that describe its surroundings."""
     path = run.path.resolve()
     return {
         "experiment": run.manifest.experiment,
@@ -332,7 +339,7 @@ def _said(run: _Run, about: Described) -> dict[str, Any]:
 
 
 def _with_peak(record: Record, machine: str, about: Described) -> Record:
-    """With the share of the peak, where the ranks computed on GPUs whose peak is known."""
+    """Return the record with the share of the peak, where the ranks computed on GPUs whose peak is known."""
     rate = record.tflops_per_gpu or record.tflops_per_gpu_without_recompute
     if rate is None or about.machine.device == "cpu":
         return record
@@ -344,7 +351,7 @@ def _with_peak(record: Record, machine: str, about: Described) -> Record:
 
 
 def _losses_compared(manifest: Manifest, found: list[tuple[Collected, Work | None]]) -> list[Collected]:
-    """Of small work, as axonn run compares it."""
+    """Return the jobs with the losses of small work compared, as axonn run compares them."""
     small = [
         (i, function_of(work.config), one.record)
         for i, (one, work) in enumerate(found)

@@ -129,7 +129,7 @@ def submit(
         bool, typer.Option("--dry-run", help="Say what would be submitted, and submit nothing.")
     ] = False,
 ) -> None:
-    """Hand in the jobs of a folder: those that have not finished, do not wait and do not run."""
+    """Submit the jobs of a folder: those that have not finished, do not wait and do not run."""
     from jobscripts import submission
 
     if dry_run:
@@ -151,7 +151,7 @@ def status(
     wait: Annotated[bool, typer.Option("--wait", help="Until no job waits or runs.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between questions to the scheduler.")] = 30.0,
 ) -> None:
-    """Show how the jobs of a folder stand; exit status 1 when one that was submitted ended and is not whole."""
+    """Show the states of the jobs of a folder; exit status 1 when one that was submitted ended and is not complete."""
     from jobscripts.job_status import changes, table
     from jobscripts.submission import standings
 

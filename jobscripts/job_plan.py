@@ -42,8 +42,8 @@ class JobPlan:
         self.left_out.setdefault(reason, []).append(name)
 
     def require(self, site: Site, *, where: str) -> None:
-        """Raise `ConfigError` naming what these jobs need of the site file and it does not have: the folders of other
-        frameworks' scripts, and tokens where a framework cannot make them up."""
+        """Raise `ConfigError` naming what these jobs need and the site file lacks: the folders of other frameworks'
+        scripts, and tokens where a framework has no synthetic ones."""
         wants = sorted({job.framework for job in self.jobs if job.launch.needs_data})
         if site.data is None and wants:
             raise ConfigError(
@@ -66,7 +66,7 @@ class JobPlan:
             )
 
     def notes(self) -> dict[str, list[str]]:
-        """By framework, what differs from the work that was asked for, or must be provided."""
+        """Return, by framework, what differs from the requested work, or must be provided."""
         found: dict[str, list[str]] = {}
         for job in self.jobs:
             own = found.setdefault(job.framework, [])
@@ -74,7 +74,7 @@ class JobPlan:
         return found
 
     def left_out_lines(self) -> list[str]:
-        """One for each reason."""
+        """Return one line for each reason."""
         return [f"{', '.join(names)}: {reason}" for reason, names in self.left_out.items()]
 
 
@@ -88,7 +88,7 @@ def plan_jobs(
     only: Sequence[str] = (),
     on_point: Callable[[str], None] = lambda name: None,
 ) -> JobPlan:
-    """Jobs for each point at the published scale whose framework has an adapter, `repeats` of each.
+    """Return jobs for each point at the published scale whose framework has an adapter, `repeats` of each.
 
     `only`: labels of frameworks. `on_point` is called with each job's name before its geometry is checked. Raises
     `ConfigError` with every point that cannot run on the machine: too few nodes, a grid that leaves GPUs of a node
@@ -127,7 +127,8 @@ def plan_jobs(
 
 
 def _too_short(times: Mapping[str, float], steps: int, site: Site) -> list[str]:
-    """Whether predicted batches do not fit into the wall time, or one not into what is left when a job is warned."""
+    """Return a warning if predicted batches do not fit into the wall time, or one batch not into the time left when a
+    job is warned."""
     said = []
     late = [name for name, time in times.items() if steps * time > site.seconds - site.warn_seconds]
     if late:
@@ -149,7 +150,7 @@ def _too_short(times: Mapping[str, float], steps: int, site: Site) -> list[str]:
 def plan_small_jobs(
     experiment: Experiment, *, system: System, site: Site, repeats: int = 1, only: Sequence[str] = ()
 ) -> JobPlan:
-    """Jobs for what the experiment measures on one machine; a weak scaling goes up to all ranks of the system.
+    """Return jobs for what the experiment measures on one machine; a weak scaling goes up to all ranks of the system.
 
     Only frameworks whose ranks are this suite's own are run so. Raises `ConfigError` as `plan_jobs` does, and where the
     experiment measures nothing.
@@ -202,7 +203,7 @@ def _wanted(points: Sequence[_T], labels: Sequence[str], only: Sequence[str], ex
 
 
 def _repeated(job: ClusterJob, repeats: int) -> list[ClusterJob]:
-    """The first has the plain name."""
+    """Return the job `repeats` times; the first has the plain name."""
     names = [job.name, *(f"{job.name}-{number}" for number in range(2, repeats + 1))]
     return [replace(job, name=name, resources=replace(job.resources, name=name)) for name in names]
 
@@ -250,7 +251,7 @@ def _ranks_per_node(system: System) -> int:
 
 
 def _resources(name: str, ranks: int, *, system: System, site: Site) -> Resources:
-    """One rank per GPU, all ranks that a node can have."""
+    """Return resources with one rank per GPU, and as many ranks as a node can have."""
     per_node = min(ranks, _ranks_per_node(system))
     return Resources(
         name=name,
@@ -269,7 +270,7 @@ def _resources(name: str, ranks: int, *, system: System, site: Site) -> Resource
 
 
 def impossible(found: PredictedCase, machine: MachineFile, system: System) -> list[str]:
-    """Why a point cannot run on the machine."""
+    """Return why a point cannot run on the machine."""
     per_node = system.ranks_per_node or machine.node.gpus.number
     nodes = system.nodes or (None if machine.nodes is None else machine.nodes.number)
     said = _too_many(found.case.gpus, per_node, nodes, machine.name)
@@ -295,7 +296,8 @@ def _too_many(ranks: int, per_node: int, nodes: int | None, machine: str) -> lis
 
 
 def straddling(found: PredictedCase, machine: MachineFile) -> list[str]:
-    """Groups of tensor parallelism that lie on several nodes, with what their collectives are predicted to cost."""
+    """Return a warning about groups of tensor parallelism that span several nodes, with the predicted cost of their
+    collectives."""
     grid = found.strategy.process_grid(machine)
     axes: tuple[Axis, ...] = ("row", "col")
     said = []
@@ -315,8 +317,8 @@ def straddling(found: PredictedCase, machine: MachineFile) -> list[str]:
 
 
 def collective_times(prediction: Prediction) -> tuple[float, float]:
-    """Seconds of a batch during which collectives of the tensor axes are under way, and of these the ones in which
-    nothing is computed; means over the stages."""
+    """Return the seconds of a batch during which collectives of the tensor axes are under way, and the part of them in
+    which nothing is computed; means over the stages."""
     count = Counter((stage, task.chunk, task.kind) for stage, task, _, _ in prediction.simulation.tasks)
     whole = sum(
         number * sum(end - start for start, end in joined_intervals(prediction.stages[s].chunks[chunk].tasks[kind]))
@@ -326,7 +328,7 @@ def collective_times(prediction: Prediction) -> tuple[float, float]:
 
 
 def joined_intervals(task: TaskTime) -> list[tuple[float, float]]:
-    """Of its collectives, those that overlap as one: sub-shards have theirs side by side."""
+    """Return the intervals of its collectives, overlapping ones joined: sub-shards have theirs side by side."""
     found: list[tuple[float, float]] = []
     for start, end in sorted((start, end) for start, end in task.collectives):
         if found and start <= found[-1][1]:
@@ -337,5 +339,5 @@ def joined_intervals(task: TaskTime) -> list[tuple[float, float]]:
 
 
 def node_hours(jobs: Sequence[ClusterJob]) -> float:
-    """Of all jobs, at most."""
+    """Return the most node-hours that all jobs may take."""
     return sum(job.resources.node_hours for job in jobs)

@@ -1,4 +1,4 @@
-"""How jobs come along: batches that are done, a table of all, and waiting until none is left."""
+"""Progress of jobs: batches that are done, a table of all, and waiting until none is left."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jobscripts.submission import Standing, standings
 
 
 def batches(folder: Path, entry: JobEntry) -> tuple[int, int | None]:
-    """How many batches of a job are done, of how many (None where its work cannot be read)."""
+    """Return how many batches of a job are done, and of how many (None where its work cannot be read)."""
     job = folder / entry.name
     return _done(job, entry), steps_of(job)
 
@@ -34,14 +34,14 @@ def _done(job: Path, entry: JobEntry) -> int:
 
 
 def said(standing: Standing) -> str:
-    """How a job stands, in a word or two."""
+    """Return the state of a job in a word or two."""
     if standing.id is None and standing.attempt is None:
         return "not submitted"
     return "finished" if standing.finished and not standing.live and not standing.unclear else standing.state
 
 
 def why(standing: Standing) -> str:
-    """The scheduler's reason, or the job's own."""
+    """Return the scheduler's reason, or the job's own."""
     if standing.finished:
         return ""
     if standing.reason not in (None, "failed") and not standing.live:
@@ -50,7 +50,7 @@ def why(standing: Standing) -> str:
 
 
 def table(folder: Path, found: Sequence[Standing]) -> Table:
-    """A row for each job, a column for whatever at least one has something to say of."""
+    """Return a table with a row for each job, and a column for whatever at least one of them reports."""
     rows = []
     for one in found:
         done, steps = batches(folder, one.entry)
@@ -71,13 +71,14 @@ def table(folder: Path, found: Sequence[Standing]) -> Table:
 
 
 def _shortened(moment: str | None) -> str:
-    """Month, day and minute, of Slurm's times."""
+    """Return month, day and minute of Slurm's times."""
     match = re.fullmatch(r"\d{4}-(\d\d-\d\d)T(\d\d:\d\d):\d\d", moment or "")
     return f"{match[1]} {match[2]}" if match else moment or ""
 
 
 def changes(folder: Path, *, every: float) -> Iterator[tuple[list[Standing], list[str]]]:
-    """Standings, asked for again every so many seconds until no job waits or runs, and a line for what changed.
+    """Yield the standings, asked for again every so many seconds until no job waits or runs, and a line for what
+    changed.
 
     Raises `LaunchError` when there is no scheduler to ask. One that does not answer for a while is asked again.
     """

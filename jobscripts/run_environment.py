@@ -1,4 +1,4 @@
-"""What the folder of a run says of where it ran: hosts, GPUs, versions, commit, time."""
+"""Environment in which a run took place: hosts, GPUs, versions, commit, time, from the files in its folder."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from experiments.definition import find_machine
 
 @dataclass(frozen=True, kw_only=True)
 class Described:
-    """`created`: when the newest attempt started. `packages`: version by name."""
+    """Machine and packages of a run. `created`: start of the newest attempt. `packages`: version by name."""
 
     machine: Machine
     created: str | None
     packages: dict[str, str] = field(default_factory=dict)
 
     def version(self, adapter: str) -> str:
-        """Of a framework, as its packages were installed where it ran."""
+        """Return the version of a framework, as its packages were installed where it ran."""
         names = [name for name in self.packages if adapter in name.lower() or name == "torch"]
         return ", ".join(f"{name} {self.packages[name]}" for name in names) or "not known"
 
 
 def described(starts: Sequence[Path], *, machine: str, on_cpu: bool) -> Described:
-    """Of a run with these attempts, by the newest of them; what was not written is None."""
+    """Return the environment of a run from the newest of its attempts; what was not written is None."""
     texts = {} if not starts else {path.name: path for path in starts[-1].glob("*.txt")}
 
     def lines(name: str) -> list[str]:
@@ -60,7 +60,8 @@ def described(starts: Sequence[Path], *, machine: str, on_cpu: bool) -> Describe
 
 
 def changes(starts: Sequence[Path], *, adapter: str, machine: str, on_cpu: bool) -> str | None:
-    """What the attempts of a run do not have in common, in words; of one that did not write it, nothing is known."""
+    """Return the differences between the attempts of a run, as text; an attempt that did not write a value is not
+    compared."""
     each = [described([start], machine=machine, on_cpu=on_cpu) for start in starts]
     had = {
         "commit": [one.machine.commit for one in each],
@@ -74,7 +75,7 @@ def changes(starts: Sequence[Path], *, adapter: str, machine: str, on_cpu: bool)
 
 
 def _gpu(lines: Sequence[str]) -> str | None:
-    """Name of the first GPU, of what nvidia-smi printed: index, name, clocks."""
+    """Return the name of the first GPU from the output of nvidia-smi: index, name, clocks."""
     for line in lines:
         columns = [text.strip() for text in line.split(",")]
         if len(columns) > 2 and columns[0].isdecimal() and columns[1]:

@@ -1,4 +1,4 @@
-"""Handing jobs in, and what became of them: by the scheduler, and by what they left in their folders."""
+"""Submission of jobs, and their states: by the scheduler, and by the files in their folders."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from jobscripts.generate import MANIFEST, JobEntry, Manifest, changed_files, loa
 from jobscripts.schedulers import Scheduler, State, Status, load_scheduler
 
 SUBMITTED = "submitted.json"
-"""Ids of every job that was handed in, by its name, the newest last."""
+"""Ids of every job that was submitted, by its name, the newest last."""
 _IDS = TypeAdapter(dict[str, list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]]])
-"""No id is an option of the command that it is given to."""
+"""Pattern of ids: none can be taken for an option of the command that it is passed to."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """How a job stands. `attempt`: folder of its newest one; `reason`: how that ended, in its own words.
+    """State of a job. `attempt`: folder of its newest one; `reason`: how that ended, in its own words.
 
-    `status`: what the scheduler said, if it knew the job. `silence`: why it did not answer.
-    `all_done`: our own ranks did every batch.
+    `status`: the scheduler's report, if it knew the job. `silence`: why it did not answer. `all_done`: our own ranks
+    did every batch.
     """
 
     entry: JobEntry
@@ -45,35 +45,35 @@ class Standing:
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to do, whatever happened after the last batch."""
+        """True if there is nothing left to do, whatever happened after the last batch."""
         return self.reason == "finished" or self.all_done
 
     @property
     def live(self) -> bool:
-        """Whether it waits or runs."""
+        """True if it waits or runs."""
         return self.state in ("waiting", "running")
 
     @property
     def failed(self) -> bool:
-        """Whether it was handed in, came to an end, and is not whole."""
+        """True if it was submitted, came to an end, and is not complete."""
         return self.id is not None and not self.live and not self.finished and not self.unclear
 
     @property
     def unclear(self) -> bool:
-        """Whether it may still wait or run: the scheduler does not answer."""
+        """True if it may still wait or run: the scheduler does not answer."""
         return self.id is not None and self.silence is not None and self.state == "unknown"
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """What the scheduler said of jobs. `silence`: why it said nothing."""
+    """The scheduler's answer about jobs. `silence`: why it did not answer."""
 
     states: dict[str, Status] = field(default_factory=dict)
     silence: str | None = None
 
 
 def to_submit(folder: Path, *, only: Sequence[str] = (), again: bool = False) -> list[str]:
-    """Names of jobs that have not finished, do not wait and do not run.
+    """Return the names of jobs that have not finished, do not wait and do not run.
 
     Raises `LaunchError` where that cannot be known, and for a job that was changed since it was written.
     """
@@ -102,10 +102,10 @@ def submit(
     again: bool = False,
     on_job: Callable[[str, str], None] = lambda name, job: None,
 ) -> list[tuple[str, str]]:
-    """Hand in every job that has not finished, is not waiting and does not run; (name, id) of each.
+    """Submit every job that has not finished, is not waiting and does not run. Returns (name, id) of each.
 
     `only`: names of jobs; `again`: finished ones, too; `on_job` is called with name and id of each as soon as it is
-    remembered. Raises `LaunchError` when the scheduler refuses one, what was handed in before being remembered, and
+    recorded. Raises `LaunchError` when the scheduler refuses one, after recording those submitted before it, and
     `RecordError` for a folder that axonn jobs did not write.
     """
     with _alone(folder):
@@ -114,7 +114,7 @@ def submit(
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Raises `LaunchError` while another axonn submit hands in jobs of this folder."""
+    """Raise `LaunchError` while another axonn submit submits jobs of this folder."""
     load_manifest(folder)
     # The manifest itself: another file in the folder would be a stranger to axonn jobs.
     with locked(folder / MANIFEST, f"another axonn submit is at work in {folder}; wait for its end"):
@@ -157,7 +157,7 @@ def _check_names(manifest: Manifest, only: Sequence[str]) -> None:
 
 
 def _put_aside(run: Path) -> Path | None:
-    """A finished run's folder under another name, so that the job begins anew.
+    """Rename a finished run's folder, so that the job begins anew.
 
     Raises `LaunchError` while a start, perhaps one by hand, is at work in it.
     """
@@ -173,7 +173,7 @@ def _put_aside(run: Path) -> Path | None:
 
 
 def _hand_in(scheduler: Scheduler, folder: Path) -> str:
-    """The job's id. Raises `LaunchError` when it was not taken."""
+    """Submit a job and return its id. Raises `LaunchError` when it was not accepted."""
     command = scheduler.submit("job.sh")
     before = attempts(folder)
     try:
@@ -202,7 +202,7 @@ def _hand_in(scheduler: Scheduler, folder: Path) -> str:
 
 
 def submitted(folder: Path) -> dict[str, list[str]]:
-    """What `submit` remembers. Raises `RecordError` for a file that is not its own."""
+    """Return the ids that `submit` recorded. Raises `RecordError` for a file that is not its own."""
     path = folder / SUBMITTED
     if not path.exists():
         return {}
@@ -216,7 +216,7 @@ def submitted(folder: Path) -> dict[str, list[str]]:
 
 
 def standings(folder: Path) -> list[Standing]:
-    """How every job stands. Raises `RecordError` for a folder that axonn jobs did not write."""
+    """Return the state of every job. Raises `RecordError` for a folder that axonn jobs did not write."""
     manifest = load_manifest(folder)
     remembered = submitted(folder)
     candidates = {e.name: _candidates(folder / e.name, remembered.get(e.name, [])) for e in manifest.jobs}
@@ -225,7 +225,7 @@ def standings(folder: Path) -> list[Standing]:
 
 
 def _candidates(job: Path, remembered: Sequence[str]) -> list[str]:
-    """Ids of what may be a job's current run: the last that was submitted, then what was started by hand."""
+    """Return ids of what may be a job's current run: the last that was submitted, then what was started by hand."""
     strays = [id_of(path) for path in attempts(job) if id_of(path) not in remembered]
     return [*remembered[-1:], *strays[-1:]]
 
@@ -257,7 +257,8 @@ def _standing(folder: Path, entry: JobEntry, ids: Sequence[str], answer: _Answer
 
 
 def _agreed(state: State, reason: str | None) -> State:
-    """State of a job of which its own script says how it ended; only that knows whether a run is whole."""
+    """Return the state of a job whose own script reports how it ended; only the script knows whether a run is
+    complete."""
     if reason == "finished":
         return "done"
     if reason == "wall-limit" and state != "out-of-memory":
@@ -269,7 +270,7 @@ def _agreed(state: State, reason: str | None) -> State:
 
 
 def _asked(scheduler: Scheduler, ids: Sequence[str]) -> _Answer:
-    """What the scheduler says; nothing where it is not at hand, as when results were copied elsewhere."""
+    """Return the scheduler's answer; empty where it is not at hand, as when results were copied elsewhere."""
     found: dict[str, Status] = {}
     silence = None
     for number in range(len(scheduler.ask(ids))):

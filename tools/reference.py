@@ -14,7 +14,7 @@ import axonn
 
 
 def main(folder: Path) -> None:
-    """HTML of `axonn` and all that is in it, with the sources."""
+    """Write HTML of `axonn` and all that is in it, with the sources."""
     # It is imported when it is first asked for, which is too late to be seen.
     vars(axonn).update({name: getattr(axonn, name) for name in axonn.__all__})
     # Packages bring their modules, and dataclasses constructors whose annotations nobody can see.

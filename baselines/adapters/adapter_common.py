@@ -1,4 +1,4 @@
-"""What all baselines share, so that they differ from our engine only in the framework: weights, data, optimizer."""
+"""Weights, data and optimizer that all baselines share, so that they differ from our engine in the framework alone."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ EXACT: tuple[FloatType, ...] = ("float32", "float64")
 _MASTER: dict[FloatType, FloatType] = {
     name: "float64" if name == "float64" else "float32" for name in get_args(FloatType)
 }
-"""Type of the weights that the optimizer keeps, by the type that is computed in."""
+"""Type of the optimizer's master weights, by the compute type."""
 
 
 def beyond(
     config: TrainConfig, *, schedule: ScheduleConfig | None, precisions: Sequence[FloatType] = EXACT
 ) -> str | None:
-    """What `config` asks for that no baseline does, and what to change; None when there is nothing. `schedule` and
-    `precisions`: the pipeline schedule that this one has, and the types that it computes in."""
+    """Return what `config` asks for that no baseline supports, and what to change; None where there is nothing.
+
+    `schedule`: the pipeline schedule of this framework; `precisions`: the types that it computes in.
+    """
     if not isinstance(config.model, GPTConfig):
         return f"the baselines train GPTs, and {config.model.name} is none"
     optimizer, precision, model = config.optimizer, config.precision, config.model
@@ -60,7 +62,7 @@ def beyond(
 
 
 class Optimizer(Protocol):
-    """What a training loop asks of one."""
+    """The part of an optimizer that a training loop calls."""
 
     def zero_grad(self) -> None: ...
 
@@ -68,25 +70,25 @@ class Optimizer(Protocol):
 
 
 def adamw_settings(config: TrainConfig) -> dict[str, Any]:
-    """The configured AdamW, as `torch.optim.AdamW` takes it."""
+    """Return the configured AdamW as arguments of `torch.optim.AdamW`."""
     o = config.optimizer
     return {"lr": o.lr, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """The configured AdamW, fused, as our engine uses it."""
+    """Return the configured AdamW, fused, as in our engine."""
     return torch.optim.AdamW(parameters, fused=True, **adamw_settings(config))
 
 
 def optimizer_of(module: nn.Module, config: TrainConfig) -> Optimizer:
-    """The configured AdamW; of half-precision parameters with float32 masters, as in our engine."""
+    """Return the configured AdamW, with float32 masters for half-precision parameters, as in our engine."""
     if getattr(torch, config.precision.compute) in HALF:
         return MixedAdamW(module.parameters(), **adamw_settings(config))
     return make_optimizer(module.parameters(), config)
 
 
 def loss_of(model: GPT) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Its loss of whole outputs and targets."""
+    """Return the loss function of `model`, called with complete outputs and targets."""
     return partial(model.loss, context=TensorContext.serial())
 
 
@@ -104,7 +106,7 @@ class Layers(StageChunk):
 
 
 def layers_of(chunks: Iterable[StageChunk]) -> dict[str, nn.Module]:
-    """The modules of all layers of these chunks, by name."""
+    """Return the modules of all layers of `chunks` by name."""
     return {name: layer for chunk in chunks for name, layer in chunk.chain.items()}
 
 
@@ -119,7 +121,7 @@ class Batches:
         )
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets [batch_size, seq_len] of batch number `step`."""
+        """Return inputs and targets [batch_size, seq_len] of batch number `step`."""
         first = step * self._size
         inputs, targets = self._data.batch(range(first, first + self._size))
         return on_device(inputs, self._device), on_device(targets, self._device)

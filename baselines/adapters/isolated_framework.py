@@ -1,4 +1,4 @@
-"""Frameworks that live in environments of their own: what they are given, as files, so that the work is the same.
+"""Frameworks that live in environments of their own, and the files from which they get the same work.
 
 Their ranks run scripts of `baselines/ranks`, which import nothing of this suite (one of the frameworks has its import
 name): weights and batches reach them as one file in the run folder.
@@ -30,13 +30,14 @@ RANKS = ROOT / "baselines" / "ranks"
 
 
 def stage_starts(config: TrainConfig) -> list[int]:
-    """The first layer of each stage, as our engine cuts. Raises `ConfigError` where there are too few layers."""
+    """Return the first layer of each stage, cut as in our engine. Raises `ConfigError` where there are too few
+    layers."""
     assert isinstance(config.model, GPTConfig)
     return [span.start for span in virtual_spans(GPT(config.model), ChunkLayout(stages=config.grid.inter))]
 
 
 def stage_settings(starts: Iterable[int]) -> dict[str, str]:
-    """How ranks are told the first layer of each stage (`plain_gpt.stages`)."""
+    """Return the environment variable that gives ranks the first layer of each stage (`plain_gpt.stages`)."""
     return {"STAGE_STARTS": ",".join(map(str, starts))}
 
 
@@ -63,7 +64,7 @@ class ForeignFramework(Framework):
     script: ClassVar[str]
     """File in `baselines/ranks`."""
     strategy: ClassVar[str]
-    """What the script is told to do."""
+    """Second argument of the script: the strategy to run."""
     precisions: ClassVar[Sequence[FloatType]] = ("float32",)
     """Types that it computes in."""
 
@@ -79,17 +80,17 @@ class ForeignFramework(Framework):
 
     @abstractmethod
     def refuses(self, config: TrainConfig) -> str | None:
-        """Why this strategy cannot run `config`, or None when it can."""
+        """Return why this strategy cannot run `config`, or None when it can."""
 
     def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
         return None
 
     def settings(self, config: TrainConfig) -> Mapping[str, str]:
-        """Environment variables of its ranks."""
+        """Return the environment variables of its ranks."""
         return {}
 
     def source_modules(self) -> list[str]:
-        """Return its adapter, and the script that its ranks run, with what that loads by its path."""
+        """Return its adapter, and the script that its ranks run, with the modules that this loads by their paths."""
         script = f"baselines.ranks.{self.script.removesuffix('.py')}"
         return [type(self).__module__, script, "axonn.observability.rank_usage", "axonn.training.run_folder"]
 

@@ -1,7 +1,8 @@
 """Lines that the training scripts of the Megatron family print, Megatron-LM's and Megatron-DeepSpeed's alike.
 
-One line says all of an iteration, in fields " key: value |": so from Megatron-LM v2.0 to core 0.19 (`training_log` in
-megatron/training.py), in Megatron-DeepSpeed since 2021 and in BigScience's fork of it, which gives seconds.
+One line reports all of an iteration, in fields " key: value |": this format holds from Megatron-LM v2.0 to core 0.19
+(`training_log` in megatron/training.py), in Megatron-DeepSpeed since 2021, and in BigScience's fork of it, which
+reports seconds.
 """
 
 from __future__ import annotations
@@ -27,24 +28,27 @@ _DONE = re.compile(r"^ *\[(after training is done|exiting program at iteration \
 
 @dataclass(frozen=True, kw_only=True)
 class Iteration:
-    """What one such line says; means over the iterations since the line before."""
+    """One iteration line; its values are means over the iterations since the line before."""
 
     number: int
     last: int
-    """Number of the iteration that the run ends with."""
+    """Number of the iteration with which the run ends."""
     seconds: float
     loss: float | None
-    """None where it is not printed: all iterations were skipped, or it is no number."""
+    """None where it is not printed (all iterations were skipped) or is not a number."""
     skipped: int
 
     @property
     def diverged(self) -> bool:
-        """Whether its loss is no finite number although the step was taken."""
+        """True if the loss is not finite although the step was taken."""
         return not self.skipped and (self.loss is None or not math.isfinite(self.loss))
 
 
 def iteration_of(text: str) -> Iteration | None:
-    """What the line says; None for any other line, for half a line, and for one with another's text in its middle."""
+    """Parse an iteration line.
+
+    Returns None for any other line, for a line cut short, and for one with another line's text in its middle.
+    """
     starts = list(_START.finditer(text))
     if not starts or not text.rstrip().endswith("|"):
         return None
@@ -71,29 +75,29 @@ def iteration_of(text: str) -> Iteration | None:
 
 
 def begins(text: str) -> bool:
-    """Whether rank 0 says that a start of the run is about to train its first iteration."""
+    """Return whether rank 0 reports that a start of the run is about to train its first iteration."""
     return _BEGINS.match(text) is not None
 
 
 def memory_of(text: str) -> int | None:
-    """Peak of the allocated bytes that a rank's memory line says."""
+    """Return the peak of the allocated bytes from a rank's memory line, or None."""
     found = _MEMORY.search(text)
     # Its MB are MiB.
     return None if found is None else round(float(found[1]) * 2**20)
 
 
 def sizes_of(text: str) -> tuple[int, int] | None:
-    """Tensor- and pipeline-parallel size, as rank 0 prints them at the start."""
+    """Return the tensor- and pipeline-parallel sizes that rank 0 prints at the start, or None."""
     found = _SIZES.search(text)
     return None if found is None else (int(found[1]), int(found[2]))
 
 
 def parameters_of(text: str) -> tuple[tuple[int, int], int] | None:
-    """(tensor rank, stage) and the number of parameters on it."""
+    """Return (tensor rank, stage) and the number of parameters on it, or None."""
     found = _PARAMETERS.match(text)
     return None if found is None else ((int(found[1]), int(found[2])), int(found[3]))
 
 
 def is_done(text: str) -> bool:
-    """Whether the run says that it has come to its end."""
+    """Return whether the run reports that it has come to its end."""
     return _DONE.match(text) is not None

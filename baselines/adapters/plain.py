@@ -1,4 +1,4 @@
-"""The GPT in plain modules of torch, as a user of PyTorch has it, with the initial weights of all frameworks."""
+"""The GPT in plain torch modules, as a user of PyTorch writes it, with the initial weights of all frameworks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from baselines.ranks import plain_gpt
 
 
 def build(config: TrainConfig) -> nn.ModuleDict:
-    """The layers by name, whole."""
+    """Build all layers, unsharded, by name."""
     model = config.model
     gpt = GPT(model)
     source = Layers(gpt, range(len(gpt.layers)), config).chain

@@ -1,7 +1,7 @@
 """The reference implementation of AxoNN (`axonn` on PyPI), which has the import name of this suite's engine.
 
-Its message-driven pipeline and its data parallelism are offered. Its tensor layers are not: in the mode that they have
-by default, every one of them gathers its input and output around the product, which the published measurements do not.
+Its message-driven pipeline and its data parallelism are offered. Its tensor layers are not: in their default mode each
+of them gathers its input and output around the product, which the published measurements do not do.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ DISCLOSURE = (
 
 
 BYTES_PER_PARAMETER = 16
-"""Parameters, gradients and AdamW's two moments, all float32: under autocast nothing of it is halved."""
+"""Bytes of parameters, gradients and AdamW's two moments, all float32: autocast halves none of them."""
 
 
 class Reference(ForeignFramework):
-    """What its strategies share. Float32 alone: its half precision is CUDA's autocast."""
+    """Checks and environment that both strategies share. It runs in float32 only: its half precision is CUDA's
+    autocast."""
 
     environment = ENVIRONMENT
     script = "reference_ranks.py"
@@ -113,7 +114,10 @@ class ReferenceAdapter(Adapter):
         return self.pick(strategy, self.strategies)
 
     def launch(self, work: ClusterWork) -> Launch:
-        """It is a library: every rank runs our script for it, with the folder in which it is started as run folder."""
+        """Return the launch in which every rank runs our script for it; it is a library.
+
+        The run folder is the folder in which the script is started.
+        """
         if (reason := _cannot(work)) is not None:
             raise LaunchError(f"{work.name} cannot be launched with the reference implementation: {reason}")
         strategy = work.strategy
@@ -143,14 +147,17 @@ class ReferenceAdapter(Adapter):
 
 
 def _one_microbatch(microbatches: int) -> str | None:
-    """It posts no receive for the last message of a batch, and so none at all where there is but one."""
+    """Return why it cannot run `microbatches` of a batch, or None.
+
+    It posts no receive for the last message of a batch, and so none at all where there is only one.
+    """
     if microbatches > 1:
         return None
     return "its pipeline fails with a single microbatch; raise batch_size, or lower microbatch_size"
 
 
 def _cannot(work: ClusterWork) -> str | None:
-    """Why it does not do `work`, and what to change."""
+    """Return why it cannot run `work`, and what to change; None when it can."""
     strategy = work.strategy
     grid, schedule = strategy.grid, strategy.schedule
     asked = {
@@ -182,7 +189,7 @@ def _cannot(work: ClusterWork) -> str | None:
 
 
 def _notes(work: ClusterWork, config: TrainConfig) -> list[str]:
-    """What differs from the work that was asked for, and what must be provided."""
+    """Return what differs from the requested work, and what must be provided."""
     strategy, outline = work.strategy, outline_of(config.model)
     largest = max(
         sum(outline.parameters([span], strategy.logical_grid).values()) for span in strategy.virtual_spans(outline)

@@ -14,7 +14,7 @@ COLUMNS = ("part", "model", "who", "ms/batch", "per s", "TFLOP/s", "of peak", "A
 
 
 def table_of(parts: Mapping[str, PartResult], *, title: str) -> Table:
-    """All rows; a failed one has its reason as its result."""
+    """Return the table of all rows; a failed one has its reason as its result."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in COLUMNS:
         words = name in ("part", "model", "who", "result")
@@ -30,7 +30,7 @@ def table_of(parts: Mapping[str, PartResult], *, title: str) -> Table:
 
 
 def cells_of(row: BenchRow) -> list[str]:
-    """All but part and model."""
+    """Return the cells of a row without part and model."""
     after = row.memory.get("after_init", row.memory.get("batch_peak"))
     return [
         row.contender,
@@ -46,7 +46,7 @@ def cells_of(row: BenchRow) -> list[str]:
 
 
 def result_of(row: BenchRow) -> str:
-    """What is to be said of a row beside its numbers."""
+    """Return the remarks of a row beside its numbers."""
     if row.failure is not None:
         return f"{row.failure.cause}: {row.failure.detail}"
     said: list[str] = []
@@ -67,7 +67,7 @@ def result_of(row: BenchRow) -> str:
 
 
 def remarks(parts: Mapping[str, PartResult], names: Sequence[str]) -> list[str]:
-    """Lines below the table."""
+    """Return the lines below the table."""
     lines = []
     gpt: dict[str, Any] = parts["gpt"].about if "gpt" in parts else {}
     peak = gpt.get("peak") or {}

@@ -1,4 +1,4 @@
-"""What a device can do at most: dense bfloat16 peaks by name, from data sheets, and a product to measure."""
+"""Peak rates of devices: dense bfloat16 peaks by name, from data sheets, and a product to measure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from axonn.config.train_config import StrictModel
 
 
 class Known(NamedTuple):
-    """`pattern`: of the name as PyTorch says it. Dense bfloat16 TFLOP/s, without sparsity."""
+    """A data sheet's dense bfloat16 TFLOP/s, without sparsity. `pattern`: of the name as PyTorch reports it."""
 
     pattern: str
     tflops: float
@@ -35,27 +35,30 @@ PEAKS: tuple[Known, ...] = (
 
 
 class Peak(StrictModel):
-    """What shares are of. `tflops`: None where neither a data sheet nor a measurement says."""
+    """The peak that shares refer to. `tflops`: None where neither a data sheet nor a measurement gives it."""
 
     device: str
     tflops: float | None = None
     source: str
     product_tflops: float | None = None
-    """Of the best measured large product of two square bfloat16 matrices."""
+    """TFLOP/s of the best measured large product of two square bfloat16 matrices."""
     product_size: int | None = None
     memory: int | None = None
-    """Bytes of the device, as PyTorch says; None of a CPU."""
+    """Bytes of the device, as PyTorch reports; None for a CPU."""
     clocks_under_load: dict[str, float] | None = None
-    """As `axonn.observability.records.Machine.clocks`, while it computes such products."""
+    """Clocks as in `axonn.observability.records.Machine.clocks`, while it computes such products."""
 
 
 def data_sheet(device: str) -> Known | None:
-    """What is known of a device by its name, None for another."""
+    """Return the data sheet's entry of a device by its name; None for an unknown one."""
     return next((known for known in PEAKS if re.search(known.pattern, device)), None)
 
 
 def peak_of(device: str, measured: Mapping[str, Any]) -> Peak:
-    """The data sheet's, or else the best measured product's. `measured`: fields of `Peak`, as far as there are any."""
+    """Return the data sheet's peak, otherwise the best measured product's.
+
+    `measured`: fields of `Peak`, as far as there are any.
+    """
     known = data_sheet(device)
     product_tflops, product_size = measured.get("product_tflops"), measured.get("product_size")
     if known is not None:
@@ -67,7 +70,7 @@ def peak_of(device: str, measured: Mapping[str, Any]) -> Peak:
 
 
 def best_product(device: torch.device, *, size: int, repeats: int) -> float:
-    """TFLOP/s of the fastest of some products of two `size` x `size` bfloat16 matrices of normal values."""
+    """Return the TFLOP/s of the fastest of some products of two `size` x `size` bfloat16 matrices of normal values."""
     a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
     torch.matmul(a, b, out=out)
@@ -82,6 +85,6 @@ def best_product(device: torch.device, *, size: int, repeats: int) -> float:
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done all it was given; outside of what is timed, or at its end."""
+    """Wait until the device has done all its work; called outside of what is timed, or at its end."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

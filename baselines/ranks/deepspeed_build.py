@@ -1,4 +1,4 @@
-"""Compiles the operators that DeepSpeed's strategies need on this machine, once, so that no run has to.
+"""Compilation of the operators that DeepSpeed's strategies need on this machine, once, so that no run has to.
 
 `make baselines` runs this: .baselines/deepspeed/bin/python baselines/ranks/deepspeed_build.py
 """
@@ -13,7 +13,7 @@ EXTENSIONS = Path(sys.prefix) / "extensions"
 
 
 def find_operators(device: str) -> None:
-    """Before DeepSpeed is imported: where operators lie, and what compiles and runs them."""
+    """Set, before DeepSpeed is imported, where operators lie, and what compiles and runs them."""
     os.environ["DS_ACCELERATOR"] = device
     os.environ["TORCH_EXTENSIONS_DIR"] = str(EXTENSIONS)
     # ninja lies beside this interpreter.

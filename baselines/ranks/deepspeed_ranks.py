@@ -12,15 +12,17 @@ import torch
 from torch import nn
 
 BUCKETS = {"cpu": 500_000, "cuda": 50_000_000}
-"""Elements that are reduced at a time. Its default, 500 million, is more than the models measured here have, so that
-nothing would be reduced before the backward pass is over, and on a GPU its two buffers of that size would be most of
-the memory. On 2 busy cores 500 thousand was no slower than more, within noise, and took a tenth less memory than 5
-million."""
+"""Elements that are reduced at a time.
+
+DeepSpeed's default, 500 million, is more than the models measured here have, so that nothing would be reduced before
+the backward pass is over, and on a GPU its two buffers of that size would be most of the memory. On 2 busy cores 500
+thousand was no slower than more, within noise, and took a tenth less memory than 5 million.
+"""
 
 
 def adamw(work: common.Work, module: nn.Module, offloaded: bool) -> torch.optim.Optimizer:
-    """The configured AdamW: DeepSpeed's own where its state is offloaded, as ZeRO-Offload demands, else torch's fused
-    one, as for every other framework here."""
+    """Return the configured AdamW: DeepSpeed's own where its state is offloaded, as ZeRO-Offload demands, otherwise
+    torch's fused one, as for every other framework here."""
     o = work.optimizer
     settings = {"lr": o.lr, "betas": tuple(o.betas), "eps": o.eps, "weight_decay": o.weight_decay}
     if offloaded:
@@ -32,7 +34,7 @@ def adamw(work: common.Work, module: nn.Module, offloaded: bool) -> torch.optim.
 
 
 def initialise(work: common.Work, module: nn.Module, *, replicas: int, zero: dict[str, Any]) -> Any:
-    """DeepSpeed's engine; `zero` is the section `zero_optimization` of its configuration."""
+    """Return DeepSpeed's engine; `zero` is the section `zero_optimization` of its configuration."""
     import deepspeed
 
     engine, *_ = deepspeed.initialize(
@@ -54,7 +56,7 @@ def initialise(work: common.Work, module: nn.Module, *, replicas: int, zero: dic
 
 
 def zero_settings(strategy: str, device: str) -> dict[str, Any]:
-    """`zero_optimization` of "zero-STAGE" or "zero-STAGE-offload"."""
+    """Return `zero_optimization` of "zero-STAGE" or "zero-STAGE-offload"."""
     stage = int(strategy.removeprefix("zero-")[0])
     settings: dict[str, Any] = {
         "stage": stage,
@@ -69,14 +71,14 @@ def zero_settings(strategy: str, device: str) -> dict[str, Any]:
 
 
 def whole_model(work: common.Work) -> nn.Sequential:
-    """All layers, on the rank's device."""
+    """Return all layers, on the rank's device."""
     weights = work.weights()
     layers = (plain_gpt.build(name, work.model, weights, work.dtype) for name in plain_gpt.layer_names(work.model))
     return nn.Sequential(*layers).to(work.device)
 
 
 def zero(work: common.Work) -> common.Train:
-    """Data parallelism with the optimizer's state, the gradients and the parameters cut over the replicas, by stage."""
+    """Set up data parallelism with optimizer state, gradients and parameters sharded over the replicas, by stage."""
     settings = zero_settings(work.strategy, work.device.type)
     engine = initialise(work, whole_model(work), replicas=work.ranks, zero=settings)
     size = work.microbatch_size
@@ -103,7 +105,8 @@ class DeepSpeedStage(nn.Sequential):
 
 
 def pipeline(work: common.Work) -> common.Train:
-    """Its pipeline engine, cut where STAGE_STARTS says (the first layer of each stage); with replicas, ZeRO-1."""
+    """Set up its pipeline engine, cut where STAGE_STARTS says (the first layer of each stage); with replicas,
+    ZeRO-1."""
     from deepspeed.pipe import LayerSpec, PipelineModule
 
     # One of its layers is one of our stages, so it cuts where we cut.

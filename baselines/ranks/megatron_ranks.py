@@ -36,7 +36,7 @@ OTHERS = {
 
 
 def our_name(name: str, chunk: Any) -> str:
-    """Our name of a parameter of a chunk of its GPT, whose layers are counted from 0 in each chunk."""
+    """Return our name of a parameter of a chunk of its GPT, whose layers are counted from 0 in each chunk."""
     module, _, kind = name.rpartition(".")
     found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", module)
     if found is None:
@@ -46,7 +46,10 @@ def our_name(name: str, chunk: Any) -> str:
 
 
 def load(chunk: nn.Module, work: common.Work, rank: int) -> int:
-    """Our initial weights, each parameter's part for tensor-parallel rank `rank`; how many values they are whole."""
+    """Load our initial weights, each parameter's shard for tensor-parallel rank `rank`.
+
+    Returns the number of values of the unsharded parameters.
+    """
     parts = work.grid["col"]
     count = 0
     weights = work.weights()
@@ -65,7 +68,10 @@ def load(chunk: nn.Module, work: common.Work, rank: int) -> int:
 
 
 def check_parameters(work: common.Work, count: int) -> None:
-    """Whether its stages have all of our parameters, each once, and no others; `count` is that of this rank's."""
+    """Raise `RuntimeError` unless its stages have all of our parameters, each once, and no others.
+
+    `count`: the number of values on this rank's stage.
+    """
     total = torch.tensor([count])
     torch.distributed.all_reduce(total)
     copies = work.grid["data"] * work.grid["col"]
@@ -75,7 +81,7 @@ def check_parameters(work: common.Work, count: int) -> None:
 
 
 def settings(work: common.Work, chunks: int) -> Any:
-    """Its configuration of the model and of its parallelism."""
+    """Return its configuration of the model and of its parallelism."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     m, grid = work.model, work.grid
@@ -108,7 +114,7 @@ def settings(work: common.Work, chunks: int) -> Any:
 
 
 def build(work: common.Work, config: Any, chunks: int) -> list[Any]:
-    """This rank's chunks of the GPT, with our initial weights."""
+    """Build this rank's chunks of the GPT, with our initial weights."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -137,7 +143,8 @@ def build(work: common.Work, config: Any, chunks: int) -> list[Any]:
 
 
 def replicate(work: common.Work, config: Any, chunks: list[Any]) -> list[Any]:
-    """Its data parallelism: gradients are reduced bucket by bucket beside the last microbatch's backward."""
+    """Return the chunks with its data parallelism: gradients are reduced bucket by bucket during the last microbatch's
+    backward."""
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -183,7 +190,7 @@ class PlainOptimizer:
 
 
 def sharded_optimizer(work: common.Work, models: list[Any]) -> Any:
-    """Its optimizer, whose state is cut over the replicas."""
+    """Return its optimizer, whose state is sharded over the replicas."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     o = work.optimizer

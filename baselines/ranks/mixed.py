@@ -15,7 +15,7 @@ class MixedAdamW:
     """PyTorch's fused AdamW on float32 copies of half-precision parameters, which are rounded from them.
 
     Microbatches accumulate gradients in the parameters' own type, and the step converts them. `masters`: the float32
-    weights that the parameters were rounded from; by default the parameters themselves. 20 bytes for each parameter.
+    weights from which the parameters were rounded; by default the parameters themselves. 20 bytes for each parameter.
     """
 
     def __init__(

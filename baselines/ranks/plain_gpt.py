@@ -1,6 +1,6 @@
-"""The GPT of `axonn.models.gpt.gpt_model` in plain modules of torch: same layers, same parameters, same function.
+"""The GPT of `axonn.models.gpt.gpt_model` in plain torch modules: same layers, same parameters, same function.
 
-The rows of `qkv` are those of one head after the other, so that a part of them is whole heads.
+The rows of `qkv` are ordered by head, so that a shard of them is complete heads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 
 class PlainEmbedding(nn.Module):
-    """[batch, seq] int64 -> [batch, seq, hidden]."""
+    """Token and position embedding: [batch, seq] int64 -> [batch, seq, hidden]."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class PlainEmbedding(nn.Module):
 
 
 class PlainAttention(nn.Module):
-    """First half of a transformer layer; of as many heads as `qkv` has."""
+    """First half of a transformer layer, with as many heads as `qkv` has."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class PlainFeedForward(nn.Module):
 
 
 class PlainHead(nn.Module):
-    """[batch, seq, hidden] -> [batch, seq, vocab]."""
+    """Norm and output layer: [batch, seq, hidden] -> [batch, seq, vocab]."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -73,20 +73,21 @@ class PlainHead(nn.Module):
 
 
 def layer_names(model: Any) -> list[str]:
-    """Names of the layers in their order."""
+    """Return the names of the layers in their order."""
     halves = [f"{kind}{i}" for i in range(model.layers) for kind in ("attention", "mlp")]
     return ["embedding", *halves, "head"]
 
 
 def stages(model: Any) -> list[list[str]]:
-    """Names of the layers of each stage, the first ones being those of the variable STAGE_STARTS."""
+    """Return the names of the layers of each stage; the variable STAGE_STARTS has the first ones."""
     names = layer_names(model)
     starts = [int(start) for start in os.environ["STAGE_STARTS"].split(",")]
     return [names[first:end] for first, end in zip(starts, [*starts[1:], len(names)], strict=True)]
 
 
 def build(name: str, model: Any, weights: Mapping[str, torch.Tensor] | None, dtype: torch.dtype) -> nn.Module:
-    """The layer `name` of `model` (anything with the attributes of a GPTConfig), with its weights, or torch's own."""
+    """Build the layer `name` of `model` (anything with the attributes of a GPTConfig), with its weights, or torch's
+    own."""
     kinds: dict[str, type[nn.Module]] = {
         "embedding": PlainEmbedding,
         "attention": PlainAttention,
@@ -105,11 +106,11 @@ def build(name: str, model: Any, weights: Mapping[str, torch.Tensor] | None, dty
 
 
 def by_head(values: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of all queries, keys, values, rearranged: those of one head after the other."""
+    """Return the rows of all queries, keys and values, reordered by head."""
     return values.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy per token, in float32 at least."""
+    """Return the mean cross entropy per token, in float32 at least."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits.flatten(0, 1).to(wide), targets.flatten())

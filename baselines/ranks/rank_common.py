@@ -1,7 +1,8 @@
-"""What the scripts on the ranks of other frameworks share; torch and safetensors alone, nothing of the suite.
+"""Training loop and work of the scripts on the ranks of other frameworks: torch and safetensors alone, nothing of the
+suite.
 
-A script sets up its framework and calls `main`. The run folder holds `spec.json` and the work; what it leaves there is
-what every run leaves (`axonn.training.run_folder` and `axonn.observability.rank_usage`, which are loaded by their paths).
+A script sets up its framework and calls `main`. The run folder holds `spec.json` and the work; the ranks leave in it
+what every run leaves (`axonn.training.run_folder` and `axonn.observability.rank_usage`, loaded by their paths).
 """
 
 from __future__ import annotations
@@ -25,13 +26,12 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 Train = Callable[[int], float]
-"""Trains batch number `step` and returns the mean loss of the whole batch, on every rank."""
+"""Function that trains batch number `step` and returns the mean loss of the whole batch, on every rank."""
 
 
 def _of_suite(package: str, name: str) -> ModuleType:
-    """Return a module of the suite that needs the standard library alone, found by its path: nothing else of the suite
-    is to be seen by a framework, one of which has the import name of the suite's own engine.
-    """
+    """Return a module of the suite that needs the standard library alone, found by its path: a framework must not see
+    anything else of the suite, since one of them has the import name of the suite's own engine."""
     alias = f"suite_{package}"
     if alias not in sys.modules:
         folder = Path(__file__).parents[2] / "axonn" / package
@@ -46,12 +46,12 @@ def _of_suite(package: str, name: str) -> ModuleType:
 
 
 def _told(*names: str, otherwise: int) -> int:
-    """The number in the first of these variables that there is: mpiexec sets the first, job scripts the others."""
+    """Return the number in the first of these variables that is set: mpiexec sets the first, job scripts the others."""
     return next((int(os.environ[name]) for name in names if name in os.environ), otherwise)
 
 
 class RankWork:
-    """What this rank is asked to do.
+    """The work of this rank.
 
     `model` and `optimizer` have the keys of the configuration as attributes; `grid` is a mapping of extents.
     """
@@ -78,7 +78,8 @@ class RankWork:
 
     @cached_property
     def written(self) -> bool:
-        """Whether weights and batches are given; else, as on a cluster, weights are the framework's, tokens random."""
+        """True if weights and batches are given; otherwise, as on a cluster, weights are the framework's, tokens
+        random."""
         return self._path.exists()
 
     @property
@@ -90,7 +91,7 @@ class RankWork:
         return safe_open(self._path, framework="pt")
 
     def weights(self, *layers: str) -> dict[str, torch.Tensor]:
-        """Initial weights, whole, by "<layer>.<parameter>": those of these layers, or all of them."""
+        """Return unsharded initial weights by "<layer>.<parameter>": those of these layers, or all of them."""
         # Opened anew, and copied: as long as the file is mapped, what was read of it counts as this rank's memory.
         with safe_open(self._path, framework="pt") as file:
             names = [name for name in file.keys() if "." in name]  # noqa: SIM118
@@ -98,7 +99,7 @@ class RankWork:
             return {name: file.get_tensor(name).clone() for name in wanted}
 
     def batch(self, step: int, replica: int = 0, replicas: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets [batch_size / replicas, seq_len] of one data-parallel replica."""
+        """Return inputs and targets [batch_size / replicas, seq_len] of one data-parallel replica."""
         rows = self.batch_size // replicas
         mine = slice(replica * rows, (replica + 1) * rows)
         if self.written:
@@ -112,7 +113,7 @@ class RankWork:
 
 
 def connect(work: RankWork) -> None:
-    """The default process group, and the variables in which frameworks look for it."""
+    """Make the default process group, and set the variables in which frameworks look for it."""
     os.environ.update(RANK=str(work.rank), WORLD_SIZE=str(work.ranks), LOCAL_RANK=str(work.local_rank))
     if _told("OMPI_COMM_WORLD_LOCAL_SIZE", "LOCAL_WORLD_SIZE", otherwise=1) == work.ranks:
         # On one node, also where the host's own name does not resolve.
@@ -134,7 +135,7 @@ def barrier(work: RankWork) -> None:
 
 
 def mean_over_ranks(loss: float) -> float:
-    """Mean of all ranks' losses, on every rank."""
+    """Return the mean of all ranks' losses, on every rank."""
     value = torch.tensor([loss], dtype=torch.float64)
     dist.all_reduce(value)
     return float(value) / dist.get_world_size()
@@ -191,7 +192,7 @@ def main(set_up: Callable[[RankWork], Train], leave: Callable[[], None] = lambda
             peak = torch.cuda.max_memory_allocated(work.device)
         run_folder.set_state(work.folder, work.rank, "done", memory_bytes=peak)
 
-    run_folder.leave_trail(work.folder, work.rank, train)
+    run_folder.run_with_heartbeat(work.folder, work.rank, train)
     sys.stdout.flush()
     # Libraries with threads of their own have been seen to abort at exit, after all was done.
     os._exit(0)

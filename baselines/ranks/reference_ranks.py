@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class ReferenceStage(nn.Module):
-    """The layers of one stage; the reference implementation asks it for the shapes of its messages."""
+    """The layers of one stage, with the shapes of messages that the reference implementation asks for."""
 
     def __init__(self, work: common.Work, names: list[str]) -> None:
         super().__init__()
@@ -26,14 +26,14 @@ class ReferenceStage(nn.Module):
         self.layers = nn.ModuleDict({name: plain_gpt.build(name, work.model, weights, torch.float32) for name in names})
 
     def get_input_shape(self) -> list[int]:
-        """-1 stands for the rows of a microbatch."""
+        """Return the shape of its input; -1 stands for the rows of a microbatch."""
         return self._message
 
     def get_output_shape(self) -> list[int]:
         return self._message
 
     def _block(self, name: str) -> int | None:
-        """Which of the parts to be recomputed as one a layer is in; None for one that is in none."""
+        """Return which of the segments to be recomputed a layer belongs to; None for a layer in none."""
         number = name.lstrip("abcdefghijklmnopqrstuvwxyz")
         return int(number) // self._recompute if number and self._recompute else None
 
@@ -45,7 +45,7 @@ class ReferenceStage(nn.Module):
 
 
 def without_gpu() -> None:
-    """Have it find a device and groups where it asks for CUDA and NCCL by name."""
+    """Give it a device and groups where it asks for CUDA and NCCL by name."""
     no_gpu.install()
     make_group = dist.new_group
 
@@ -86,7 +86,7 @@ def set_up(work: common.Work) -> common.Train:
 
 
 def leave() -> None:
-    """Open MPI takes a rank that leaves without this for one that failed."""
+    """Finalize MPI: Open MPI takes a rank that leaves without this for one that failed."""
     from mpi4py import MPI
 
     if MPI.Is_initialized():

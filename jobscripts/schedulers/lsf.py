@@ -108,7 +108,7 @@ class Lsf(Scheduler):
 
 
 def _histories(printed: str) -> dict[str, Status]:
-    """Of what bhist printed: a paragraph for each job, its last event last."""
+    """Parse the output of bhist: a paragraph for each job, its last event last."""
     found: dict[str, Status] = {}
     for text in re.split(r"^(?=Job <)", printed, flags=re.MULTILINE):
         match = re.match(r"Job <(\d+)>", text)

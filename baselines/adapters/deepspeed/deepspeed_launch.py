@@ -1,7 +1,7 @@
 """DeepSpeed on clusters: Megatron-DeepSpeed's `pretrain_gpt.py`, tensor x pipeline x data parallel with ZeRO stage 1.
 
-Flags: megatron/arguments.py of github.com/deepspeedai/Megatron-DeepSpeed at 4efb479d; keys of the JSON file:
-deepspeed/runtime/config.py and runtime/zero/config.py of github.com/deepspeedai/DeepSpeed at v0.19.5.
+Sources: flags from megatron/arguments.py of github.com/deepspeedai/Megatron-DeepSpeed at 4efb479d; keys of the JSON
+file from deepspeed/runtime/config.py and runtime/zero/config.py of github.com/deepspeedai/DeepSpeed at v0.19.5.
 """
 
 from __future__ import annotations
@@ -19,19 +19,23 @@ from baselines.adapters.ignored_settings import OVERFLOW_AFTER
 CONFIG_FILE = "ds_config.json"
 CHECKPOINTS = "checkpoints"
 DATA = "tokens_text_document"
-"""Prefix of the data where none is named."""
+"""Prefix of the data where the work names none."""
 _NEVER = 1_000_000
 _BYTES_PER_PARAMETER = 14
-"""Of a checkpoint in half precision: the parameter, and in float32 its master copy and Adam's two moments."""
+"""Bytes of a half-precision checkpoint: the parameter, and in float32 its master copy and Adam's two moments."""
 _VOCAB_MULTIPLE = 128
-"""--make-vocab-size-divisible-by, its default: for each tensor-parallel rank."""
+"""Default of --make-vocab-size-divisible-by; it holds for each tensor-parallel rank."""
 _ORDER = ("inter", "data", "row", "col")
-"""Its ranks (PipeModelDataParallelTopology): those of a tensor-parallel group are neighbours, stages lie farthest."""
+"""Order of Megatron-DeepSpeed's ranks (PipeModelDataParallelTopology), slowest axis first: tensor-parallel ranks are
+neighbours, stages are farthest apart."""
 _COMMUNICATION: dict[FloatType, str] = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
 def launch_of(work: ClusterWork) -> Launch:
-    """How Megatron-DeepSpeed runs `work`. Raises `LaunchError` naming everything that it cannot do."""
+    """Return the command, files and notes with which Megatron-DeepSpeed runs `work`.
+
+    Raises `LaunchError` naming everything that it cannot do.
+    """
     found = refusals(work)
     if found:
         raise LaunchError(f"Megatron-DeepSpeed cannot run {work.name}: {'; '.join(found)}")
@@ -44,7 +48,7 @@ def launch_of(work: ClusterWork) -> Launch:
 
 
 def refusals(work: ClusterWork) -> list[str]:
-    """What of `work` it does not do, and what to change."""
+    """Return what Megatron-DeepSpeed cannot do of `work`, and what to change."""
     strategy, grid = work.strategy, work.strategy.grid
     try:
         strategy.check(work.gpt)
@@ -94,12 +98,12 @@ def refusals(work: ClusterWork) -> list[str]:
 
 
 def _placed(strategy: Strategy, order: tuple[str, ...]) -> list[str]:
-    """The axes that there are, in that order."""
+    """Return the axes of extent above 1, sorted as in `order`."""
     return [axis for axis in order if getattr(strategy.grid, axis) > 1]
 
 
 def flags(work: ClusterWork) -> list[str]:
-    """What `pretrain_gpt.py` is told."""
+    """Return the command-line flags of `pretrain_gpt.py`."""
     model, strategy, o = work.gpt, work.strategy, OptimizerConfig()
     clip = work.gradient_clipping or 0.0
     values: dict[str, object] = {
@@ -180,7 +184,7 @@ def _zero_stage(strategy: Strategy) -> int:
 
 
 def settings(work: ClusterWork) -> dict[str, Any]:
-    """Contents of the JSON file. It says again what the flags say, and DeepSpeed compares."""
+    """Return the contents of DeepSpeed's JSON file. They repeat what the flags say, and DeepSpeed compares the two."""
     strategy = work.strategy
     precisions: dict[FloatType, dict[str, Any]] = {
         # loss_scale 0 is dynamic; the rest as in its own template (examples_deepspeed/rebase).
@@ -218,7 +222,7 @@ def settings(work: ClusterWork) -> dict[str, Any]:
 
 
 def notes(work: ClusterWork) -> list[str]:
-    """What differs from what was asked for, and what has to be there."""
+    """Return what differs from the requested work, and what has to be provided."""
     model, strategy = work.gpt, work.strategy
     multiple = _VOCAB_MULTIPLE * strategy.grid.col
     padded = -(-model.vocab // multiple) * multiple

@@ -1,6 +1,7 @@
-"""What a run of DeepSpeed prints: Megatron-DeepSpeed's lines where there are any, else those of DeepSpeed's engines.
+"""Output of a DeepSpeed run: Megatron-DeepSpeed's lines where there are any, otherwise those of DeepSpeed's engines.
 
-DeepSpeed from 0.3 to 0.19 (runtime/pipe/engine.py, utils/timer.py, launcher/launch.py); its ThroughputTimer since 0.8.
+Covers DeepSpeed from 0.3 to 0.19 (runtime/pipe/engine.py, utils/timer.py, launcher/launch.py); its ThroughputTimer
+since 0.8.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _ENDED = re.compile(r"\[launch\.py:\d+:main\] Process \d+ exits successfully\.$"
 
 @dataclass
 class _Found:
-    """What the lines have said so far; each dictionary by the number of the iteration."""
+    """State of a log after the lines read so far; each dictionary is keyed by the number of the iteration."""
 
     iterations: dict[int, Iteration] = field(default_factory=dict)
     steps: dict[int, tuple[float, float]] = field(default_factory=dict)
@@ -51,22 +52,22 @@ class _Found:
     batch_size: int | None = None
     memory: int | None = None
     rough_memory: int | None = None
-    """Rounded to 10 MiB."""
+    """Peak rounded to 10 MiB."""
     unique: int | None = None
     sizes: tuple[int, int] | None = None
     own: dict[tuple[int, int], int] = field(default_factory=dict)
     """Parameters by tensor rank and stage."""
     starts: set[int] = field(default_factory=set)
-    """Numbers of the iterations that the starts of the run began with."""
+    """Numbers of the iterations with which the starts of the run began."""
     begins: bool = False
-    """Whether the next iteration is one of them."""
+    """True when the next iteration is the first of a start."""
     done: bool = False
-    """Whether the training script said so."""
+    """True once the training script has reported its end."""
     ended: bool = False
-    """Whether the launcher said so of a process."""
+    """True once the launcher has reported the end of a process."""
 
     def feed(self, text: str) -> None:
-        """Take in one line. What is not understood is ignored."""
+        """Read one line. Lines that are not understood are ignored."""
         if (iteration := iteration_of(text)) is not None:
             self.iterations[iteration.number] = iteration
             self.starts -= {iteration.number}
@@ -98,8 +99,11 @@ class _Found:
             self.ended = True
 
     def seconds(self) -> list[float]:
-        """Of each reported iteration, the first included; without Megatron's lines and a pipeline DeepSpeed leaves the
-        first two out, and counts from the start of a forward pass to the end of the step."""
+        """Return the seconds of each reported iteration, the first included.
+
+        Without Megatron's lines and without a pipeline, DeepSpeed omits the first two iterations, and counts from the
+        start of a forward pass to the end of the step.
+        """
         if self.iterations:
             return [self.iterations[number].seconds for number in sorted(self.iterations)]
         if self.steps:
@@ -107,7 +111,7 @@ class _Found:
         return [self.batch_size / speed for speed in self.speeds.values() if self.batch_size and speed > 0]
 
     def losses(self) -> list[float]:
-        """Those that are printed and finite."""
+        """Return the losses that are printed and finite."""
         printed = (
             [i.loss for _, i in sorted(self.iterations.items()) if i.loss is not None]
             if self.iterations
@@ -116,20 +120,20 @@ class _Found:
         return [loss for loss in printed if math.isfinite(loss)]
 
     def parameters(self) -> int | None:
-        """Of the whole model, where that can be said: DeepSpeed counts what tensor-parallel ranks have copies of once
-        for each of them."""
+        """Return the number of parameters of the whole model where it is known: DeepSpeed counts parameters that are
+        replicated over tensor-parallel ranks once for each of them."""
         if self.sizes is not None and self.sizes[0] > 1:
             return None
         return self.own.get((0, 0)) if self.sizes == (1, 1) else self.unique
 
     def diverged(self) -> Failure | None:
-        """The first step that was taken with a loss that is no number."""
+        """Return a failure naming the first step that was taken with a non-finite loss, or None."""
         bad = [i.number for i in self.iterations.values() if i.diverged]
         bad += [number for number, (loss, _) in self.steps.items() if not math.isfinite(loss)]
         return Failure(cause="nan", detail=f"the loss of iteration {min(bad)} is no finite number") if bad else None
 
     def at_last(self) -> bool:
-        """Whether the last iteration of the run is among those reported."""
+        """Return whether the last iteration of the run is among those reported."""
         return any(i.number == i.last for i in self.iterations.values())
 
 
@@ -141,8 +145,10 @@ def _float(text: str) -> float | None:
 
 
 def printed_run(lines: Iterable[str]) -> PrintedRun:
-    """What the output of a run says: of all ranks, perhaps interleaved, prefixed or cut short; where a run was started
-    several times, that of its starts one after the other."""
+    """Parse the output of a run: of all ranks, possibly interleaved, prefixed or cut short.
+
+    A run that was started several times yields the iterations of its starts one after the other.
+    """
     whole = list(lines)
     found = _Found()
     texts = [line.text for line in lines_of(whole)]

@@ -16,18 +16,18 @@ DISCLOSURE = (
     "gradients accumulated inside of products and without sequence parallelism, which ask for them"
 )
 LEAST_CHUNKS = 2
-"""Of layers on each stage, in the interleaved schedule."""
+"""Fewest chunks of layers on each stage in the interleaved schedule."""
 
 
 class Megatron(ForeignFramework):
-    """What all strategies share: the local layers of its GPT, exact GELU, an untied head."""
+    """Checks and environment that all strategies share: the local layers of its GPT, exact GELU, an untied head."""
 
     disclosure = DISCLOSURE if DEVICE.type == "cpu" else None
     environment = ENVIRONMENT
     script = "megatron_ranks.py"
     precisions = ("float32", "bfloat16")
     axes: ClassVar[Sequence[str]]
-    """Those of the grid that the strategy cuts along."""
+    """Axes of the grid along which the strategy cuts."""
 
     def refuses(self, config: TrainConfig) -> str | None:
         return self._wrong_grid(config) or self._wrong_sizes(config)
@@ -58,7 +58,7 @@ class Megatron(ForeignFramework):
         return None
 
     def chunks(self, config: TrainConfig) -> int:
-        """Of layers on each stage."""
+        """Return the number of chunks of layers on each stage."""
         return 1
 
     def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
@@ -66,7 +66,7 @@ class Megatron(ForeignFramework):
 
 
 class Tensor(Megatron):
-    """Layers cut along col; the all-reduce of an input's gradient beside the weight's gradient."""
+    """Layers cut along col; an input's gradient is all-reduced while the weight's gradient is computed."""
 
     label = "Megatron-LM tensor"
     strategy = "tensor"
@@ -82,7 +82,7 @@ class MegatronPipeline(Megatron):
 
 
 class Interleaved(Megatron):
-    """Interleaved 1F1B: several chunks of layers per stage, messages beside computation."""
+    """Interleaved 1F1B: several chunks of layers per stage, messages overlapped with compute."""
 
     label = "Megatron-LM interleaved 1F1B"
     strategy = "interleaved"
@@ -106,7 +106,7 @@ class Interleaved(Megatron):
 
 
 class MegatronData(Megatron):
-    """Replicas whose gradients are all-reduced bucket by bucket beside the last backward."""
+    """Replicas whose gradients are all-reduced bucket by bucket during the last backward."""
 
     label = "Megatron-LM data"
     strategy = "data"
@@ -114,7 +114,7 @@ class MegatronData(Megatron):
 
 
 class DistributedOptimizer(MegatronData):
-    """Replicas that share the optimizer's state: gradients reduce-scattered, parameters gathered beside the forward."""
+    """Replicas that shard the optimizer state: gradients reduce-scattered, parameters gathered during the forward."""
 
     # In half types its optimizer has settings of its own.
     precisions = ("float32",)

@@ -1,4 +1,4 @@
-"""What a run of Megatron-LM prints, from version 2.0 (2021) to core 0.19 (2026)."""
+"""Output of a Megatron-LM run, from version 2.0 (2021) to core 0.19 (2026)."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from baselines.adapters.iteration_lines import (
 )
 
 _UNTIED = re.compile(r"^\s*untie_embeddings_and_output_weights \.+ True$")
-"""In the list of all arguments, from 2022 on."""
+"""Line of the list of all arguments, from 2022 on."""
 
 
 @dataclass
 class _Found:
-    """What the lines have said so far."""
+    """State of a log after the lines read so far."""
 
     iterations: dict[int, Iteration] = field(default_factory=dict)
-    """By number; where a run printed one again, what it said last."""
+    """Iterations by number; of one that a run printed again, the last line."""
     memory: int | None = None
     sizes: tuple[int, int] | None = None
     """Tensor- and pipeline-parallel ranks."""
@@ -37,13 +37,13 @@ class _Found:
     """Parameters by tensor rank and stage."""
     untied: bool = False
     starts: set[int] = field(default_factory=set)
-    """Numbers of the iterations that the starts of the run began with."""
+    """Numbers of the iterations with which the starts of the run began."""
     begins: bool = False
-    """Whether the next iteration is one of them."""
+    """True when the next iteration is the first of a start."""
     done: bool = False
 
     def feed(self, text: str) -> None:
-        """Take in one line. What is not understood, or not whole, is ignored."""
+        """Read one line. Lines that are not understood, or not complete, are ignored."""
         if (iteration := iteration_of(text)) is not None:
             self.iterations[iteration.number] = iteration
             self.starts -= {iteration.number}
@@ -61,8 +61,8 @@ class _Found:
         self.done = self.done or is_done(text)
 
     def parameters(self) -> int | None:
-        """Of the whole model, where that can be said: what several tensor-parallel ranks have copies of is counted on
-        each of them, and a tied head on the last stage again."""
+        """Return the number of parameters of the whole model where it is known: parameters that are replicated over
+        tensor-parallel ranks are counted on each of them, and a tied head again on the last stage."""
         if self.sizes is None or self.sizes[0] > 1 or (self.sizes[1] > 1 and not self.untied):
             return None
         stages = [self.own.get((0, stage)) for stage in range(self.sizes[1])]
@@ -70,7 +70,8 @@ class _Found:
         return sum(known) if len(known) == len(stages) else None
 
     def diverged(self) -> Failure | None:
-        """A step that was taken with a loss that is no number, or a run that never took one."""
+        """Return a failure naming a step that was taken with a non-finite loss, or a run that never took one; or
+        None."""
         bad = [i.number for i in self.iterations.values() if i.diverged]
         if bad:
             return Failure(cause="nan", detail=f"the loss of iteration {min(bad)} is no finite number")
@@ -79,16 +80,16 @@ class _Found:
         return None
 
     def at_last(self) -> bool:
-        """Whether the last iteration of the run is among those reported."""
+        """Return whether the last iteration of the run is among those reported."""
         return any(i.number == i.last for i in self.iterations.values())
 
 
 def read_log(lines: Iterable[str]) -> PrintedRun:
-    """What the output of a run says: of all ranks, perhaps interleaved, prefixed or cut short; where a run was started
-    several times, that of its starts one after the other.
+    """Parse the output of a run: of all ranks, possibly interleaved, prefixed or cut short.
 
-    Seconds and losses are means over the iterations since the line before; an iteration that the loss scale made it
-    skip has no loss. Memory is the peak that PyTorch allocated. What ends a run that has said it is done is no failure.
+    A run that was started several times yields the iterations of its starts one after the other. Seconds and losses are
+    means over the iterations since the line before; an iteration that the loss scaler skipped has no loss. Memory is
+    the peak that PyTorch allocated. An error after the run has reported its end is not a failure.
     """
     whole = list(lines)
     texts = [line.text for line in lines_of(whole)]

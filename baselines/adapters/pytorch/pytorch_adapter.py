@@ -54,7 +54,10 @@ class PyTorchAdapter(Adapter):
         return self.pick(strategy, self.strategies)
 
     def launch(self, work: ClusterWork) -> Launch:
-        """Every rank runs this suite's worker. Raises `LaunchError` for what none of the strategies does."""
+        """Return the launch in which every rank runs this suite's worker.
+
+        Raises `LaunchError` for work that none of the strategies does.
+        """
         name = _strategy_for(work)
         strategy = work.strategy.model_copy(update={"optimizer": "device", "clip_norm": False})
         data, notes = data_of(work)
@@ -82,7 +85,7 @@ class PyTorchAdapter(Adapter):
 
 
 def _strategy_for(work: ClusterWork) -> str:
-    """The strategy with which PyTorch itself runs `work`."""
+    """Return the strategy with which PyTorch itself runs `work`."""
     strategy = work.strategy
     parallel = [axis for axis in AXES if getattr(strategy.grid, axis) > 1]
     if len(parallel) > 1 or parallel == ["row"]:

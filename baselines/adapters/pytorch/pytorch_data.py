@@ -41,11 +41,11 @@ class ReplicaTrainer(ABC):
 
     @abstractmethod
     def wrap(self, model: nn.Sequential) -> nn.Module:
-        """The model in data parallelism."""
+        """Return the model with data parallelism applied."""
 
     @abstractmethod
     def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
-        """What a microbatch runs in; gradients are reduced by the last one only."""
+        """Return the context in which a microbatch runs; only the last one reduces gradients."""
 
     def layers(self) -> dict[str, nn.Module]:
         return dict(self._chain.items())
@@ -69,7 +69,7 @@ class ReplicaTrainer(ABC):
 
 
 class DDPTrainer(ReplicaTrainer):
-    """Whole replicas; buckets of gradients are all-reduced beside the last microbatch's backward."""
+    """Unsharded replicas; buckets of gradients are all-reduced during the last microbatch's backward."""
 
     def wrap(self, model: nn.Sequential) -> nn.Module:
         self._replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -85,10 +85,10 @@ class DDPTrainer(ReplicaTrainer):
 
 
 class FullyShardTrainer(ReplicaTrainer):
-    """Parameters, gradients and optimizer state cut over the replicas, by transformer layer.
+    """Parameters, gradients and optimizer state sharded over the replicas, by transformer layer.
 
-    Until the last microbatch nothing is reduced, and the parameters stay gathered until its backward: of all settings
-    the one that sends least, at most memory.
+    Nothing is reduced before the last microbatch, and the parameters stay gathered until its backward: the setting that
+    sends least, at most memory.
     """
 
     def wrap(self, model: nn.Sequential) -> nn.Module:
@@ -111,7 +111,7 @@ class FullyShardTrainer(ReplicaTrainer):
 
 
 class TorchDDP(InProcessFramework):
-    """DistributedDataParallel: whole replicas, one all-reduce of gradients per batch."""
+    """DistributedDataParallel: unsharded replicas, one all-reduce of gradients per batch."""
 
     label = "PyTorch DDP"
     kind: ClassVar[type[ReplicaTrainer]] = DDPTrainer
@@ -143,7 +143,7 @@ class TorchDDP(InProcessFramework):
 
 
 class TorchFullyShard(TorchDDP):
-    """fully_shard (FSDP2): parameters, gradients and optimizer state cut over the replicas."""
+    """fully_shard (FSDP2): parameters, gradients and optimizer state sharded over the replicas."""
 
     label = "PyTorch fully_shard"
     kind = FullyShardTrainer

@@ -26,10 +26,10 @@ from baselines.adapters.adapter_common import (
 
 
 class PlainLoopTrainer:
-    """All layers on one rank, as a user of PyTorch writes it: nothing waits for the device but the loss of a batch.
+    """All layers on one rank, as a user of PyTorch writes it: only reading a batch's loss waits for the device.
 
-    `module`, `optimizer` and `loss` (of outputs and targets): another model of the same function, with its own weights,
-    and what updates it; by default our layers with our initial weights.
+    `module`, `optimizer` and `loss` (called with outputs and targets): another model of the same function with its own
+    weights, and what updates it; by default our layers with our initial weights.
     """
 
     def __init__(

@@ -107,7 +107,7 @@ class TorchPipelining(InProcessFramework):
         return None
 
     def _wrong_number(self, config: TrainConfig) -> str | None:
-        """What is wrong with the number of microbatches."""
+        """Return why the schedule cannot run this number of microbatches, or None."""
         if config.batch_size // config.microbatch_size < config.grid.inter:
             return "its 1F1B needs at least as many microbatches as stages; raise batch_size or lower microbatch_size"
         return None

@@ -36,7 +36,7 @@ from baselines.ranks import plain_gpt
 
 
 def plan_of(layer: nn.Module, *, cut_embedding: bool) -> dict[str, ParallelStyle]:
-    """How the parts of a layer are cut."""
+    """Return the parallel styles of a layer's modules."""
     if isinstance(layer, plain_gpt.PlainAttention):
         return {"qkv": ColwiseParallel(), "projection": RowwiseParallel()}
     if isinstance(layer, plain_gpt.PlainFeedForward):
@@ -47,7 +47,7 @@ def plan_of(layer: nn.Module, *, cut_embedding: bool) -> dict[str, ParallelStyle
 
 
 class TorchTensorParallelTrainer:
-    """The same model from the same initial weights, cut by PyTorch along one axis of `ranks` ranks."""
+    """The same model from the same initial weights, sharded by PyTorch along one axis of `ranks` ranks."""
 
     def __init__(
         self, config: TrainConfig, ranks: int, *, cut_embedding: bool = True, device: torch.device = DEVICE
@@ -89,9 +89,9 @@ class TorchTensorParallelTrainer:
 
 
 class CountedCollectives(TorchDispatchMode):
-    """Counts, inside of the block, the collectives that PyTorch issues for this thread's DTensors over all `ranks`.
+    """Counter of the collectives that PyTorch issues inside the block for this thread's DTensors over all `ranks`.
 
-    Raises `NotImplementedError` for one that it does not know, since nothing may go uncounted.
+    Raises `NotImplementedError` for a collective that it does not know, since nothing may go uncounted.
     """
 
     KINDS: Mapping[str, CallKind] = {"sum": "all-reduce sum", "max": "all-reduce max"}
@@ -155,9 +155,9 @@ class TorchTensorParallel(InProcessFramework):
 
 
 class TorchTensorParallelWholeEmbedding(TorchTensorParallel):
-    """Tensor parallelism of DTensors with the embedding whole.
+    """Tensor parallelism of DTensors with an unsharded embedding.
 
-    It sends nothing for the embedding, and each rank updates the whole of it.
+    The embedding sends nothing, and each rank updates all of it.
     """
 
     label = "PyTorch tensor parallel, embedding whole"

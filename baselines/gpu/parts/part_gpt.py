@@ -19,12 +19,12 @@ PART = "gpt"
 LABELS = {ENGINE: "AxoNN", LOOP: "plain PyTorch loop", COMPILED: "plain loop, torch.compile"}
 FOREIGN = ("deepspeed/zero-1", "megatron/tensor")
 LEAST_MEMORY_SHARE = 0.9
-"""Of the device's memory that contenders in one process may need together, by the estimate of `bytes_needed`."""
+"""Share of the device's memory that contenders in one process may need in all, by the estimate of `bytes_needed`."""
 FOREIGN_SHARE = 0.35
-"""Of the part's time that is kept for the other frameworks, which run after all else."""
+"""Share of the part's time that is reserved for the other frameworks, which run after all else."""
 FOREIGN_MOST_S = 75.0
 MOST_SHARE = 0.7
-"""Of the time that is left, for one process: a compiler that takes for ever leaves something to the others."""
+"""Share of the remaining time for one process: a compiler that never ends leaves something to the others."""
 REMARKS = {
     "megatron": "its local layers without Transformer Engine, float32 masters by PyTorch's fused AdamW",
     "deepspeed": "float32 masters from weights that were rounded to bfloat16",
@@ -32,15 +32,16 @@ REMARKS = {
 
 
 def bytes_needed(work: BenchModel, contenders: int) -> int:
-    """Rough: 20 bytes of state for each parameter of each, and activations and logits of one microbatch, kept once."""
+    """Estimate the bytes of `contenders`: 20 for each parameter of each, and activations and logits of one microbatch,
+    once."""
     model, rows = work.model, work.microbatch_size
     tokens = rows * model.seq_len
     return contenders * 20 * model.parameters + tokens * (34 * model.hidden * model.layers + 12 * model.vocab)
 
 
 def groups(work: BenchModel, memory: int | None) -> list[list[str]]:
-    """Contenders that take turns in one process: all three where memory allows, else our engine with each of the
-    others, else each alone."""
+    """Return the contenders that take turns in one process: all three where memory allows, otherwise our engine with
+    each of the others, otherwise each alone."""
     everyone = [ENGINE, LOOP, COMPILED]
     if memory is None or bytes_needed(work, 3) <= LEAST_MEMORY_SHARE * memory:
         return [everyone]
@@ -50,7 +51,7 @@ def groups(work: BenchModel, memory: int | None) -> list[list[str]]:
 
 
 def measure(context: Context) -> tuple[list[BenchRow], dict[str, Any]]:
-    """Every model, the smallest first; then the other frameworks, the smallest model last."""
+    """Measure every model, the smallest first; then the other frameworks, the smallest model last."""
     memory = None if context.peak is None else context.peak.memory
     about: dict[str, Any] = {
         "formula": "72bslh^2(1+s/6h)+6bshV",
@@ -70,7 +71,7 @@ def measure(context: Context) -> tuple[list[BenchRow], dict[str, Any]]:
 
 
 def own_rows(context: Context, work: BenchModel, memory: int | None) -> list[BenchRow]:
-    """Our engine, the loop and the compiled loop."""
+    """Measure our engine, the loop and the compiled loop."""
     plan = context.plan
     steps = plan.warmup + plan.rounds * plan.batches
     config = work.config(steps=steps)
@@ -109,7 +110,7 @@ def own_rows(context: Context, work: BenchModel, memory: int | None) -> list[Ben
 
 
 def with_ratio(row: BenchRow, ours: BenchRow | None) -> BenchRow:
-    """With the ratio to our engine also where the two had no turns in one process."""
+    """Return the row with its ratio to our engine, also where the two had no turns in one process."""
     if row.ratio is not None or row.ours or row.seconds is None or ours is None or ours.seconds is None:
         return row
     return row.model_copy(update={"ratio": ours.seconds / row.seconds, "paired": False})
@@ -118,7 +119,7 @@ def with_ratio(row: BenchRow, ours: BenchRow | None) -> BenchRow:
 def row_of(
     context: Context, config: TrainConfig, who: str, result: dict[str, Any], reference: Sequence[float]
 ) -> BenchRow:
-    """One contender of a task, beside our engine where that took turns with it."""
+    """Return the row of one contender of a task, compared with our engine where both took turns."""
     base: dict[str, Any] = {"part": PART, "model": config.model.name, "contender": LABELS[who], "ours": who == ENGINE}
     if who in result["failed"]:
         return BenchRow(**base, failure=Failure(cause="error", detail=result["failed"][who]))
@@ -134,7 +135,7 @@ def row_of(
 
 
 def foreign_rows(context: Context, work: BenchModel, ours: Sequence[BenchRow]) -> list[BenchRow]:
-    """DeepSpeed and megatron-core, each in its own environment and process, after our engine."""
+    """Measure DeepSpeed and megatron-core, each in its own environment and process, after our engine."""
     plan = context.plan
     config = work.config(steps=plan.warmup + plan.batches * 2)
     engine = next((row for row in ours if row.model == work.model.name and row.ours), None)

@@ -16,7 +16,7 @@ MOST_S = 90.0
 
 
 def measure(context: Context) -> tuple[list[BenchRow], dict[str, Any]]:
-    """Copies on one rank; collectives with 1 and with 2 sub-shards."""
+    """Measure copies on one rank, and collectives with 1 and with 2 sub-shards."""
     rows = copies(context)
     rows += [collectives(context, shards) for shards in (1, 2)]
     about = {

@@ -18,7 +18,8 @@ from baselines.ranks import plain_gpt
 
 
 def offloaded_module(config: TrainConfig, device: torch.device) -> nn.Sequential:
-    """The plain GPT in float32 on the host, computing in the configured type on `device`, sharded layer by layer."""
+    """Return the plain GPT in float32 on the host, computing in the configured type on `device`, sharded layer by
+    layer."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
@@ -40,7 +41,7 @@ def offloaded_module(config: TrainConfig, device: torch.device) -> nn.Sequential
 def run(
     *, device: torch.device, seconds: float, config: Mapping[str, Any], warmup: int, batches: int
 ) -> dict[str, Any]:
-    """`memory` in bytes (after_init, step_peak, batch_peak on a GPU) and `times`. Weights are torch's own."""
+    """Return `memory` in bytes (after_init, step_peak, batch_peak on a GPU) and `times`. Weights are torch's own."""
     wanted = validate(dict(config), TrainConfig, where="task")
     began = time.monotonic()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -30,8 +30,11 @@ def run(
     rounds: int,
     batches: int,
 ) -> dict[str, Any]:
-    """Per contender: `losses` of the warm-up and of all turns, `times` (seconds of a batch, one for each turn), or the
-    reason for which there are none in `failed`. Turns alternate in order and in reversed order."""
+    """Return `losses` of the warm-up and of all turns and `times` (seconds of a batch, one for each turn) by contender,
+    or the reason why there are none in `failed`.
+
+    Turns alternate in order and in reversed order.
+    """
     began = time.monotonic()
     wanted = validate(dict(config), TrainConfig, where="task")
     with connect(ProcessGrid(), device=device) as runtime:

@@ -17,7 +17,7 @@ from baselines.gpu.peaks import wait_for
 
 
 def noisy_images(model: UNetConfig, rows: int, step: int) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Random inputs (images and time steps) and targets: throughput does not depend on what is in them."""
+    """Return random inputs (images and time steps) and targets: throughput does not depend on their values."""
     drawn = torch.Generator().manual_seed(step)
     shape = (rows, model.channels, model.image_size, model.image_size)
     images, noise = (torch.randn(shape, generator=drawn) for _ in range(2))
@@ -27,7 +27,7 @@ def noisy_images(model: UNetConfig, rows: int, step: int) -> tuple[tuple[torch.T
 def run(
     *, device: torch.device, seconds: float, config: Mapping[str, Any], warmup: int, batches: int
 ) -> dict[str, Any]:
-    """`times` of the batches after those that warm up, and all `losses`."""
+    """Return `times` of the batches after those that warm up, and all `losses`."""
     wanted = validate(dict(config), TrainConfig, where="task")
     assert isinstance(wanted.model, UNetConfig)
     began = time.monotonic()

@@ -28,7 +28,7 @@ ON_DEVICE = ("parameters", "gradients", "optimizer_state", "buckets")
 
 
 class QuickGPT(GPT):
-    """A GPT that begins with constants, which are there at once: for memory and for time, not for training."""
+    """A GPT that begins with constants, which are made at once: for memory and for time, not for training."""
 
     def initial(self, name: str) -> Initial:
         found = super().initial(name)
@@ -36,7 +36,7 @@ class QuickGPT(GPT):
 
 
 def allocated(device: torch.device) -> int | None:
-    """Bytes that tensors have on a GPU now; None on a CPU, where nobody counts them."""
+    """Return the bytes that tensors take on a GPU now; None on a CPU, where nobody counts them."""
     if device.type != "cuda":
         return None
     wait_for(device)
@@ -45,7 +45,7 @@ def allocated(device: torch.device) -> int | None:
 
 
 def peak_since_reset(device: torch.device) -> int | None:
-    """Most bytes on a GPU since `reset_peak`."""
+    """Return the most bytes on a GPU since `reset_peak`; None on a CPU."""
     if device.type != "cuda":
         return None
     wait_for(device)
@@ -58,8 +58,10 @@ def reset_peak(device: torch.device) -> None:
 
 
 def state_alone(config: TrainConfig, device: torch.device) -> dict[str, int]:
-    """Model state made as the engine makes it, and one step of its optimizer without a pipeline: after_init and
-    step_peak on a GPU, and the bytes of its tensors by category anywhere."""
+    """Make model state as the engine makes it, and run one step of its optimizer without a pipeline.
+
+    Returns after_init and step_peak on a GPU, and the bytes of its tensors by category anywhere.
+    """
     before = allocated(device)
     model = QuickGPT(config.model)
     grid = ProcessGrid()
@@ -120,7 +122,7 @@ def engine_of(
 
 
 def tokens_of(model: GPTConfig, rows: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random inputs and targets [rows, seq_len]."""
+    """Return random inputs and targets [rows, seq_len]."""
     drawn = torch.randint(model.vocab, (rows, model.seq_len + 1), generator=torch.Generator().manual_seed(step))
     return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
 
@@ -128,7 +130,7 @@ def tokens_of(model: GPTConfig, rows: int, step: int) -> tuple[torch.Tensor, tor
 def run(
     *, device: torch.device, seconds: float, config: Mapping[str, Any], warmup: int, batches: int
 ) -> dict[str, Any]:
-    """`memory` in bytes by category, and `times`, seconds of each batch."""
+    """Return `memory` in bytes by category, and `times`, seconds of each batch."""
     began = time.monotonic()
     wanted = validate(dict(config), TrainConfig, where="task")
     memory = state_alone(wanted, device)
@@ -155,7 +157,8 @@ def run(
 
 
 def fits(*, device: torch.device, seconds: float, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Two batches of a GPT; running out of memory is the failure of the task. `seconds` of the second batch."""
+    """Train two batches of a GPT; running out of memory is the failure of the task. Returns `seconds` of the second
+    batch."""
     wanted = validate(dict(config), TrainConfig, where="task")
     engine = engine_of(wanted, device)
     reset_peak(device)

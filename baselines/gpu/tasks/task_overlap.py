@@ -1,4 +1,4 @@
-"""Task: how much of the offloaded optimizer's copies between host and device is hidden."""
+"""Task: share of the offloaded optimizer's copies between host and device that is hidden."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Interval = tuple[float, float]
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same instants as intervals that do not touch, in order."""
+    """Return the same instants as intervals that do not touch, in order."""
     merged: list[Interval] = []
     for start, end in sorted(intervals):
         if merged and start <= merged[-1][1]:
@@ -31,7 +31,7 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def length(intervals: Iterable[Interval]) -> float:
-    """Seconds that at least one of them covers."""
+    """Return the seconds that at least one of them covers."""
     return sum(end - start for start, end in union(intervals))
 
 
@@ -40,14 +40,15 @@ def of_kinds(spans: Sequence[Span], *kinds: SpanKind) -> list[Interval]:
 
 
 def tail(spans: Sequence[Span]) -> float:
-    """Seconds of one batch from the end of its last backward to that of the optimizer and its copies."""
+    """Return the seconds of one batch from the end of its last backward to that of the optimizer and its copies."""
     backward = [end for _, end in of_kinds(spans, *COMPUTE)]
     step = [end for _, end in of_kinds(spans, SpanKind.OPTIMIZER, SpanKind.COPY)]
     return max(step) - max(backward) if backward and step else 0.0
 
 
 def covered(spans: Sequence[Span]) -> tuple[float, float]:
-    """Seconds of copies in one batch, and how many of them lie under spans of compute or of the optimizer."""
+    """Return the seconds of copies in one batch, and how many of them lie under spans of compute or of the
+    optimizer."""
     copies = of_kinds(spans, SpanKind.COPY)
     work = of_kinds(spans, *COMPUTE, SpanKind.OPTIMIZER)
     taken = length(copies)
@@ -55,7 +56,8 @@ def covered(spans: Sequence[Span]) -> tuple[float, float]:
 
 
 def hidden_share(*, copies_s: float, offloaded_s: float, resident_s: float) -> float:
-    """Of the time of the copies what does not make the step longer than one without copies; 0 without copies."""
+    """Return the share of the copies' time that does not make the step longer than one without copies; 0 without
+    copies."""
     if copies_s <= 0:
         return 0.0
     return min(1.0, max(0.0, 1.0 - max(0.0, offloaded_s - resident_s) / copies_s))
@@ -64,7 +66,7 @@ def hidden_share(*, copies_s: float, offloaded_s: float, resident_s: float) -> f
 def run(
     *, device: torch.device, seconds: float, config: Mapping[str, Any], warmup: int, batches: int
 ) -> dict[str, Any]:
-    """Medians over batches: `tail_s` by placement, `copies_s`, `under_spans_s`; and both shares."""
+    """Return medians over batches: `tail_s` by placement, `copies_s`, `under_spans_s`; and both shares."""
     wanted = validate(dict(config), TrainConfig, where="task")
     began = time.monotonic()
     found: dict[str, Any] = {"tail_s": {}, "batch_s": {}}
