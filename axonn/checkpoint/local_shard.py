@@ -35,9 +35,11 @@ class LocalShard:
             )
 
     @classmethod
-    def placed(cls, tensor: torch.Tensor, placement: Placement, grid: ProcessGrid, at: Coordinates) -> LocalShard:
-        """Return `tensor` as the shard that the rank at coordinates `at` holds under `placement`."""
-        return cls(tensor, placement.shape, tuple(placement.pieces(grid, at)))
+    def placed(
+        cls, tensor: torch.Tensor, placement: Placement, grid: ProcessGrid, coordinates: Coordinates
+    ) -> LocalShard:
+        """Return `tensor` as the shard that the rank at `coordinates` holds under `placement`."""
+        return cls(tensor, placement.shape, tuple(placement.pieces(grid, coordinates)))
 
     @classmethod
     def whole(cls, tensor: torch.Tensor) -> LocalShard:

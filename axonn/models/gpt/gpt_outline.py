@@ -1,4 +1,4 @@
-"""The outline of a GPT for the performance model."""
+"""Outline of a GPT for the performance model."""
 
 from __future__ import annotations
 
