@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from plots.style import KIND_LINES, colours, mark, mark_handle
+from plots.style import LINES, colours, mark, mark_handle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -169,7 +169,7 @@ def _look(name: str, kind: str) -> dict[str, Any]:
         "facecolor": colour if kind == "published" else pale,
         "edgecolor": "0.25",
         "linewidth": 0.7,
-        "linestyle": KIND_LINES[kind],
+        "linestyle": LINES[kind],
         "hatch": hatch,
     }
 
@@ -181,7 +181,7 @@ def legend(axes: Axes, stacks: Iterable[Stack]) -> None:
 
     all_stacks = list(stacks)
     used = {name for stack in all_stacks for name in stack.drawn}
-    kinds = [kind for kind in KIND_LINES if any(stack.kind == kind for stack in all_stacks)]
+    kinds = [kind for kind in LINES if any(stack.kind == kind for stack in all_stacks)]
     handles: list[Patch | Line2D] = [
         Patch(
             label=f"inter-layer: {label}" if name in INSIDE else label,
@@ -191,7 +191,7 @@ def legend(axes: Axes, stacks: Iterable[Stack]) -> None:
         if name in used
     ]
     handles += [
-        Patch(facecolor="0.45" if kind == "published" else "0.85", edgecolor="0.25", linestyle=KIND_LINES[kind], label=kind)
+        Patch(facecolor="0.45" if kind == "published" else "0.85", edgecolor="0.25", linestyle=LINES[kind], label=kind)
         for kind in kinds
     ]
     if any(stack.repeats for stack in all_stacks):

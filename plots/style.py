@@ -19,7 +19,7 @@ COLUMN_IN = 3.5
 """Width of a column of a paper."""
 PAGE_IN = 7.2
 """Width of the text of a page."""
-KIND_LINES: dict[str, Literal["-", "--", ":"]] = {"published": "-", "predicted": "--", "measured": ":"}
+LINES: dict[str, Literal["-", "--", ":"]] = {"published": "-", "predicted": "--", "measured": ":"}
 """Line of each kind of points. Kinds differ by line, filling (published ones are filled) and legend, never by colour
 alone."""
 
