@@ -7,7 +7,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Annotated, Any, ClassVar
 
-from pydantic import SerializeAsAny, WrapValidator
+from pydantic import SerializeAsAny, SerializerFunctionWrapHandler, WrapValidator, model_serializer
 from pydantic_core import PydanticCustomError
 
 from axonn.config.loading import Line, StrictModel, shortened, validate
@@ -58,6 +58,12 @@ class ModelConfig(StrictModel, ABC):
     @abstractmethod
     def workload(self) -> dict[str, int]:
         """Return the sizes by which records describe the model: fields of `axonn.observability.records.Workload`."""
+
+    @model_serializer(mode="wrap")
+    def _with_kind(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Also where defaults are left out: it says what the other keys mean.
+        content: dict[str, Any] = serialized(self)
+        return content if self.kind == DEFAULT_KIND else {"kind": self.kind, **content}
 
     @classmethod
     def alternatives(cls) -> list[type[StrictModel]]:
