@@ -34,8 +34,8 @@ class Tolerances(StrictModel):
 
 def load_tolerances(file: Path | None, host: str, folder: Path = TOLERANCES) -> Tolerances:
     """Load `file`, otherwise the file of the host, otherwise the default. Raises `ConfigError`."""
-    own = folder / f"{host.partition('.')[0]}.yaml"
-    return load_yaml(file or (own if own.exists() else folder / "default.yaml"), Tolerances)
+    host_file = folder / f"{host.partition('.')[0]}.yaml"
+    return load_yaml(file or (host_file if host_file.exists() else folder / "default.yaml"), Tolerances)
 
 
 class Result(StrictModel):
@@ -110,14 +110,14 @@ def results_of(
     """Return one result for each condition, from the groups in which the contender took part."""
     failure = next((m.failure for m in measured if m.failure is not None), None)
     if failure is None:
-        checked = [disagreement(m.losses, reference, precision) for m in measured]
-        failure = next((found for found in checked if found is not None), None)
+        disagreements = (disagreement(m.losses, reference, precision) for m in measured)
+        failure = next(filter(None, disagreements), None)
     differences = [d for m in measured if (d := difference(m.losses, reference)) is not None]
     results = []
     for condition in conditions:
         turns = [turn for m in measured for turn in m.turns if turn.condition == condition.name]
         crossed = [turn.link_bytes for turn in turns if turn.link_bytes is not None]
-        said = max((sum(m.bytes_per_batch.values()) for m in measured), default=0)
+        reported = max((sum(m.bytes_per_batch.values()) for m in measured), default=0)
         results.append(
             Result(
                 contender=contender,
@@ -129,7 +129,7 @@ def results_of(
                 with_busy=with_busy,
                 stopped=next((m.stopped for m in measured if m.stopped is not None), None),
                 memory_bytes=max((m.memory_bytes for m in measured if m.memory_bytes is not None), default=None),
-                bytes_sent=round(median(crossed) / ranks) if crossed else said or None,
+                bytes_sent=round(median(crossed) / ranks) if crossed else reported or None,
                 losses=measured[0].losses if measured else [],
                 loss_difference=max(differences, default=None),
                 failure=failure,
@@ -199,7 +199,7 @@ class Verdict(StrictModel):
 
 def verdicts_of(results: Sequence[Result], tolerances: Tolerances) -> list[Verdict]:
     """Return one verdict for each workload, condition and kind."""
-    found = []
+    verdicts = []
     for (workload, condition, kind), some in by_place(results).items():
         ours, theirs = fastest(some, ours=True), fastest(some, ours=False)
         about: dict[str, Any] = {
@@ -210,17 +210,18 @@ def verdicts_of(results: Sequence[Result], tolerances: Tolerances) -> list[Verdi
             "ours": ours and ours.contender.name,
             "theirs": theirs and theirs.contender.name,
         }
-        ratio = paired_ratio(over=theirs, under=ours) if ours and theirs else None
-        if ratio is not None:
+        if ours is None or theirs is None:
+            missing = "AxoNN's contenders" if ours is None else "the other frameworks"
+            about["reason"] = f"none of {missing} can be compared"
+        elif (ratio := paired_ratio(over=theirs, under=ours)) is not None:
             about |= {"ratio": ratio.median, "low": ratio.low, "high": ratio.high, **_about_rounds(ours, theirs)}
-        elif ours and theirs and (left_out := _left_out(ours, theirs)):
+        elif left_out := _left_out(ours, theirs):
             about["busy_rounds"] = left_out
             about["reason"] = f"the machine was busy with other work in all {left_out} rounds; {AGAIN}"
         else:
-            who = "AxoNN's contenders" if ours is None else "the other frameworks" if theirs is None else None
-            about["reason"] = f"none of {who} can be compared" if who else "they had no round in common"
-        found.append(Verdict(**about))
-    return found
+            about["reason"] = "they had no round in common"
+        verdicts.append(Verdict(**about))
+    return verdicts
 
 
 def _left_out(*results: Result) -> int:
@@ -232,11 +233,10 @@ def _left_out(*results: Result) -> int:
 
 def _about_rounds(ours: Result, theirs: Result) -> dict[str, Any]:
     spread = paired_ratio(over=theirs, under=ours, quantity=processor)
-    of_processor = {} if spread is None else dict(
-        zip(("processor_ratio", "processor_low", "processor_high"), spread, strict=True)
-    )  # fmt: skip
-    made_of = len(ratios(theirs.turns, ours.turns, with_busy=ours.with_busy))
-    return {**of_processor, "rounds": made_of, "busy_rounds": _left_out(ours, theirs), "stopped": theirs.stopped}
+    names = ("processor_ratio", "processor_low", "processor_high")
+    processor_fields = {} if spread is None else dict(zip(names, spread, strict=True))
+    rounds = len(ratios(theirs.turns, ours.turns, with_busy=ours.with_busy))
+    return {**processor_fields, "rounds": rounds, "busy_rounds": _left_out(ours, theirs), "stopped": theirs.stopped}
 
 
 def busy_lines(results: Sequence[Result]) -> list[str]:
@@ -247,10 +247,10 @@ def busy_lines(results: Sequence[Result]) -> list[str]:
         return []
     share = busy_share([turn.usage for turn in busy if turn.usage is not None]) or 0.0
     taken_in = any(result.with_busy for result in results)
-    how = "in ratios all the same" if taken_in else "left out of ratios"
+    use = "in ratios all the same" if taken_in else "left out of ratios"
     return [
         f"the machine was busy with other work during {len(busy)} of {len(turns)} batches (others took {share:.0%} of "
-        f"the cores meanwhile): {how}; {AGAIN if not taken_in else AGAIN.partition(',')[0]}"
+        f"the cores meanwhile): {use}; {AGAIN if not taken_in else AGAIN.partition(',')[0]}"
     ]
 
 
@@ -271,46 +271,47 @@ def rows_of(results: Sequence[Result], about: Mapping[str, Mapping[str, str | No
     for some in by_place(results).values():
         ours = fastest(some, ours=True)
         for result in some:
-            if not result.turns:
-                continue
-            time = result.time
-            beside = ours if ours is not None and result.comparable else None
-            ratio = None if beside is None else paired_ratio(over=beside, under=result)
-            of_processor = None if beside is None else paired_ratio(over=beside, under=result, quantity=processor)
-            said = about.get(result.contender.framework, {})
-            rows.append(
-                {
-                    "framework": result.contender.label,
-                    "strategy": result.contender.variant,
-                    "parallelism": result.contender.kind,
-                    "ours": result.contender.ours,
-                    "workload": result.workload,
-                    "condition": result.condition.name,
-                    "link_kbit_per_s": result.condition.kbit,
-                    "ranks": result.ranks,
-                    "batch_time_s": time.median,
-                    "batch_time_quartiles_s": [time.low, time.high],
-                    "batch_times_s": result.seconds,
-                    "tokens_per_s": result.tokens / time.median,
-                    "memory_bytes": result.memory_bytes,
-                    "bytes_sent": result.bytes_sent,
-                    "ratio": None if ratio is None else ratio.median,
-                    "spread": None if ratio is None else [ratio.low, ratio.high],
-                    "processor_s": result.processor_s,
-                    "processor_ratio": None if of_processor is None else of_processor.median,
-                    "processor_spread": None if of_processor is None else [of_processor.low, of_processor.high],
-                    "rounds": len(result.turns),
-                    "busy_rounds": result.busy_rounds,
-                    "busy": result.busy,
-                    "in_ratios": result.with_busy or not result.busy,
-                    "stopped": result.stopped,
-                    "losses": result.losses,
-                    "losses_agree": result.failure is None or result.failure.cause != "not-comparable",
-                    "loss_difference": result.loss_difference,
-                    "failure": None if result.failure is None else result.failure.model_dump(exclude_none=True),
-                    "disclosure": said.get("disclosure"),
-                    "version": said.get("version"),
-                    "kind": "measured",
-                }
-            )
+            if result.turns:
+                base = ours if ours is not None and result.comparable else None
+                rows.append(_row(result, base, about.get(result.contender.framework, {})))
     return rows
+
+
+def _row(result: Result, base: Result | None, about: Mapping[str, str | None]) -> dict[str, Any]:
+    """Return the row of a result that has turns. `base`: the result that it is compared with, if any."""
+    time = result.time
+    ratio = None if base is None else paired_ratio(over=base, under=result)
+    processor_ratio = None if base is None else paired_ratio(over=base, under=result, quantity=processor)
+    return {
+        "framework": result.contender.label,
+        "strategy": result.contender.variant,
+        "parallelism": result.contender.kind,
+        "ours": result.contender.ours,
+        "workload": result.workload,
+        "condition": result.condition.name,
+        "link_kbit_per_s": result.condition.kbit,
+        "ranks": result.ranks,
+        "batch_time_s": time.median,
+        "batch_time_quartiles_s": [time.low, time.high],
+        "batch_times_s": result.seconds,
+        "tokens_per_s": result.tokens / time.median,
+        "memory_bytes": result.memory_bytes,
+        "bytes_sent": result.bytes_sent,
+        "ratio": None if ratio is None else ratio.median,
+        "spread": None if ratio is None else [ratio.low, ratio.high],
+        "processor_s": result.processor_s,
+        "processor_ratio": None if processor_ratio is None else processor_ratio.median,
+        "processor_spread": None if processor_ratio is None else [processor_ratio.low, processor_ratio.high],
+        "rounds": len(result.turns),
+        "busy_rounds": result.busy_rounds,
+        "busy": result.busy,
+        "in_ratios": result.with_busy or not result.busy,
+        "stopped": result.stopped,
+        "losses": result.losses,
+        "losses_agree": result.failure is None or result.failure.cause != "not-comparable",
+        "loss_difference": result.loss_difference,
+        "failure": None if result.failure is None else result.failure.model_dump(exclude_none=True),
+        "disclosure": about.get("disclosure"),
+        "version": about.get("version"),
+        "kind": "measured",
+    }

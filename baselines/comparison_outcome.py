@@ -20,6 +20,17 @@ from baselines.comparison import Result, Verdict, busy_lines
 from baselines.contenders import Contender, framework_of
 
 EXPERIMENT = "baselines"
+POLICY = {
+    "batch_time_s": "median of the batches after one warm-up batch",
+    "ratio": "median over paired rounds of the seconds over those of the fastest AxoNN of the kind",
+    "spread": "95% interval of that median by order statistics; least and most where rounds are few",
+    "processor_ratio": "the same of the processor seconds of all ranks for a batch",
+    "rounds": "until half of every interval is within the share asked for, or the minutes are spent (stopped)",
+    "busy": f"others took more than {BUSY_SHARE:.0%} of the core seconds of a batch; "
+    "left out of times and ratios unless with_busy",
+    "behind": "the interval of AxoNN over the fastest other framework lies above 1 + margin",
+}
+"""Meaning of the fields of rows and verdicts."""
 
 
 def command() -> str:
@@ -63,9 +74,7 @@ def write_summary(
         "verdicts": [verdict.model_dump() | {"behind": verdict.behind} for verdict in verdicts],
         "failures": [
             {
-                "framework": r.contender.label,
-                "strategy": r.contender.variant,
-                "parallelism": r.contender.kind,
+                **_named(r.contender),
                 "workload": r.workload,
                 "condition": r.condition.name,
                 **r.failure.model_dump(exclude_none=True),
@@ -73,23 +82,10 @@ def write_summary(
             for r in results
             if r.failure is not None
         ],
-        "not_compared": [
-            {"framework": c.label, "strategy": c.variant, "parallelism": c.kind, "reason": reason}
-            for reason, some in refused.items()
-            for c in some
-        ],
+        "not_compared": [{**_named(c), "reason": reason} for reason, some in refused.items() for c in some],
         "remarks": [*remarks, *busy_lines(results)],
         "with_busy": any(r.with_busy for r in results),
-        "policy": {
-            "batch_time_s": "median of the batches after one warm-up batch",
-            "ratio": "median over paired rounds of the seconds over those of the fastest AxoNN of the kind",
-            "spread": "95% interval of that median by order statistics; least and most where rounds are few",
-            "processor_ratio": "the same of the processor seconds of all ranks for a batch",
-            "rounds": "until half of every interval is within the share asked for, or the minutes are spent (stopped)",
-            "busy": f"others took more than {BUSY_SHARE:.0%} of the core seconds of a batch; "
-            "left out of times and ratios unless with_busy",
-            "behind": "the interval of AxoNN over the fastest other framework lies above 1 + margin",
-        },
+        "policy": POLICY,
         "provenance": {
             "command": command(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -102,6 +98,10 @@ def write_summary(
     path = folder / "summary.json"
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def _named(contender: Contender) -> dict[str, str]:
+    return {"framework": contender.label, "strategy": contender.variant, "parallelism": contender.kind}
 
 
 def record_of(result: Result) -> Record:

@@ -51,24 +51,24 @@ class Reporter:
         with Progress(*columns, console=self._console, disable=not self._console.is_interactive, transient=True) as bar:
             task = bar.add_task(escape(title), total=None)
 
-            def say(what: str, done: int, planned: int, wide: Widest | None) -> None:
+            def say(activity: str, done: int, planned: int, wide: Widest | None) -> None:
                 nonlocal last, rounds_began
                 for key, name in names.items():
-                    what = what.replace(key, name)
+                    activity = activity.replace(key, name)
                 if done < 0:
-                    self._console.print(f"[red]{escape(title)}: {escape(what)}[/red]", soft_wrap=True)
+                    self._console.print(f"[red]{escape(title)}: {escape(activity)}[/red]", soft_wrap=True)
                     return
                 now = time.monotonic()
                 if planned and last < 0 and not done:
                     rounds_began = now
                 left = (now - rounds_began) / done * (planned - done) if done else max(0.0, seconds - (now - began))
-                beside = f"{_interval(wide, names)}at most {timedelta(seconds=round(left))} left"
-                text = f"{title}: {what}, {beside}"
+                limits = f"{_interval(wide, names)}at most {timedelta(seconds=round(left))} left"
+                text = f"{title}: {activity}, {limits}"
                 bar.update(task, description=escape(text), completed=done, total=planned or None)
                 if done > last and planned:
                     last = done
                     if not self._console.is_interactive:
-                        text = f"{title}: round {done + 1} of at most {planned}, {beside}"
+                        text = f"{title}: round {done + 1} of at most {planned}, {limits}"
                         self._console.print(text, soft_wrap=True, highlight=False)
 
             yield say

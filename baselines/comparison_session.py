@@ -17,11 +17,10 @@ from pathlib import Path
 
 from axonn.config.train_config import StrictModel
 from axonn.errors import LaunchError
+from axonn.training.places import ROOT
 from baselines.comparison_progress import Reporter
 from baselines.contenders import KINDS, Contender, Device, Kind
 from baselines.coordinator import (
-    LOOPBACK,
-    Condition,
     ContenderResult,
     JobGroup,
     LinkCondition,
@@ -29,7 +28,7 @@ from baselines.coordinator import (
     keep_little,
     take_turns,
 )
-from experiments.definition import ROOT
+from baselines.rounds import LOOPBACK, Condition
 from experiments.slow_link import kbit_per_second, message_bytes
 from experiments.workloads import MICROBATCHES
 
@@ -75,7 +74,7 @@ class SessionPart(StrictModel):
         return f"{self.workload}, {'emulated link' if self.link else 'loopback'}"
 
 
-class Found(StrictModel):
+class PartMeasurements(StrictModel):
     """Results of a part: the measured contenders by key, one entry for each group in which a contender took part."""
 
     measured: dict[str, list[ContenderResult]] = {}
@@ -154,27 +153,27 @@ def groups_of(part: SessionPart, available: int) -> Iterator[tuple[Kind, list[Co
     """Yield the contenders that run at the same time: those of a kind, split into several groups with all of ours in
     each where they would take more than `MEMORY_SHARE` of the `available` bytes."""
     for kind in KINDS:
-        mine = [c for c in part.contenders if c.kind == kind and c.ours]
+        ours = [c for c in part.contenders if c.kind == kind and c.ours]
         others = [c for c in part.contenders if c.kind == kind and not c.ours]
-        if not mine and not others:
+        if not ours and not others:
             continue
 
         def need(some: Sequence[Contender]) -> int:
             return sum(job_bytes(c, part.workload, part.ranks) for c in some)
 
-        left = MEMORY_SHARE * available - need(mine)
+        left = MEMORY_SHARE * available - need(ours)
         group: list[Contender] = []
         for contender in others:
             if group and need([*group, contender]) > left:
-                yield kind, mine + group
+                yield kind, ours + group
                 group = []
             group.append(contender)
-        yield kind, mine + group
+        yield kind, ours + group
 
 
-def run_part(part: SessionPart, *, link: LinkCondition, say: Reporter) -> Found:
+def run_part(part: SessionPart, *, link: LinkCondition, say: Reporter) -> PartMeasurements:
     """Measure all groups of a part. Results from before an interruption are kept."""
-    found = Found()
+    measurements = PartMeasurements()
     groups = list(groups_of(part, free_bytes()))
     deadline = time.monotonic() + part.seconds
     waiting = sum(len(members) for _, members in groups)
@@ -203,22 +202,22 @@ def run_part(part: SessionPart, *, link: LinkCondition, say: Reporter) -> Found:
             for c in members
         ]
         names = {c.key: c.name for c in members}
-        with say.group(f"{part.title}: {kind}", names, seconds=group.seconds) as heard:
+        with say.group(f"{part.title}: {kind}", names, seconds=group.seconds) as report:
             try:
-                measured, interrupted = take_turns(group, jobs, link=link, say=heard)
+                measured, interrupted = take_turns(group, jobs, link=link, say=report)
             except KeyboardInterrupt:
                 # While its jobs ended: what the groups before have measured counts.
-                return found.model_copy(update={"interrupted": True})
-        for key, one in measured.items():
-            found.measured.setdefault(key, []).append(one)
-            if one.failure is None:
+                return measurements.model_copy(update={"interrupted": True})
+        for key, result in measured.items():
+            measurements.measured.setdefault(key, []).append(result)
+            if result.failure is None:
                 keep_little(part.folder(key))
         if interrupted:
-            return found.model_copy(update={"interrupted": True})
-    return found
+            return measurements.model_copy(update={"interrupted": True})
+    return measurements
 
 
-def run_over_link(part: SessionPart, folder: Path) -> Found:
+def run_over_link(part: SessionPart, folder: Path) -> PartMeasurements:
     """Run `run_part` in a network namespace of its own. Raises `LaunchError` when that cannot be made or fails."""
     folder.mkdir(parents=True, exist_ok=True)
     asked, answer = folder / "link-part.json", folder / "link-found.json"
@@ -248,10 +247,10 @@ def run_over_link(part: SessionPart, folder: Path) -> Found:
             process.wait()
         if not answer.exists():
             if interrupted:
-                return Found(interrupted=True)
+                return PartMeasurements(interrupted=True)
             raise LaunchError(f"the part over the emulated link ended with code {process.returncode} and no result")
-        found = Found.model_validate_json(answer.read_text())
-        return found.model_copy(update={"interrupted": found.interrupted or interrupted})
+        measurements = PartMeasurements.model_validate_json(answer.read_text())
+        return measurements.model_copy(update={"interrupted": measurements.interrupted or interrupted})
     finally:
         if process.poll() is None:
             process.kill()
@@ -277,8 +276,8 @@ def main(arguments: Sequence[str]) -> None:
     _end_with(os.getppid())
     asked, answer = map(Path, arguments)
     part = SessionPart.model_validate_json(asked.read_text())
-    found = run_part(part, link=EmulatedLink(), say=Reporter())
-    answer.write_text(found.model_dump_json())
+    measurements = run_part(part, link=EmulatedLink(), say=Reporter())
+    answer.write_text(measurements.model_dump_json())
 
 
 if __name__ == "__main__":

@@ -100,11 +100,11 @@ class _File(StrictModel):
 
 def load_contenders(path: Path = FILE) -> list[Contender]:
     """Load all contenders of a file. Raises `ConfigError`."""
-    found = load_yaml(path, _File).contenders
-    keys = [contender.key for contender in found]
+    contenders = load_yaml(path, _File).contenders
+    keys = [contender.key for contender in contenders]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
         raise ConfigError(f"{path}: these contenders are given twice: {', '.join(twice)}")
-    return found
+    return contenders
 
 
 def choose(
@@ -116,8 +116,8 @@ def choose(
     Ours always take part, since the others are compared with them. Raises `ConfigError` for an unknown name.
     """
     known = {c.framework for c in contenders} | {c.adapter for c in contenders}
-    for given, names in ((frameworks, known), (kinds, set(KINDS))):
-        if unknown := sorted(set(given) - names):
+    for wanted, names in ((frameworks, known), (kinds, set(KINDS))):
+        if unknown := sorted(set(wanted) - names):
             raise ConfigError(f"unknown: {', '.join(unknown)}; known are {', '.join(sorted(names))}")
     return [
         c

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, Protocol
@@ -26,7 +26,7 @@ from axonn.training.run_outcome import Outcome
 from axonn.training.supervision.supervisor import supervise
 from axonn.training.supervision.turn_taking import TurnTaking
 from baselines.contenders import Device
-from baselines.rounds import LOOPBACK, Condition, Turn, Widest, widest
+from baselines.rounds import LOOPBACK, Condition, Turn, Widest, turn_order, widest
 
 LEAST_ROUNDS = 4
 """Fewest rounds: together with the warm-up batch they yield as many losses as are compared."""
@@ -206,86 +206,134 @@ def take_turns(
 
     A job that dies or hangs leaves with its failure; the others go on.
     """
-    running = {job.key: job for job in jobs}
-    turns: dict[str, list[Turn]] = {job.key: [] for job in jobs}
-    outcomes: dict[str, Outcome] = {}
-    limits = {job.key: _START_S for job in jobs}
-    began = clock()
-
-    def one(key: str) -> float | None:
-        try:
-            return running[key].turn(limits[key])
-        except LostJob:
-            say(f"{key} has failed", -1, -1, None)
-            outcomes[key] = running.pop(key).end(Failure(cause="error", detail="ended after it failed"))
-            return None
-
-    interrupted, wide = False, None
-    stopped: Stopped = "minutes"
+    rounds = _GroupRounds(group, jobs, link=link, say=say, clock=clock)
+    interrupted = False
+    stopped: Stopped
     try:
-        link.apply(LOOPBACK)
-        for job in jobs:
-            job.start()
-        for key in list(running):
-            say(f"warm-up: {key}", 0, 0, None)
-            if (seconds := one(key)) is not None:
-                limits[key] = max(_LEAST_TURN_S, _TURN_TIMES_WARM_UP * seconds)
-        rounds_began = clock()
-        number, planned = 0, group.least_rounds
-        while running and number < planned and stopped != "converged":
-            for condition in group.conditions:
-                link.apply(condition)
-                for key in list(running) if number % 2 == 0 else list(reversed(running)):
-                    say(key, number, planned, wide)
-                    before = link.sent()
-                    if (seconds := one(key)) is not None:
-                        after = link.sent()
-                        crossed = None if before is None or after is None else after - before
-                        turns[key].append(
-                            Turn(
-                                condition=condition.name,
-                                group=group.number,
-                                round=number,
-                                seconds=seconds,
-                                link_bytes=crossed,
-                            )
-                        )
-            number += 1
-            each = (clock() - rounds_began) / number
-            fit = number + int((began + group.seconds - clock()) / each) if each > 0 else group.most_rounds
-            planned = min(max(fit, group.least_rounds, number), group.most_rounds)
-            turns |= {key: _with_usage(turns[key], job.usage()) for key, job in running.items()}
-            wide = widest({key: turns[key] for key in running}, group.ours, with_busy=group.with_busy)
-            narrow = wide is not None and group.half_width is not None and wide.half_width <= group.half_width
-            if narrow and number >= group.least_rounds:
-                stopped = "converged"
-            elif number >= group.most_rounds:
-                stopped = "rounds"
-        link.apply(LOOPBACK)
+        rounds.start()
+        stopped = rounds.run()
     except KeyboardInterrupt:
         interrupted, stopped = True, "interrupted"
     except BaseException as error:
-        _end_all(running, Failure(cause="error", detail=f"the comparison failed: {error}"))
+        rounds.end(Failure(cause="error", detail=f"the comparison failed: {error}"))
         raise
-    say("ending", 0, 0, wide)
-    failure = Failure(cause="interrupted", detail="the comparison was interrupted") if interrupted else None
-    outcomes |= _end_all(running, failure)
-    return {key: _measured(outcomes[key], turns[key], stopped) for key in turns if key in outcomes}, interrupted
+    say("ending", 0, 0, rounds.widest)
+    rounds.end(Failure(cause="interrupted", detail="the comparison was interrupted") if interrupted else None)
+    return rounds.results(stopped), interrupted
+
+
+class _GroupRounds:
+    """The jobs of a group that still run, and the turns that they have taken."""
+
+    def __init__(
+        self,
+        group: JobGroup,
+        jobs: Sequence[RankJob],
+        *,
+        link: LinkCondition,
+        say: Say,
+        clock: Callable[[], float],
+    ) -> None:
+        self._group = group
+        self._link = link
+        self._say = say
+        self._clock = clock
+        self._running = {job.key: job for job in jobs}
+        self._turns: dict[str, list[Turn]] = {job.key: [] for job in jobs}
+        self._outcomes: dict[str, Outcome] = {}
+        self._limits = {job.key: _START_S for job in jobs}
+        self._began = clock()
+        self.widest: Widest | None = None
+
+    def start(self) -> None:
+        """Start all jobs, and let each train one batch to warm up."""
+        self._link.apply(LOOPBACK)
+        for job in self._running.values():
+            job.start()
+        for key in list(self._running):
+            self._say(f"warm-up: {key}", 0, 0, None)
+            if (seconds := self._batch(key)) is not None:
+                self._limits[key] = max(_LEAST_TURN_S, _TURN_TIMES_WARM_UP * seconds)
+
+    def run(self) -> Stopped:
+        """Run as many rounds as the group asks for. Returns why there are no more."""
+        group, began = self._group, self._clock()
+        number, planned = 0, group.least_rounds
+        stopped: Stopped = "minutes"
+        while self._running and number < planned and stopped != "converged":
+            self._round(number, planned)
+            number += 1
+            planned = self._planned(number, (self._clock() - began) / number)
+            self._turns |= {key: _with_usage(self._turns[key], job.usage()) for key, job in self._running.items()}
+            turns = {key: self._turns[key] for key in self._running}
+            self.widest = widest(turns, group.ours, with_busy=group.with_busy)
+            if number >= group.least_rounds and self._is_narrow():
+                stopped = "converged"
+            elif number >= group.most_rounds:
+                stopped = "rounds"
+        self._link.apply(LOOPBACK)
+        return stopped
+
+    def _round(self, number: int, planned: int) -> None:
+        for condition in self._group.conditions:
+            self._link.apply(condition)
+            for key in turn_order(list(self._running), number):
+                self._say(key, number, planned, self.widest)
+                before = self._link.sent()
+                if (seconds := self._batch(key)) is not None:
+                    after = self._link.sent()
+                    self._turns[key].append(
+                        Turn(
+                            condition=condition.name,
+                            group=self._group.number,
+                            round=number,
+                            seconds=seconds,
+                            link_bytes=None if before is None or after is None else after - before,
+                        )
+                    )
+
+    def _batch(self, key: str) -> float | None:
+        """Let a job train one batch and return its seconds; None where it is lost."""
+        try:
+            return self._running[key].turn(self._limits[key])
+        except LostJob:
+            self._say(f"{key} has failed", -1, -1, None)
+            self._outcomes[key] = self._running.pop(key).end(Failure(cause="error", detail="ended after it failed"))
+            return None
+
+    def _planned(self, number: int, round_s: float) -> int:
+        """Return how many rounds there will be, after `number` rounds of `round_s` seconds."""
+        group = self._group
+        fitting = group.most_rounds
+        if round_s > 0:
+            fitting = number + int((self._began + group.seconds - self._clock()) / round_s)
+        return min(max(fitting, group.least_rounds, number), group.most_rounds)
+
+    def _is_narrow(self) -> bool:
+        limit = self._group.half_width
+        return self.widest is not None and limit is not None and self.widest.half_width <= limit
+
+    def end(self, failure: Failure | None) -> None:
+        """End all jobs at once, since each may take seconds."""
+        if not self._running:
+            return
+        with ThreadPoolExecutor(len(self._running)) as pool:
+            ends = {key: pool.submit(job.end, failure) for key, job in self._running.items()}
+            self._outcomes |= {key: end.result() for key, end in ends.items()}
+
+    def results(self, stopped: Stopped) -> dict[str, ContenderResult]:
+        """Return the measurements of every job that has ended."""
+        return {
+            key: _measured(self._outcomes[key], turns, stopped)
+            for key, turns in self._turns.items()
+            if key in self._outcomes
+        }
 
 
 def _with_usage(turns: Sequence[Turn], usage: Sequence[BatchUsage]) -> list[Turn]:
     """Return the turns with their processor usage, where it is known; `usage` begins with the warm-up batch."""
-    found = dict(enumerate(usage[1:]))
-    return [turn if i not in found else turn.model_copy(update={"usage": found[i]}) for i, turn in enumerate(turns)]
-
-
-def _end_all(running: Mapping[str, RankJob], failure: Failure | None) -> dict[str, Outcome]:
-    """End all jobs at once, since each may take seconds."""
-    if not running:
-        return {}
-    with ThreadPoolExecutor(len(running)) as pool:
-        ends = {key: pool.submit(job.end, failure) for key, job in running.items()}
-        return {key: end.result() for key, end in ends.items()}
+    known = dict(enumerate(usage[1:]))
+    return [turn if i not in known else turn.model_copy(update={"usage": known[i]}) for i, turn in enumerate(turns)]
 
 
 def _measured(outcome: Outcome, turns: Sequence[Turn], stopped: Stopped) -> ContenderResult:

@@ -11,7 +11,7 @@ from importlib.metadata import Distribution
 from pathlib import Path
 
 from axonn.errors import LaunchError
-from experiments.definition import ROOT
+from axonn.training.places import ROOT
 from experiments.missing_frameworks import INSTALL
 
 FOLDER = ROOT / ".baselines"
@@ -64,8 +64,8 @@ class Environment:
     def installed(self, distribution: str) -> str | None:
         """Return the version of a package in it, or None where it is not installed."""
         places = [str(path) for path in self.folder.glob("lib*/python*/site-packages")]
-        found = next(iter(Distribution.discover(name=distribution, path=places)), None)
-        return None if found is None else found.version
+        package = next(iter(Distribution.discover(name=distribution, path=places)), None)
+        return None if package is None else package.version
 
     @property
     def devices(self) -> Sequence[str]:

@@ -57,8 +57,8 @@ def difference(losses: Sequence[float], reference: Sequence[float]) -> float | N
 
     Returns None where there are none.
     """
-    found = [abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=False)]
-    return max((d if isfinite(d) else inf for d in found), default=None)
+    differences = (abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=False))
+    return max((d if isfinite(d) else inf for d in differences), default=None)
 
 
 def disagreement(losses: Sequence[float], reference: Sequence[float], precision: str) -> Failure | None:

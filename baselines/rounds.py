@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from math import inf
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from axonn.config.train_config import StrictModel
 from axonn.observability.machine_usage import BatchUsage, is_busy
 from baselines.statistics import LEAST_PAIRS, Spread, median_interval
+
+_T = TypeVar("_T")
 
 
 class Condition(StrictModel):
@@ -45,6 +47,11 @@ class Turn(StrictModel):
         return self.usage is not None and is_busy([self.usage]) is True
 
 
+def turn_order(contenders: Sequence[_T], number: int) -> list[_T]:
+    """Return the order of turns in round `number`: in order and reversed by turns, so that drift hits all alike."""
+    return list(contenders if number % 2 == 0 else reversed(contenders))
+
+
 Quantity = Callable[[Turn], float | None]
 
 
@@ -70,8 +77,8 @@ def ratios(over: Sequence[Turn], under: Sequence[Turn], *, with_busy: bool, quan
         values = ((turn, quantity(turn)) for turn in counted(turns, with_busy=with_busy))
         return {(turn.condition, turn.group, turn.round): value for turn, value in values if value}
 
-    base, other = by_round(over), by_round(under)
-    return [other[at] / base[at] for at in other if at in base]
+    numerators, denominators = by_round(under), by_round(over)
+    return [numerators[at] / denominators[at] for at in numerators if at in denominators]
 
 
 class Widest(NamedTuple):
@@ -86,20 +93,20 @@ class Widest(NamedTuple):
 def widest(turns: Mapping[str, Sequence[Turn]], ours: Collection[str], *, with_busy: bool) -> Widest | None:
     """Return the widest interval of all ratios, of seconds and of processor seconds, of contenders (by key) to our
     fastest under each condition; None where there are no ratios."""
-    found: list[Widest] = []
+    intervals: list[Widest] = []
     for condition in dict.fromkeys(turn.condition for some in turns.values() for turn in some):
-        mine = {key: [turn for turn in some if turn.condition == condition] for key, some in turns.items()}
-        middle = {key: median(turn.seconds for turn in mine[key]) for key in mine if key in ours and mine[key]}
-        if not middle:
+        by_key = {key: [turn for turn in some if turn.condition == condition] for key, some in turns.items()}
+        medians = {key: median(turn.seconds for turn in by_key[key]) for key in by_key if key in ours and by_key[key]}
+        if not medians:
             continue
-        base = min(middle, key=lambda key: middle[key])
-        for key, some in mine.items():
-            known = all(turn.usage is not None for turn in [*some, *mine[base]])
+        fastest = min(medians, key=lambda key: medians[key])
+        for key, some in by_key.items():
+            known = all(turn.usage is not None for turn in [*some, *by_key[fastest]])
             for quantity in (wall, processor) if known else (wall,):
-                if key != base and some:
-                    values = ratios(mine[base], some, with_busy=with_busy, quantity=quantity)
-                    found.append(Widest(_half_width(values), key))
-    return max(found, default=None)
+                if key != fastest and some:
+                    values = ratios(by_key[fastest], some, with_busy=with_busy, quantity=quantity)
+                    intervals.append(Widest(_half_width(values), key))
+    return max(intervals, default=None)
 
 
 def _half_width(values: Sequence[float]) -> float:

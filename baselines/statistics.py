@@ -29,6 +29,11 @@ class Spread(NamedTuple):
         return (self.high - self.low) / 2 / self.median
 
 
+def paired_ratios(under: Sequence[float], over: Sequence[float]) -> list[float]:
+    """Return the ratios of `under` to `over`, round by round."""
+    return [a / b for a, b in zip(under, over, strict=True)]
+
+
 def middle_half(values: Sequence[float]) -> Spread:
     """Return median and quartiles; of fewer than 4 values least and most instead."""
     if len(values) < 4:

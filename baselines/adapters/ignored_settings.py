@@ -28,7 +28,7 @@ OVERFLOW_AFTER = (
 """Note for frameworks whose ranks agree on overflow this late, where the strategy leaves it open."""
 
 
-def untold(strategy: Strategy, names: Sequence[str] = OWN_WAY) -> str:
+def ignored_note(strategy: Strategy, names: Sequence[str] = OWN_WAY) -> str:
     """Return the note of a launch for a framework that ignores the fields `names`."""
     values = strategy.model_dump(mode="json", include=set(names))
     shown = ", ".join(f"{name} {' > '.join(values[name]) if name == 'order' else values[name]}" for name in names)

@@ -17,13 +17,12 @@ from safetensors.torch import save_file
 
 from axonn.config.train_config import FloatType, ScheduleConfig, TrainConfig
 from axonn.inter_layer.stage import virtual_spans
-from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.gpt.gpt_model import GPT
 from axonn.schedules import ChunkLayout
 from axonn.training.framework import Framework, RankProgram
-from baselines.adapters.adapter_common import EXACT, Batches, Layers, beyond, layers_of
+from axonn.training.places import ROOT
+from baselines.adapters.adapter_common import EXACT, Batches, Layers, gpt_of, layers_of, unsupported
 from baselines.environments import Environment
-from experiments.definition import ROOT
 
 WORK = "work.safetensors"
 RANKS = ROOT / "baselines" / "ranks"
@@ -32,8 +31,7 @@ RANKS = ROOT / "baselines" / "ranks"
 def stage_starts(config: TrainConfig) -> list[int]:
     """Return the first layer of each stage, cut as in our engine. Raises `ConfigError` where there are too few
     layers."""
-    assert isinstance(config.model, GPTConfig)
-    return [span.start for span in virtual_spans(GPT(config.model), ChunkLayout(stages=config.grid.inter))]
+    return [span.start for span in virtual_spans(GPT(gpt_of(config)), ChunkLayout(stages=config.grid.inter))]
 
 
 def stage_settings(starts: Iterable[int]) -> dict[str, str]:
@@ -43,7 +41,7 @@ def stage_settings(starts: Iterable[int]) -> dict[str, str]:
 
 def write_work(config: TrainConfig, path: Path) -> None:
     """Write initial weights ("<layer>.<parameter>") and all batches ("inputs", "targets": [steps, batch, seq])."""
-    model = GPT(config.model)
+    model = GPT(gpt_of(config))
     chunk = Layers(model, range(len(model.layers)), config)
     tensors = {
         f"{layer}.{name}": value.contiguous()
@@ -74,7 +72,7 @@ class ForeignFramework(Framework):
     def unavailable(self, config: TrainConfig) -> str | None:
         return (
             self.environment.missing
-            or beyond(config, schedule=self.schedule(config), precisions=(*EXACT, *self.precisions))
+            or unsupported(config, schedule=self.schedule(config), precisions=(*EXACT, *self.precisions))
             or self.refuses(config)
         )
 

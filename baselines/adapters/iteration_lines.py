@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from axonn.training.supervision.log_failures import lines_of
 
 _START = re.compile(r"iteration +(\d+)/ *(\d+) \|")
 _FIELD = re.compile(r" (?P<key>[^:|]+): +(?P<value>[-+.\w]+) $")
@@ -81,23 +84,80 @@ def begins(text: str) -> bool:
 
 def memory_of(text: str) -> int | None:
     """Return the peak of the allocated bytes from a rank's memory line, or None."""
-    found = _MEMORY.search(text)
+    match = _MEMORY.search(text)
     # Its MB are MiB.
-    return None if found is None else round(float(found[1]) * 2**20)
+    return None if match is None else round(float(match[1]) * 2**20)
 
 
 def sizes_of(text: str) -> tuple[int, int] | None:
     """Return the tensor- and pipeline-parallel sizes that rank 0 prints at the start, or None."""
-    found = _SIZES.search(text)
-    return None if found is None else (int(found[1]), int(found[2]))
+    match = _SIZES.search(text)
+    return None if match is None else (int(match[1]), int(match[2]))
 
 
 def parameters_of(text: str) -> tuple[tuple[int, int], int] | None:
     """Return (tensor rank, stage) and the number of parameters on it, or None."""
-    found = _PARAMETERS.match(text)
-    return None if found is None else ((int(found[1]), int(found[2])), int(found[3]))
+    match = _PARAMETERS.match(text)
+    return None if match is None else ((int(match[1]), int(match[2])), int(match[3]))
 
 
 def is_done(text: str) -> bool:
     """Return whether the run reports that it has come to its end."""
     return _DONE.match(text) is not None
+
+
+@dataclass
+class IterationLog:
+    """State of a log of the Megatron family after the lines read so far."""
+
+    iterations: dict[int, Iteration] = field(default_factory=dict)
+    """Iterations by number; of one that a run printed again, the last line."""
+    memory: int | None = None
+    """Peak of the allocated bytes over the ranks."""
+    sizes: tuple[int, int] | None = None
+    """Tensor- and pipeline-parallel ranks."""
+    rank_parameters: dict[tuple[int, int], int] = field(default_factory=dict)
+    """Parameters by tensor rank and stage."""
+    starts: set[int] = field(default_factory=set)
+    """Numbers of the iterations with which the starts of the run began."""
+    begins: bool = False
+    """True when the next iteration is the first of a start."""
+    done: bool = False
+    """True once the training script has reported its end."""
+
+    def read(self, lines: Iterable[str]) -> None:
+        """Read the output of a run: of all ranks, possibly interleaved, prefixed or cut short."""
+        texts = [line.text for line in lines_of(lines)]
+        # Nothing follows the number at the end of this line: cut, it would be another number.
+        if texts and parameters_of(texts[-1]) is not None:
+            texts.pop()
+        for text in texts:
+            self.feed(text)
+
+    def feed(self, text: str) -> bool:
+        """Read one line and return whether it reports a value."""
+        self.done = self.done or is_done(text)
+        if (iteration := iteration_of(text)) is not None:
+            self.iterations[iteration.number] = iteration
+            self.starts -= {iteration.number}
+            self.starts |= {iteration.number} if self.begins else set()
+            self.begins = False
+        elif begins(text):
+            self.begins = True
+        elif (memory := memory_of(text)) is not None:
+            self.memory = max(memory, self.memory or 0)
+        elif (sizes := sizes_of(text)) is not None:
+            self.sizes = sizes
+        elif (parameters := parameters_of(text)) is not None:
+            self.rank_parameters[parameters[0]] = parameters[1]
+        else:
+            return False
+        return True
+
+    def first_lines(self) -> list[int]:
+        """Return the places of the starts' first iterations among all iterations in order."""
+        return [place for place, number in enumerate(sorted(self.iterations)) if number in self.starts]
+
+    def at_last(self) -> bool:
+        """Return whether the last iteration of the run is among those reported."""
+        return any(i.number == i.last for i in self.iterations.values())

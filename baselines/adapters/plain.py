@@ -7,13 +7,13 @@ from torch import nn
 
 from axonn.config.train_config import TrainConfig
 from axonn.models.gpt.gpt_model import GPT
-from baselines.adapters.adapter_common import Layers
+from baselines.adapters.adapter_common import Layers, gpt_of
 from baselines.ranks import plain_gpt
 
 
 def build(config: TrainConfig) -> nn.ModuleDict:
     """Build all layers, unsharded, by name."""
-    model = config.model
+    model = gpt_of(config)
     gpt = GPT(model)
     source = Layers(gpt, range(len(gpt.layers)), config).chain
     dtype = getattr(torch, config.precision.compute)

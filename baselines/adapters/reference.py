@@ -16,7 +16,7 @@ from axonn.models.registry import outline_of
 from axonn.training.framework import Adapter, Capabilities, ClusterWork, Framework, Launch, PrintedRun
 from axonn.training.run_folder import SPEC
 from axonn.training.supervision.cluster_launch import READ_LATER, read_run, spec_of
-from baselines.adapters.ignored_settings import OWN_WAY, untold
+from baselines.adapters.ignored_settings import OWN_WAY, ignored_note
 from baselines.adapters.isolated_framework import RANKS, ForeignFramework, stage_settings, stage_starts
 from baselines.environments import Environment
 
@@ -118,7 +118,7 @@ class ReferenceAdapter(Adapter):
 
         The run folder is the folder in which the script is started.
         """
-        if (reason := _cannot(work)) is not None:
+        if (reason := _refusal(work)) is not None:
             raise LaunchError(f"{work.name} cannot be launched with the reference implementation: {reason}")
         strategy = work.strategy
         config = TrainConfig(
@@ -156,7 +156,7 @@ def _one_microbatch(microbatches: int) -> str | None:
     return "its pipeline fails with a single microbatch; raise batch_size, or lower microbatch_size"
 
 
-def _cannot(work: ClusterWork) -> str | None:
+def _refusal(work: ClusterWork) -> str | None:
     """Return why it cannot run `work`, and what to change; None when it can."""
     strategy = work.strategy
     grid, schedule = strategy.grid, strategy.schedule
@@ -182,8 +182,8 @@ def _cannot(work: ClusterWork) -> str | None:
         "training in float64; set compute: float32": strategy.compute == "float64",
         "a data set here, its script draws random tokens; leave data out": work.data is not None,
     }
-    if (found := next((what for what, is_asked in asked.items() if is_asked), None)) is not None:
-        return f"it is asked for {found}"
+    if (lacking := next((name for name, is_asked in asked.items() if is_asked), None)) is not None:
+        return f"it is asked for {lacking}"
     microbatches = strategy.microbatches(work.batch_size)
     return _one_microbatch(microbatches) if grid.inter > 1 else None
 
@@ -213,4 +213,4 @@ def _notes(work: ClusterWork, config: TrainConfig) -> list[str]:
     if strategy.grid.data > 1 and strategy.grid.inter > 1 and moved != ["data", "inter"]:
         notes.append("neighbouring ranks are neighbouring stages, always")
     # Its stages are cut as the strategy says.
-    return [*notes, untold(strategy, [name for name in OWN_WAY if name != "partition"]), READ_LATER]
+    return [*notes, ignored_note(strategy, [name for name in OWN_WAY if name != "partition"]), READ_LATER]

@@ -163,12 +163,12 @@ def _read(result: Path, code: int, folder: Path) -> dict[str, Any]:
         tail = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-3:]
         killed = "; the system kills a process like this when memory runs out" if code == -signal.SIGKILL else ""
         how = f"killed by signal {-code}{killed}" if code < 0 else f"ended with code {code}"
-        cause = "out-of-memory" if killed else "error"
-        raise NotMeasured(Failure(cause=cause, detail=" | ".join([how, *tail]))) from None
+        detail = " | ".join([how, *tail])
+        raise NotMeasured(Failure(cause="out-of-memory" if killed else "error", detail=detail)) from None
     if (failure := content.get("failure")) is not None:
         raise NotMeasured(Failure(**failure))
-    found: dict[str, Any] = content["result"]
-    return found
+    fields: dict[str, Any] = content["result"]
+    return fields
 
 
 Part = Callable[[Context], tuple[list[BenchRow], dict[str, Any]]]

@@ -77,24 +77,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="keep the parts that this commit has measured already")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time of all parts together")
     parser.add_argument("--out", type=Path, help="folder for results; default results/gpu, of a CPU results/gpu/cpu")
-    given = parser.parse_args(arguments)
-    wanted = chosen(given.only)
-    device = checked_device(given.device, quick=given.quick)
+    options = parser.parse_args(arguments)
+    wanted = chosen(options.only)
+    device = checked_device(options.device, quick=options.quick)
     command = shlex.join(
         ["python", "-m", "baselines.gpu.bench_gpu", *(sys.argv[1:] if arguments is None else arguments)]
     )
-    folder = given.out or default_folder(device, quick=given.quick)
+    folder = options.out or default_folder(device, quick=options.quick)
     console = make_console(width=200)
     machine = this_machine(device=device)
-    plan = plan_of(device, quick=given.quick)
+    plan = plan_of(device, quick=options.quick)
     watch = BusyWatch()
     with locked_folder(folder, "wait for its end, or choose another --out"):
         parts = measured_parts(
-            plan, wanted, folder, machine=machine, command=command, seconds=given.seconds, resume=given.resume,
+            plan, wanted, folder, machine=machine, command=command, seconds=options.seconds, resume=options.resume,
             console=console,
         )  # fmt: skip
-    summary = write_summary(folder, parts, command=command, machine=machine, quick=given.quick)
-    ours = given.out is None and device == "cuda" and not given.quick
+    summary = write_summary(folder, parts, command=command, machine=machine, quick=options.quick)
+    ours = options.out is None and device == "cuda" and not options.quick
     write_gpu_records(GPU_RECORDS if ours else folder / "records.json", parts)
     console.print(table_of(parts, title=title_of(machine, plan)))
     for line in remarks(parts, list(PARTS)):

@@ -82,9 +82,9 @@ class PartResult(StrictModel):
     machine: Machine
 
 
-def failed(part: str, model: str, contender: str, failure: Failure, **said: Any) -> BenchRow:
+def failed(part: str, model: str, contender: str, failure: Failure, **fields: Any) -> BenchRow:
     """Return a row that says why there is no measurement."""
-    return BenchRow(part=part, model=model, contender=contender, failure=failure, **said)
+    return BenchRow(part=part, model=model, contender=contender, failure=failure, **fields)
 
 
 def write_part(folder: Path, result: PartResult) -> Path:
@@ -99,12 +99,12 @@ def write_part(folder: Path, result: PartResult) -> Path:
 
 def read_parts(folder: Path, names: Sequence[str]) -> dict[str, PartResult]:
     """Return the parts of a folder that can be read, in the order of `names`; files of another version are skipped."""
-    found = {}
+    parts = {}
     for name in names:
         try:
             result = PartResult.model_validate_json((folder / f"{name}.json").read_bytes())
         except (OSError, ValidationError):
             continue
         if result.schema_ == SCHEMA:
-            found[name] = result
-    return found
+            parts[name] = result
+    return parts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -123,8 +123,3 @@ def _record(row: BenchRow, part: PartResult) -> Record:
 def same_device(parts: Mapping[str, PartResult], device: str | None) -> dict[str, PartResult]:
     """Return the parts that were measured on this device: others are never shown beside them."""
     return {name: part for name, part in parts.items() if part.machine.device == device}
-
-
-def lines_of(parts: Mapping[str, PartResult], names: Sequence[str]) -> list[str]:
-    """Return a line for each part that has no result."""
-    return [f"not measured: part {name}" for name in names if name not in parts]

@@ -49,21 +49,21 @@ def result_of(row: BenchRow) -> str:
     """Return the remarks of a row beside its numbers."""
     if row.failure is not None:
         return f"{row.failure.cause}: {row.failure.detail}"
-    said: list[str] = []
+    notes: list[str] = []
     if row.share is not None:
-        said.append(f"{100 * row.share:.0f}% of {row.share_of}")
+        notes.append(f"{100 * row.share:.0f}% of {row.share_of}")
     if row.loss_difference is not None and row.tolerance is not None:
-        said.append(f"losses within {row.loss_difference:.1e} (allowed {row.tolerance:.0e})")
+        notes.append(f"losses within {row.loss_difference:.1e} (allowed {row.tolerance:.0e})")
     if row.predicted_s is not None and row.error_pct is not None:
-        said.append(f"predicted {1e3 * row.predicted_s:.2f} ms, {row.error_pct:+.1f}%")
+        notes.append(f"predicted {1e3 * row.predicted_s:.2f} ms, {row.error_pct:+.1f}%")
     if "step_peak" in row.memory and "batch_peak" in row.memory:
         peaks = (row.memory[name] / 1e9 for name in ("step_peak", "batch_peak"))
-        said.append("peak {:.2f} GB in the step, {:.2f} GB in a batch".format(*peaks))
+        notes.append("peak {:.2f} GB in the step, {:.2f} GB in a batch".format(*peaks))
     if row.parameters is not None and row.part == "largest":
-        said.append(f"{row.parameters / 1e6:,.1f} million parameters")
+        notes.append(f"{row.parameters / 1e6:,.1f} million parameters")
     if row.note is not None and row.part in ("largest", "overlap"):
-        said.append(row.note)
-    return "; ".join(said)
+        notes.append(row.note)
+    return "; ".join(notes)
 
 
 def remarks(parts: Mapping[str, PartResult], names: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from axonn.config.train_config import StrictModel
 
 
-class Known(NamedTuple):
+class DataSheetPeak(NamedTuple):
     """A data sheet's dense bfloat16 TFLOP/s, without sparsity. `pattern`: of the name as PyTorch reports it."""
 
     pattern: str
@@ -20,17 +20,17 @@ class Known(NamedTuple):
     source: str
 
 
-PEAKS: tuple[Known, ...] = (
+PEAKS: tuple[DataSheetPeak, ...] = (
     # The first that fits counts, so special ones come before the family.
-    Known(r"H200 NVL", 835.5, "NVIDIA H200 data sheet, H200 NVL: 1,671 TFLOPS with sparsity, half of it dense"),
-    Known(r"H200", 989.4, "NVIDIA H200 data sheet, SXM: 1,979 TFLOPS with sparsity, half of it dense"),
-    Known(r"H100 PCIe", 756.0, "NVIDIA H100 data sheet, PCIe: 1,513 TFLOPS with sparsity, half of it dense"),
-    Known(r"H100 NVL", 835.5, "NVIDIA H100 data sheet, NVL: 1,671 TFLOPS with sparsity, half of it dense"),
-    Known(r"H100", 989.4, "NVIDIA H100 data sheet, SXM: 1,979 TFLOPS with sparsity, half of it dense"),
-    Known(r"A100", 312.0, "NVIDIA A100 data sheet: 312 TFLOPS"),
-    Known(r"A30\b", 165.0, "NVIDIA A30 data sheet: 165 TFLOPS"),
-    Known(r"A40\b", 149.7, "NVIDIA A40 data sheet: 149.7 TFLOPS"),
-    Known(r"L40S", 362.05, "NVIDIA L40S data sheet: 362.05 TFLOPS"),
+    DataSheetPeak(r"H200 NVL", 835.5, "NVIDIA H200 data sheet, H200 NVL: 1,671 TFLOPS with sparsity, half of it dense"),
+    DataSheetPeak(r"H200", 989.4, "NVIDIA H200 data sheet, SXM: 1,979 TFLOPS with sparsity, half of it dense"),
+    DataSheetPeak(r"H100 PCIe", 756.0, "NVIDIA H100 data sheet, PCIe: 1,513 TFLOPS with sparsity, half of it dense"),
+    DataSheetPeak(r"H100 NVL", 835.5, "NVIDIA H100 data sheet, NVL: 1,671 TFLOPS with sparsity, half of it dense"),
+    DataSheetPeak(r"H100", 989.4, "NVIDIA H100 data sheet, SXM: 1,979 TFLOPS with sparsity, half of it dense"),
+    DataSheetPeak(r"A100", 312.0, "NVIDIA A100 data sheet: 312 TFLOPS"),
+    DataSheetPeak(r"A30\b", 165.0, "NVIDIA A30 data sheet: 165 TFLOPS"),
+    DataSheetPeak(r"A40\b", 149.7, "NVIDIA A40 data sheet: 149.7 TFLOPS"),
+    DataSheetPeak(r"L40S", 362.05, "NVIDIA L40S data sheet: 362.05 TFLOPS"),
 )
 
 
@@ -49,7 +49,7 @@ class Peak(StrictModel):
     """Clocks as in `axonn.observability.records.Machine.clocks`, while it computes such products."""
 
 
-def data_sheet(device: str) -> Known | None:
+def data_sheet(device: str) -> DataSheetPeak | None:
     """Return the data sheet's entry of a device by its name; None for an unknown one."""
     return next((known for known in PEAKS if re.search(known.pattern, device)), None)
 
@@ -65,8 +65,8 @@ def peak_of(device: str, measured: Mapping[str, Any]) -> Peak:
         return Peak(device=device, tflops=known.tflops, source=known.source, **measured)
     if product_tflops is None:
         return Peak(device=device, source="no data sheet is known here, and no product was measured", **measured)
-    said = f"no data sheet of this device is known here: the best measured bfloat16 product of size {product_size}"
-    return Peak(device=device, tflops=product_tflops, source=said, **measured)
+    source = f"no data sheet of this device is known here: the best measured bfloat16 product of size {product_size}"
+    return Peak(device=device, tflops=product_tflops, source=source, **measured)
 
 
 def best_product(device: torch.device, *, size: int, repeats: int) -> float:

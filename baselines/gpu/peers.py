@@ -12,7 +12,7 @@ from torch import nn
 from axonn.config.train_config import TrainConfig
 from axonn.models.gpt.gpt_model import GPT
 from axonn.training.engine_framework import EngineTrainer
-from baselines.adapters.adapter_common import Layers, adamw_settings, layers_of
+from baselines.adapters.adapter_common import Layers, adamw_settings, gpt_of, layers_of
 from baselines.adapters.pytorch.pytorch_loop import PlainLoopTrainer
 from baselines.ranks import plain_gpt
 from baselines.ranks.mixed import HALF, MixedAdamW
@@ -32,7 +32,7 @@ def weights_of(trainer: EngineTrainer) -> dict[str, torch.Tensor]:
 def initial_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
     """Return the same weights, made here in float32."""
     plain = config.model_copy(update={"precision": config.precision.model_copy(update={"compute": "float32"})})
-    model = GPT(config.model)
+    model = GPT(gpt_of(config))
     chunk = Layers(model, range(len(model.layers)), plain)
     return {f"{name}.{key}": value for name, m in layers_of([chunk]).items() for key, value in m.state_dict().items()}
 
@@ -65,7 +65,7 @@ def plain_loop(
     if compiled:
         # Each kind of layer is compiled once, and all layers of the kind run that code; the head goes with the loss,
         # which is where the largest tensors are.
-        for layer in list(module.children())[:-1]:  # type: ignore[union-attr]
+        for layer in list(module.children())[:-1]:
             layer.compile()
         module, loss = _headless(module)
     return PlainLoopTrainer(config, device=device, module=module, optimizer=optimizer, loss=loss)

@@ -6,7 +6,7 @@ The rows of `qkv` are ordered by head, so that a shard of them is complete heads
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -97,17 +97,22 @@ def build(name: str, model: Any, weights: Mapping[str, torch.Tensor] | None, dty
     layer = kinds[name.rstrip("0123456789")](model).to(dtype)
     if weights is None:
         return layer
-    own = {key.partition(".")[2]: value for key, value in weights.items() if key.partition(".")[0] == name}
-    for part in ("qkv.weight", "qkv.bias"):
-        if part in own:
-            own[part] = by_head(own[part], model.heads)
-    layer.load_state_dict(own)
+    state = {key.partition(".")[2]: value for key, value in weights.items() if key.partition(".")[0] == name}
+    for key in ("qkv.weight", "qkv.bias"):
+        if key in state:
+            state[key] = by_head(state[key], model.heads)
+    layer.load_state_dict(state)
     return layer
 
 
 def by_head(values: torch.Tensor, heads: int) -> torch.Tensor:
     """Return the rows of all queries, keys and values, reordered by head."""
-    return values.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
+    return torch.unflatten(values, 0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def microbatches(inputs: torch.Tensor, targets: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the inputs and targets of each microbatch of `size` rows."""
+    return zip(torch.split(inputs, size), torch.split(targets, size), strict=True)
 
 
 def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

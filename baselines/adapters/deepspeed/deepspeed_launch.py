@@ -36,9 +36,9 @@ def launch_of(work: ClusterWork) -> Launch:
 
     Raises `LaunchError` naming everything that it cannot do.
     """
-    found = refusals(work)
-    if found:
-        raise LaunchError(f"Megatron-DeepSpeed cannot run {work.name}: {'; '.join(found)}")
+    reasons = refusals(work)
+    if reasons:
+        raise LaunchError(f"Megatron-DeepSpeed cannot run {work.name}: {'; '.join(reasons)}")
     return Launch(
         command=["python", "-u", "pretrain_gpt.py", *flags(work)],
         files={CONFIG_FILE: json.dumps(settings(work), indent=2) + "\n"},
@@ -104,50 +104,7 @@ def _placed(strategy: Strategy, order: tuple[str, ...]) -> list[str]:
 
 def flags(work: ClusterWork) -> list[str]:
     """Return the command-line flags of `pretrain_gpt.py`."""
-    model, strategy, o = work.gpt, work.strategy, OptimizerConfig()
-    clip = work.gradient_clipping or 0.0
-    values: dict[str, object] = {
-        "--tensor-model-parallel-size": strategy.grid.col,
-        "--pipeline-model-parallel-size": strategy.grid.inter,
-        "--num-layers": model.layers,
-        "--hidden-size": model.hidden,
-        "--num-attention-heads": model.heads,
-        "--seq-length": model.seq_len,
-        "--max-position-embeddings": model.seq_len,
-        "--hidden-dropout": model.dropout,
-        "--attention-dropout": model.attention_dropout,
-        "--micro-batch-size": strategy.microbatch_size,
-        "--global-batch-size": work.batch_size,
-        "--train-iters": work.steps,
-        "--optimizer": "adam",
-        "--lr": o.lr,
-        "--lr-decay-style": "constant",
-        "--adam-beta1": o.betas[0],
-        "--adam-beta2": o.betas[1],
-        "--adam-eps": o.eps,
-        "--weight-decay": o.weight_decay,
-        "--clip-grad": clip,
-        "--data-path": work.data or DATA,
-        "--data-impl": "mmap",
-        # No evaluation, so all of the data is to be trained on.
-        "--split": "100,0,0",
-        "--eval-iters": 0,
-        # This tokenizer adds one token, the end of a document.
-        "--tokenizer-type": "NullTokenizer",
-        "--vocab-size": model.vocab - 1,
-        "--make-vocab-size-divisible-by": _VOCAB_MULTIPLE,
-        "--distributed-backend": "nccl",
-        "--log-interval": 1,
-        # Between iterations its ranks look for the file by which a job is told to stop, save and end; started again,
-        # they go on from there.
-        "--kill-switch-file": STOP,
-        "--save": CHECKPOINTS,
-        "--load": CHECKPOINTS,
-        # Required with --save, and after the last iteration.
-        "--save-interval": work.steps + 1,
-        "--zero-stage": _zero_stage(strategy),
-        "--deepspeed_config": CONFIG_FILE,
-    }
+    model, strategy = work.gpt, work.strategy
     switches = {
         "--untie-embeddings-and-output-weights": not model.tied_head,
         "--fp16": strategy.compute == "float16",
@@ -157,11 +114,74 @@ def flags(work: ClusterWork) -> list[str]:
         "--no-pipeline-parallel": strategy.grid.inter == 1,
         "--deepspeed": True,
     }
+    values = {**_model_values(work), **_training_values(work), **_data_values(work), **_run_values(work)}
     return [
         *(text for flag, value in values.items() for text in (flag, str(value))),
         *(flag for flag, on in switches.items() if on),
         *_recompute(strategy),
     ]
+
+
+def _model_values(work: ClusterWork) -> dict[str, object]:
+    model, grid = work.gpt, work.strategy.grid
+    return {
+        "--tensor-model-parallel-size": grid.col,
+        "--pipeline-model-parallel-size": grid.inter,
+        "--num-layers": model.layers,
+        "--hidden-size": model.hidden,
+        "--num-attention-heads": model.heads,
+        "--seq-length": model.seq_len,
+        "--max-position-embeddings": model.seq_len,
+        "--hidden-dropout": model.dropout,
+        "--attention-dropout": model.attention_dropout,
+    }
+
+
+def _training_values(work: ClusterWork) -> dict[str, object]:
+    o = OptimizerConfig()
+    return {
+        "--micro-batch-size": work.strategy.microbatch_size,
+        "--global-batch-size": work.batch_size,
+        "--train-iters": work.steps,
+        "--optimizer": "adam",
+        "--lr": o.lr,
+        "--lr-decay-style": "constant",
+        "--adam-beta1": o.betas[0],
+        "--adam-beta2": o.betas[1],
+        "--adam-eps": o.eps,
+        "--weight-decay": o.weight_decay,
+        "--clip-grad": work.gradient_clipping or 0.0,
+    }
+
+
+def _data_values(work: ClusterWork) -> dict[str, object]:
+    return {
+        "--data-path": work.data or DATA,
+        "--data-impl": "mmap",
+        # No evaluation, so all of the data is to be trained on.
+        "--split": "100,0,0",
+        "--eval-iters": 0,
+        # This tokenizer adds one token, the end of a document.
+        "--tokenizer-type": "NullTokenizer",
+        "--vocab-size": work.gpt.vocab - 1,
+        "--make-vocab-size-divisible-by": _VOCAB_MULTIPLE,
+    }
+
+
+def _run_values(work: ClusterWork) -> dict[str, object]:
+    return {
+        "--distributed-backend": "nccl",
+        "--log-interval": 1,
+        # Between iterations its ranks look for the file by which a job is told to stop, save and end; started again,
+        # they go on from there.
+        "--kill-switch-file": STOP,
+        "--save": CHECKPOINTS,
+        "--load": CHECKPOINTS,
+        # Required with --save, and after the last iteration.
+        "--save-interval": work.steps + 1,
+        "--zero-stage": _zero_stage(work.strategy),
+        "--deepspeed_config": CONFIG_FILE,
+    }
 
 
 def _recompute(strategy: Strategy) -> list[str]:
@@ -226,7 +246,7 @@ def notes(work: ClusterWork) -> list[str]:
     model, strategy = work.gpt, work.strategy
     multiple = _VOCAB_MULTIPLE * strategy.grid.col
     padded = -(-model.vocab // multiple) * multiple
-    found = [
+    lines = [
         "pretrain_gpt.py is that of github.com/deepspeedai/Megatron-DeepSpeed at 4efb479d: start it in its folder, "
         "with Apex installed; the first start compiles fused kernels, so it is no run to be timed.",
         "Weights are drawn by Megatron (normal, standard deviation 0.02); biases and norms have no weight decay.",
@@ -236,16 +256,16 @@ def notes(work: ClusterWork) -> list[str]:
     ]
     if work.data is None:
         tokens = work.steps * work.batch_size * model.seq_len
-        found.append(
+        lines.append(
             f"It has no synthetic data: {DATA}.bin and {DATA}.idx must lie beside the script, with at least {tokens} "
             f"tokens below {model.vocab} (tools/preprocess_data.py makes them)."
         )
     if strategy.compute == "float16" and strategy.agree_on_overflow is None:
-        found.append(OVERFLOW_AFTER)
+        lines.append(OVERFLOW_AFTER)
     if padded != model.vocab:
-        found.append(f"The vocabulary is padded from {model.vocab} to {padded}, a multiple of {multiple}.")
+        lines.append(f"The vocabulary is padded from {model.vocab} to {padded}, a multiple of {multiple}.")
     if model.layers % strategy.grid.inter:
-        found.append(f"{model.layers} layers are no multiple of {strategy.grid.inter} stages; it balances them itself.")
+        lines.append(f"{model.layers} layers are no multiple of {strategy.grid.inter} stages; it balances them itself.")
     if strategy.grid.inter == 1 and strategy.schedule.name != "1f1b":
-        found.append("There is no pipeline, so its schedule is not used.")
-    return found
+        lines.append("There is no pipeline, so its schedule is not used.")
+    return lines

@@ -123,7 +123,7 @@ def _check_sizes(work: ClusterWork) -> None:
     if ranks != work.gpus:
         raise LaunchError(f"{work.name}: the grid has {ranks} ranks for {work.gpus} GPUs; change one of them")
     on_stage = m.layers // (g.inter * chunks)
-    for what, size, unit, meaning in (
+    for name, size, unit, meaning in (
         ("heads", m.heads, g.col, "col"),
         ("layers", m.layers, g.inter * chunks, "inter x chunks"),
         ("batch_size", work.batch_size, g.data * s.microbatch_size, "data x microbatch_size"),
@@ -143,7 +143,7 @@ def _check_sizes(work: ClusterWork) -> None:
     ):
         if size % unit:
             raise LaunchError(
-                f"{work.name}: Megatron-LM needs {what} ({size}) in multiples of {unit} ({meaning}); change one of them"
+                f"{work.name}: Megatron-LM needs {name} ({size}) in multiples of {unit} ({meaning}); change one of them"
             )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from axonn.config.train_config import ScheduleConfig, TrainConfig
-from baselines.adapters.adapter_common import DEVICE
+from axonn.config.train_config import FloatType, ScheduleConfig, TrainConfig
+from baselines.adapters.adapter_common import DEVICE, gpt_of
 from baselines.adapters.isolated_framework import ForeignFramework
 from baselines.environments import Environment
 
@@ -25,7 +25,7 @@ class Megatron(ForeignFramework):
     disclosure = DISCLOSURE if DEVICE.type == "cpu" else None
     environment = ENVIRONMENT
     script = "megatron_ranks.py"
-    precisions = ("float32", "bfloat16")
+    precisions: ClassVar[Sequence[FloatType]] = ("float32", "bfloat16")
     axes: ClassVar[Sequence[str]]
     """Axes of the grid along which the strategy cuts."""
 
@@ -36,25 +36,25 @@ class Megatron(ForeignFramework):
         extents = config.grid.extents()
         if extents["row"] > 1:
             return "Megatron-LM cuts layers along col only: set row to 1"
-        others = [axis for axis, extent in extents.items() if extent > 1 and axis not in self.axes]
-        if others:
-            return f"{self.label} cuts along {' and '.join(self.axes)} only: set {', '.join(others)} to 1"
+        uncut = [axis for axis, extent in extents.items() if extent > 1 and axis not in self.axes]
+        if uncut:
+            return f"{self.label} cuts along {' and '.join(self.axes)} only: set {', '.join(uncut)} to 1"
         return None
 
     def _wrong_sizes(self, config: TrainConfig) -> str | None:
-        grid, model = config.grid, config.model
+        grid, model = config.grid, gpt_of(config)
         if config.precision.compute not in self.precisions:
             return f"{self.label} runs in {' or '.join(self.precisions)} here: set precision to float32"
         if model.tied_head:
             return "Megatron-LM is compared with an untied head: set model.tied_head to false"
-        for what, size, axis, extent in (
+        for name, size, axis, extent in (
             ("heads", model.heads, "col", grid.col),
             ("vocab", model.vocab, "col", grid.col),
             ("layers", model.layers, "inter", grid.inter * self.chunks(config)),
             ("batch_size", config.batch_size, "data x microbatch_size", grid.data * config.microbatch_size),
         ):
             if size % extent:
-                return f"Megatron-LM needs {what} ({size}) to be a multiple of {extent} ({axis}): change one of them"
+                return f"Megatron-LM needs {name} ({size}) to be a multiple of {extent} ({axis}): change one of them"
         return None
 
     def chunks(self, config: TrainConfig) -> int:

@@ -15,7 +15,7 @@ from axonn.perf.planner.engine_strategy import as_the_engine, config_of_strategy
 from axonn.training.framework import Adapter, Capabilities, ClusterWork, Framework, Launch, PrintedRun
 from axonn.training.run_folder import NEWEST
 from axonn.training.supervision.cluster_launch import data_of, launch_worker, read_run
-from baselines.adapters.ignored_settings import untold
+from baselines.adapters.ignored_settings import ignored_note
 from baselines.adapters.pytorch.pytorch_data import TorchDDP, TorchFullyShard
 from baselines.adapters.pytorch.pytorch_loop import PlainLoop
 from baselines.adapters.pytorch.pytorch_pipelining import (
@@ -75,7 +75,7 @@ class PyTorchAdapter(Adapter):
             f"{self.name}/{name}",
             config,
             device=work.device,
-            notes=[anew, untold(work.strategy), *notes],
+            notes=[anew, ignored_note(work.strategy), *notes],
             checkpoint=NEWEST,
             stoppable=True,
         )

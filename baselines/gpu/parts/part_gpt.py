@@ -13,7 +13,7 @@ from baselines.gpu.bench_rows import BenchRow, failed
 from baselines.gpu.bench_work import BenchModel
 from baselines.gpu.parts.parts_common import agreement, speed, steady
 from baselines.gpu.tasks.task_gpt import COMPILED, ENGINE, LOOP
-from baselines.statistics import median_interval
+from baselines.statistics import median_interval, paired_ratios
 
 PART = "gpt"
 LABELS = {ENGINE: "AxoNN", LOOP: "plain PyTorch loop", COMPILED: "plain loop, torch.compile"}
@@ -58,12 +58,12 @@ def measure(context: Context) -> tuple[list[BenchRow], dict[str, Any]]:
         "peak": None if context.peak is None else context.peak.model_dump(exclude_none=True),
     }
     rows: list[BenchRow] = []
-    whole = context.deadline
+    part_deadline = context.deadline
     if any(context.refusal(name) is None for name in FOREIGN):
-        context.deadline = whole - FOREIGN_SHARE * context.left_s
+        context.deadline = part_deadline - FOREIGN_SHARE * context.left_s
     for work in context.plan.gpts:
         rows += own_rows(context, work, memory)
-    context.deadline = whole
+    context.deadline = part_deadline
     for work in reversed(context.plan.gpts):
         rows += foreign_rows(context, work, rows)
     order = [work.model.name for work in context.plan.gpts]
@@ -76,7 +76,7 @@ def own_rows(context: Context, work: BenchModel, memory: int | None) -> list[Ben
     steps = plan.warmup + plan.rounds * plan.batches
     config = work.config(steps=steps)
     plain = config.model_dump(mode="json")
-    found: dict[str, BenchRow] = {}
+    by_contender: dict[str, BenchRow] = {}
     reference: list[float] = []
     waiting = groups(work, memory)
     while waiting:
@@ -95,17 +95,17 @@ def own_rows(context: Context, work: BenchModel, memory: int | None) -> list[Ben
         except NotMeasured as lost:
             if lost.failure.cause == "out-of-memory" and len(group) > 1:
                 # Then each by itself: beside others there is not room enough.
-                waiting += [[who] for who in group if who not in found]
+                waiting += [[who] for who in group if who not in by_contender]
                 continue
             for who in group:
                 row = failed(PART, work.model.name, LABELS[who], lost.failure, ours=who == ENGINE, config=plain)
-                found.setdefault(who, row)
+                by_contender.setdefault(who, row)
             continue
         reference = reference or result["losses"].get(ENGINE) or []
         for who in group:
-            if who not in found or found[who].failure is not None:
-                found[who] = row_of(context, config, who, result, reference)
-    rows = [with_ratio(row, found.get(ENGINE)) for row in found.values()]
+            if who not in by_contender or by_contender[who].failure is not None:
+                by_contender[who] = row_of(context, config, who, result, reference)
+    rows = [with_ratio(row, by_contender.get(ENGINE)) for row in by_contender.values()]
     return sorted(rows, key=lambda row: [*LABELS.values()].index(row.contender))
 
 
@@ -129,7 +129,7 @@ def row_of(
         return BenchRow(**base, **fields, losses=result["losses"][who])
     fields |= {"framework": f"torch {result['torch']}", "paired": ours is not None}
     if ours:
-        ratio = median_interval([a / b for a, b in zip(ours, times, strict=True)])
+        ratio = median_interval(paired_ratios(under=ours, over=times))
         fields |= {"ratio": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high}
     return BenchRow(**base, **fields, **agreement(result["losses"][who], reference))
 

@@ -9,6 +9,7 @@ from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.observability.records import Failure
 from axonn.perf.timing.memory_model import model_state_bytes
 from axonn.training.capacity import free_memory
+from baselines.adapters.adapter_common import gpt_of
 from baselines.gpu.bench_context import Context, NotMeasured
 from baselines.gpu.bench_rows import BenchRow, failed
 from baselines.gpu.parts.part_offload import ENGINE
@@ -24,7 +25,7 @@ SHARES = {"device": 0.4, "offloaded": 1.0}
 """Share of the time after which a placement is done: pinning host memory takes long."""
 
 
-def gpt_of(context: Context, layers: int) -> GPTConfig:
+def model_of(context: Context, layers: int) -> GPTConfig:
     plan = context.plan
     shape = plan.gpts[-1].model
     hidden = plan.largest_hidden
@@ -36,7 +37,7 @@ def gpt_of(context: Context, layers: int) -> GPTConfig:
 def config_of(context: Context, placement: str, layers: int) -> TrainConfig:
     """Return a configuration with one sequence at a time and every layer recomputed, so that state fills the memory."""
     content = {
-        "model": gpt_of(context, layers).model_dump(),
+        "model": model_of(context, layers).model_dump(),
         "batch_size": 2,
         "microbatch_size": 1,
         "precision": "bfloat16",
@@ -49,7 +50,7 @@ def config_of(context: Context, placement: str, layers: int) -> TrainConfig:
 def device_bytes(config: TrainConfig) -> int:
     """Return the bytes by the memory model, with the inputs of all layers, what one layer recomputes, and the
     logits."""
-    model, optimizer = config.model, config.optimizer
+    model, optimizer = gpt_of(config), config.optimizer
     state = model_state_bytes(
         model.parameters,
         optimizer=optimizer.placement,
@@ -91,10 +92,10 @@ def measure(context: Context) -> tuple[list[BenchRow], dict[str, Any]]:
     rows = []
     start = context.clock()
     for placement in ENGINE:
-        whole = context.deadline
-        context.deadline = start + (whole - start) * SHARES[placement]
+        part_deadline = context.deadline
+        context.deadline = start + (part_deadline - start) * SHARES[placement]
         rows.append(search(context, placement, device=total, host=host))
-        context.deadline = whole
+        context.deadline = part_deadline
     return rows, about
 
 
@@ -141,7 +142,7 @@ def search(context: Context, placement: str, *, device: int | None, host: int) -
         layers = step
     if best is None:
         assert refused is not None
-        return failed(PART, gpt_of(context, refused[0]).name, label, refused[1], ours=True, note="; ".join(tried))
+        return failed(PART, model_of(context, refused[0]).name, label, refused[1], ours=True, note="; ".join(tried))
     layers, result = best
     config = config_of(context, placement, layers)
     more = refused[1].cause if refused is not None else "no larger one was tried"

@@ -70,13 +70,13 @@ def collectives(context: Context, shards: int) -> BenchRow:
         context.ranks("axonn", config, name=label, most_s=MOST_S, threads=threads)
     except NotMeasured as lost:
         return failed(PART, config.model.name, label, lost.failure, ours=True)
-    found = overlap(spans_of(context.folder(label), config, first=plan.warmup, last=config.steps))
+    measured = overlap(spans_of(context.folder(label), config, first=plan.warmup, last=config.steps))
     return BenchRow(
         part=PART,
         model=config.model.name,
         contender=label,
         ours=True,
-        share=found.hidden_share,
+        share=measured.hidden_share,
         share_of="collectives hidden under compute",
-        note=f"{1e3 * found.collective / plan.rounds:.1f} ms of collectives in a batch; both ranks share the device",
+        note=f"{1e3 * measured.collective / plan.rounds:.1f} ms of collectives in a batch; both ranks share the device",
     )

@@ -59,7 +59,7 @@ def _row(row: BenchRow, machine: MachineFile) -> BenchRow:
     assert row.seconds is not None
     config = validate(row.config or {}, TrainConfig, where=PART)
     try:
-        found = predict(config.model, machine, strategy_of_config(config), batch_size=config.batch_size)
+        prediction = predict(config.model, machine, strategy_of_config(config), batch_size=config.batch_size)
     except AxonnError as error:
         return failed(PART, row.model, LABEL, Failure(cause="unavailable", detail=str(error)))
     return BenchRow(
@@ -67,7 +67,7 @@ def _row(row: BenchRow, machine: MachineFile) -> BenchRow:
         model=row.model,
         contender=LABEL,
         seconds=row.seconds,
-        predicted_s=found.batch_time_s,
-        error_pct=100 * (found.batch_time_s / row.seconds - 1),
+        predicted_s=prediction.batch_time_s,
+        error_pct=100 * (prediction.batch_time_s / row.seconds - 1),
         note="seconds are those that part gpt measured",
     )

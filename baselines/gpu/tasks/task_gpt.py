@@ -9,15 +9,31 @@ from typing import Any
 import torch
 
 from axonn.config.train_config import TrainConfig, validate
-from axonn.distributed.runtime import connect
+from axonn.distributed.runtime import Runtime, connect
 from axonn.grid import ProcessGrid
 from axonn.training.engine_framework import EngineTrainer
 from baselines.gpu.peaks import wait_for
 from baselines.gpu.peers import initial_weights, plain_loop, weights_of
+from baselines.rounds import turn_order
 
 ENGINE, LOOP, COMPILED = "engine", "loop", "compiled"
 LEAST_ROUNDS = 2
 Train = Callable[[int], float]
+
+
+def trainers(config: TrainConfig, runtime: Runtime, contenders: Sequence[str]) -> dict[str, Train]:
+    """Return each contender's function that trains batch number `step`; all begin with the same weights."""
+    trained: dict[str, Train] = {}
+    weights: dict[str, torch.Tensor] | None = None
+    if ENGINE in contenders:
+        engine = EngineTrainer(config, runtime, None)
+        trained[ENGINE] = engine.train_batch
+        weights = weights_of(engine)
+    for name in contenders:
+        if name != ENGINE:
+            source = initial_weights(config) if weights is None else weights
+            trained[name] = plain_loop(config, source, runtime.device, compiled=name == COMPILED).train_batch
+    return trained
 
 
 def run(
@@ -38,17 +54,8 @@ def run(
     began = time.monotonic()
     wanted = validate(dict(config), TrainConfig, where="task")
     with connect(ProcessGrid(), device=device) as runtime:
-        trained: dict[str, Train] = {}
+        trained = trainers(wanted, runtime, contenders)
         failed: dict[str, str] = {}
-        weights: dict[str, torch.Tensor] | None = None
-        if ENGINE in contenders:
-            engine = EngineTrainer(wanted, runtime, None)
-            trained[ENGINE] = engine.train_batch
-            weights = weights_of(engine)
-        for name in contenders:
-            if name != ENGINE:
-                source = initial_weights(wanted) if weights is None else weights
-                trained[name] = plain_loop(wanted, source, device, compiled=name == COMPILED).train_batch
         losses: dict[str, list[float]] = {name: [] for name in contenders}
         times: dict[str, list[float]] = {name: [] for name in contenders}
         for name in contenders:
@@ -64,7 +71,7 @@ def run(
         for number in range(rounds):
             if number >= LEAST_ROUNDS and time.monotonic() - began > seconds:
                 break
-            for name in going if number % 2 == 0 else reversed(going):
+            for name in turn_order(going, number):
                 first = warmup + number * batches
                 wait_for(device)
                 start = time.perf_counter()

@@ -17,11 +17,11 @@ BUSY_S = 1.5
 def run(*, device: torch.device, seconds: float, size: int) -> dict[str, Any]:
     """Return fields of `baselines.gpu.peaks.Peak`; the product is of two matrices of `size`."""
     tflops = best_product(device, size=size, repeats=REPEATS)
-    found: dict[str, Any] = {"product_tflops": tflops, "product_size": size}
+    fields: dict[str, Any] = {"product_tflops": tflops, "product_size": size}
     if device.type == "cuda":
-        found["memory"] = torch.cuda.get_device_properties(device).total_memory
-        found["clocks_under_load"] = clocks_under_load(device, size, each_s=2 * size**3 / tflops / 1e12)
-    return found
+        fields["memory"] = torch.cuda.get_device_properties(device).total_memory
+        fields["clocks_under_load"] = clocks_under_load(device, size, each_s=2 * size**3 / tflops / 1e12)
+    return fields
 
 
 def clocks_under_load(device: torch.device, size: int, *, each_s: float) -> dict[str, float] | None:
