@@ -223,6 +223,16 @@ def _sub_shards(row: Row) -> str:
     return f"{count} sub-shard{'' if count == 1 else 's'}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class RankPanel:
+    """A window of one rank's spans, under a title."""
+
+    title: str
+    spans: list[Span]
+    view: View
+    rank: int
+
+
 def draw(summary: dict[str, Any], content: Content) -> Figure:
     """Draw forward and backward of a few layers at the published scale; below them, a batch of the ranks here."""
     import matplotlib.pyplot as plt
@@ -254,16 +264,6 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
         grid_of_axes[0, 0].text(0.5, 0.5, "neither predicted nor measured", ha="center")
     figure.suptitle(summary["title"], fontsize=9)
     return figure
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankPanel:
-    """A window of one rank's spans, under a title."""
-
-    title: str
-    spans: list[Span]
-    view: View
-    rank: int
 
 
 def _predicted_panels(content: Content, rows: Sequence[Row]) -> list[RankPanel]:
