@@ -30,10 +30,10 @@ def in_order(starts: Iterable[Path]) -> list[Path]:
         try:
             text = read_bytes(path / STARTED).decode("utf-8", "replace").strip()
             # Whole seconds: of two starts in the same one, the folders know more.
-            said = datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
+            seconds = datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
         except (OSError, ValueError):
-            said = float(int(changed))
-        return said, changed, path.name
+            seconds = float(int(changed))
+        return seconds, changed, path.name
 
     return sorted(starts, key=started)
 

@@ -153,9 +153,9 @@ def _environment(folder: Path | None) -> Environment:
 
 def _check_names(jobs: Iterable[ClusterJob], *, experiment: str, machine: str) -> None:
     """Raise `ConfigError` for names that are no file names, or would be a line of their own in a script."""
-    for what, name in [("experiment", experiment), ("machine", machine), *(("job", job.name) for job in jobs)]:
+    for kind, name in [("experiment", experiment), ("machine", machine), *(("job", job.name) for job in jobs)]:
         if not is_plain(name):
-            raise ConfigError(f"{what} {name!r}: name it with letters, digits, '.', '_' and '-' alone")
+            raise ConfigError(f"{kind} {name!r}: name it with letters, digits, '.', '_' and '-' alone")
     for job in jobs:
         for label in (job.work.name, job.framework):
             if any(unicodedata.category(letter) in {"Cc", "Zl", "Zp"} for letter in label):
@@ -195,11 +195,11 @@ def _files_of(
     }
     # The site's own may use each other, so they keep their order.
     exports = {name: common[name] for name in sorted(common) if name not in site.environment} | site.environment
-    described = sorted({*exports, "MASTER_ADDR", "MASTER_PORT"})
+    recorded = sorted({*exports, "MASTER_ADDR", "MASTER_PORT"})
     # The machine's options are those of its own launcher.
-    own = system.launcher_options if launcher.name == system.launcher else []
-    options = [word for option in [*own, *site.launcher_options] for word in shlex.split(option)]
-    forwarded = launcher.forwarded(sorted({*described, *_CHANGED_BY_SETUP, "ATTEMPT"}))
+    system_options = system.launcher_options if launcher.name == system.launcher else []
+    options = [word for option in [*system_options, *site.launcher_options] for word in shlex.split(option)]
+    forwarded = launcher.forwarded(sorted({*recorded, *_CHANGED_BY_SETUP, "ATTEMPT"}))
     body = {
         **scheduler.variables,
         "nodes": scheduler.variables["nodes"] + (" | tail -n +2" if launcher.launch_node else ""),
@@ -208,7 +208,7 @@ def _files_of(
         "modules": [as_words(names.split()) for names in site.modules],
         "setup": site.setup,
         "exports": as_shell(exports),
-        "variables": "|".join(described),
+        "variables": "|".join(recorded),
         "grace": job.resources.warn_seconds // 2,
         "stop_signal": job.launch.stop_signal,
         "stopped": STOPPED,
@@ -240,8 +240,8 @@ def _files_of(
     }
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def is_script(word: str) -> bool:
@@ -285,12 +285,9 @@ def load_manifest(folder: Path) -> Manifest:
 
 def changed_files(folder: Path, files: Mapping[str, str]) -> list[str]:
     """Return the files that are gone, or are not what the manifest says."""
-    found = []
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file() or hash_of(path) != expected:
-            found.append(name)
-    return found
+    return [
+        name for name, expected in files.items() if not (folder / name).is_file() or hash_of(folder / name) != expected
+    ]
 
 
 def _write(path: Path, content: str) -> None:

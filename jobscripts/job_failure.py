@@ -55,28 +55,27 @@ def _fresh(attempt: Path | None) -> bool:
     return any(time.time() - path.stat().st_mtime < FRESH_S for path in paths)
 
 
-def failure_of_job(standing: Standing, said: Failure | None, *, done: int, steps: int, job: Path) -> Failure:
+def failure_of_job(standing: Standing, printed: Failure | None, *, done: int, steps: int, job: Path) -> Failure:
     """Return the failure of a job that ended without all its batches. `printed`: the failure that its ranks printed.
 
     The scheduler's cause takes precedence over what the ranks printed when they were ended; out of memory and
     non-finite losses, which only the ranks know, take precedence over the scheduler's.
     """
-    own = _own_attempt(standing)
-    if own is None and standing.state != "unknown":
+    attempt = _own_attempt(standing)
+    if attempt is None and standing.state != "unknown":
         # What an earlier job printed is no cause of this one's end.
-        said = None
+        printed = None
     known = _KNOWN.get(_known_end(standing))
-    found = said if said is not None and (known is None or said.cause in ("out-of-memory", "nan")) else known
-    if found is None:
-        found = Failure(cause="error", detail=_end_of(standing))
-    if found.cause == "error" and own is None:
+    failure = printed if printed is not None and (known is None or printed.cause in ("out-of-memory", "nan")) else known
+    if failure is None:
+        failure = Failure(cause="error", detail=_end_of(standing))
+    if failure.cause == "error" and attempt is None:
         hint = f"what the scheduler wrote into {job} may say why"
     else:
-        hint = (
-            _HINTS.get(found.cause) or f"what it printed is in {job}/run/{own.name if own else 'attempt-*'}/output.txt"
-        )
+        output = f"{job}/run/{attempt.name if attempt else 'attempt-*'}/output.txt"
+        hint = _HINTS.get(failure.cause) or f"what it printed is in {output}"
     batches = f"{done} of {steps} batches are done"
-    return found.model_copy(update={"detail": f"{found.detail.rstrip('.; ')}; {batches}; {hint}"})
+    return failure.model_copy(update={"detail": f"{failure.detail.rstrip('.; ')}; {batches}; {hint}"})
 
 
 def _own_attempt(standing: Standing) -> Path | None:

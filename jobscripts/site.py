@@ -115,8 +115,8 @@ class Site(StrictModel):
 
     def missing(self, provide: Mapping[str, str]) -> list[str]:
         """Return what of `provide` (`System.provide`) no module, line of setup or variable of this site brings."""
-        said = " ".join([*self.modules, *self.setup, *self.environment, *self.environment.values(), *self.container])
-        return [text for word, text in provide.items() if word.lower() not in said.lower()]
+        text = " ".join([*self.modules, *self.setup, *self.environment, *self.environment.values(), *self.container])
+        return [need for word, need in provide.items() if word.lower() not in text.lower()]
 
     def require(self, needs: list[str], *, where: str, machine: str) -> None:
         """Raise `ConfigError` naming every key of `needs` that the file does not have."""
@@ -158,4 +158,4 @@ def as_words(words: Iterable[str]) -> str:
 def in_quotes(text: str) -> str:
     """Return the text as it stands between double quotes; the shell expands its variables, and runs nothing of it."""
     text = text.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`")
-    return _DOLLAR.sub(lambda found: found[0] if found[1] else "\\$", text)
+    return _DOLLAR.sub(lambda match: match[0] if match[1] else "\\$", text)

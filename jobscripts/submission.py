@@ -79,7 +79,7 @@ def to_submit(folder: Path, *, only: Sequence[str] = (), again: bool = False) ->
     """
     manifest = load_manifest(folder)
     _check_names(manifest, only)
-    found = []
+    names = []
     for standing in standings(folder):
         entry = standing.entry
         if (only and entry.name not in only) or standing.live or (standing.finished and not again):
@@ -91,8 +91,8 @@ def to_submit(folder: Path, *, only: Sequence[str] = (), again: bool = False) ->
             )
         if changed := changed_files(folder, entry.files | manifest.files):
             raise LaunchError(f"{folder / changed[0]} was changed since axonn jobs wrote it; write the jobs anew")
-        found.append(entry.name)
-    return found
+        names.append(entry.name)
+    return names
 
 
 def submit(
@@ -137,9 +137,9 @@ def _submit(
             if aside is not None and not (folder / name / "run").exists():
                 aside.rename(folder / name / "run")
             left = len(names) - len(done)
-            said = f"; {len(done)} submitted before it are remembered" if done else ""
+            recorded = f"; {len(done)} submitted before it are remembered" if done else ""
             raise LaunchError(
-                f"{error}{said}; {left} not submitted: axonn submit {folder} goes on from here"
+                f"{error}{recorded}; {left} not submitted: axonn submit {folder} goes on from here"
             ) from error
         # Read anew: another axonn submit may have written it.
         ids = submitted(folder)
@@ -183,14 +183,14 @@ def _hand_in(scheduler: Scheduler, folder: Path) -> str:
         raise LaunchError(
             f"{command[0]} cannot be started: {error}; is this a node where jobs are submitted?"
         ) from error
-    said = (result.stderr or result.stdout).strip()
+    message = (result.stderr or result.stdout).strip() or f"exit status {result.returncode}"
     if scheduler.runs_at_once:
         new = [path for path in attempts(folder) if path not in before]
         if not new:
-            raise LaunchError(f"{folder.name} did not start: {said or f'exit status {result.returncode}'}")
+            raise LaunchError(f"{folder.name} did not start: {message}")
         return id_of(new[-1])
     if result.returncode:
-        raise LaunchError(f"{folder.name} was not taken: {said or f'exit status {result.returncode}'}")
+        raise LaunchError(f"{folder.name} was not taken: {message}")
     try:
         return scheduler.job_id(result.stdout)
     except LaunchError as error:
@@ -209,9 +209,9 @@ def submitted(folder: Path) -> dict[str, list[str]]:
     try:
         return _IDS.validate_python(read_json(path))
     except (OSError, ValueError) as error:
-        what = first_of(error) if isinstance(error, ValidationError) else str(error)
+        reason = first_of(error) if isinstance(error, ValidationError) else str(error)
         raise RecordError(
-            f"{path}: is not what axonn submit wrote ({what}); remove it when no job of this folder waits or runs"
+            f"{path}: is not what axonn submit wrote ({reason}); remove it when no job of this folder waits or runs"
         ) from error
 
 
@@ -236,11 +236,10 @@ def _standing(folder: Path, entry: JobEntry, ids: Sequence[str], answer: _Answer
     job = next(iter([*lives, *ids]), None)
     status = None if job is None else answer.states.get(job)
     attempt = newest_attempt(folder / entry.name)
-    if own := [path for path in attempts(folder / entry.name) if id_of(path) == job]:
-        attempt = own[-1]
+    if of_job := [path for path in attempts(folder / entry.name) if id_of(path) == job]:
+        attempt = of_job[-1]
     # An earlier job's reason is none of this one, which may have ended before it started.
     reason = reason_of(attempt) if job is None or attempt_of(job, attempt) else None
-    whole = all_done(folder / entry.name)
     state: State = "unknown" if status is None else status.state
     if job is None or attempt_of(job, attempt):
         state = _agreed(state, reason)
@@ -252,7 +251,7 @@ def _standing(folder: Path, entry: JobEntry, ids: Sequence[str], answer: _Answer
         reason=reason,
         status=status,
         silence=answer.silence,
-        all_done=whole,
+        all_done=all_done(folder / entry.name),
     )
 
 
@@ -271,21 +270,21 @@ def _agreed(state: State, reason: str | None) -> State:
 
 def _asked(scheduler: Scheduler, ids: Sequence[str]) -> _Answer:
     """Return the scheduler's answer; empty where it is not at hand, as when results were copied elsewhere."""
-    found: dict[str, Status] = {}
+    states: dict[str, Status] = {}
     silence = None
     for number in range(len(scheduler.ask(ids))):
-        missing = [job for job in ids if job not in found]
+        missing = [job for job in ids if job not in states]
         if not missing:
             break
         command = scheduler.ask(missing)[number]
         try:
             result = subprocess.run(command, capture_output=True, text=True, check=False)
-            found |= {job: status for job, status in scheduler.states(result.stdout).items() if job in missing}
-            said = (result.stderr or result.stdout).strip()
-            answered = result.returncode == 0 or scheduler.unknown_job in said
+            states |= {job: status for job, status in scheduler.states(result.stdout).items() if job in missing}
+            message = (result.stderr or result.stdout).strip()
+            answered = result.returncode == 0 or scheduler.unknown_job in message
         except OSError as error:
-            answered, said = False, f"{command[0]} cannot be started: {error.strerror}"
+            answered, message = False, f"{command[0]} cannot be started: {error.strerror}"
         # What lives, the first one knows: a second that does not answer hides nothing that could run twice.
         if number == 0 and not answered:
-            silence = said.splitlines()[-1] if said else f"{command[0]} failed"
-    return _Answer(states=found, silence=silence)
+            silence = message.splitlines()[-1] if message else f"{command[0]} failed"
+    return _Answer(states=states, silence=silence)

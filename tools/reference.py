@@ -19,7 +19,7 @@ def main(folder: Path) -> None:
     vars(axonn).update({name: getattr(axonn, name) for name in axonn.__all__})
     # Packages bring their modules, and dataclasses constructors whose annotations nobody can see.
     warnings.simplefilter("ignore", UserWarning)
-    names = (found.name for found in pkgutil.walk_packages(axonn.__path__, "axonn."))
+    names = (module.name for module in pkgutil.walk_packages(axonn.__path__, "axonn."))
     # What is run as a command has no interface.
     modules = [name for name in names if not name.endswith(".__main__")]
     pdoc.render.configure(docformat="google", math=False, search=True)

@@ -41,5 +41,5 @@ def load_launcher(name: str) -> Launcher:
     """Load a launcher by name. Raises `ConfigError` listing the known ones."""
     if name not in launcher_names():
         raise ConfigError(f"there is no launcher '{name}'; known are {', '.join(launcher_names())}")
-    made: Launcher = importlib.import_module(f"{__name__}.{name}").LAUNCHER()
-    return made
+    launcher: Launcher = importlib.import_module(f"{__name__}.{name}").LAUNCHER()
+    return launcher

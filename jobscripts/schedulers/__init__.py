@@ -107,5 +107,5 @@ def load_scheduler(name: str) -> Scheduler:
     if name not in scheduler_names():
         raise ConfigError(f"there is no scheduler '{name}'; known are {', '.join(scheduler_names())}")
     module = importlib.import_module(f"{__name__}.{name}")
-    made: Scheduler = module.SCHEDULER()
-    return made
+    scheduler: Scheduler = module.SCHEDULER()
+    return scheduler
