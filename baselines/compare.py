@@ -152,7 +152,7 @@ class Comparison:
         options = self._options
         plan = [(workload, options.link) for workload in options.workloads]
         if not options.link and not options.no_link:
-            # The smallest one alone: the time does not last for more.
+            # Only the smallest one: there is no time for more.
             plan.append((min(options.workloads, key=_weight), True))
         references: dict[str, list[float]] = {}
         for position, (workload, link) in enumerate(plan):
@@ -170,7 +170,7 @@ class Comparison:
             except KeyboardInterrupt:
                 self.interrupted = True
             except AxonnError as error:
-                # What was measured before counts.
+                # Earlier measurements count.
                 self.failed = True
                 self._remark(f"{workload}, {'emulated link' if link else 'loopback'}: {error}")
             if self.interrupted:
@@ -287,7 +287,7 @@ def main(arguments: Sequence[str]) -> int:
     tolerances = load_tolerances(chosen.tolerances, this_machine().host or "")
     if chosen.quick and chosen.tolerances is None:
         tolerances = Tolerances(margin=QUICK_MARGIN)
-    # CI systems end a job so.
+    # The signal with which CI systems end a job.
     signal.signal(signal.SIGTERM, _stop)
     comparison = Comparison(chosen, console)
     with locked_folder(chosen.runs, "wait for its end, or choose another --runs"):
@@ -328,6 +328,6 @@ if __name__ == "__main__":
         with explained("docs/compare.md"):
             sys.exit(main(sys.argv[1:]))
     except Exception:
-        # Python's own exit code for it would say that AxoNN falls behind.
+        # Python's own exit code, 1, would mean that AxoNN falls behind.
         traceback.print_exc()
         sys.exit(ERROR)

@@ -206,7 +206,7 @@ def run_part(part: SessionPart, *, link: LinkCondition, say: Reporter) -> PartMe
             try:
                 measured, interrupted = take_turns(group, jobs, link=link, say=report)
             except KeyboardInterrupt:
-                # While its jobs ended: what the groups before have measured counts.
+                # While its jobs ended: measurements of earlier groups count.
                 return measurements.model_copy(update={"interrupted": True})
         for key, result in measured.items():
             measurements.measured.setdefault(key, []).append(result)
@@ -223,7 +223,7 @@ def run_over_link(part: SessionPart, folder: Path) -> PartMeasurements:
     asked, answer = folder / "link-part.json", folder / "link-found.json"
     asked.write_text(part.model_dump_json())
     answer.unlink(missing_ok=True)
-    # The limit that the script sets is taken off at once: ranks start without one.
+    # The limit that the script sets is removed at once: ranks start without one.
     command = [
         "unshare",
         "-n",
@@ -271,7 +271,7 @@ def _end_with(parent: int) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    # Also where an outer shell told its background jobs to ignore it.
+    # Even where an outer shell makes its background jobs ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _end_with(os.getppid())
     asked, answer = map(Path, arguments)

@@ -118,7 +118,7 @@ class RanksJob:
                 device=self._device,
             )
         except Exception as error:
-            # Whatever an adapter raises while it prepares its files ends this job, not the comparison.
+            # Any error of an adapter that prepares its files ends this job, not the comparison.
             self._outcome = Outcome(failure=Failure(cause="error", detail=f"{type(error).__name__}: {error}"))
 
     def turn(self, timeout_s: float) -> float:
@@ -339,7 +339,7 @@ def _with_usage(turns: Sequence[Turn], usage: Sequence[BatchUsage]) -> list[Turn
 def _measured(outcome: Outcome, turns: Sequence[Turn], stopped: Stopped) -> ContenderResult:
     failure = outcome.failure
     if failure is not None and failure.cause == "interrupted" and len({t.round for t in turns}) >= LEAST_ROUNDS:
-        # What was measured until then counts.
+        # Measurements from before the interruption count.
         failure = None
     return ContenderResult(
         turns=_with_usage(turns, outcome.usage),

@@ -38,7 +38,7 @@ def reference_losses(workload: str, *, cache: Path, folder: Path) -> list[float]
     file = cache / f"{workload}-{fingerprint([config.model_dump(mode='json'), torch.__version__], code)}.json"
     if file.exists():
         return [float(loss) for loss in json.loads(file.read_text())["losses"]]
-    # All cores: it is not timed.
+    # All cores, since it is not timed.
     outcome = supervise(SERIAL, config, folder, threads=available_cores())
     if outcome.failure is not None:
         raise LaunchError(

@@ -65,7 +65,7 @@ def _of_verdict(verdict: Verdict) -> Element:
 def _of_result(result: Result) -> Element:
     where = f"{result.workload}, {result.condition.name}, {result.contender.kind}"
     if result.failure is not None:
-        # Others' failures are no fault of what is tested here, as the exit code has it.
+        # Failures of other frameworks are not failures of this test, as in the exit code.
         outcome = "failure" if result.contender.ours else "skipped"
         return _case(where, result.contender.name, outcome, f"{result.failure.cause}: {result.failure.detail}")
     if result.busy and not result.with_busy:

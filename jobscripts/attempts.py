@@ -29,7 +29,7 @@ def in_order(starts: Iterable[Path]) -> list[Path]:
         changed = path.stat().st_mtime
         try:
             text = read_bytes(path / STARTED).decode("utf-8", "replace").strip()
-            # Whole seconds: of two starts in the same one, the folders know more.
+            # Times are in full seconds: the folders' times order two starts within the same one.
             seconds = datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
         except (OSError, ValueError):
             seconds = float(int(changed))

@@ -127,7 +127,7 @@ def _table(planned: JobPlan) -> Table:
     from jobscripts.job_plan import node_hours
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    # A name is what one types for axonn submit --only: all of it has to be there.
+    # Names are shown in full, since axonn submit --only takes them.
     table.add_column("job", overflow="fold")
     for name in ("ranks", "GPUs", "nodes", "node-hours\nat most"):
         table.add_column(name, justify="right", no_wrap=True)

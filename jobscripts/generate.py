@@ -193,10 +193,10 @@ def _files_of(
         **(system.mpi_on_device if job.launch.mpi_on_device else {}),
         **job.launch.environment,
     }
-    # The site's own may use each other, so they keep their order.
+    # The site's variables may use each other, so they keep their order.
     exports = {name: common[name] for name in sorted(common) if name not in site.environment} | site.environment
     recorded = sorted({*exports, "MASTER_ADDR", "MASTER_PORT"})
-    # The machine's options are those of its own launcher.
+    # The machine's options belong to its own launcher.
     system_options = system.launcher_options if launcher.name == system.launcher else []
     options = [word for option in [*system_options, *site.launcher_options] for word in shlex.split(option)]
     forwarded = launcher.forwarded(sorted({*recorded, *_CHANGED_BY_SETUP, "ATTEMPT"}))

@@ -63,7 +63,7 @@ def failure_of_job(standing: Standing, printed: Failure | None, *, done: int, st
     """
     attempt = _own_attempt(standing)
     if attempt is None and standing.state != "unknown":
-        # What an earlier job printed is no cause of this one's end.
+        # The output of an earlier job is not the cause of this one's end.
         printed = None
     known = _KNOWN.get(_known_end(standing))
     failure = printed if printed is not None and (known is None or printed.cause in ("out-of-memory", "nan")) else known

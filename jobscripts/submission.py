@@ -116,7 +116,7 @@ def submit(
 def _alone(folder: Path) -> Iterator[None]:
     """Raise `LaunchError` while another axonn submit submits jobs of this folder."""
     load_manifest(folder)
-    # The manifest itself: another file in the folder would be a stranger to axonn jobs.
+    # The lock is on the manifest itself: axonn jobs refuses a folder with other files.
     with locked(folder / MANIFEST, f"another axonn submit is at work in {folder}; wait for its end"):
         yield
 
@@ -141,7 +141,7 @@ def _submit(
             raise LaunchError(
                 f"{error}{recorded}; {left} not submitted: axonn submit {folder} goes on from here"
             ) from error
-        # Read anew: another axonn submit may have written it.
+        # Read again: another axonn submit may have written it.
         ids = submitted(folder)
         ids.setdefault(name, []).append(job)
         replace_durably(folder / SUBMITTED, json.dumps(ids, indent=1) + "\n")
@@ -238,7 +238,7 @@ def _standing(folder: Path, entry: JobEntry, ids: Sequence[str], answer: _Answer
     attempt = newest_attempt(folder / entry.name)
     if of_job := [path for path in attempts(folder / entry.name) if id_of(path) == job]:
         attempt = of_job[-1]
-    # An earlier job's reason is none of this one, which may have ended before it started.
+    # An earlier job's reason does not hold for this one, which may have ended before it started.
     reason = reason_of(attempt) if job is None or attempt_of(job, attempt) else None
     state: State = "unknown" if status is None else status.state
     if job is None or attempt_of(job, attempt):
@@ -262,7 +262,7 @@ def _agreed(state: State, reason: str | None) -> State:
         return "done"
     if reason == "wall-limit" and state != "out-of-memory":
         return "timed-out"
-    # A job that is being ended has a script that failed; why, the scheduler says in the end.
+    # The script of a job that is being ended fails; the scheduler knows why.
     if reason is None or state not in ("unknown", "done", "failed"):
         return state
     return "cancelled" if reason == "cancelled" else "failed"
@@ -284,7 +284,7 @@ def _asked(scheduler: Scheduler, ids: Sequence[str]) -> _Answer:
             answered = result.returncode == 0 or scheduler.unknown_job in message
         except OSError as error:
             answered, message = False, f"{command[0]} cannot be started: {error.strerror}"
-        # What lives, the first one knows: a second that does not answer hides nothing that could run twice.
+        # The first command knows every live job: a second one that fails cannot cause a job to run twice.
         if number == 0 and not answered:
             silence = message.splitlines()[-1] if message else f"{command[0]} failed"
     return _Answer(states=states, silence=silence)

@@ -102,7 +102,7 @@ class ForeignFramework(Framework):
             yield RankProgram(
                 command=[str(self.environment.python), str(RANKS / self.script), str(folder), self.strategy],
                 mpiexec=self.environment.mpiexec,
-                # What the caller adds to the path could hide a package of the environment, as our own `axonn` would.
+                # The caller's additions to the path could hide a package of the environment, as our own `axonn` would.
                 environment={"PYTHONPATH": "", **self.settings(config)},
             )
         finally:

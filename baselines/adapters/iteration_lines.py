@@ -61,7 +61,7 @@ def iteration_of(text: str) -> Iteration | None:
             return None
         fields[field["key"]] = field["value"]
     unit = next((key for key in _SECONDS if key in fields), None)
-    # The last of these stands behind all others that are needed: with it nothing is missing.
+    # _NAN is the last of the fields that are needed: with it the line is complete.
     if unit is None or _SKIPPED not in fields or _NAN not in fields:
         return None
     loss = next((fields[key] for key in _LOSSES if key in fields), None)
@@ -128,7 +128,7 @@ class IterationLog:
     def read(self, lines: Iterable[str]) -> None:
         """Read the output of a run: of all ranks, possibly interleaved, prefixed or cut short."""
         texts = [line.text for line in lines_of(lines)]
-        # Nothing follows the number at the end of this line: cut, it would be another number.
+        # The line ends with a number: cut short, it would report another one.
         if texts and parameters_of(texts[-1]) is not None:
             texts.pop()
         for text in texts:

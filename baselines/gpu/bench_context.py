@@ -89,7 +89,7 @@ class Context:
         folder.mkdir(parents=True, exist_ok=True)
         result = folder / "result.json"
         result.unlink(missing_ok=True)
-        # The task is told to come to its end before it is ended.
+        # The task gets less time than the limit at which it is killed.
         spec = {"task": task, "device": self.plan.device, "seconds": 0.85 * limit, "arguments": arguments}
         (folder / "task.json").write_text(json.dumps(spec, indent=1))
         with open(folder / "log.txt", "w") as log:
@@ -133,7 +133,7 @@ class Context:
         can = adapter.capabilities()
         if not can.available:
             return can.reason or f"{framework} is not installed"
-        # What of it runs in our own environment goes where our engine goes.
+        # Frameworks in our own environment run wherever our engine runs.
         if adapter.name not in ("axonn", "pytorch") and self.plan.device not in can.devices:
             return f"what is installed of {adapter.label} runs on {', '.join(can.devices)} only"
         return None
@@ -144,7 +144,7 @@ def worker_environment(plan: BenchPlan) -> dict[str, str]:
     miniature one is enough, since threads that wait for each other on a busy machine take a hundred times as long."""
     environment = rank_environment(os.environ, threads=available_cores() if plan.device == "cuda" else 1)
     if plan.device == "cuda":
-        # Sizes change little from batch to batch; what they leave free in between can be used.
+        # Sizes change little from batch to batch; expandable segments use the gaps between them.
         environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     return environment
 

@@ -56,7 +56,7 @@ def main() -> None:
     temporary.replace(folder / "result.json")
     sys.stdout.flush()
     sys.stderr.flush()
-    # Libraries with threads of their own have been seen to abort at exit, after all was done.
+    # Libraries with threads of their own have been seen to abort at exit, after all work was done.
     os._exit(0)
 
 

@@ -21,7 +21,7 @@ class DataSheetPeak(NamedTuple):
 
 
 PEAKS: tuple[DataSheetPeak, ...] = (
-    # The first that fits counts, so special ones come before the family.
+    # The first match counts, so special models come before their family.
     DataSheetPeak(r"H200 NVL", 835.5, "NVIDIA H200 data sheet, H200 NVL: 1,671 TFLOPS with sparsity, half of it dense"),
     DataSheetPeak(r"H200", 989.4, "NVIDIA H200 data sheet, SXM: 1,979 TFLOPS with sparsity, half of it dense"),
     DataSheetPeak(r"H100 PCIe", 756.0, "NVIDIA H100 data sheet, PCIe: 1,513 TFLOPS with sparsity, half of it dense"),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 if not TYPE_CHECKING:
-    # A script sees its neighbours by their plain names.
+    # A script imports its neighbours by their plain names.
     import deepspeed_build
     import plain_gpt
     import rank_common
@@ -48,7 +48,7 @@ def initialise(work: rank_common.RankWork, module: nn.Module, *, replicas: int, 
         config={
             "train_micro_batch_size_per_gpu": work.microbatch_size,
             "gradient_accumulation_steps": work.batch_size // work.microbatch_size // replicas,
-            # It clips at 1 unless told not to.
+            # Its default clips at 1.
             "gradient_clipping": 0.0,
             "zero_optimization": zero,
             # Float32 masters; gradients accumulate in the type of the parameters.

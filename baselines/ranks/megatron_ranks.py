@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 if not TYPE_CHECKING:
-    # A script sees its neighbours by their plain names.
+    # A script imports its neighbours by their plain names.
     import no_gpu
     import plain_gpt
     import rank_common
@@ -68,7 +68,7 @@ def load(chunk: nn.Module, work: rank_common.RankWork, rank: int) -> int:
         for dim, size in enumerate(parameter.shape):
             if size != value.shape[dim]:
                 value = torch.unflatten(value, dim, (parts, size)).select(dim, rank)
-        # Of another shape than ours it is refused here.
+        # Raises for a shape other than ours.
         parameter.data.copy_(value.reshape(parameter.shape))
     return count
 
@@ -111,10 +111,10 @@ def settings(work: rank_common.RankWork, chunks: int) -> Any:
         tensor_model_parallel_size=grid["col"],
         pipeline_model_parallel_size=grid["inter"],
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
-        # As it is recommended: its interleaved schedule hands messages on beside computation, each by itself.
+        # As recommended: its interleaved schedule overlaps messages with compute, each message by itself.
         overlap_p2p_comm=chunks > 1,
         batch_p2p_comm=chunks == 1,
-        # Without a stream to order it, what is on its way would be freed before it is sent.
+        # Without a stream for ordering, outputs in transit would be freed before they are sent.
         deallocate_pipeline_outputs=on_gpu or chunks == 1,
     )
 
@@ -140,7 +140,7 @@ def build(work: rank_common.RankWork, config: Any, chunks: int) -> list[Any]:
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
                 share_embeddings_and_output_weights=False,
                 vp_stage=stage,
-                # Its norms are made in float32, and would hand float32 on to products of a half type.
+                # Its norms are made in float32, and would pass float32 to products of a half type.
             ).to(work.device, work.dtype)
         )
         count += load(models[-1], work, parallel_state.get_tensor_model_parallel_rank())
@@ -187,7 +187,7 @@ class PlainOptimizer:
 
     def step(self) -> None:
         for parameter in self._parameters:
-            # Where its data parallelism has accumulated the gradient.
+            # The buffer in which its data parallelism accumulates the gradient.
             if (gradient := getattr(parameter, "main_grad", None)) is not None:
                 parameter.grad = gradient
         self._adam.step()
@@ -279,7 +279,7 @@ def set_up(work: rank_common.RankWork) -> rank_common.Train:
             forward_only=False,
         )
         optimizer.step()
-        # On the ranks of the last stage, and there for each microbatch.
+        # Only ranks of the last stage have losses, one for each microbatch.
         return rank_common.mean_over_ranks(work.grid["inter"] * float(sum(losses)) / len(microbatches))
 
     return train

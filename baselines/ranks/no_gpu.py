@@ -67,7 +67,7 @@ def install() -> None:
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
-    # Where they write device="cuda": Megatron's counters in schedules, causal mask, scales and flags in optimizers; the
+    # For code with device="cuda": Megatron's counters in schedules, causal mask, scales and flags in optimizers; the
     # reference implementation's receive buffers.
     for name in ("empty", "zeros", "ones", "tensor"):
         setattr(torch, name, _on_the_cpu(getattr(torch, name)))

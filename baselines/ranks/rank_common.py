@@ -99,7 +99,7 @@ class RankWork:
 
     def weights(self, *layers: str) -> dict[str, torch.Tensor]:
         """Return unsharded initial weights by "<layer>.<parameter>": those of these layers, or all of them."""
-        # Opened anew, and copied: as long as the file is mapped, what was read of it counts as this rank's memory.
+        # Reopened, and copied: while the file is mapped, the parts that were read count as this rank's memory.
         with safe_open(self._path, framework="pt") as file:
             names = [name for name in file.keys() if "." in name]  # noqa: SIM118
             wanted = [name for name in names if not layers or name.partition(".")[0] in layers]
@@ -201,5 +201,5 @@ def main(set_up: Callable[[RankWork], Train], leave: Callable[[], None] = lambda
 
     run_folder.run_with_heartbeat(work.folder, work.rank, train)
     sys.stdout.flush()
-    # Libraries with threads of their own have been seen to abort at exit, after all was done.
+    # Libraries with threads of their own have been seen to abort at exit, after all work was done.
     os._exit(0)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 if not TYPE_CHECKING:
-    # A script sees its neighbours by their plain names.
+    # A script imports its neighbours by their plain names.
     import no_gpu
     import plain_gpt
     import rank_common
@@ -28,7 +28,7 @@ class ReferenceStage(nn.Module):
         weights = work.weights(*names) if work.written else None
         self._message = [-1, work.model.seq_len, work.model.hidden]
         self._recompute: int | None = work.config["activation_checkpointing"]
-        # In half types its engine computes under autocast: the parameters are float32 always.
+        # Its engine computes half types under autocast: the parameters are always float32.
         self.layers = nn.ModuleDict({name: plain_gpt.build(name, work.model, weights, torch.float32) for name in names})
 
     def get_input_shape(self) -> list[int]:
@@ -72,7 +72,7 @@ def set_up(work: rank_common.RankWork) -> rank_common.Train:
 
     stages, replicas = work.grid["inter"], work.grid["data"]
     ax.init(G_inter=stages, G_data=replicas, gpus_per_node=None if on_gpu else 1)
-    # Its data loader is what would set it.
+    # Its data loader, which is not used here, would set it.
     ax.config.micro_batch_size = work.microbatch_size
     stage, replica = ax.config.inter_layer_parallel_rank, ax.config.data_parallel_rank
     module = ReferenceStage(work, plain_gpt.stages(work.model)[stage]).to(work.device)
@@ -83,7 +83,7 @@ def set_up(work: rank_common.RankWork) -> rank_common.Train:
         inputs, targets = work.batch(step, replica, replicas)
         optimizer.zero_grad()
         loss = engine.forward_backward_optimizer(inputs, targets, optimizer)
-        # The last stage of each replica knows it, the others have 0.
+        # The last stage of each replica has the loss, the others 0.
         return rank_common.mean_over_ranks(stages * loss)
 
     return train

@@ -15,7 +15,7 @@ _STATES: dict[str, State] = {
     "RUN": "running",
     "SSUSP": "running",
     "USUSP": "running",
-    # Its node does not answer.
+    # The node does not answer.
     "UNKWN": "running",
     "DONE": "done",
     "EXIT": "failed",
@@ -51,7 +51,7 @@ class Lsf(Scheduler):
     }
 
     unknown_job = "is not found"
-    # Of a script that is named bsub reads no #BSUB lines, but where a site set LSB_BSUB_PARSE_SCRIPT.
+    # bsub ignores the #BSUB lines of a script given by name, except where a site sets LSB_BSUB_PARSE_SCRIPT.
     reads_script = True
 
     def directives(self, resources: Resources) -> list[str]:
@@ -81,7 +81,7 @@ class Lsf(Scheduler):
         return match[1]
 
     def ask(self, ids: Sequence[str]) -> list[list[str]]:
-        # What may have any words in it comes last. bjobs forgets jobs an hour after their end; bhist has logs.
+        # Free text comes last. bjobs forgets jobs an hour after their end; bhist has logs.
         fields = "jobid stat submit_time start_time finish_time time_left exit_reason pend_reason"
         return [
             ["bjobs", "-a", "-noheader", "-o", f"{fields} delimiter='|'", *ids],

@@ -56,7 +56,7 @@ class Slurm(Scheduler):
             f"--cpus-per-task={r.cores_per_rank}",
             f"--time={hours:02d}:{rest // 60:02d}:{rest % 60:02d}",
             "--output=slurm-%j.out",
-            # More it does not take (sbatch(1)).
+            # The maximum of sbatch(1).
             f"--signal=B:USR1@{min(r.warn_seconds, 65535)}",
             "--no-requeue",
         ]
@@ -72,7 +72,7 @@ class Slurm(Scheduler):
         return ["sbatch", "--parsable", script]
 
     def job_id(self, printed: str) -> str:
-        # Sites let sbatch print more; "Submitted" is said where theirs drops --parsable.
+        # Some sites' sbatch prints more, and "Submitted ..." where a wrapper drops --parsable.
         lines = [line.strip() for line in printed.splitlines()]
         ids = [m[1] for line in lines if (m := re.fullmatch(r"(?:Submitted batch job )?(\d+)(?:;\S+)?", line))]
         if not ids:
@@ -80,8 +80,8 @@ class Slurm(Scheduler):
         return ids[-1]
 
     def ask(self, ids: Sequence[str]) -> list[list[str]]:
-        # squeue first: it forgets none that lives, and says why one waits. sacct knows those that ended long ago, where
-        # a site has a database.
+        # squeue first: it knows every live job, and why one waits. sacct knows those that ended long ago, where a site
+        # has a database.
         jobs = f"--jobs={','.join(ids)}"
         fields = "JobID,State,Reason,Submit,Start,End"
         return [

@@ -109,7 +109,7 @@ def flags(work: ClusterWork) -> list[str]:
         "--untie-embeddings-and-output-weights": not model.tied_head,
         "--fp16": strategy.compute == "float16",
         "--bf16": strategy.compute == "bfloat16",
-        # Without Apex's extension for it the script stops, and its layers do not use it.
+        # The script stops without Apex's extension for the fusion, which its layers do not use.
         "--no-gradient-accumulation-fusion": True,
         "--no-pipeline-parallel": strategy.grid.inter == 1,
         "--deepspeed": True,

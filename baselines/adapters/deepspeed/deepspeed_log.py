@@ -17,11 +17,11 @@ from axonn.training.supervision.log_failures import failure_of
 from baselines.adapters.iteration_lines import IterationLog
 
 _NUMBER = r"([-+\d.einfa]+)"
-# Of the pipeline engine; the time is the mean since the line before.
+# Line of the pipeline engine; its time is the mean since the line before.
 _STEPS = re.compile(
     rf"^steps: (\d+) loss: {_NUMBER} (?:[^:]+: \S+ )*iter time \(s\): (\d+\.\d{{3}}) samples/sec: \d+\.\d{{3}}$"
 )
-# Of the engine without a pipeline; the speed is that of the step before the line, of the whole job.
+# Line of the engine without a pipeline; its speed is the whole job's in the step before the line.
 _SPEED = re.compile(
     rf"/global_step=(\d+), RunningAvgSamplesPerSec={_NUMBER}, CurrSamplesPerSec=(\d+\.\d+(?:e[-+]\d+)?), "
     r"MemAllocated=[\d.]+GB, MaxMemAllocated=(\d+\.\d+)GB$"
@@ -61,7 +61,7 @@ class _DeepSpeedLog(IterationLog):
         elif (unique := _UNIQUE.search(text)) is not None:
             self.unique = int(unique[1])
         elif (peak := _PEAK.match(text)) is not None and (self.iterations or self.steps or self.speeds):
-            # Each such line starts the peak anew, and those before the first iteration are of building the model.
+            # Each such line resets the peak, and those before the first iteration belong to building the model.
             self.rough_memory = max(round(float(peak[1]) * 2**30), self.rough_memory or 0)
         elif _ENDED.search(text) is not None:
             self.ended = True
@@ -119,7 +119,7 @@ def read_log(lines: Iterable[str]) -> PrintedRun:
     printed = list(lines)
     log = _DeepSpeedLog()
     log.read(printed)
-    # Ranks that lose each other at the end of a finished run are not a failure of it.
+    # Ranks that lose each other after the end of a finished run are not a failure of it.
     failure = log.diverged() or (None if log.done else failure_of(printed))
     return PrintedRun(
         seconds=log.seconds(),

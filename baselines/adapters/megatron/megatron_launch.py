@@ -233,7 +233,7 @@ def _data(work: ClusterWork) -> Iterator[str]:
     else:
         yield f"--data-path {work.data}"
         yield "--split 100,0,0"
-    # It counts the tokenizer's own end of document.
+    # The tokenizer adds one token of its own, the end of a document.
     yield "--tokenizer-type NullTokenizer"
     yield f"--vocab-size {work.gpt.vocab - 1}"
     yield f"--make-vocab-size-divisible-by {_vocab_unit(work)}"
@@ -256,7 +256,7 @@ def _logging(work: ClusterWork) -> Iterator[str]:
     yield "--log-interval 1"
     yield "--log-throughput"
     yield "--log-memory-interval 1"
-    # Without an interval it cannot size its data sets; no evaluation falls into the run.
+    # It cannot size its data sets without an interval; with this one no evaluation falls into the run.
     yield "--eval-iters 0"
     yield f"--eval-interval {work.steps + 1}"
 

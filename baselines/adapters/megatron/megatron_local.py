@@ -116,7 +116,7 @@ class MegatronData(Megatron):
 class DistributedOptimizer(MegatronData):
     """Replicas that shard the optimizer state: gradients reduce-scattered, parameters gathered during the forward."""
 
-    # In half types its optimizer has settings of its own.
+    # Its optimizer has settings of its own for half types.
     precisions = ("float32",)
     label = "Megatron-LM distributed optimizer"
     strategy = "data-distributed-optimizer"

@@ -70,7 +70,7 @@ class PyTorchAdapter(Adapter):
         if (reason := self.framework(name).unavailable(config)) is not None:
             raise LaunchError(f"{work.name} cannot be launched with {self.name}/{name}: {reason}")
         anew = "it saves no state: a new start begins from the first batch"
-        # There is no checkpoint to be the newest; what an earlier start left is removed.
+        # There are no checkpoints: NEWEST only removes the files of an earlier start.
         return launch_worker(
             f"{self.name}/{name}",
             config,

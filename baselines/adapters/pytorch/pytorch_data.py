@@ -81,7 +81,7 @@ class DDPTrainer(ReplicaTrainer):
         return synchronised
 
     def zero_gradients(self) -> None:
-        # They stay where they lie, in the buckets, which saves DDP a copy of all gradients.
+        # Gradients stay in the buckets, which saves DDP a copy of all of them.
         self._optimizer.zero_grad(set_to_none=False)
 
 

@@ -74,7 +74,7 @@ class TorchPipeliningTrainer:
         self._optimizer.zero_grad()
         losses: list[torch.Tensor] = []
         arguments = (inputs,) if self._first else ()
-        # Nobody wants the logits, and putting them together would cost it time.
+        # Nobody needs the logits, and concatenating them would cost time.
         if self._last:
             self._schedule.step(*arguments, target=targets, losses=losses, return_outputs=False)
         else:

@@ -106,7 +106,7 @@ class CountedCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if DTensor in types:
-            # What it does to the local tensors comes here by itself.
+            # DTensor dispatches its operations on local tensors, which then arrive here.
             return NotImplemented
         library, _, name = func._schema.name.partition("::")
         if "c10d" in library and name not in self.SENDS_NOTHING:

@@ -94,7 +94,7 @@ def own_rows(context: Context, work: BenchModel, memory: int | None) -> list[Ben
             )
         except NotMeasured as lost:
             if lost.failure.cause == "out-of-memory" and len(group) > 1:
-                # Then each by itself: beside others there is not room enough.
+                # Then each by itself: the memory does not suffice for several.
                 waiting += [[who] for who in group if who not in by_contender]
                 continue
             for who in group:

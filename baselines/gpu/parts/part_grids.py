@@ -76,6 +76,6 @@ def compared(context: Context, precision: str, grids: tuple[dict[str, int], ...]
         )
 
     serial = row({}, "one rank", None)
-    # Nothing is timed here, so that several runs may be under way where there are cores for them.
+    # Nothing is timed here, so several runs may be under way at once where there are cores for them.
     with ThreadPoolExecutor(max(1, context.host_threads // LEAST_CORES)) as pool:
         return [serial, *pool.map(lambda grid: row(grid, name_of(grid), serial.losses), grids)]

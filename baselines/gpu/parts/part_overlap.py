@@ -65,7 +65,7 @@ def collectives(context: Context, shards: int) -> BenchRow:
     label = f"{COLLECTIVES}, {shards} sub-shard{'s' if shards > 1 else ''}"
     config = plan.cut.config(steps=plan.warmup + plan.rounds, grid={"col": 2}, overdecomposition=shards)
     try:
-        # On a GPU the cores have nothing to do but to make initial weights; on a CPU each rank computes on one.
+        # On a GPU the cores only make initial weights; on a CPU each rank computes on one.
         threads = max(1, context.host_threads // 2)
         context.ranks("axonn", config, name=label, most_s=MOST_S, threads=threads)
     except NotMeasured as lost:

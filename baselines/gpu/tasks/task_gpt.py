@@ -65,7 +65,7 @@ def run(
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                # A compiler that is missing does not keep the others from being measured.
+                # A missing compiler does not keep the others from being measured.
                 failed[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:400]
         going = [name for name in contenders if name not in failed]
         for number in range(rounds):
