@@ -29,7 +29,7 @@ class Outcome:
     memory_parts: dict[str, int] = field(default_factory=dict)
     memory_of_all: dict[str, int] = field(default_factory=dict)
     bytes_per_batch: dict[str, int] = field(default_factory=dict)
-    """As `memory_parts` and `memory_of_all`: see `axonn.observability.records.Record`."""
+    """Bytes by axis. This and both fields before: see `axonn.observability.records.Record`."""
     usage: list[BatchUsage] = field(default_factory=list)
     """Usage in the batches from `first` of `outcome_of` on, as far as all ranks reported it."""
     failure: Failure | None = None
