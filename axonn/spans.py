@@ -218,7 +218,7 @@ def read_spans(path: Path | str) -> list[Span]:
 
 
 class TimeBreakdown(NamedTuple):
-    """Mean seconds per rank in one window of time, by part; each instant is counted once."""
+    """Mean seconds per rank in one window of time, each instant counted once (docs/design.md, section 4.6)."""
 
     compute: float
     optimizer: float
