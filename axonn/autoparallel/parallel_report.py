@@ -48,10 +48,10 @@ class RedistributionLine:
     trained: bool
 
     @property
-    def kind(self) -> Literal["split", "gather", "re-layout", "sum of gradients"]:
+    def kind(self) -> Literal["split", "gather", "redistribute", "sum of gradients"]:
         """Kind of redistribution: a whole value is split, a cut one gathered, or one is cut in another way."""
         if isinstance(self.source, Shard):
-            return "re-layout" if isinstance(self.target, Shard) else "gather"
+            return "redistribute" if isinstance(self.target, Shard) else "gather"
         return "split" if isinstance(self.target, Shard) else "sum of gradients"
 
 
@@ -104,8 +104,8 @@ class Report:
                 [[x.name, x.kind, describe(x.input), describe(x.output), x.note] for x in self.layers],
             ),
             _table(
-                f"laid out another way ({forward} elements forward, {backward} backward"
-                f"{'' if self.exact else '; not searched to the end'})",
+                f"redistributed ({forward} elements forward, {backward} backward"
+                f"{'' if self.exact else '; search not exhaustive'})",
                 ["value", "for", "from", "to", "kind", "forward", "backward", "reason"],
                 [_redistribution_line(line) for line in self.redistributions],
             ),
