@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from experiments.definition import ROOT
 from experiments.interruption import Interrupted, Pending, exit_status, noted, raised
 from experiments.session import remove_stale, session_folders
 from experiments.watch import SAVE_S, Watch
-from tests.endings import Training, wait_for
+from tests.endings import Training, end_what_is_left, wait_for
 
 SAID = "saving a checkpoint after this batch"
 
@@ -34,6 +34,12 @@ PAGE = (ROOT / "docs" / "endings.md").read_text(encoding="utf-8")
 
 
 # --- signals by which a run saves
+
+
+@pytest.fixture(autouse=True)
+def _nothing_goes_on(tmp_path: Path) -> Iterator[None]:
+    yield
+    end_what_is_left(tmp_path)
 
 
 @pytest.mark.parametrize(
