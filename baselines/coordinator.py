@@ -20,7 +20,7 @@ from axonn.records import Failure
 from axonn.strict import Loss
 from axonn.usage import BatchUsage
 from baselines.contenders import Device
-from baselines.rounds import LOOPBACK, Condition, Turn, Widest, widest
+from baselines.rounds import LOOPBACK, Condition, Turn, Widest, still_racing, widest
 from experiments.batch_usage import batch_usage
 from experiments.definition import available_cores
 from experiments.metrics import BATCHES, Tail
@@ -197,7 +197,8 @@ def take_turns(
 ) -> tuple[dict[str, Measured], bool]:
     """Rounds of `jobs`; what came of each by its key, and whether it was interrupted.
 
-    A job that dies or hangs leaves with its failure, the others go on.
+    A job that dies or hangs leaves with its failure, the others go on; one that is clearly slower than the fastest of
+    its side is given no further rounds.
     """
     running = {job.key: job for job in jobs}
     turns: dict[str, list[Turn]] = {job.key: [] for job in jobs}
@@ -223,12 +224,14 @@ def take_turns(
             say(f"warm-up: {key}", 0, 0, None)
             if (seconds := one(key)) is not None:
                 limits[key] = max(_LEAST_TURN_S, _TURN_TIMES_WARM_UP * seconds)
-        rounds_began = clock()
-        number, planned = 0, group.least_rounds
+        number, planned, racing = 0, group.least_rounds, list(running)
         while running and number < planned and stopped != "converged":
+            round_began = clock()
             for condition in group.conditions:
                 link.apply(condition)
-                for key in list(running) if number % 2 == 0 else list(reversed(running)):
+                for key in racing if number % 2 == 0 else racing[::-1]:
+                    if key not in running:
+                        continue
                     say(key, number, planned, wide)
                     before = link.sent()
                     if (seconds := one(key)) is not None:
@@ -244,11 +247,14 @@ def take_turns(
                             )
                         )
             number += 1
-            each = (clock() - rounds_began) / number
+            each = clock() - round_began
             fit = number + int((began + group.seconds - clock()) / each) if each > 0 else group.most_rounds
             planned = min(max(fit, group.least_rounds, number), group.most_rounds)
             turns |= {key: _with_usage(turns[key], job.usage()) for key, job in running.items()}
-            wide = widest({key: turns[key] for key in running}, group.ours, with_busy=group.with_busy)
+            racing = [key for key in racing if key in running]
+            if number >= group.least_rounds:
+                racing = still_racing({key: turns[key] for key in racing}, group.ours, with_busy=group.with_busy)
+            wide = widest({key: turns[key] for key in racing}, group.ours, with_busy=group.with_busy)
             narrow = wide is not None and group.half_width is not None and wide.half_width <= group.half_width
             if narrow and number >= group.least_rounds:
                 stopped = "converged"
