@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, Protocol
@@ -247,13 +247,18 @@ def take_turns(
                             )
                         )
             number += 1
-            each = clock() - round_began
-            fit = number + int((began + group.seconds - clock()) / each) if each > 0 else group.most_rounds
-            planned = min(max(fit, group.least_rounds, number), group.most_rounds)
             turns |= {key: _with_usage(turns[key], job.usage()) for key, job in running.items()}
-            racing = [key for key in racing if key in running]
+            raced = racing = [key for key in racing if key in running]
             if number >= group.least_rounds:
                 racing = still_racing({key: turns[key] for key in racing}, group.ours, with_busy=group.with_busy)
+            # A further round has those alone that still race.
+            each = (
+                (clock() - round_began)
+                * _last_round_s(turns, racing, group)
+                / (_last_round_s(turns, raced, group) or 1.0)
+            )
+            fit = number + int((began + group.seconds - clock()) / each) if each > 0 else group.most_rounds
+            planned = min(max(fit, group.least_rounds, number), group.most_rounds)
             wide = widest({key: turns[key] for key in racing}, group.ours, with_busy=group.with_busy)
             narrow = wide is not None and group.half_width is not None and wide.half_width <= group.half_width
             if narrow and number >= group.least_rounds:
@@ -270,6 +275,10 @@ def take_turns(
     failure = Failure(cause="interrupted", detail="the comparison was interrupted") if interrupted else None
     outcomes |= _end_all(running, failure)
     return {key: _measured(outcomes[key], turns[key], stopped) for key in turns if key in outcomes}, interrupted
+
+
+def _last_round_s(turns: Mapping[str, Sequence[Turn]], keys: Iterable[str], group: Group) -> float:
+    return sum(turn.seconds for key in keys for turn in turns[key][-len(group.conditions) :])
 
 
 def _with_usage(turns: Sequence[Turn], usage: Sequence[BatchUsage]) -> list[Turn]:
