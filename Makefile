@@ -22,7 +22,7 @@ OTHERS := ginter inflight memory messages loss
 .NOTPARALLEL:
 .PHONY: help install reproduce reproduce-others $(FIGURES:%=reproduce-%) $(OTHERS:%=reproduce-%) report schematics \
 	baselines compare-baselines clean-baselines calibrate validate-local validate-plan validate-published plan-published \
-	docs test test-full test-isa test-slurm soak faults lint bench bench-link bench-tensor bench-schedules bench-optimizer bench-gpu clean
+	docs test test-full test-pages test-isa test-slurm soak faults lint bench bench-link bench-tensor bench-schedules bench-optimizer bench-gpu clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-21s %s\n", $$1, $$2 }'
@@ -84,6 +84,9 @@ test: $(READY) ## the tests (17 to 45 minutes on 2 cores, by machine; WORKERS=4:
 
 test-full: $(READY) ## the tests with the full product of configurations (long)
 	@$(BIN)/python -m pytest -m 'not slurm' -n $(or $(WORKERS),2) --dist loadfile
+
+test-pages: $(READY) ## the commands of the pages that measure or train for long
+	@$(BIN)/python -m pytest -m full -n $(or $(WORKERS),2) tests/test_docs.py
 
 test-isa: $(READY) ## the numeric tests under each instruction set of the processor (OPTIONS='--only default --margin 3')
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.isa --workers $(or $(WORKERS),2) $(OPTIONS)

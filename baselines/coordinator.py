@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, Protocol
@@ -26,7 +26,7 @@ from axonn.training.run_outcome import Outcome
 from axonn.training.supervision.supervisor import supervise
 from axonn.training.supervision.turn_taking import TurnTaking
 from baselines.contenders import Device
-from baselines.rounds import LOOPBACK, Condition, Turn, Widest, turn_order, widest
+from baselines.rounds import LOOPBACK, Condition, Turn, Widest, still_racing, turn_order, widest
 
 LEAST_ROUNDS = 4
 """Fewest rounds: together with the warm-up batch they yield as many losses as are compared."""
@@ -204,7 +204,8 @@ def take_turns(
 ) -> tuple[dict[str, ContenderResult], bool]:
     """Run rounds of `jobs`. Returns the result of each by its key, and whether it was interrupted.
 
-    A job that dies or hangs leaves with its failure; the others go on.
+    A job that dies or hangs leaves with its failure; the others go on. One that is clearly slower than the fastest of
+    its side gets no further rounds.
     """
     rounds = _GroupRounds(group, jobs, link=link, say=say, clock=clock)
     interrupted = False
@@ -240,6 +241,8 @@ class _GroupRounds:
         self._clock = clock
         self._running = {job.key: job for job in jobs}
         self._turns: dict[str, list[Turn]] = {job.key: [] for job in jobs}
+        self._racing = list(self._running)
+        """Keys of the jobs that get further rounds."""
         self._outcomes: dict[str, Outcome] = {}
         self._limits = {job.key: _START_S for job in jobs}
         self._began = clock()
@@ -257,15 +260,22 @@ class _GroupRounds:
 
     def run(self) -> Stopped:
         """Run as many rounds as the group asks for. Returns why there are no more."""
-        group, began = self._group, self._clock()
+        group = self._group
         number, planned = 0, group.least_rounds
         stopped: Stopped = "minutes"
         while self._running and number < planned and stopped != "converged":
+            began = self._clock()
             self._round(number, planned)
             number += 1
-            planned = self._planned(number, (self._clock() - began) / number)
             self._turns |= {key: _with_usage(self._turns[key], job.usage()) for key, job in self._running.items()}
-            turns = {key: self._turns[key] for key in self._running}
+            raced = self._racing = [key for key in self._racing if key in self._running]
+            if number >= group.least_rounds:
+                turns = {key: self._turns[key] for key in raced}
+                self._racing = still_racing(turns, group.ours, with_busy=group.with_busy)
+            # A further round has only those that still race.
+            share = self._last_round_s(self._racing) / (self._last_round_s(raced) or 1.0)
+            planned = self._planned(number, share * (self._clock() - began))
+            turns = {key: self._turns[key] for key in self._racing}
             self.widest = widest(turns, group.ours, with_busy=group.with_busy)
             if number >= group.least_rounds and self._is_narrow():
                 stopped = "converged"
@@ -277,7 +287,9 @@ class _GroupRounds:
     def _round(self, number: int, planned: int) -> None:
         for condition in self._group.conditions:
             self._link.apply(condition)
-            for key in turn_order(list(self._running), number):
+            for key in turn_order(self._racing, number):
+                if key not in self._running:
+                    continue
                 self._say(key, number, planned, self.widest)
                 before = self._link.sent()
                 if (seconds := self._batch(key)) is not None:
@@ -291,6 +303,9 @@ class _GroupRounds:
                             link_bytes=None if before is None or after is None else after - before,
                         )
                     )
+
+    def _last_round_s(self, keys: Iterable[str]) -> float:
+        return sum(turn.seconds for key in keys for turn in self._turns[key][-len(self._group.conditions) :])
 
     def _batch(self, key: str) -> float | None:
         """Let a job train one batch and return its seconds; None where it is lost."""

@@ -17,6 +17,10 @@ from baselines.statistics import LEAST_PAIRS, Spread, median_interval
 
 _T = TypeVar("_T")
 
+CLEARLY = 1.05
+"""Who takes so many times as long as the fastest, in each of `ENOUGH` rounds or more, needs no further ones."""
+ENOUGH = 4
+
 
 class Condition(StrictModel):
     """State of the network between the ranks during a turn."""
@@ -107,6 +111,24 @@ def widest(turns: Mapping[str, Sequence[Turn]], ours: Collection[str], *, with_b
                     values = ratios(by_key[fastest], some, with_busy=with_busy, quantity=quantity)
                     intervals.append(Widest(_half_width(values), key))
     return max(intervals, default=None)
+
+
+def still_racing(turns: Mapping[str, Sequence[Turn]], ours: Collection[str], *, with_busy: bool) -> list[str]:
+    """Return the contenders (by key) that may yet be the fastest of ours, or of the others, under some condition: those
+    that were not `CLEARLY` slower than the fastest of their side in every round in which both counted."""
+    left = set()
+    for condition in dict.fromkeys(turn.condition for some in turns.values() for turn in some):
+        for side in (set(ours) & set(turns), set(turns) - set(ours)):
+            mine = {key: [turn for turn in turns[key] if turn.condition == condition] for key in side}
+            middle = {key: median(turn.seconds for turn in some) for key, some in mine.items() if some}
+            if not middle:
+                continue
+            fastest = min(middle, key=lambda key: middle[key])
+            for key in middle:
+                values = ratios(mine[fastest], mine[key], with_busy=with_busy)
+                if len(values) < ENOUGH or min(values) <= CLEARLY:
+                    left.add(key)
+    return [key for key in turns if key in left]
 
 
 def _half_width(values: Sequence[float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -52,6 +53,19 @@ def processes_of(folder: Path) -> list[int]:
     return found
 
 
+def end_what_is_left(folder: Path) -> None:
+    """Kill whatever a test that failed has left running in a folder."""
+    for pid in processes_of(folder):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _as_in_the_foreground() -> None:
+    # A shell has its background jobs ignore what a terminal's keys send.
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Training:
     """One `axonn train` of a tiny model on two ranks, whose temporary files go to a folder of its own."""
 
@@ -81,8 +95,7 @@ class Training:
                     "stdin": subprocess.DEVNULL,
                     "stdout": out,
                     "stderr": subprocess.STDOUT,
-                    # Where the tests run in the background, it may be ignored.
-                    "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                    "preexec_fn": _as_in_the_foreground,
                     **popen,
                 },
             )

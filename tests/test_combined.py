@@ -23,8 +23,19 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "zero-bubble": {"schedule": "zero-bubble"},
     "message-driven-zero-bubble": {"schedule": "message-driven-zero-bubble"},
 }
+SOME_GRIDS = [
+    (1, 2, 2, 1),
+    (2, 1, 1, 2),
+    (2, 2, 1, 2),
+    (1, 2, 1, 2),
+    (1, 1, 2, 2),
+    (2, 1, 2, 1),
+    (1, 1, 4, 2),
+    (2, 2, 2, 2),
+]
+"""Of which each two axes are cut together."""
 PARAMETERS = {
-    "grid": GRIDS,
+    "grid": SOME_GRIDS,
     "model": ["gpt", "unet"],
     "schedule": list(SCHEDULES),
     "transport": ["in-process", "mpi", "torch"],
@@ -62,7 +73,10 @@ def name_of(row: dict[str, Any]) -> str:
 
 
 COVER = [with_the_rest(i, row) for i, row in enumerate(pairwise_cover(PARAMETERS, possible))]
-REST = [with_the_rest(i, row) for i, row in enumerate(full_product(PARAMETERS, partial(possible, real_ranks=8)))]
+REST = [
+    with_the_rest(i, row)
+    for i, row in enumerate(full_product(PARAMETERS | {"grid": GRIDS}, partial(possible, real_ranks=8)))
+]
 
 
 def check_row(row: dict[str, Any], pool: RankPool) -> None:

@@ -39,6 +39,7 @@ def test_masks_in_one_kernel_have_the_same_bits(
 
 
 @needs_compiler
+@pytest.mark.full
 def test_compiled_dropout_drops_the_same() -> None:
     x = torch.ones(3, 40, 6)
     results = []

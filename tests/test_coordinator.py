@@ -104,6 +104,34 @@ def test_every_round_has_every_condition() -> None:
     assert [turn.condition for turn in found["a"].turns] == ["link", "other"] * 5
 
 
+class PacedJob(MadeUpJob):
+    """Takes as long for every batch, by the clock of its machine."""
+
+    def __init__(self, key: str, log: list[str], seconds: Sequence[float]) -> None:
+        super().__init__(key, log)
+        self.seconds = seconds
+
+    def turn(self, timeout_s: float) -> float:
+        super().turn(timeout_s)
+        return self.seconds[self.batches % len(self.seconds)]
+
+
+def test_who_is_clearly_slower_than_the_fastest_of_its_side_gets_no_further_rounds() -> None:
+    log: list[str] = []
+    paces = {"ours": [1.0], "ours too": [1.3], "other": [1.2, 1.25], "close": [1.3, 1.2], "slow": [1.4]}
+    jobs = [PacedJob(key, log, seconds) for key, seconds in paces.items()]
+    found, _ = turns_of(jobs, log, least_rounds=12, ours=["ours", "ours too"])
+    # At least the rounds that everyone gets.
+    assert {key: len(one.turns) for key, one in found.items()} == dict.fromkeys(paces, 12)
+    log.clear()
+    jobs = [PacedJob(key, log, seconds) for key, seconds in paces.items()]
+    found, _ = turns_of(jobs, log, least_rounds=4, most_rounds=9, seconds=1e6, ours=["ours", "ours too"])
+    assert {key: len(one.turns) for key, one in found.items()} == {
+        "ours": 9, "ours too": 4, "other": 9, "close": 9, "slow": 4,
+    }  # fmt: skip
+    assert all(one.failure is None for one in found.values())
+
+
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 5), (22.5, 9), (1000.0, 12)])
 def test_as_many_rounds_are_made_as_fit_the_time(seconds: float, rounds: int) -> None:
     now = [0.0]

@@ -63,7 +63,11 @@ def check(strategy: str, grid: dict[str, int], folder: Path, serial: list[float]
 @INSTALLED
 @pytest.mark.parametrize(
     ("strategy", "grid"),
-    [("zero-1", {"data": 2}), ("zero-3-offload", {"data": 2}), ("pipeline", {"inter": 2, "data": 2})],
+    [
+        ("zero-1", {"data": 2}),
+        pytest.param("zero-3-offload", {"data": 2}, marks=pytest.mark.full),
+        pytest.param("pipeline", {"inter": 2, "data": 2}, marks=pytest.mark.full),
+    ],
 )
 def test_losses_are_those_of_the_plain_loop(
     strategy: str, grid: dict[str, int], serial: list[float], tmp_path: Path

@@ -47,7 +47,7 @@ def train_late(comm: MPI.Intracomm, case: Case, seed: int) -> Outcome:
     return train_unevenly(comm, case, seed)[0]
 
 
-@pytest.mark.parametrize("transport", ["mpi", "torch"])
+@pytest.mark.parametrize("transport", ["mpi", pytest.param("torch", marks=pytest.mark.full)])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.model_kind} {case.grid}")
 def test_the_time_that_messages_take_changes_no_bit(case: Case, transport: str, pool: RankPool) -> None:
     case = replace(case, transport=transport)

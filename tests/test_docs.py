@@ -69,8 +69,14 @@ def appears(line: str, output: str) -> bool:
     return re.search(r"\s*.*?\s*".join(parts), output) is not None
 
 
+LONG = ("own-machine", "own-figure", "train-a-unet", "trace", "compare", "determinism")
+"""Pages whose commands measure or train for long: tried by `make test-pages`, and so by CI."""
+
+
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, id=p.stem, marks=[pytest.mark.full] * (p.stem in LONG)) for p in PAGES]
+)
 def test_the_commands_of_a_page_do_what_it_says(page: Path, clone: Path) -> None:
     before = {path.relative_to(ROOT) for path in ROOT.glob("*")} | {
         path.relative_to(ROOT) for path in ROOT.glob("runs/*")

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from axonn.training.supervision.interruption import Interrupted, PendingSignals,
 from axonn.training.supervision.rank_watch import SAVE_S, Watch
 from axonn.training.supervision.session_folders import remove_stale, session_folders
 from experiments.definition import ROOT
-from tests.endings import Training, wait_for
+from tests.endings import Training, end_what_is_left, wait_for
 
 SAID = "saving a checkpoint after this batch"
 
@@ -34,6 +34,12 @@ PAGE = (ROOT / "docs" / "endings.md").read_text(encoding="utf-8")
 
 
 # --- signals by which a run saves
+
+
+@pytest.fixture(autouse=True)
+def _nothing_goes_on(tmp_path: Path) -> Iterator[None]:
+    yield
+    end_what_is_left(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +93,10 @@ def test_sigquit_ends_at_once(tmp_path: Path) -> None:
     run.leaves_nothing()
 
 
-@pytest.mark.parametrize(("row", "number"), [("Control-C twice", signal.SIGINT), ("`kill` twice", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("row", "number"),
+    [("Control-C twice", signal.SIGINT), pytest.param("`kill` twice", signal.SIGTERM, marks=pytest.mark.full)],
+)
 def test_a_second_signal_ends_at_once(tmp_path: Path, row: str, number: signal.Signals) -> None:
     run = Training(tmp_path).has_trained()
     # So that they do not save in between.
@@ -106,6 +115,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, row: str, number: signal.S
 # --- terminals, pipes, files
 
 
+@pytest.mark.full
 def test_a_terminal_that_is_closed_lets_the_run_save(tmp_path: Path) -> None:
     """A real one: what is printed afterwards goes nowhere."""
     ours, theirs = os.openpty()
@@ -126,6 +136,7 @@ def test_a_terminal_that_is_closed_lets_the_run_save(tmp_path: Path) -> None:
     run.leaves_nothing()
 
 
+@pytest.mark.full
 def test_under_nohup_a_closed_terminal_changes_nothing(tmp_path: Path) -> None:
     run = Training(tmp_path, before=["nohup"]).has_trained()
     run.send(signal.SIGHUP)
@@ -135,6 +146,7 @@ def test_under_nohup_a_closed_terminal_changes_nothing(tmp_path: Path) -> None:
     assert run.ended() == 143
 
 
+@pytest.mark.full
 def test_a_stopped_command_goes_on(tmp_path: Path) -> None:
     """As after Control-Z and fg; longer than a rank may be silent."""
     run = Training(tmp_path).has_trained()
@@ -150,6 +162,7 @@ def test_a_stopped_command_goes_on(tmp_path: Path) -> None:
     assert run.saved == len(run.rows)
 
 
+@pytest.mark.full
 def test_an_output_that_nobody_reads_lets_the_run_save(tmp_path: Path) -> None:
     read, write = os.pipe()
     run = Training(tmp_path, stdout=write, stderr=subprocess.DEVNULL)
@@ -163,6 +176,7 @@ def test_an_output_that_nobody_reads_lets_the_run_save(tmp_path: Path) -> None:
     run.leaves_nothing()
 
 
+@pytest.mark.full
 def test_a_closed_input_changes_nothing(tmp_path: Path) -> None:
     run = Training(tmp_path, preexec_fn=lambda: os.close(0)).has_trained()
     run.send(signal.SIGTERM)
@@ -205,6 +219,7 @@ def test_a_killed_process_of_the_run(tmp_path: Path, row: str, cause: str, victi
     run.leaves_nothing()
 
 
+@pytest.mark.full
 def test_what_was_killed_together_is_removed_by_the_next_run(tmp_path: Path) -> None:
     run = Training(tmp_path).has_trained()
     victims = [run.process.pid, run.launcher(), run.rank(0), run.rank(1)]

@@ -77,7 +77,9 @@ def check_goes_on(folder: Path, config: TrainConfig, whole: Outcome, *, last: Pa
         assert all(weights[name].equal(expected[name]) for name in weights)
 
 
-@pytest.mark.parametrize("every", [50, None], ids=["checkpoints", "metrics alone"])
+@pytest.mark.parametrize(
+    "every", [50, pytest.param(None, marks=pytest.mark.full)], ids=["checkpoints", "metrics alone"]
+)
 def test_a_run_goes_on_after_the_disk_was_full(tmp_path: Path, small_disk: Path, every: int | None) -> None:
     checkpoints = None if every is None else CheckpointConfig(every=every)
     config = config_of(checkpoints=checkpoints)

@@ -41,7 +41,7 @@ ModelOptimizer.begin_step = stand_still
 """
 
 
-@pytest.mark.parametrize("transport", ["mpi", "torch"])
+@pytest.mark.parametrize("transport", ["mpi", pytest.param("torch", marks=pytest.mark.full)])
 def test_a_run_that_stands_still_is_ended_and_the_rank_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
@@ -110,6 +110,7 @@ def slowed(folder: Path, rank: int, *, share: float) -> Iterator[list[float]]:
         thread.join()
 
 
+@pytest.mark.full
 def test_a_rank_that_is_ten_times_slower_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither silence nor a standstill, though a batch takes longer than the limit of a standstill may be."""
     config = tiny(steps=30, stall_limit_s=20.0, evaluation=EvaluationConfig(every=10), data=DataConfig(path=str(TEXT)))
@@ -129,6 +130,7 @@ time.time = lambda: real() + next(jumps)
 """
 
 
+@pytest.mark.full
 def test_jumps_of_the_clock_disturb_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of the ranks, and that of who watches them."""
     harm_ranks(tmp_path / "harm", monkeypatch, JUMPS)

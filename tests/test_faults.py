@@ -135,6 +135,7 @@ def test_a_stopped_rank_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert nothing_runs(folder)
 
 
+@pytest.mark.full
 def test_a_launcher_that_stops_costs_no_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ranks come to their end without it."""
     monkeypatch.setattr(axonn.training.supervision.rank_watch, "SILENCE_S", 6.0)
@@ -335,6 +336,7 @@ def test_the_installed_command_prints_no_traceback(tmp_path: Path) -> None:
 # --- killed, and going on
 
 
+@pytest.mark.full
 def test_killed_runs_go_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(10**6)
     try:

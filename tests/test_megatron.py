@@ -55,15 +55,20 @@ def installed() -> bool:
 @pytest.mark.parametrize(
     ("strategy", "grid"),
     [
-        ("tensor", {"col": 2}),
-        ("pipeline", {"inter": 2}),
-        ("interleaved", {"inter": 2}),
-        ("interleaved", {"inter": 4}),
-        ("data", {"data": 2}),
-        ("data-distributed-optimizer", {"data": 2}),
         ("combined", {"inter": 2, "col": 2}),
-        pytest.param("combined", {"data": 2, "col": 2}, marks=pytest.mark.full),
-        pytest.param("combined", {"data": 2, "inter": 2}, marks=pytest.mark.full),
+        *(
+            pytest.param(strategy, grid, marks=pytest.mark.full)
+            for strategy, grid in [
+                ("tensor", {"col": 2}),
+                ("pipeline", {"inter": 2}),
+                ("interleaved", {"inter": 2}),
+                ("interleaved", {"inter": 4}),
+                ("data", {"data": 2}),
+                ("data-distributed-optimizer", {"data": 2}),
+                ("combined", {"data": 2, "col": 2}),
+                ("combined", {"data": 2, "inter": 2}),
+            ]
+        ),
     ],
 )
 def test_losses_are_those_of_one_rank(strategy: str, grid: dict[str, int], serial: list[float], tmp_path: Path) -> None:

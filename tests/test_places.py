@@ -150,6 +150,7 @@ def test_training_lies_where_one_stands(axonn: CommandLine) -> None:
     assert outputs_of_the_clone() == before
 
 
+@pytest.mark.full
 def test_two_files_of_one_name_never_share_a_run(axonn: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = write(axonn.root / "here/my.yaml", CONFIG)
     other = write(axonn.root / "other/my.yaml", CONFIG | {"steps": 3})

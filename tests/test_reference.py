@@ -62,11 +62,11 @@ def train(strategy: str, config: TrainConfig, folder: Path) -> Outcome:
 @pytest.mark.parametrize(
     ("strategy", "grid"),
     [
-        ("pipeline", {"inter": 2}),
-        ("pipeline", {"inter": 3}),
+        pytest.param("pipeline", {"inter": 2}, marks=pytest.mark.full),
+        pytest.param("pipeline", {"inter": 3}, marks=pytest.mark.full),
         ("pipeline", {"inter": 2, "data": 2}),
         ("data", {"data": 2}),
-        ("data", {}),
+        pytest.param("data", {}, marks=pytest.mark.full),
     ],
 )
 def test_it_trains_like_one_rank(strategy: str, grid: dict[str, int], serial: list[float], tmp_path: Path) -> None:
@@ -82,6 +82,7 @@ def test_it_trains_like_one_rank(strategy: str, grid: dict[str, int], serial: li
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [], "what only the ranks needed is gone"
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("installed")
 def test_fewer_microbatches_than_stages_and_recompute(tmp_path: Path) -> None:
     """Two microbatches are the fewest that its pipeline takes; what is recomputed changes nothing."""

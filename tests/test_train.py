@@ -452,6 +452,7 @@ def test_train_goes_on_exports_and_starts_anew(trains: Training) -> None:
     assert not (trains.folder / EVALUATIONS).exists()
 
 
+@pytest.mark.full
 def test_a_run_on_tensor_axes_goes_on_along_the_others(trains: Training) -> None:
     """As one that was never interrupted, on one rank."""
     double = {"precision": {"compute": "float64"}, "checkpoints": {"every": 2, "keep": 9}}
