@@ -26,6 +26,7 @@ from axonn.inter_layer.stage import ParameterSpec, StageChunk, parameter_specs, 
 from axonn.models.base import PipelineModel
 from axonn.models.initialization import fill
 from axonn.observability.traffic import Traffic, TrafficMeter
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.optim.model_optimizer import ModelOptimizer
 from axonn.schedules import ScheduleSpec, StageSchedule, make_schedule
 from axonn.spans import SpanKind, SpanRecorder
@@ -143,7 +144,7 @@ class Engine:
             grid=grid,
             rank=rank,
             collectives=self._collectives,
-            config=optimizer or OptimizerConfig(),
+            config=optimizer or AdamWConfig(),
             precision=precision,
             initialise=initialise,
             timeline=self._timeline,

@@ -18,6 +18,7 @@ from axonn.distributed.runtime import connect
 from axonn.distributed.transport import InProcessCollectives, InProcessWorld
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.stage import ParameterSpec
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.optim.model_optimizer import ModelMemory, ModelOptimizer, StepResult
 from axonn.placement import Cut, Placement
 from axonn.spans import Span, SpanRecorder
@@ -71,7 +72,7 @@ class Case:
 
     @property
     def config(self) -> OptimizerConfig:
-        return OptimizerConfig(**(OPTIONS | {"bsize": 16, "k": 2} | self.options))
+        return AdamWConfig(**(OPTIONS | {"bsize": 16, "k": 2} | self.options))
 
 
 @dataclass

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from axonn.config.train_config import OptimizerConfig, PrecisionConfig
+from axonn.config.train_config import PrecisionConfig
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.registry import make_model
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.perf.timing.memory_model import model_state_bytes
 from axonn.spans import SpanKind, SpanRecorder, overlap
 from tests.comparing import check_every_rank
@@ -51,7 +52,7 @@ def test_grids_whose_ranks_share_a_gpu_equal_serial_training(case: Case, pool: R
 
 
 def engine_of(placement: Any = "device", spans: SpanRecorder | None = None, **options: Any) -> Engine:
-    config = OptimizerConfig(placement=placement, bsize=1_000_000, clip_norm=1.0, buckets_resident=2)
+    config = AdamWConfig(placement=placement, bsize=1_000_000, clip_norm=1.0, buckets_resident=2)
     return Engine(
         make_model(MODEL),
         grid=ProcessGrid(),

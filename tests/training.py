@@ -30,6 +30,7 @@ from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.initialization import fill
 from axonn.models.registry import make_model
 from axonn.models.unet.unet_config import UNetConfig
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.placement import Placement
 from axonn.schedules import ScheduleSpec
 from axonn.spans import SpanRecorder
@@ -45,7 +46,7 @@ CHUNK = 4 * BSIZE
 """Elements that are reduced at once, unless a case says another k."""
 # None is a default, so an option that gets lost shows. Where a gradient is far below eps, Adam's step is proportional
 # to it; with the usual 1e-8 the step would be the sign of float32's rounding errors.
-OPTIMIZER = OptimizerConfig(lr=2e-3, betas=(0.85, 0.98), eps=1e-6, weight_decay=0.05)
+OPTIMIZER = AdamWConfig(lr=2e-3, betas=(0.85, 0.98), eps=1e-6, weight_decay=0.05)
 
 
 # Extents up to 4 divide it. Groups of norms lie across ranks, and across the seams of concatenated channels.

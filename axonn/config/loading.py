@@ -43,6 +43,11 @@ class StrictModel(BaseModel):
         """Return whether plain `data` is meant for this one of several alternatives."""
         return True
 
+    @classmethod
+    def called(cls) -> str:
+        """Return the words for this one of several alternatives in a message."""
+        return cls.__name__
+
 
 M = TypeVar("M", bound=StrictModel)
 
@@ -261,9 +266,9 @@ def _found(value: Any) -> str:
 
 
 def _hint(key: str, chosen: list[type[StrictModel]], others: list[type[StrictModel]]) -> str:
-    belongs = [str(other.model_fields["kind"].default) for other in others if key in other.model_fields]
+    belongs = [other.called() for other in others if key in other.model_fields]
     if belongs:
-        return f"it belongs to a model of kind '{belongs[0]}'"
+        return f"it belongs to {belongs[0]}"
     known = list(dict.fromkeys(name for m in chosen for name in m.model_fields))
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
     return f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
@@ -273,7 +278,7 @@ def _follow(
     model: type[StrictModel], location: tuple[Any, ...], data: Any
 ) -> tuple[list[str], list[type[StrictModel]], list[type[StrictModel]]]:
     """The keys of an error's location as the file has them, the models that have the last of them, and those that
-    could have been in their place. Which of several models a value is of, its `kind` tells."""
+    could have been in their place. Which of several models a value is of, its `kind` or `name` tells."""
     keys: list[str] = []
     models, left = [model], list[type[StrictModel]]()
     holders, others = models, left

@@ -12,9 +12,11 @@ from torch import nn
 from axonn.config.train_config import FloatType, LearningRateConfig, PrecisionConfig, ScheduleConfig, TrainConfig
 from axonn.data.text import TextData
 from axonn.device.devices import on_device
+from axonn.errors import ConfigError
 from axonn.inter_layer.stage import StageChunk, initialise
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.gpt.gpt_model import GPT
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.tensor import TensorContext
 from baselines.ranks.mixed import HALF, MixedAdamW
 
@@ -40,6 +42,7 @@ def beyond(
     scheduled = config.grid.inter > 1 and config.schedule not in (ScheduleConfig(), schedule)
     asked = {
         f"schedule {config.schedule.name} as it is configured": scheduled,
+        f"optimizer.name {optimizer.name}": optimizer.name != "adamw",
         "optimizer.placement offloaded": optimizer.placement != "device",
         "data.held_out": config.data.held_out > 0,
         "evaluation": config.evaluation is not None,
@@ -68,8 +71,10 @@ class Optimizer(Protocol):
 
 
 def adamw_settings(config: TrainConfig) -> dict[str, Any]:
-    """The configured AdamW, as `torch.optim.AdamW` takes it."""
+    """The configured AdamW, as `torch.optim.AdamW` takes it. Raises `ConfigError` for another optimizer."""
     o = config.optimizer
+    if not isinstance(o, AdamWConfig):
+        raise ConfigError(f"the baselines train with AdamW, not {o.name}; remove optimizer.name")
     return {"lr": o.lr, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
 
 
