@@ -16,7 +16,8 @@ from axonn.training.run_outcome import Outcome
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment, load_model
 from experiments.runner import points_of
-from plots.figure import gather, make_figure
+from plots.figure import make_figure
+from plots.figure_records import gather
 from plots.figures import fig5
 
 FIG5 = ROOT / "experiments" / "fig5.yaml"

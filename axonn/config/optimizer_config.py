@@ -14,9 +14,9 @@ DEFAULT_ALGORITHM = "adamw"
 
 
 class LearningRateConfig(StrictModel):
-    """How the learning rate goes: up to `optimizer.lr` over `warmup` batches, then on as `name` says.
+    """Learning-rate schedule: up to `optimizer.lr` over `warmup` batches, then on as `name` says.
 
-    linear and cosine come down to `final` x lr at batch number `decay_until` (default: the end of the run) and stay.
+    linear and cosine decay to `final` x lr at batch number `decay_until` (default: the end of the run) and stay there.
     """
 
     name: Literal["constant", "linear", "cosine"] = "constant"
@@ -33,8 +33,8 @@ class OptimizerConfig(StrictModel):
 
     With placement "offloaded" (the memory optimisation) master weights and state lie in host memory, and the step
     streams them through `buckets_resident` buckets of `bsize` elements on the device. Gradients are all-reduced in
-    chunks of `k` buckets, the optimizer running on one chunk while the next is reduced; `k: null` makes one chunk of
-    all. `clip_norm` is the largest allowed norm of the gradient of the whole model.
+    chunks of `k` buckets, and the optimizer runs on one chunk while the next is reduced; `k: null` makes all buckets
+    one chunk. `clip_norm` is the largest allowed norm of the gradient of the whole model.
     """
 
     name: str

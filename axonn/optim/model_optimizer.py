@@ -257,8 +257,8 @@ class ModelOptimizer:
         )
 
     def state_tensors(self) -> dict[str, LocalShard]:
-        """ "master.NAME" and, for each state tensor of the algorithm, "STATE.NAME" of each parameter: its part here, where
-        it lies.
+        """ "master.NAME" and, for each state tensor of the algorithm, "STATE.NAME" of each parameter: its part here,
+        where it lies.
 
         After writing into them call `state_loaded`.
         """
