@@ -154,8 +154,8 @@ def compare(entries: Iterable[ComparedRun], base: str, *, with_busy: bool = Fals
     for kind in get_args(RecordKind):
         works = dict.fromkeys(entry.work for entry in entries if entry.kind == kind)
         for work in works:
-            mine = [e for e in entries if e.kind == kind and e.work == work]
-            lines += _lines(mine, base, with_busy=with_busy)
+            same_work = [e for e in entries if e.kind == kind and e.work == work]
+            lines += _lines(same_work, base, with_busy=with_busy)
     if any(line.busy for line in lines) and not any(line.ratio is not None and not line.base for line in lines):
         raise RecordError(
             "nothing to compare but what was measured while the machine was busy with other work; measure it anew when "
@@ -174,17 +174,17 @@ def _lines(entries: Sequence[ComparedRun], base: str, *, with_busy: bool) -> lis
     for entry in entries:
         runs.setdefault((entry.framework, entry.variant), []).append(entry)
     if not with_busy:
-        runs = {way: [e for e in some if not e.busy] or some for way, some in runs.items()}
-    busy = {way: all(e.busy for e in some) for way, some in runs.items()}
+        runs = {way: [e for e in group if not e.busy] or group for way, group in runs.items()}
+    busy = {way: all(e.busy for e in group) for way, group in runs.items()}
     excluded = {way for way, is_busy in busy.items() if is_busy and not with_busy}
-    times = {way: [e.seconds for e in some if e.seconds is not None] for way, some in runs.items()}
+    times = {way: [e.seconds for e in group if e.seconds is not None] for way, group in runs.items()}
     medians = {way: median(seconds) if seconds else None for way, seconds in times.items()}
     of_base = (s for way, s in medians.items() if way[0] == base and s is not None and way not in excluded)
     fastest = min(of_base, default=None)
     lines = [
         ComparedTime(
-            kind=some[0].kind,
-            work=some[0].work,
+            kind=group[0].kind,
+            work=group[0].work,
             framework=way[0],
             variant=way[1],
             runs=len(times[way]),
@@ -192,9 +192,9 @@ def _lines(entries: Sequence[ComparedRun], base: str, *, with_busy: bool) -> lis
             ratio=None if fastest is None or seconds is None or way in excluded else seconds / fastest,
             base=way[0] == base,
             busy=busy[way],
-            failure=next((e.failure for e in some if e.failure is not None), None) if seconds is None else None,
+            failure=next((e.failure for e in group if e.failure is not None), None) if seconds is None else None,
         )
-        for way, some in runs.items()
+        for way, group in runs.items()
         for seconds in (medians[way],)
     ]
     return sorted(lines, key=lambda line: (not line.base, line.seconds is None, line.seconds or 0.0))
@@ -208,8 +208,8 @@ def behind(lines: Sequence[ComparedTime], above: float) -> list[str]:
     for line in lines:
         if line.ratio is not None and not line.base:
             others.setdefault((line.kind, line.work), []).append((line.ratio, line))
-    for some in others.values():
-        ratio, best = min(some, key=lambda one: one[0])
+    for rivals in others.values():
+        ratio, best = min(rivals, key=lambda one: one[0])
         if 1 / ratio > above:
             where = f"{best.kind}, {best.title}"
             slower.append(f"{where}: {1 / ratio:.3f} of the time of {best.framework}, more than {above:g}")

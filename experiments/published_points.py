@@ -42,6 +42,7 @@ class PublishedRatio:
 
     @property
     def gpus(self) -> int:
+        """Number of GPUs of both points."""
         return self.faster.gpus
 
 

@@ -41,6 +41,7 @@ class MeasuredPoint:
 
     @property
     def ranks(self) -> int:
+        """Number of ranks of the grid."""
         return self.config.grid.size
 
     @property
@@ -55,10 +56,12 @@ class MeasuredPoint:
 
     @property
     def record_file(self) -> Path:
+        """File of the point's record."""
         return MEASURED / f"{self.name}.json"
 
     @property
     def folder(self) -> Path:
+        """Run folder of the point."""
         return RUNS / self.name
 
     def finished_record(self) -> Record | None:

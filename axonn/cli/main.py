@@ -25,9 +25,9 @@ app = typer.Typer(
 
 def commands() -> dict[str, Callable[..., None]]:
     """Return all commands by name: those of the engine, and those that the packages above it register."""
-    ours = {command.__name__: command for command in (train, export, doctor)}
+    engine_commands = {command.__name__: command for command in (train, export, doctor)}
     registered = sorted(entry_points(group="axonn.commands"), key=lambda entry: entry.name)
-    return ours | {entry.name: entry.load() for entry in registered}
+    return engine_commands | {entry.name: entry.load() for entry in registered}
 
 
 def _explained(command: Callable[..., None]) -> Callable[..., None]:

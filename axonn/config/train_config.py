@@ -100,14 +100,14 @@ class PrecisionConfig(StrictModel):
 
 
 class EvaluationConfig(StrictModel):
-    """Evaluate on `batches` held-out batches after `every` batches of training."""
+    """Evaluation on `batches` held-out batches, after every `every` batches of training."""
 
     every: int = Field(ge=1)
     batches: int = Field(default=1, ge=1)
 
 
 class CheckpointConfig(StrictModel):
-    """Save a checkpoint after `every` batches and at the end, and keep the last `keep` of them."""
+    """Checkpoints, saved after every `every` batches and at the end; the last `keep` of them stay."""
 
     every: int = Field(ge=1)
     keep: int = Field(default=2, ge=1)

@@ -1,4 +1,4 @@
-"""The record of a run of this suite's own ranks, from its outcome and its spans, here or on a cluster."""
+"""Record of a run of this suite's own ranks, from its outcome and its spans, on this machine or on a cluster."""
 
 from __future__ import annotations
 

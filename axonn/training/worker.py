@@ -103,6 +103,7 @@ def _set_final_state(
 
 
 def main() -> None:
+    """Train on this rank, and end the process with its exit status."""
     from axonn.distributed.runtime import launched_as
 
     folder = Path(sys.argv[1])

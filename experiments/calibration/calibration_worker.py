@@ -51,6 +51,7 @@ class CalibrationJob:
 
 
 def main() -> None:
+    """Measure on this rank."""
     from axonn.device.devices import rank_device
     from axonn.distributed.runtime import connect, launched_as
     from axonn.grid import ProcessGrid

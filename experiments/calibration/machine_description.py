@@ -26,7 +26,7 @@ from experiments.calibration.host_costs import host_times, small
 _LIBRARIES: tuple[tuple[Library, str], ...] = (("mpi", "mpi"), ("nccl", "torch"))
 """Messaging libraries, each with the transport that uses it."""
 QuantityMaker: TypeAlias = Callable[..., dict[str, Any]]
-"""Makes a quantity of a machine file from value, unit and, optionally, how it was measured."""
+"""A function that makes a quantity of a machine file from value, unit and, optionally, how it was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,14 +88,17 @@ class Compared:
 
     @property
     def predicted(self) -> float:
+        """Mean of the predictions."""
         return mean(prediction.batch_time_s for prediction in self.predictions)
 
     @property
     def error_pct(self) -> float:
+        """Error of the prediction, percent of the measurement."""
         return 100 * (self.predicted / self.measured - 1)
 
     @property
     def constant_error_pct(self) -> float:
+        """Error of the constant-rate prediction, percent of the measurement."""
         return 100 * (self.constant / self.measured - 1)
 
 

@@ -219,9 +219,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _end_ranks(folder: Path, ranks: int, *, session_id: int) -> None:
     """End ranks that have outlived their launcher: each has its own process group, in the launcher's session."""
-    ours = {pid for rank in range(ranks) if isinstance(pid := rank_state(folder, rank).get("pid"), int)}
+    pids = {pid for rank in range(ranks) if isinstance(pid := rank_state(folder, rank).get("pid"), int)}
     end = time.monotonic() + _GRACE_S
-    while time.monotonic() < end and (left := {pid for pid in ours if _is_of(pid, session_id)}):
+    while time.monotonic() < end and (left := {pid for pid in pids if _is_of(pid, session_id)}):
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
