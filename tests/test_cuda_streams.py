@@ -19,6 +19,7 @@ from axonn.engine import Engine
 from axonn.grid import ProcessGrid
 from axonn.models.registry import make_model
 from axonn.optim.algorithms.adamw import AdamWConfig
+from axonn.optim.algorithms.sgd import SGDConfig
 from axonn.schedules import Direction, ScheduleSpec
 from axonn.spans import SpanRecorder
 from tests.cuda_standin import DEVICE, Gpu, HostWaits, Race, StandInCollectives, Stream, standing_in
@@ -135,6 +136,8 @@ def test_messages_through_host_memory_are_in_order(monkeypatch: pytest.MonkeyPat
         (SINGLE, {"precision": PrecisionConfig(compute="float32"), "dropout": 0.1}),
         (SINGLE, {"activation_checkpointing": "auto", "dropout": 0.1}),
         (SINGLE, {"model": "unet", "dropout": 0.1}),
+        (SINGLE, {"optimizer": SGDConfig(placement="offloaded", bsize=1500)}),
+        (SINGLE, {"optimizer": SGDConfig(), "precision": PrecisionConfig(compute="float16")}),
         (ProcessGrid(data=2), {"optimizer": AdamWConfig(bsize=700, k=2)}),
         (ProcessGrid(data=2), {"optimizer": AdamWConfig(placement="offloaded", bsize=700, k=2)}),
         (ProcessGrid(col=2), {"overdecomposition": 1}),

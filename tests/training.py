@@ -35,6 +35,7 @@ from axonn.placement import Placement
 from axonn.schedules import ScheduleSpec
 from axonn.spans import SpanRecorder
 from axonn.tensor import TensorContext
+from tests.optimizing import torch_optimizer
 
 STEPS = 5
 ROWS = 4
@@ -311,8 +312,7 @@ def _serial(**keys: Any) -> Outcome:
     model, modules, named = serial_model(case, context)
     for name, parameter in named.items():
         fill(parameter, model.initial(name), name=name, seed=SEED)
-    o = case.optimizer
-    optimizer = torch.optim.AdamW(named.values(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    optimizer = torch_optimizer(case.optimizer, named.values())
     outcome = Outcome()
 
     def loss_of(step: int, *, training: bool) -> torch.Tensor:
