@@ -28,7 +28,7 @@ from axonn.tensor.layers.layer import TensorLayer
 def part_of(whole: torch.Tensor, placement: Placement, context: TensorContext) -> torch.Tensor:
     """This rank's part of a parameter, as a tensor of its own."""
     part = whole.new_empty(placement.local_shape(context.grid))
-    for local, of_whole in placement.pieces(context.grid, context.here):
+    for local, of_whole in placement.pieces(context.grid, context.coordinates):
         part[local] = whole[of_whole]
     return part
 

@@ -196,7 +196,7 @@ class UNet:
     def check(self, grid: ProcessGrid) -> None:
         layers: dict[tuple[str, int, TensorAxis], list[str]] = {}
         for requirement in self._requirements():
-            layers.setdefault((requirement.what, requirement.size, requirement.axis), []).append(requirement.layer)
+            layers.setdefault((requirement.quantity, requirement.size, requirement.axis), []).append(requirement.layer)
         check_fit(grid, *(Requirement(_listed(names), *rest) for rest, names in layers.items()))
 
     def initial(self, name: str) -> Initial:

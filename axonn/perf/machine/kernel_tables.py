@@ -134,7 +134,7 @@ def _known_stream(name: str) -> str:
     return name
 
 
-AttentionWay = Literal["forward", "backward", "causal-forward", "causal-backward"]
+AttentionVariant = Literal["forward", "backward", "causal-forward", "causal-backward"]
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -152,7 +152,7 @@ class MeasuredKernels(StrictModel):
     status: Literal["measured"] = "measured"
     products: dict[Role, ProductTable]
     convolutions: dict[Role, ConvolutionTable] = {}
-    attention: dict[AttentionWay, AttentionTable] = {}
+    attention: dict[AttentionVariant, AttentionTable] = {}
     streams: dict[Annotated[str, AfterValidator(_known_stream)], StreamTable] = {}
 
     def model_post_init(self, context: Any) -> None:
@@ -180,10 +180,10 @@ class MeasuredKernels(StrictModel):
                 c = operation
                 return self.convolutions[c.role].at(c.images, c.inputs, c.outputs, c.size, c.kernel)
             case AttentionKernel(matrices, rows, width, causal, False, backward):
-                way: AttentionWay = "backward" if backward else "forward"
+                variant: AttentionVariant = "backward" if backward else "forward"
                 if causal:
-                    way = "causal-backward" if backward else "causal-forward"
-                return self.attention[way].at(matrices, rows, width) if way in self.attention else None
+                    variant = "causal-backward" if backward else "causal-forward"
+                return self.attention[variant].at(matrices, rows, width) if variant in self.attention else None
             case MemoryBoundKernel("bias"):
                 return 0.0
             case MemoryBoundKernel(kind, elements) if kind in self.streams:

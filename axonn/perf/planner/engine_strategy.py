@@ -29,7 +29,7 @@ _ENGINE = {
 }
 """Fields of a strategy that are fixed in the engine."""
 _TENSOR_ONLY = frozenset({"partition_messages", "overlap_input_gradients", "sequence_parallel"})
-"""Those of them that have no effect without tensor parallelism."""
+"""Fields among them that have no effect without tensor parallelism."""
 
 
 def strategy_of_config(config: TrainConfig) -> Strategy:

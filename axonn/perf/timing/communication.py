@@ -69,12 +69,12 @@ class Volume(NamedTuple):
     bytes: float
 
 
-def recomputed(outline: ModelOutline, span: range, together: int) -> list[LayerCost]:
-    """Return the layers of a chunk (the links `span`) whose forward is recomputed, `together` blocks per checkpoint."""
-    return [layer for _, layer in recomputed_links(outline, span, together)]
+def recomputed(outline: ModelOutline, span: range, blocks_each: int) -> list[LayerCost]:
+    """Return the layers of a chunk (the links `span`) whose forward is recomputed, `blocks_each` per checkpoint."""
+    return [layer for _, layer in recomputed_links(outline, span, blocks_each)]
 
 
-def recomputed_links(outline: ModelOutline, span: range, together: int) -> list[tuple[int, LayerCost]]:
+def recomputed_links(outline: ModelOutline, span: range, blocks_each: int) -> list[tuple[int, LayerCost]]:
     """Return what `recomputed` does, each layer with the number of its link.
 
     The recomputation of a checkpoint ends as soon as the backward has all it needs, so the layers after the last one
@@ -83,8 +83,8 @@ def recomputed_links(outline: ModelOutline, span: range, together: int) -> list[
     """
     layers: list[tuple[int, LayerCost]] = []
     blocks = sorted({b for i in span if (b := outline.links[i].block) is not None})
-    for first in range(0, len(blocks), together):
-        links = [i for i in span if outline.links[i].block in blocks[first : first + together]]
+    for first in range(0, len(blocks), blocks_each):
+        links = [i for i in span if outline.links[i].block in blocks[first : first + blocks_each]]
         of_checkpoint = [(i, layer) for i in links for layer in outline.links[i].parts.values()]
         while of_checkpoint and not of_checkpoint[-1][1].saves:
             of_checkpoint.pop()

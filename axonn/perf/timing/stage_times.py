@@ -174,10 +174,10 @@ class _Times:
             for rows in self.rows:
                 segments = [] if task else [*self.start, *first]
                 ends, link = [0 for segment in segments if segment.exchange > 0], 0
-                for way, directed_layers in directions:
+                for direction, directed_layers in directions:
                     for i, layer in directed_layers:
                         link = i - span.start
-                        of_layer = self._of_layer(places, layer, rows, way)
+                        of_layer = self._of_layer(places, layer, rows, direction)
                         segments += of_layer
                         ends += [link for segment in of_layer if segment.exchange > 0]
                 task.append(joined(segments))
@@ -202,21 +202,21 @@ class _Times:
             case "none":
                 return []
 
-    def _of_layer(self, places: _Places, layer: LayerCost, rows: int, way: str) -> list[TaskSegment]:
-        key = (places.key, layer, rows, way)
+    def _of_layer(self, places: _Places, layer: LayerCost, rows: int, direction: str) -> list[TaskSegment]:
+        key = (places.key, layer, rows, direction)
         if key not in self._layers:
-            self._layers[key] = list(self._segments(places, layer, rows, way))
+            self._layers[key] = list(self._segments(places, layer, rows, direction))
         return self._layers[key]
 
-    def _segments(self, places: _Places, layer: LayerCost, rows: int, way: str) -> Iterator[TaskSegment]:
+    def _segments(self, places: _Places, layer: LayerCost, rows: int, direction: str) -> Iterator[TaskSegment]:
         work = work_of(layer, self.grid, rows)
-        if way == "weight":
+        if direction == "weight":
             yield TaskSegment(self._seconds(work.weight))
             return
-        forward = way == "forward"
+        forward = direction == "forward"
         exchanges = layer.forward(self.grid, rows) if forward else layer.backward(self.grid, rows)
         compute = self._seconds(work.forward if forward else work.backward)
-        weight = self._seconds(work.weight) if way == "backward" else 0.0
+        weight = self._seconds(work.weight) if direction == "backward" else 0.0
         overlap = self.strategy.overlap_input_gradients
         for exchange in exchanges:
             seconds = places.seconds(exchange)
