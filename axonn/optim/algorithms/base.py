@@ -53,9 +53,10 @@ class Algorithm(ABC, Generic[C]):
     ) -> None:
         """Update consecutive elements in place: `master`, and `states` in the order in which they are named.
 
-        All tensors have one dim, one length, the master type and one device; `gradient` may be used up. `rate`:
-        learning rate of this batch. `number`: of this update, from 1. `overflow`: float32 [], 1 where nothing is to
-        change; given only to a fused update.
+        All tensors have one dim, one length, the master type and one device; `gradient` may be used up. What is
+        allocated beside them, for as many elements, no memory model counts. `rate`: learning rate of this batch.
+        `number`: of this update, from 1. `overflow`: float32 [], 1 where nothing is to change; given only to a fused
+        update.
         """
 
     @property
