@@ -26,6 +26,7 @@ from axonn.inter_layer.stage import ParameterSpec, StageChunk, parameter_specs, 
 from axonn.models.base import PipelineModel
 from axonn.models.initialization import fill
 from axonn.observability.traffic import Traffic, TrafficMeter
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.optim.model_optimizer import ModelOptimizer
 from axonn.schedules import ScheduleSpec, StageSchedule, make_schedule
 from axonn.spans import SpanKind, SpanRecorder
@@ -115,7 +116,7 @@ class Engine:
         self.chunks = self._build_chunks(model, dtype, activation_checkpointing, limit=first.limit)
         """The modules of this rank."""
         self.specs: list[ParameterSpec] = parameter_specs(model, self.chunks, self.virtual_spans, self.layout)
-        self._optimizer = self._build_optimizer(model, optimizer or OptimizerConfig(), precision, steps=steps)
+        self._optimizer = self._build_optimizer(model, optimizer or AdamWConfig(), precision, steps=steps)
         if transport is not None:
             transport.spans = spans
         shards = sub_shards(overdecomposition, microbatch_size=microbatch_size, grid=grid)

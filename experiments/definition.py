@@ -17,9 +17,9 @@ from pydantic import Field
 
 from axonn.config.loading import LONGEST_NAME, Inside, Line, Name, is_plain, shortened
 from axonn.config.model_config import ModelConfig, validate_model
+from axonn.config.optimizer_config import AnyOptimizer
 from axonn.config.train_config import (
     FloatType,
-    OptimizerConfig,
     StrictModel,
     TrainConfig,
     load_yaml,
@@ -30,6 +30,7 @@ from axonn.errors import ConfigError, MachineError
 from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.observability.procfs import available_cores
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.perf.machine.machine_file import MachineFile, load_machine
 from axonn.perf.strategy import Strategy
 from axonn.training.places import ROOT, described_file, described_names
@@ -102,7 +103,7 @@ class MeasuredPanel(Policy):
     min_microbatches: int = Field(ge=1)
     max_ranks: int | None = Field(default=None, ge=1)
     seed: int = 0
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: AnyOptimizer = AdamWConfig()
 
 
 class MeasuredRuns(Policy):
@@ -239,7 +240,8 @@ def strategies_by_default(experiment: Experiment) -> list[str]:
 
 def _with_defaults(names: Iterable[str]) -> str:
     """Return a text of fields of a strategy with their defaults."""
-    plain = Strategy(grid=ProcessGrid(), microbatch_size=1).model_dump(mode="json")
+    strategy = Strategy(grid=ProcessGrid(), microbatch_size=1)
+    plain = strategy.model_dump(mode="json") | {"algorithm": strategy.algorithm}
     values = {name: plain[name]["name"] if name == "schedule" else plain[name] for name in names}
     return ", ".join(f"{name} {' '.join(v) if isinstance(v, list) else v}" for name, v in values.items())
 

@@ -54,7 +54,7 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def leaf_names(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Dotted names of all that a schema has."""
     for name, field in kind.model_fields.items():
-        inside = field.annotation
+        inside = getattr(field.annotation, "file_keys", field.annotation)
         if isinstance(inside, type) and issubclass(inside, BaseModel):
             yield from leaf_names(inside, f"{prefix}{name}.")
         else:

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 NUMERIC = [
     "accumulation",
     "agreement",
+    "algorithms",
     "combined",
     "compiled",
     "cut_parameters",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -18,6 +19,7 @@ from axonn.distributed.runtime import connect
 from axonn.distributed.transport import InProcessCollectives, InProcessWorld
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.stage import ParameterSpec
+from axonn.optim.algorithms.registry import ALGORITHMS
 from axonn.optim.model_optimizer import ModelMemory, ModelOptimizer, StepResult
 from axonn.placement import Cut, Placement
 from axonn.spans import Span, SpanRecorder
@@ -25,7 +27,12 @@ from tests.parts import part_of
 
 CPU = torch.device("cpu")
 # None is a default, so an option that gets lost shows.
-OPTIONS: dict[str, Any] = {"lr": 2e-3, "betas": (0.85, 0.98), "eps": 1e-7, "weight_decay": 0.05}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adamw": {"lr": 2e-3, "betas": (0.85, 0.98), "eps": 1e-7, "weight_decay": 0.05},
+    "sgd": {"lr": 2.0, "momentum": 0.8, "nesterov": True, "weight_decay": 0.05},
+}
+TORCH: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+"""PyTorch's own, by the name of the algorithm."""
 SHAPES = {"matrix": (7, 5), "bias": (3,), "scalar": (), "long": (41,)}
 TIED_SHAPE = (4, 6)
 CUT: dict[str, tuple[tuple[int, ...], tuple[Cut, ...]]] = {
@@ -61,6 +68,7 @@ class Case:
     tied: bool = False
     steps: int = 4
     precision: str = "float64"
+    algorithm: str = "adamw"
     options: dict[str, Any] = field(default_factory=dict)
     spike: tuple[int, int, float] | None = None
     """(step, rank, value): what one element of one gradient of one rank then is, loss scale included."""
@@ -71,7 +79,8 @@ class Case:
 
     @property
     def config(self) -> OptimizerConfig:
-        return OptimizerConfig(**(OPTIONS | {"bsize": 16, "k": 2} | self.options))
+        own = OPTIONS[self.algorithm] | {"bsize": 16, "k": 2} | self.options
+        return ALGORITHMS[self.algorithm].config(name=self.algorithm, **own)
 
 
 @dataclass
@@ -217,10 +226,17 @@ def optimize_over_gloo(comm: Any, case: Case) -> Outcome:
 
 @dataclass
 class Reference:
-    """torch's AdamW on the whole model in float64, with each gradient summed over replicas and tied stages."""
+    """torch's optimizer on the whole model in float64, with each gradient summed over replicas and tied stages."""
 
     weights: dict[str, torch.Tensor]
     norms: list[float]
+
+
+def torch_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """PyTorch's own, with the hyperparameters of `config`."""
+    own = type(config).model_fields.keys() - OptimizerConfig.model_fields.keys() | {"lr"}
+    optimizer: torch.optim.Optimizer = TORCH[config.name](parameters, **{key: getattr(config, key) for key in own})
+    return optimizer
 
 
 def reference(case: Case) -> Reference:
@@ -228,7 +244,7 @@ def reference(case: Case) -> Reference:
     for stage in range(case.inter):
         for name, placement in placements_of(case, stage).items():
             parameters.setdefault(name, nn.Parameter(random_value(placement.shape, "weight", name).clone()))
-    optimizer = torch.optim.AdamW(parameters.values(), **OPTIONS)
+    optimizer = torch_optimizer(case.config, parameters.values())
     clip = case.config.clip_norm
     norms = []
     for step in range(case.steps):

@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 
 from axonn.checkpoint.checkpoints import Checkpoint, clean, latest
-from axonn.config.train_config import CheckpointConfig, DataConfig, EvaluationConfig, OptimizerConfig, TrainConfig
+from axonn.config.train_config import CheckpointConfig, DataConfig, EvaluationConfig, TrainConfig
 from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.weights_file import read_weights
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.training.loop import CHECKPOINTS
 from axonn.training.metrics import BATCHES, EVALUATIONS, read_rows
 from axonn.training.run_outcome import Outcome
@@ -47,7 +48,7 @@ def config_of(grid: ProcessGrid) -> TrainConfig:
         grid=grid,
         batch_size=8,
         microbatch_size=2,
-        optimizer=OptimizerConfig(clip_norm=1.0),
+        optimizer=AdamWConfig(clip_norm=1.0),
         data=DataConfig(path=str(TEXT)),
         checkpoints=CheckpointConfig(every=3),
         evaluation=EvaluationConfig(every=10),

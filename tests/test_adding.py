@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import yaml
+from pydantic import Field
 from torch import nn
 
 from axonn import schedules, tensor
@@ -17,6 +20,7 @@ from axonn.autoparallel.layer_kinds import KINDS, Place
 from axonn.autoparallel.layer_kinds.linear_kind import LinearKind
 from axonn.config import model_config
 from axonn.config.model_config import validate_model
+from axonn.config.optimizer_config import OptimizerConfig
 from axonn.config.train_config import PrecisionConfig, ScheduleConfig, TrainConfig, load_yaml, validate
 from axonn.distributed.transport import InProcessCollectives, InProcessTransport, InProcessWorld
 from axonn.engine import Engine
@@ -24,8 +28,12 @@ from axonn.errors import ConfigError, LaunchError
 from axonn.grid import ProcessGrid
 from axonn.models.registry import make_model, outline_of
 from axonn.observability.records import read_records
+from axonn.optim.algorithms import registry
+from axonn.optim.algorithms.base import Algorithm
 from axonn.perf.pipeline.simulator import simulate
 from axonn.perf.planner.closed_form import most_held
+from axonn.perf.planner.engine_strategy import strategy_of_config
+from axonn.perf.timing.memory_model import model_state_bytes
 from axonn.schedules import ScheduleSpec, StaticOrder, Task, make_schedule
 from axonn.schedules.base import Kind
 from axonn.training import framework
@@ -33,9 +41,15 @@ from axonn.training.framework import Adapter, Capabilities, Framework, adapter_n
 from experiments import predictor
 from experiments.cluster_work import ClusterWork
 from jobscripts import launchers, schedulers
+from tests import optimizing
 from tests.command_line import CommandLine
+from tests.comparing import check_every_rank
 from tests.outside.residual_mlp.residual_mlp_config import ResidualMLPConfig
 from tests.parallelizing import check
+from tests.training import Case as Training
+from tests.training import train, train_in_process
+
+MODEL = {"name": "small", "layers": 2, "hidden": 8, "heads": 2, "seq_len": 4, "vocab": 16}
 
 # --- a schedule
 
@@ -175,6 +189,84 @@ def test_a_mistake_in_the_file_of_an_architecture_is_explained() -> None:
         validate(train, TrainConfig, where="mine.yaml")
     with pytest.raises(ConfigError, match=r"kind being 'gpt' \(the default\) or 'residual-mlp' or 'unet'"):
         validate_model({"kind": "mlp"}, where="mlp.yaml")
+
+
+# --- an elementwise optimizer
+
+
+class AdagradConfig(OptimizerConfig):
+    """Adagrad without decay of the rate."""
+
+    name: Literal["adagrad"] = "adagrad"
+    eps: float = Field(default=1e-10, gt=0)
+
+
+class Adagrad(Algorithm[AdagradConfig]):
+    """In operations of PyTorch that know nothing of an overflow (Duchi et al., JMLR 2011)."""
+
+    config = AdagradConfig
+    states = ("sum",)
+    kernel = "adagrad"
+    separate_bytes = 56
+
+    def update(
+        self,
+        config: AdagradConfig,
+        master: torch.Tensor,
+        gradient: torch.Tensor,
+        states: Sequence[torch.Tensor],
+        *,
+        rate: float,
+        number: int,
+        overflow: torch.Tensor | None,
+    ) -> None:
+        assert overflow is None
+        (total,) = states
+        total.addcmul_(gradient, gradient)
+        master.addcdiv_(gradient, total.sqrt().add_(config.eps), value=-rate)
+
+
+@pytest.fixture
+def _adagrad(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.ALGORITHMS, "adagrad", Adagrad())
+    # Where the tests have the reference.
+    monkeypatch.setitem(optimizing.TORCH, "adagrad", torch.optim.Adagrad)
+    monkeypatch.setitem(optimizing.OPTIONS, "adagrad", {"lr": 2e-3, "eps": 1e-7})
+
+
+@pytest.mark.usefixtures("_adagrad")
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_an_optimizer_trains_on_two_ranks_as_a_plain_loop_does(offloaded: bool) -> None:
+    # A large eps: elsewhere Adagrad's first step would make rounding errors as large as gradients.
+    training = Training(optimizer=AdagradConfig(lr=0.01, eps=1e-3), microbatches=2, offloaded=offloaded, clip=0.05)
+    check_every_rank(training, [train(training, 0, None, None)])
+    for grid in ({"data": 2}, {"inter": 2}, {"col": 2}):
+        case = replace(training, **grid)  # type: ignore[arg-type]
+        check_every_rank(case, train_in_process(case))
+
+
+@pytest.mark.usefixtures("_adagrad")
+def test_an_optimizer_is_configured_skipped_saved_and_counted_as_the_others_are() -> None:
+    plain = {"grid": {}, "model": MODEL, "batch_size": 8, "microbatch_size": 2, "optimizer": {"name": "adagrad"}}
+    config = validate(plain, TrainConfig, where="test")
+    assert config.optimizer == AdagradConfig()
+    with pytest.raises(ConfigError, match=r"unknown key 'optimizer\.epps'; did you mean 'eps'"):
+        validate(plain | {"optimizer": {"name": "adagrad", "epps": 1}}, TrainConfig, where="test")
+    strategy = strategy_of_config(config)
+    assert strategy.algorithm == "adagrad"
+    for placement in ("device", "offloaded"):
+        case = optimizing.Case(
+            algorithm="adagrad", precision="float16", spike=(1, 0, math.inf), options={"placement": placement}
+        )
+        outcome = optimizing.optimize(case)
+        assert [result.applied for result in outcome.results] == [True, False, True, True]
+        assert optimizing.same_bits(outcome.states[0], outcome.states[1])
+        assert {name.partition(".")[0] for name in outcome.states[0]} == {"master", "sum"}
+        assert outcome.memory is not None
+        elements = sum(tensor.numel() for tensor in outcome.parameters[0].values())
+        sizes = {"bsize": 16, "buckets": 2, "algorithm": "adagrad"}
+        assert outcome.memory.device == model_state_bytes(elements, optimizer=placement, **sizes)  # type: ignore[arg-type]
+    assert {"adagrad", "adagrad-offloaded"} <= {*registry.update_streams()}
 
 
 # --- a layer

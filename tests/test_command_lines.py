@@ -129,7 +129,7 @@ def test_a_plan_says_what_it_hangs_on(axonn: CommandLine) -> None:
     assert {option for option in options if f"({option})" in line} == filled | {"--order", "--in-flight"}
     assert "batch 16384" in line
     told = ("--batch", 1024, "--precision", "float16", "--reserve", 0.1, "--pick", 1, "--in-flight", 12)
-    told = (*told, "--order", "data,inter,row,col", "--chunks", 1, "--placement", "loop")
+    told = (*told, "--order", "data,inter,row,col", "--chunks", 1, "--placement", "loop", "--algorithm", "adamw")
     status, printed, error = axonn(*PLAN, *PINNED, *schedule, *map(str, told))
     assert status == 0, error
     assert "by default" not in printed

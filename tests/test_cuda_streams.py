@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from axonn import engine as engine_module
-from axonn.config.train_config import OptimizerConfig, PrecisionConfig
+from axonn.config.train_config import PrecisionConfig
 from axonn.device.pinned_memory import pinned_zeros
 from axonn.device.streams import DeviceEvent, DeviceToHostCopy, Timeline
 from axonn.distributed.transport import Address, Decision, Message, MessageEdge, Transport
@@ -18,6 +18,8 @@ from axonn.distributed.transport.staging import StagedPath
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
 from axonn.models.registry import make_model
+from axonn.optim.algorithms.adamw import AdamWConfig
+from axonn.optim.algorithms.sgd import SGDConfig
 from axonn.schedules import Direction, ScheduleSpec
 from axonn.spans import SpanRecorder
 from tests.cuda_standin import DEVICE, Gpu, HostWaits, Race, StandInCollectives, Stream, standing_in
@@ -36,7 +38,7 @@ def engine_of(
 ) -> Engine:
     recorder = SpanRecorder(0) if spans else None
     options = {
-        "optimizer": OptimizerConfig(bsize=1500, clip_norm=1.0),
+        "optimizer": AdamWConfig(bsize=1500, clip_norm=1.0),
         "precision": PrecisionConfig(compute="bfloat16"),
         **options,
     }
@@ -128,14 +130,16 @@ def test_messages_through_host_memory_are_in_order(monkeypatch: pytest.MonkeyPat
     ("grid", "options"),
     [
         (SINGLE, {}),
-        (SINGLE, {"optimizer": OptimizerConfig(placement="offloaded", bsize=1500)}),
-        (SINGLE, {"optimizer": OptimizerConfig(placement="offloaded", bsize=1500, buckets_resident=1, clip_norm=0.1)}),
+        (SINGLE, {"optimizer": AdamWConfig(placement="offloaded", bsize=1500)}),
+        (SINGLE, {"optimizer": AdamWConfig(placement="offloaded", bsize=1500, buckets_resident=1, clip_norm=0.1)}),
         (SINGLE, {"precision": PrecisionConfig(compute="float16"), "tied": True}),
         (SINGLE, {"precision": PrecisionConfig(compute="float32"), "dropout": 0.1}),
         (SINGLE, {"activation_checkpointing": "auto", "dropout": 0.1}),
         (SINGLE, {"model": "unet", "dropout": 0.1}),
-        (ProcessGrid(data=2), {"optimizer": OptimizerConfig(bsize=700, k=2)}),
-        (ProcessGrid(data=2), {"optimizer": OptimizerConfig(placement="offloaded", bsize=700, k=2)}),
+        (SINGLE, {"optimizer": SGDConfig(placement="offloaded", bsize=1500)}),
+        (SINGLE, {"optimizer": SGDConfig(), "precision": PrecisionConfig(compute="float16")}),
+        (ProcessGrid(data=2), {"optimizer": AdamWConfig(bsize=700, k=2)}),
+        (ProcessGrid(data=2), {"optimizer": AdamWConfig(placement="offloaded", bsize=700, k=2)}),
         (ProcessGrid(col=2), {"overdecomposition": 1}),
         (ProcessGrid(row=2, col=2), {"overdecomposition": 2, "dropout": 0.1}),
         (ProcessGrid(data=2, row=2), {"overdecomposition": 2, "activation_checkpointing": 1}),

@@ -218,6 +218,7 @@ def test_every_field_of_a_strategy_has_been_thought_of() -> None:
         "overdecomposition",
         "overlap_input_gradients",
         "sequence_parallel",
+        "algorithm",
         "optimizer_kernels",
         "agree_on_overflow",
         "accumulate",

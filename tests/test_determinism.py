@@ -13,9 +13,10 @@ import torch
 from mpi4py import MPI
 
 from axonn.checkpoint.checkpoints import latest
-from axonn.config.train_config import CheckpointConfig, DataConfig, EvaluationConfig, OptimizerConfig
+from axonn.config.train_config import CheckpointConfig, DataConfig, EvaluationConfig
 from axonn.grid import ProcessGrid
 from axonn.models.weights_file import read_weights
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.training.resumption import CHECKPOINTS
 from axonn.training.supervision.supervisor import supervise
 from tests import training
@@ -180,7 +181,7 @@ def test_two_runs_leave_the_same_losses_and_weights(tmp_path: Path) -> None:
     config = tiny(
         steps=20,
         data=DataConfig(path=str(TEXT)),
-        optimizer=OptimizerConfig(clip_norm=1.0),
+        optimizer=AdamWConfig(clip_norm=1.0),
         evaluation=EvaluationConfig(every=5),
         checkpoints=CheckpointConfig(every=10),
     ).model_copy(update={"grid": ProcessGrid(data=2)})

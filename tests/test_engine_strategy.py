@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axonn.config.train_config import OptimizerConfig, ScheduleConfig, TrainConfig
+from axonn.config.train_config import ScheduleConfig, TrainConfig
 from axonn.errors import ConfigError, GridError
 from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.perf.planner.engine_strategy import config_of_strategy, strategy_of_config
 
 MODEL = GPTConfig(name="g", layers=8, hidden=64, heads=4, seq_len=32, vocab=64)
@@ -37,7 +38,7 @@ def test_a_strategy_has_what_the_engine_does() -> None:
 
 
 def test_one_chunk_of_all_gradients_has_all_buckets() -> None:
-    strategy = strategy_of_config(config(optimizer=OptimizerConfig(k=None, bsize=1000)))
+    strategy = strategy_of_config(config(optimizer=AdamWConfig(k=None, bsize=1000)))
     assert strategy.k * strategy.bsize >= MODEL.parameters
 
 
@@ -77,7 +78,7 @@ def test_a_strategy_that_the_engine_does_not_run_is_an_error(change: dict[str, A
             "transport": st.sampled_from(["mpi", "torch"]),
             "activation_checkpointing": st.sampled_from([None, 1, 2]),
             "optimizer": st.builds(
-                OptimizerConfig, placement=st.sampled_from(["device", "offloaded"]), k=st.integers(1, 9)
+                AdamWConfig, placement=st.sampled_from(["device", "offloaded"]), k=st.integers(1, 9)
             ),
             "overdecomposition": st.sampled_from([None, 1, 2]),
             "schedule": st.sampled_from([ScheduleConfig(), ScheduleConfig(name="1f1b"), ScheduleConfig(pick="1f1b")]),

@@ -14,6 +14,7 @@ import pytest
 from axonn.config.train_config import TrainConfig, validate
 from axonn.errors import AxonnError
 from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.perf.strategy import Strategy
 from axonn.training.framework import ClusterWork, Launch, adapter_names, load_adapter, load_framework
 from baselines.environments import Environment
@@ -64,6 +65,7 @@ VALUES: dict[str, Sequence[Any]] = {
     "blocking_messages": [True, False],
     "message_library": ["mpi", "nccl"],
     "partition_messages": [True, False],
+    "algorithm": ["sgd"],
     "optimizer": ["device", "offloaded", "sharded"],
     "bsize": [1000],
     "k": [7],
@@ -153,7 +155,7 @@ def test_every_setting_of_a_strategy_is_carried_out_or_refused(adapter: str) -> 
         settings = leaves(plain.strategy.model_dump(mode="json"))
         for key, values in VALUES.items():
             for value in values:
-                if value == settings[key] or key in WITHOUT_EFFECT.get(adapter, {}):
+                if value == settings.get(key) or key in WITHOUT_EFFECT.get(adapter, {}):
                     continue
                 if plain.strategy.optimizer != "offloaded" and key in ("bsize", "k", "buckets_resident"):
                     continue
@@ -220,6 +222,7 @@ ELSE: dict[str, Any] = {
     "schedule.pick": "1f1b",
     "schedule.chunks": 4,
     "schedule.placement": "v",
+    "optimizer.name": "sgd",
     "optimizer.clip_norm": 1.0,
     "optimizer.schedule.name": "cosine",
     "optimizer.schedule.warmup": 2,
@@ -245,7 +248,9 @@ TIED = {"pytorch/loop", "pytorch/ddp", "pytorch/fully-shard", "deepspeed/zero-1"
 
 
 def test_every_key_of_a_training_configuration_is_known_here() -> None:
-    names = {*(f"model.{key}" for key in GPTConfig.model_fields), *leaf_names(TrainConfig)} - {"model"}
+    defaults = {"model": GPTConfig, "optimizer": AdamWConfig}
+    names = {f"{part}.{key}" for part, kind in defaults.items() for key in leaf_names(kind)}
+    names |= {*leaf_names(TrainConfig)} - {"model"}
     assert names == CARRIED_OUT | set(ELSE)
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from axonn.checkpoint.checkpoints import latest
-from axonn.config.train_config import CheckpointConfig, DataConfig, OptimizerConfig
+from axonn.config.train_config import CheckpointConfig, DataConfig
 from axonn.distributed.transport import InProcessCollectives, InProcessTransport, InProcessWorld
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.non_finite import NotFinite
 from axonn.models.weights_file import read_weights
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.training.supervision.supervisor import supervise
 from tests.command_line import TEXT, tiny
 from tests.harming import IN_A_LAYER, harm_ranks
@@ -141,7 +142,7 @@ def spoiled_run(folder: Path, monkeypatch: pytest.MonkeyPatch, grid: ProcessGrid
         steps=6,
         checkpoints=CheckpointConfig(every=1, keep=9),
         data=DataConfig(path=str(TEXT)),
-        optimizer=OptimizerConfig(lr=1e-3),
+        optimizer=AdamWConfig(lr=1e-3),
     ).model_copy(update={"grid": ProcessGrid(data=grid.data, inter=grid.inter, row=grid.row, col=grid.col)})
     return supervise("axonn", config, folder / "run", timeout_s=250), folder / "run" / "checkpoints"
 

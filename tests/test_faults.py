@@ -17,9 +17,10 @@ import pytest
 
 import axonn.training.supervision.rank_watch
 import axonn.training.supervision.supervisor
-from axonn.config.train_config import DataConfig, OptimizerConfig
+from axonn.config.train_config import DataConfig
 from axonn.errors import LaunchError
 from axonn.grid import ProcessGrid
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.training.run_outcome import Outcome
 from axonn.training.supervision.supervisor import supervise
 from experiments import definition, runner
@@ -168,7 +169,7 @@ def test_a_stopped_rank_is_given_up_within_the_promise() -> None:
 
 
 def test_a_loss_that_is_not_a_number_is_a_failure_of_its_own(folder: Path) -> None:
-    outcome = supervise("axonn", tiny(optimizer=OptimizerConfig(lr=1e30)), folder, timeout_s=200)
+    outcome = supervise("axonn", tiny(optimizer=AdamWConfig(lr=1e30)), folder, timeout_s=200)
     assert outcome.failure is not None
     assert outcome.failure.cause == "nan"
     assert "lower optimizer.lr" in outcome.failure.detail

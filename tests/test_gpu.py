@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from axonn.config.train_config import OptimizerConfig, PrecisionConfig
+from axonn.config.train_config import PrecisionConfig
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.registry import make_model
+from axonn.optim.algorithms.registry import ALGORITHMS
+from axonn.optim.algorithms.sgd import SGDConfig
 from axonn.perf.timing.memory_model import model_state_bytes
 from axonn.spans import SpanKind, SpanRecorder, overlap
 from tests.comparing import check_every_rank
@@ -27,6 +29,7 @@ MODEL = GPTConfig(name="test", layers=4, hidden=512, heads=8, seq_len=256, vocab
 ALONE = [
     Case(device="cuda", microbatches=2, dropout=0.1),
     Case(device="cuda", microbatches=2, offloaded=True, clip=0.05, recompute=1),
+    Case(device="cuda", microbatches=2, offloaded=True, clip=0.05, optimizer=SGDConfig(lr=0.1, nesterov=True)),
     Case(device="cuda", microbatches=2, model_kind="unet", dropout=0.1),
     Case(device="cuda", microbatches=2, schedule="zero-bubble", tied=True),
 ]
@@ -50,8 +53,10 @@ def test_grids_whose_ranks_share_a_gpu_equal_serial_training(case: Case, pool: R
     check_every_rank(case, pool.run(train_over_mpi, case, ranks=case.grid.size))
 
 
-def engine_of(placement: Any = "device", spans: SpanRecorder | None = None, **options: Any) -> Engine:
-    config = OptimizerConfig(placement=placement, bsize=1_000_000, clip_norm=1.0, buckets_resident=2)
+def engine_of(
+    placement: Any = "device", spans: SpanRecorder | None = None, *, name: str = "adamw", **options: Any
+) -> Engine:
+    config = ALGORITHMS[name].config(name=name, placement=placement, bsize=1_000_000, clip_norm=1.0, buckets_resident=2)
     return Engine(
         make_model(MODEL),
         grid=ProcessGrid(),
@@ -71,8 +76,9 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("placement", ["device", "offloaded"])
-def test_no_operation_of_a_batch_waits_for_the_device(placement: str) -> None:
-    engine = engine_of(placement)
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_no_operation_of_a_batch_waits_for_the_device(name: str, placement: str) -> None:
+    engine = engine_of(placement, name=name)
     engine.train_batch(*batch())
     torch.cuda.set_sync_debug_mode("error")
     try:

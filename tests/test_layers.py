@@ -38,7 +38,8 @@ FLOORS: list[tuple[str, ...]] = [
     ("grid", "placement", "config.model_config"),
     ("schedules", "device"),
     ("distributed",),
-    ("config",),
+    # A configuration has the keys of the algorithm that it names.
+    ("config", "optim.algorithms"),
     ("checkpoint", "observability"),
     ("tensor",),
     ("perf.layers",),

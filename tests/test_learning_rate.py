@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axonn.config.train_config import LearningRateConfig, OptimizerConfig
+from axonn.config.train_config import LearningRateConfig
 from axonn.errors import ConfigError
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.optim.learning_rate import learning_rate
 
 
 def rates(batches: range, *, steps: int | None = None, **schedule: Any) -> list[float]:
-    config = OptimizerConfig(lr=2.0, schedule=LearningRateConfig(**schedule))
+    config = AdamWConfig(lr=2.0, schedule=LearningRateConfig(**schedule))
     return [learning_rate(config, batch, steps) for batch in batches]
 
 

@@ -170,6 +170,7 @@ def test_recomputation_of_several_layers() -> None:
         ({"grid": {"data": 2, "col": 2}, "order": ["col", "inter", "row", "data"]}, "order"),
         ({"grid": {"col": 2}, "overdecomposition": 2}, "overdecomposition"),
         ({"grid": {"inter": 2}, "partition": "work"}, "partition"),
+        ({"grid": {"inter": 2}, "algorithm": "sgd"}, "launched with AdamW, not sgd"),
         ({"grid": {}, "compute": "float64"}, "float64"),
         ({"grid": {}, "clip_norm": True}, "gradient_clipping"),
     ],

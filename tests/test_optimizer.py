@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from axonn.config.train_config import LearningRateConfig, OptimizerConfig, PrecisionConfig
+from axonn.config.train_config import LearningRateConfig, PrecisionConfig
 from axonn.device.streams import Timeline
 from axonn.distributed.collectives import (
     Call,
@@ -25,6 +25,7 @@ from axonn.distributed.collectives import (
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.stage import ParameterSpec
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.optim.model_optimizer import ModelOptimizer
 from axonn.perf.timing.memory_model import model_state_bytes, state_bytes
 from axonn.placement import Placement
@@ -63,7 +64,7 @@ def simple_optimizer(specs: list[ParameterSpec], precision: PrecisionConfig, **o
         grid=ProcessGrid(),
         rank=0,
         collectives=SerialCollectives(ProcessGrid(), 0),
-        config=OptimizerConfig(**options),
+        config=AdamWConfig(**options),
         precision=precision,
         initialise=initialise,
         timeline=Timeline(CPU, None),

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from mpi4py import MPI
 from torch import nn
 
-from axonn.config.train_config import OptimizerConfig, PrecisionConfig
+from axonn.config.train_config import PrecisionConfig
 from axonn.device.streams import Timeline
 from axonn.distributed.collectives import Call, Collectives
 from axonn.grid import AXES, Axis, ProcessGrid
 from axonn.inter_layer.stage import ParameterSpec
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.optim.model_optimizer import ModelOptimizer
 from axonn.perf.timing.memory_model import model_state_bytes, state_bytes
 from axonn.placement import Placement
@@ -236,7 +237,7 @@ def mixed_optimizer(collectives: Collectives, **options: Any) -> tuple[ModelOpti
         grid=GRID,
         rank=collectives.rank,
         collectives=collectives,
-        config=OptimizerConfig(**options),
+        config=AdamWConfig(**options),
         precision=PrecisionConfig(),
         initialise=ones,
         timeline=Timeline(CPU, None),

@@ -22,6 +22,7 @@ from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.registry import make_model
 from axonn.observability.phases import Phases, phases
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.perf.machine.machine_file import load_machine
 from axonn.perf.prediction import Prediction, predict
 from axonn.perf.strategy import Strategy
@@ -115,8 +116,8 @@ def test_predicted_phases_add_up_to_the_batch_where_nobody_waits() -> None:
 BATCHES = 6
 REAL = GPTConfig(name="real", layers=4, hidden=256, heads=4, seq_len=128, vocab=512)
 OPTIMIZERS = {
-    "G_inter 2": OptimizerConfig(),
-    "G_data 2, offloaded": OptimizerConfig(placement="offloaded", bsize=200_000, k=None),
+    "G_inter 2": AdamWConfig(),
+    "G_data 2, offloaded": AdamWConfig(placement="offloaded", bsize=200_000, k=None),
 }
 
 

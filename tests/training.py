@@ -30,10 +30,12 @@ from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.initialization import fill
 from axonn.models.registry import make_model
 from axonn.models.unet.unet_config import UNetConfig
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.placement import Placement
 from axonn.schedules import ScheduleSpec
 from axonn.spans import SpanRecorder
 from axonn.tensor import TensorContext
+from tests.optimizing import torch_optimizer
 
 STEPS = 5
 ROWS = 4
@@ -45,7 +47,7 @@ CHUNK = 4 * BSIZE
 """Elements that are reduced at once, unless a case says another k."""
 # None is a default, so an option that gets lost shows. Where a gradient is far below eps, Adam's step is proportional
 # to it; with the usual 1e-8 the step would be the sign of float32's rounding errors.
-OPTIMIZER = OptimizerConfig(lr=2e-3, betas=(0.85, 0.98), eps=1e-6, weight_decay=0.05)
+OPTIMIZER = AdamWConfig(lr=2e-3, betas=(0.85, 0.98), eps=1e-6, weight_decay=0.05)
 
 
 # Extents up to 4 divide it. Groups of norms lie across ranks, and across the seams of concatenated channels.
@@ -310,8 +312,7 @@ def _serial(**keys: Any) -> Outcome:
     model, modules, named = serial_model(case, context)
     for name, parameter in named.items():
         fill(parameter, model.initial(name), name=name, seed=SEED)
-    o = case.optimizer
-    optimizer = torch.optim.AdamW(named.values(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    optimizer = torch_optimizer(case.optimizer, named.values())
     outcome = Outcome()
 
     def loss_of(step: int, *, training: bool) -> torch.Tensor:

@@ -34,6 +34,8 @@ from axonn.errors import CheckpointError, ConfigError
 
 SCHEMA = "axonn-checkpoint/2"
 _STATE = "state.json"
+_WEIGHTS = "master"
+"""Kind of the weights among the tensors of an engine's state; the others are its optimizer's."""
 _READERS = 8
 
 
@@ -141,11 +143,24 @@ def load(
     ranks = RankGroup(group)
     state = read_state(checkpoint)
     stored = {name: tuple(tensor.shape) for name, tensor in stored_tensors(checkpoint).items()}
-    differences = compare_shapes(stored, ranks.shapes(tensors), have="the checkpoint", want="the model")
+    wanted = ranks.shapes(tensors)
+    have, want = _kinds(stored), _kinds(wanted)
+    if have != want and _WEIGHTS in have & want:
+        raise ConfigError(
+            f"{checkpoint}: is of another optimizer: it has {', '.join(sorted(have - want)) or 'less'}, and "
+            f"{', '.join(sorted(want - have)) or 'less'} is needed; set optimizer.name as it was, or start from its "
+            "weights alone (axonn export, then initial_weights)"
+        )
+    differences = compare_shapes(stored, wanted, have="the checkpoint", want="the model")
     if differences:
         raise ConfigError(f"{checkpoint}: is of another model: {differences}")
     read_shards(checkpoint, tensors, ranks)
     return state
+
+
+def _kinds(names: Iterable[str]) -> set[str]:
+    """Return the kinds of tensors in names that are KIND.PARAMETER, as those of an engine's state are."""
+    return {name.partition(".")[0] for name in names}
 
 
 def load_whole(checkpoint: Path | str, prefix: str) -> dict[str, torch.Tensor]:

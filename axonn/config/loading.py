@@ -43,6 +43,11 @@ class StrictModel(BaseModel):
         """Return whether plain `data` is meant for this one of several alternatives."""
         return True
 
+    @classmethod
+    def called(cls) -> str:
+        """Return the words for this one of several alternatives in a message."""
+        return cls.__name__
+
 
 M = TypeVar("M", bound=StrictModel)
 
@@ -264,9 +269,9 @@ def _found(value: Any) -> str:
 
 
 def _hint(key: str, chosen: list[type[StrictModel]], others: list[type[StrictModel]]) -> str:
-    belongs = [str(m.model_fields["kind"].default) for m in others if key in m.model_fields]
+    belongs = [m.called() for m in others if key in m.model_fields]
     if belongs:
-        return f"it belongs to a model of kind '{belongs[0]}'"
+        return f"it belongs to {belongs[0]}"
     known = list(dict.fromkeys(name for m in chosen for name in m.model_fields))
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
     return f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
@@ -276,7 +281,8 @@ def _follow(
     model: type[StrictModel], location: tuple[Any, ...], data: Any
 ) -> tuple[list[str], list[type[StrictModel]], list[type[StrictModel]]]:
     """Follow an error's location: return its keys as the file has them, the models that the last key belongs to, and
-    the models that could have been there instead. The `kind` of a value tells which of several models it is."""
+    the models that could have been there instead. The `kind` or `name` of a value tells which of several models it is.
+    """
     keys: list[str] = []
     models, left = [model], list[type[StrictModel]]()
     holders, others = models, left

@@ -76,6 +76,11 @@ class ModelConfig(StrictModel, ABC):
         kind: object = cls.model_fields["kind"].default
         return isinstance(data, dict) and data.get("kind", DEFAULT_KIND) == kind
 
+    @classmethod
+    def called(cls) -> str:
+        """Return the words for it in a message."""
+        return f"a model of kind '{cls.model_fields['kind'].default}'"
+
     def check_tensor_axes(self, *, row: int, col: int) -> None:
         """Raise `ConfigError` when the performance model cannot cut the layers this way; by default it can."""
 

@@ -8,7 +8,9 @@ from pydantic import Field, model_validator
 
 from axonn.config.loading import StrictModel, load_yaml, read_yaml, validate
 from axonn.config.model_config import AnyModel
+from axonn.config.optimizer_config import AnyOptimizer, LearningRateConfig, OptimizerConfig, OptimizerPlacement
 from axonn.grid import ProcessGrid
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.schedules import ChunkPlacement, ScheduleSpec
 
 __all__ = [
@@ -44,42 +46,6 @@ class ScheduleConfig(StrictModel):
     def spec(self) -> ScheduleSpec:
         """Return the specification that `make_schedule` takes."""
         return ScheduleSpec(**self.model_dump())
-
-
-class LearningRateConfig(StrictModel):
-    """Learning-rate schedule: up to `optimizer.lr` over `warmup` batches, then on as `name` says.
-
-    linear and cosine decay to `final` x lr at batch number `decay_until` (default: the end of the run) and stay there.
-    """
-
-    name: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: int = Field(default=0, ge=0)
-    decay_until: int | None = Field(default=None, ge=1)
-    final: float = Field(default=0.1, ge=0, le=1)
-
-
-OptimizerPlacement = Literal["device", "offloaded"]
-
-
-class OptimizerConfig(StrictModel):
-    """AdamW; the defaults are those of IPDPS'22, section VI-C.
-
-    With placement "offloaded" (the memory optimisation) master weights and moments lie in host memory, and the step
-    streams them through `buckets_resident` buckets of `bsize` elements on the device. Gradients are all-reduced in
-    chunks of `k` buckets, and the optimizer runs on one chunk while the next is reduced; `k: null` makes all buckets
-    one chunk. `clip_norm` is the largest allowed norm of the gradient of the whole model.
-    """
-
-    lr: float = Field(default=1e-3, gt=0)
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), strict=False)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-    clip_norm: float | None = Field(default=None, gt=0)
-    schedule: LearningRateConfig = LearningRateConfig()
-    placement: OptimizerPlacement = "device"
-    bsize: int = Field(default=4_000_000, ge=1)
-    k: int | None = Field(default=4, ge=1)
-    buckets_resident: int = Field(default=2, ge=1)
 
 
 class DataConfig(StrictModel):
@@ -164,7 +130,7 @@ class TrainConfig(StrictModel):
     batch_size: int = Field(ge=1)
     microbatch_size: int = Field(ge=1)
     schedule: ScheduleConfig = ScheduleConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: AnyOptimizer = AdamWConfig()
     data: DataConfig = DataConfig()
     precision: PrecisionConfig = PrecisionConfig()
     activation_checkpointing: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None

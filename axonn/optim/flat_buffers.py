@@ -41,9 +41,11 @@ class ReductionChunk:
 class FlatParameters:
     """One buffer of all parameters and one of all gradients, which the parameters of `specs` become views of.
 
-    Parameters that are partial along the same axes lie together. Gradients of `shared_with` parameters have a buffer of
-    their own. The contents of `parameters` are left to the caller. Raises `ConfigError` for a parameter that does not
-    have the compute type.
+    Parameters that are partial along the same axes lie together. The elements of one are consecutive and in the order
+    of its dims, in these and in all buffers of the optimizer's state: `entries` has its slice by its name and views it
+    in its shape, so that an algorithm can take whole matrices where buckets cut through them. Gradients of
+    `shared_with` parameters have a buffer of their own. The contents of `parameters` are left to the caller. Raises
+    `ConfigError` for a parameter that does not have the compute type.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The optimizer of one rank's parameters: mixed precision, loss scaling, chunked reduction, clipping and AdamW."""
+"""The optimizer of one rank's parameters: mixed precision, loss scaling, chunked reduction, clipping and the update."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch.optim.adamw import adamw
 
 from axonn.checkpoint.local_shard import LocalShard
 from axonn.config.train_config import OptimizerConfig, PrecisionConfig
@@ -15,6 +14,7 @@ from axonn.distributed.collectives import Collectives
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.stage import ParameterSpec
+from axonn.optim.algorithms.registry import algorithm_of
 from axonn.optim.flat_buffers import FlatParameters, cut, pieces, replicas
 from axonn.optim.learning_rate import learning_rate
 from axonn.optim.loss_scale import LossScale
@@ -84,7 +84,7 @@ class ModelMemory(NamedTuple):
 
 
 class ModelOptimizer:
-    """AdamW on the parameters of `specs`, in step with the optimizers of the other ranks of `grid`.
+    """The configured algorithm on the parameters of `specs`, in step with the optimizers of the other ranks of `grid`.
 
     The parameters, whose storage may be on the meta device or of any content, become views of one buffer on the
     device of `timeline`, and their gradients of another. `initialise(name, tensor)` fills master weights, which
@@ -118,11 +118,13 @@ class ModelOptimizer:
         device = timeline.device
         self._timeline = timeline
         self._flat = FlatParameters(specs, grid=grid, precision=precision, device=device)
+        self._algorithm = algorithm_of(config)
+        names = self._algorithm.states
         self._state: OptimizerState
         if config.placement == "offloaded":
-            self._state = OffloadedState(self._flat, precision, config, self._timeline)
+            self._state = OffloadedState(self._flat, precision, names, config, self._timeline)
         else:
-            self._state = ResidentState(self._flat, precision)
+            self._state = ResidentState(self._flat, precision, names)
         for entry in self._flat.entries:
             initialise(entry.spec.name, entry.view(self._state.master))
         self._round_masters()
@@ -135,8 +137,6 @@ class ModelOptimizer:
         self._replicas = replicas(self._flat, grid)
         self._scale = LossScale(precision)
         self._updates = 0
-        self._updates_before = torch.zeros((), dtype=torch.float32, device=device)
-        """Adam's count as `adamw` takes it, which adds one to it."""
 
     @property
     def loss_scale(self) -> float:
@@ -185,7 +185,13 @@ class ModelOptimizer:
             # As torch.nn.utils.clip_grad_norm_; NaN stays NaN.
             factor = factor * (self._config.clip_norm / (norm + 1e-6)).clamp_(max=1.0)
         self._updates += 1
-        self._update(reductions, rate, factor, overflow)
+        if overflow is None or self._algorithm.fused:
+            self._update(reductions, rate, factor, overflow)
+        elif DeviceToHostCopy(overflow).wait() == [0.0]:
+            self._update(reductions, rate, factor, None)
+        else:
+            for reduction in reductions:
+                reduction.wait()
         return Step(self._finish, overflow=overflow, norm=norm, learning_rate=rate, loss_scale=scale)
 
     def _finish(self, overflow: bool) -> None:
@@ -220,26 +226,16 @@ class ModelOptimizer:
             gradient = bucket.gradient.copy_(gradient)
         if isinstance(factor, torch.Tensor) or factor != 1.0:
             gradient.mul_(factor)
-        tensors = (bucket.master, gradient, bucket.exp_avg, bucket.exp_avg_sq)
         # The same bits wherever buckets begin: on every stage that holds a tied parameter, and on any number of them.
-        for master, reduced, exp_avg, exp_avg_sq in whole_vectors(tensors):
-            adamw(
-                [master],
-                [reduced],
-                [exp_avg],
-                [exp_avg_sq],
-                [],
-                [self._updates_before.fill_(self._updates - 1)],
-                fused=True,
-                # Where it is 1, nothing changes.
-                found_inf=None if overflow is None else overflow.view(()),
-                amsgrad=False,
-                beta1=self._config.betas[0],
-                beta2=self._config.betas[1],
-                lr=rate,
-                weight_decay=self._config.weight_decay,
-                eps=self._config.eps,
-                maximize=False,
+        for master, reduced, *states in whole_vectors((bucket.master, gradient, *bucket.states)):
+            self._algorithm.update(
+                self._config,
+                master,
+                reduced,
+                states,
+                rate=rate,
+                number=self._updates,
+                overflow=None if overflow is None else overflow.view(()),
             )
         if self._state.has_own_master:
             self._flat.parameters[part].copy_(bucket.master)
@@ -261,12 +257,13 @@ class ModelOptimizer:
         )
 
     def state_tensors(self) -> dict[str, LocalShard]:
-        """ "master.NAME", "exp_avg.NAME" and "exp_avg_sq.NAME" of each parameter: its part here, where it lies.
+        """ "master.NAME" and, for each state tensor of the algorithm, "STATE.NAME" of each parameter: its part here,
+        where it lies.
 
         After writing into them call `state_loaded`.
         """
         self._state.settle()
-        kinds = {"master": self._state.master, "exp_avg": self._state.exp_avg, "exp_avg_sq": self._state.exp_avg_sq}
+        kinds = {"master": self._state.master, **self._state.states}
         return {
             f"{kind}.{entry.spec.name}": LocalShard.placed(
                 entry.view(flat), entry.spec.placement, self._grid, self._here

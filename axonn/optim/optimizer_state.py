@@ -1,4 +1,4 @@
-"""Where master weights and Adam's moments lie, and how the step gets them one bucket at a time."""
+"""Where master weights and an algorithm's state lie, and how the step gets them one bucket at a time."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from axonn.spans import SpanKind
 class Bucket(NamedTuple):
     """Consecutive elements of the state, on the device.
 
-    `gradient`: room for the gradient in the master type; None where gradients already have that type.
+    `states`: in the order in which the algorithm names them. `gradient`: room for the gradient in the master type; None
+    where gradients already have that type.
     """
 
     master: torch.Tensor
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
+    states: Sequence[torch.Tensor]
     gradient: torch.Tensor | None
 
 
@@ -37,12 +37,15 @@ class StateBytes(NamedTuple):
 
 
 class OptimizerState(ABC):
-    """Flat master weights and moments of all elements, in the master type.
+    """Flat master weights and state tensors of all elements, in the master type.
 
-    `master` is the buffer of the parameters themselves where these have the master type.
+    `master` is the buffer of the parameters themselves where these have the master type. `names`: of the algorithm's
+    state tensors.
     """
 
-    def __init__(self, flat: FlatParameters, precision: PrecisionConfig, *, home: torch.device) -> None:
+    def __init__(
+        self, flat: FlatParameters, precision: PrecisionConfig, names: Sequence[str], *, home: torch.device
+    ) -> None:
         self._flat = flat
         self.dtype: torch.dtype = getattr(torch, precision.master_type)
         self.has_own_master = self.dtype != flat.parameters.dtype
@@ -54,8 +57,7 @@ class OptimizerState(ABC):
             return pinned_zeros(flat.elements, self.dtype)
 
         self.master = zeros() if self.has_own_master else flat.parameters
-        self.exp_avg = zeros()
-        self.exp_avg_sq = zeros()
+        self.states = {name: zeros() for name in names}
 
     @abstractmethod
     def stream(self, parts: Sequence[slice]) -> Iterator[Bucket]:
@@ -72,20 +74,20 @@ class OptimizerState(ABC):
     @property
     def stored(self) -> list[torch.Tensor]:
         """The flat buffers that are not the parameters'."""
-        return [*([self.master] if self.has_own_master else []), self.exp_avg, self.exp_avg_sq]
+        return [*([self.master] if self.has_own_master else []), *self.states.values()]
 
 
 class ResidentState(OptimizerState):
     """Everything on the device, with a whole copy of the gradients where these must be converted."""
 
-    def __init__(self, flat: FlatParameters, precision: PrecisionConfig) -> None:
-        super().__init__(flat, precision, home=flat.parameters.device)
-        self._gradient = torch.empty_like(self.exp_avg) if self.converts_gradients else None
+    def __init__(self, flat: FlatParameters, precision: PrecisionConfig, names: Sequence[str]) -> None:
+        super().__init__(flat, precision, names, home=flat.parameters.device)
+        self._gradient = torch.empty_like(self.master) if self.converts_gradients else None
 
     def stream(self, parts: Sequence[slice]) -> Iterator[Bucket]:
         for part in parts:
             gradient = None if self._gradient is None else self._gradient[part]
-            yield Bucket(self.master[part], self.exp_avg[part], self.exp_avg_sq[part], gradient)
+            yield Bucket(self.master[part], [state[part] for state in self.states.values()], gradient)
 
     def memory(self) -> StateBytes:
         return StateBytes(
@@ -107,10 +109,15 @@ class OffloadedState(OptimizerState):
     """
 
     def __init__(
-        self, flat: FlatParameters, precision: PrecisionConfig, config: OptimizerConfig, timeline: Timeline
+        self,
+        flat: FlatParameters,
+        precision: PrecisionConfig,
+        names: Sequence[str],
+        config: OptimizerConfig,
+        timeline: Timeline,
     ) -> None:
         device = flat.parameters.device
-        super().__init__(flat, precision, home=torch.device("cpu"))
+        super().__init__(flat, precision, names, home=torch.device("cpu"))
         self._timeline = timeline
         # A link carries both ways at once.
         self._inwards, self._outwards = timeline.side_stream(), timeline.side_stream()
@@ -138,9 +145,9 @@ class OffloadedState(OptimizerState):
     def _bucket(self, part: slice, number: int) -> Bucket:
         size = part.stop - part.start
         slot = [tensor[:size] for tensor in self._slots[number % len(self._slots)]]
-        master = slot[0] if self.has_own_master else self.master[part]
+        master = slot.pop(0) if self.has_own_master else self.master[part]
         gradient = self._gradients[number % len(self._slots)][:size] if self._gradients else None
-        return Bucket(master, slot[-2], slot[-1], gradient)
+        return Bucket(master, slot, gradient)
 
     def _load(self, part: slice, number: int) -> DeviceEvent:
         """Copy in, once the slot's last store is done, and so every store before it: also that of this part."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from axonn.config.model_config import ModelConfig
+from axonn.config.optimizer_config import DEFAULT_ALGORITHM
 from axonn.config.train_config import FloatType, ScheduleConfig, StrictModel
 from axonn.errors import ConfigError
 from axonn.grid import AXES, Axis, ProcessGrid
 from axonn.inter_layer.partition import partition_chunks
+from axonn.optim.algorithms.base import Algorithm
+from axonn.optim.algorithms.registry import ALGORITHMS, AlgorithmName
 from axonn.perf.layers.model_outline import ModelOutline, with_sequence_parallelism
 from axonn.perf.machine.machine_file import Library, MachineFile
 from axonn.schedules import ChunkLayout
@@ -40,7 +43,10 @@ class Strategy(StrictModel):
     partition_messages: bool = True
     """True if each tensor-parallel rank sends its shard of an activation, and the receivers all-gather the shards
     (Narayanan et al., SC 2021, section 4.1; also in DeepSpeed's pipeline). No effect without tensor parallelism."""
+    algorithm: AlgorithmName = DEFAULT_ALGORITHM
+    """Name of the optimizer's algorithm; left out of dumps where it is the default."""
     optimizer: OptimizerPlacement = "device"
+    """Where the optimizer's state lies."""
     bsize: int = Field(default=4_000_000, ge=1)
     """Bucket size of the offloaded optimizer, in elements."""
     k: int = Field(default=4, ge=1)
@@ -65,7 +71,8 @@ class Strategy(StrictModel):
     overlap_reduction: bool = False
     """True if that all-reduce overlaps the backward of the last microbatch (PyTorch's DistributedDataParallel)."""
     optimizer_kernels: Literal["fused", "separate"] = "fused"
-    """fused: Adam is one kernel, as in Apex; separate: one kernel per operation, as in plain PyTorch."""
+    """fused: the update is one kernel, as in Apex, if the algorithm has one; separate: one kernel per operation, as in
+    plain PyTorch."""
     clip_norm: bool = False
     """True if the gradient is clipped by its norm, at the cost of two more passes over it."""
     agree_on_overflow: Literal["before", "after", "never"] | None = None
@@ -78,6 +85,18 @@ class Strategy(StrictModel):
     def model_post_init(self, context: Any) -> None:
         if sorted(self.order) != sorted(AXES):
             raise ValueError(f"order {self.order} must name each of {AXES} once")
+
+    @model_serializer(mode="wrap")
+    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        plain: dict[str, Any] = handler(self)
+        if self.algorithm == DEFAULT_ALGORITHM:
+            plain.pop("algorithm", None)
+        return plain
+
+    @property
+    def update(self) -> Algorithm[Any]:
+        """The optimizer's algorithm."""
+        return ALGORITHMS[self.algorithm]
 
     @property
     def tensor(self) -> int:

@@ -120,9 +120,13 @@ def config_differences(checkpoint: Checkpoint, config: TrainConfig, data: Datase
     where = str(checkpoint.folder)
     saved = _flat(validate(checkpoint.state.config, TrainConfig, where=where))
     now = _flat(config)
+    keys = saved.keys() | now.keys()
+    if saved["optimizer.name"] != now["optimizer.name"]:
+        # The keys that only one of the two optimizers has follow from that.
+        keys -= {key for key in saved.keys() ^ now.keys() if key.startswith("optimizer.")}
     differences = [
         f"{key} was {_shown(saved.get(key))}, is {_shown(now.get(key))}"
-        for key in sorted(saved.keys() | now.keys())
+        for key in sorted(keys)
         if saved.get(key) != now.get(key) and key != "data.path" and not _is_free(key)
     ]
     if checkpoint.state.data_digest != data.digest:
@@ -255,6 +259,9 @@ def taken_by_default(config: TrainConfig) -> dict[str, str]:
     written = dict(dotted(config.model_dump(mode="json", exclude_unset=True)))
     defaults = {key: _shown(value) for key, value in _flat(config).items() if key not in written and not _is_free(key)}
     defaults.pop("model.kind", None)
+    if "name" in config.optimizer.model_fields_set:
+        # A dump leaves that of the default out.
+        defaults.pop("optimizer.name", None)
     return defaults | ({"data.path": config.model.default_data} if "data.path" in defaults else {})
 
 
@@ -265,6 +272,7 @@ def _is_free(key: str) -> bool:
 def _flat(config: TrainConfig) -> dict[str, Any]:
     """Return dotted keys and their values; settings that can be written in several ways are normalised."""
     values = resolved(config).model_dump(mode="json")
+    values["optimizer"]["name"] = config.optimizer.name
     rate = values["optimizer"]["schedule"]
     if rate["name"] == "constant":
         rate.pop("decay_until")

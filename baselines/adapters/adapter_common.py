@@ -19,6 +19,7 @@ from axonn.errors import LaunchError
 from axonn.inter_layer.stage import StageChunk, initialise
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.gpt.gpt_model import GPT
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.tensor import TensorContext
 from baselines.ranks.mixed import HALF, MixedAdamW
 
@@ -55,6 +56,7 @@ def unsupported(
     other_schedule = config.grid.inter > 1 and config.schedule not in (ScheduleConfig(), schedule)
     asked = {
         f"schedule {config.schedule.name} as it is configured": other_schedule,
+        f"optimizer.name {optimizer.name}": optimizer.name != "adamw",
         "optimizer.placement offloaded": optimizer.placement != "device",
         "data.held_out": config.data.held_out > 0,
         "evaluation": config.evaluation is not None,
@@ -83,8 +85,10 @@ class Optimizer(Protocol):
 
 
 def adamw_settings(config: TrainConfig) -> dict[str, Any]:
-    """Return the configured AdamW as arguments of `torch.optim.AdamW`."""
+    """Return the configured AdamW as arguments of `torch.optim.AdamW`. Raises `LaunchError` for another optimizer."""
     o = config.optimizer
+    if not isinstance(o, AdamWConfig):
+        raise LaunchError(f"the baselines train with AdamW, not {o.name}; remove optimizer.name")
     return {"lr": o.lr, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
-from axonn.config.train_config import OptimizerConfig, PrecisionConfig, ScheduleConfig, TrainConfig
+from axonn.config.train_config import PrecisionConfig, ScheduleConfig, TrainConfig
 from axonn.errors import ConfigError, LaunchError
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.registry import outline_of
@@ -127,7 +127,6 @@ class ReferenceAdapter(Adapter):
             batch_size=work.batch_size,
             microbatch_size=strategy.microbatch_size,
             schedule=ScheduleConfig(name="message-driven", in_flight_limit=strategy.grid.inter),
-            optimizer=OptimizerConfig(),
             precision=PrecisionConfig(compute=strategy.compute),
             activation_checkpointing=strategy.checkpoint_layers if strategy.recompute == "full" else None,
             steps=work.steps,
@@ -177,6 +176,7 @@ def _refusal(work: ClusterWork) -> str | None:
             grid.inter > 1 and schedule.in_flight_limit not in (None, grid.inter)
         ),
         "a sharded optimizer; set optimizer: device": strategy.optimizer == "sharded",
+        f"an optimizer '{strategy.algorithm}'; it is run with AdamW: remove algorithm": strategy.algorithm != "adamw",
         "selective recompute; set recompute to full or none": strategy.recompute == "selective",
         "gradient clipping; leave it out": work.gradient_clipping is not None,
         "training in float64; set compute: float32": strategy.compute == "float64",

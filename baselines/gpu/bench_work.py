@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from axonn.config.train_config import OptimizerConfig, StrictModel, TrainConfig, validate
+from axonn.config.train_config import StrictModel, TrainConfig, validate
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.unet.unet_config import UNetConfig
+from axonn.optim.algorithms.adamw import AdamWConfig
 
 Device = Literal["cpu", "cuda"]
 SEQ_LEN, VOCAB = 1024, 50304
@@ -139,7 +140,7 @@ def plan_of(device: Device, *, quick: bool) -> BenchPlan:
             _full("gpt-1.3b", 24, 2048, 16, 4),
         ),
         offload=_full("gpt-1.3b", 24, 2048, 16, 4),
-        bsize=OptimizerConfig().bsize,
+        bsize=AdamWConfig().bsize,
         small=_gpt("gpt-8x512", 8, 512, 8, batch=16, micro=2, seq=256, vocab=8192),
         cut=_gpt("gpt-4x2048", 4, 2048, 16, batch=16, micro=4, seq=SEQ_LEN, vocab=8192),
         unet=FULL_UNET,

@@ -17,6 +17,7 @@ from axonn.device.streams import Timeline
 from axonn.distributed.collectives import SerialCollectives
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.stage import ParameterSpec
+from axonn.optim.algorithms.registry import ALGORITHMS
 from axonn.optim.model_optimizer import ModelOptimizer
 from axonn.placement import Placement
 from axonn.tensor.gradient_accumulation import add_gradient, add_product
@@ -225,18 +226,19 @@ def _streams(sizes: Sizes, bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def _optimizers(sizes: Sizes, bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Time the step of one bucket and the zeroing of its gradients, for each placement of the optimizer."""
-    ways: tuple[tuple[str, OptimizerPlacement], ...] = (("adam", "device"), ("adam-offloaded", "offloaded"))
-    for kind, placement in ways:
-        seconds = [_optimizer(placement, elements, bench) for elements in sizes.parameters]
-        yield kind, _table(seconds, elements=sizes.parameters)
+    """Time the step of one bucket and the zeroing of its gradients, for each algorithm and placement."""
+    placements: tuple[OptimizerPlacement, ...] = ("device", "offloaded")
+    for (name, algorithm), placement in product(ALGORITHMS.items(), placements):
+        config = partial(algorithm.config, name=name, placement=placement)
+        seconds = [_optimizer(config(bsize=elements), elements, bench) for elements in sizes.parameters]
+        yield algorithm.stream(offloaded=placement == "offloaded"), _table(seconds, elements=sizes.parameters)
 
 
 def _fill(name: str, tensor: torch.Tensor) -> None:
     tensor.normal_()
 
 
-def _optimizer(placement: OptimizerPlacement, elements: int, bench: Bench) -> float:
+def _optimizer(config: OptimizerConfig, elements: int, bench: Bench) -> float:
     dtype = bench.pool.dtype
     parameter = nn.Parameter(torch.empty(elements, dtype=dtype))
     optimizer = ModelOptimizer(
@@ -244,7 +246,7 @@ def _optimizer(placement: OptimizerPlacement, elements: int, bench: Bench) -> fl
         grid=ProcessGrid(),
         rank=0,
         collectives=SerialCollectives(ProcessGrid(), 0),
-        config=OptimizerConfig(placement=placement, bsize=elements),
+        config=config,
         precision=PrecisionConfig.model_validate(str(dtype).removeprefix("torch.")),
         initialise=_fill,
         timeline=Timeline(bench.pool.device, None),

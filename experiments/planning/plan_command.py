@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from axonn.cli.console import console, make_console, options_left, progress_bar, say_defaults
 from axonn.cli.doc_links import documented
+from axonn.config.optimizer_config import DEFAULT_ALGORITHM
 from axonn.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def plan(
     in_flight: Annotated[int | None, typer.Option(min=1, help="In-flight limit of the pinned schedule.")] = None,
     checkpointing: Annotated[str | None, typer.Option(help="Pin: none, auto, or a number of blocks.")] = None,
     optimizer: Annotated[Literal["device", "offloaded"] | None, typer.Option(help="Pin the optimizer's place.")] = None,
+    algorithm: Annotated[str, typer.Option(help="The optimizer's algorithm, by name.")] = DEFAULT_ALGORITHM,
     order: Order = None,
     reserve: Reserve = 0.05,
     pick: Annotated[int, typer.Option(min=1, help="Which row of the table the file is written for.")] = 1,
@@ -77,6 +79,7 @@ def plan(
         schedule=planning.pinned_schedule(schedule, chunks, placement, in_flight),
         checkpointing=checkpointing,
         optimizer=optimizer,
+        algorithm=algorithm,
         order=order,
         reserve=reserve,
     )

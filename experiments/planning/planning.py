@@ -18,6 +18,7 @@ from axonn.config.train_config import FloatType, ScheduleConfig, TrainConfig
 from axonn.errors import ConfigError
 from axonn.grid import AXES, ProcessGrid
 from axonn.models.registry import make_model, outline_of
+from axonn.optim.algorithms.registry import ALGORITHMS
 from axonn.perf.layers.model_outline import ModelOutline
 from axonn.perf.machine.machine_file import MachineFile
 from axonn.perf.planner.engine_strategy import config_of_strategy
@@ -214,12 +215,15 @@ def space_of(
     schedule: ScheduleConfig | None,
     checkpointing: str | None,
     optimizer: Literal["device", "offloaded"] | None,
+    algorithm: str,
     order: str | None,
     reserve: float,
 ) -> Space:
     """Return the space that the options of the command leave to search. Raises `ConfigError` for wrong options."""
     if batch is None:
         raise ConfigError("how large is the batch? give --batch")
+    if algorithm not in ALGORITHMS:
+        raise ConfigError(f"--algorithm {algorithm}: the optimizers are {', '.join(ALGORITHMS)}")
     axes = tuple((order or ",".join(AXES)).split(","))
     if sorted(axes) != sorted(AXES):
         raise ConfigError(f"--order {order}: name each of {', '.join(AXES)} once, separated by commas")
@@ -233,6 +237,7 @@ def space_of(
         gpus=gpus,
         batch_size=batch,
         precision=precision,
+        algorithm=algorithm,
         order=axes,  # type: ignore[arg-type]
         data=data,
         inter=inter,
@@ -254,6 +259,7 @@ def taken_by_default(left: Collection[str], space: Space, *, pick: int) -> list[
         "precision": f"precision {space.precision}",
         "reserve": f"{space.reserve:.0%} of a GPU's memory left free",
         "order": f"axes from the slowest to the fastest {' '.join(space.order)}",
+        "algorithm": f"optimizer {space.algorithm}",
         "pick": f"row {pick} for --out",
     }
     if space.schedule is not None:

@@ -13,13 +13,14 @@ import argparse
 
 import torch
 
-from axonn.config.train_config import OptimizerConfig, PrecisionConfig
+from axonn.config.train_config import PrecisionConfig
 from axonn.data.text import TextData
 from axonn.distributed.transport import InProcessCollectives, InProcessTransport, InProcessWorld
 from axonn.engine import Engine
 from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.registry import make_model
+from axonn.optim.algorithms.adamw import AdamWConfig
 from experiments.definition import ROOT
 
 PRECISIONS = {
@@ -34,7 +35,7 @@ GRIDS = {
     "row 2 x col 2": ProcessGrid(row=2, col=2),
 }
 MODEL = GPTConfig(name="small", layers=2, hidden=64, heads=4, seq_len=32, vocab=256)
-OPTIMIZER = OptimizerConfig(lr=1e-3, clip_norm=1.0)
+OPTIMIZER = AdamWConfig(lr=1e-3, clip_norm=1.0)
 BATCH, MICROBATCH = 16, 4
 HELD_OUT = 4
 """Batches."""

@@ -20,9 +20,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from axonn.config.train_config import OptimizerConfig, PrecisionConfig, ScheduleConfig, TrainConfig
+from axonn.config.train_config import PrecisionConfig, ScheduleConfig, TrainConfig
 from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.perf.machine.machine_file import MachineFile
 from axonn.perf.planner.engine_strategy import config_of_strategy, strategy_of_config
 from axonn.perf.planner.planner import plan
@@ -88,7 +89,7 @@ def as_measured(config: TrainConfig) -> TrainConfig:
     """With what does not matter to two that compute alike set alike."""
     strategy = strategy_of_config(config)
     if strategy.optimizer == "device":
-        config = config.model_copy(update={"optimizer": OptimizerConfig()})
+        config = config.model_copy(update={"optimizer": AdamWConfig()})
     if strategy.grid.inter == 1:
         config = config.model_copy(update={"schedule": ScheduleConfig()})
     sub_shards = {"overdecomposition": strategy.overdecomposition}

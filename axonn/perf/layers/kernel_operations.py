@@ -69,9 +69,8 @@ StreamKind = Literal[
     "concatenate",
     "concatenate-backward",
     "accumulate",
-    "adam",
-    "adam-offloaded",
 ]
+"""Of layers; steps of optimizers have the names of `axonn.optim.algorithms.registry.update_streams`."""
 
 
 class MemoryBoundKernel(NamedTuple):
@@ -81,7 +80,7 @@ class MemoryBoundKernel(NamedTuple):
     `wide` elements of single precision, `mask` bytes. `kernels`: number of kernels.
     """
 
-    kind: StreamKind
+    kind: StreamKind | str
     elements: int
     moved: int
     wide: int = 0

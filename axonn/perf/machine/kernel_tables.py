@@ -11,12 +11,13 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise, product
 from math import exp, log, prod
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from axonn.config.loading import StrictModel
 from axonn.config.train_config import FloatType
+from axonn.optim.algorithms.registry import update_streams
 from axonn.perf.layers.kernel_operations import (
     AttentionKernel,
     Convolution,
@@ -126,6 +127,13 @@ class StreamTable(KernelTable):
     elements: list[int]
 
 
+def _known_stream(name: str) -> str:
+    known = [*get_args(StreamKind), *update_streams()]
+    if name not in known:
+        raise ValueError(f"there are no kernels '{name}'; known are {', '.join(known)}")
+    return name
+
+
 AttentionVariant = Literal["forward", "backward", "causal-forward", "causal-backward"]
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -145,7 +153,7 @@ class MeasuredKernels(StrictModel):
     products: dict[Role, ProductTable]
     convolutions: dict[Role, ConvolutionTable] = {}
     attention: dict[AttentionVariant, AttentionTable] = {}
-    streams: dict[StreamKind, StreamTable] = {}
+    streams: dict[Annotated[str, AfterValidator(_known_stream)], StreamTable] = {}
 
     def model_post_init(self, context: Any) -> None:
         for name, known in (("products", self.products), ("convolutions", self.convolutions)):

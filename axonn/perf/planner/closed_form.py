@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from axonn.config.optimizer_config import DEFAULT_ALGORITHM
 from axonn.config.train_config import FloatType, PrecisionConfig, ScheduleConfig, TrainConfig
 from axonn.grid import AXES, TENSOR_AXES, Axis, ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
@@ -122,6 +123,7 @@ class ClosedForm:
         batch_size: int,
         compute: FloatType = "float16",
         order: tuple[Axis, ...] = AXES,
+        algorithm: str = DEFAULT_ALGORITHM,
         fixed: Mapping[str, Any] | None = None,
     ) -> None:
         self.outline = outline
@@ -133,7 +135,7 @@ class ClosedForm:
         # Settings of the engine that no configuration changes.
         precision = PrecisionConfig(compute=compute)
         engine = strategy_of_config(TrainConfig(model=any_model, batch_size=1, microbatch_size=1, precision=precision))
-        self._engine = engine.model_copy(update=dict(fixed or {}))
+        self._engine = engine.model_copy(update={"algorithm": algorithm, **(fixed or {})})
         self._cuts: dict[object, _Cut] = {}
         self._tables: dict[object, _Table] = {}
         self._stages: dict[object, Stages] = {}
@@ -171,7 +173,8 @@ class ClosedForm:
         seconds = self._pipeline(candidate, stages) + self.step_seconds(candidate, stages)
         needs = self.needs(candidate, stages)
         offloaded = candidate.optimizer == "offloaded"
-        host = host_bytes(stages.most_parameters, self.machine, self.compute) if offloaded else 0
+        algorithm = self._engine.algorithm
+        host = host_bytes(stages.most_parameters, self.machine, self.compute, algorithm) if offloaded else 0
         return Estimate(seconds, needs, host)
 
     def needs(self, candidate: Candidate, stages: Stages) -> int:
@@ -184,6 +187,7 @@ class ClosedForm:
                 bsize=candidate.bsize,
                 buckets=self._engine.buckets_resident,
                 compute=self.compute,
+                algorithm=self._engine.algorithm,
             )
             for phi in set(stages.parameters)
         }

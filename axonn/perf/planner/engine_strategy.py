@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from axonn.config.defaults import checkpoint_blocks, sub_shards
 from axonn.config.model_config import ModelConfig
-from axonn.config.train_config import OptimizerConfig, PrecisionConfig, TrainConfig
+from axonn.config.train_config import PrecisionConfig, TrainConfig
 from axonn.errors import ConfigError
 from axonn.grid import AXES
 from axonn.models.registry import outline_of
@@ -46,6 +46,7 @@ def strategy_of_config(config: TrainConfig) -> Strategy:
         "microbatch_size": config.microbatch_size,
         "schedule": config.schedule,
         "message_library": _LIBRARIES[config.transport],
+        "algorithm": optimizer.name,
         "optimizer": optimizer.placement,
         "bsize": optimizer.bsize,
         # Without k all buckets form one chunk.
@@ -118,7 +119,8 @@ def config_of_strategy(strategy: Strategy, model: ModelConfig, *, batch_size: in
         batch_size=batch_size,
         microbatch_size=strategy.microbatch_size,
         schedule=strategy.schedule,
-        optimizer=OptimizerConfig(
+        optimizer=strategy.update.config(
+            name=strategy.algorithm,
             placement="offloaded" if strategy.optimizer == "offloaded" else "device",
             bsize=strategy.bsize,
             k=strategy.k,

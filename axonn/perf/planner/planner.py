@@ -130,6 +130,7 @@ class _Search:
             machine,
             batch_size=space.batch_size,
             compute=space.precision,
+            algorithm=space.algorithm,
             order=space.order,
             fixed=space.fixed,
         )

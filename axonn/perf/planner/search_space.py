@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from axonn.config.optimizer_config import DEFAULT_ALGORITHM
 from axonn.config.train_config import FloatType, ScheduleConfig
 from axonn.errors import ConfigError
 from axonn.grid import AXES, Axis
@@ -35,6 +36,7 @@ class Space:
     gpus: int
     batch_size: int
     precision: FloatType = "float16"
+    algorithm: str = DEFAULT_ALGORITHM
     order: tuple[Axis, ...] = AXES
     data: int | None = None
     inter: int | None = None

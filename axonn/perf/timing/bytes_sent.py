@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from axonn.config.train_config import OptimizerConfig, PrecisionConfig
+from axonn.config.train_config import PrecisionConfig
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.perf.layers.model_outline import ModelOutline
 from axonn.perf.strategy import Strategy
 from axonn.perf.timing.communication import BYTES, Training
@@ -29,7 +30,7 @@ def bytes_by_axis(outline: ModelOutline, strategy: Strategy, *, batch_size: int)
         spans=strategy.virtual_spans(outline),
         recompute=strategy.checkpoint_layers if strategy.recompute == "full" else None,
         precision=PrecisionConfig(compute=strategy.compute),
-        optimizer=OptimizerConfig(bsize=strategy.bsize, k=strategy.k),
+        optimizer=AdamWConfig(bsize=strategy.bsize, k=strategy.k),
     )
     ranks = [grid.rank(inter=stage) for stage in range(grid.inter)]
     parts = grid.col if strategy.partition_messages else 1

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from axonn.config.train_config import OptimizerConfig, PrecisionConfig
 from axonn.errors import ConfigError
 from axonn.grid import AXES, Axis, ProcessGrid
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.perf.layers.layer_cost import Exchange, Kind, LayerCost
 from axonn.perf.layers.model_outline import ModelOutline
 from axonn.schedules import ChunkLayout, Direction
@@ -109,7 +110,7 @@ class Training:
     spans: Sequence[range] | None = None
     recompute: int | None = None
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=AdamWConfig)
 
     def __post_init__(self) -> None:
         if self.batch_size % (self.grid.data * self.microbatch_size):

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from axonn.config.optimizer_config import DEFAULT_ALGORITHM
 from axonn.config.train_config import FloatType
 from axonn.errors import AxonnError
+from axonn.optim.algorithms.registry import ALGORITHMS
 from axonn.perf.layers.kernel_operations import AttentionKernel
 from axonn.perf.layers.layer_work import LayerWork, work_of
 from axonn.perf.layers.model_outline import ModelOutline
@@ -18,23 +20,26 @@ from axonn.perf.timing.communication import BYTES
 
 
 class OptimizerBytes(NamedTuple):
-    """Bytes per parameter under AdamW. `kept`: weight and gradient in the compute type; `optimizer`: everything else
-    that the step needs; `streamed`: the part of it that the offloaded optimizer keeps in host memory."""
+    """Bytes per parameter. `kept`: weight and gradient in the compute type; `optimizer`: everything else that the step
+    needs; `streamed`: the part of it that the offloaded optimizer keeps in host memory."""
 
     kept: int
     optimizer: int
     streamed: int
 
 
-def state_bytes(compute: FloatType) -> OptimizerBytes:
-    """Return the bytes per parameter for a compute type.
+def state_bytes(compute: FloatType, algorithm: str = DEFAULT_ALGORITHM) -> OptimizerBytes:
+    """Return the bytes per parameter for a compute type and an algorithm.
 
-    Half precision: 2 + 2 for weight and gradient, and 4 + 8 + 4 for the single-precision weight, moments and gradient,
-    20 in total (Singh & Bhatele, IPDPS 2022, section V-B). Other types: the weights are the master weights, and only
-    the moments are added.
+    Half precision: 2 + 2 for weight and gradient, and for the single-precision weight, state and gradient, with AdamW's
+    two moments, 4 + 8 + 4: 20 in total (Singh & Bhatele, IPDPS 2022, section V-B). Other types: the weights are the
+    master weights, and only the state is added.
     """
-    element = BYTES[compute]
-    return OptimizerBytes(4, 16, 12) if element == 2 else OptimizerBytes(2 * element, 2 * element, 2 * element)
+    element, update = BYTES[compute], ALGORITHMS[algorithm]
+    if element == 2:
+        return OptimizerBytes(4, update.streamed_bytes + 4, update.streamed_bytes)
+    states = element * len(update.states)
+    return OptimizerBytes(2 * element, states, states)
 
 
 class DoesNotFit(AxonnError):
@@ -49,21 +54,22 @@ def model_state_bytes(
     buckets: int = 1,
     shards: int = 1,
     compute: FloatType = "float16",
+    algorithm: str = DEFAULT_ALGORITHM,
 ) -> int:
     """Return the bytes of parameters, gradients and optimizer state for `phi` parameters on a device.
 
-    In half precision: `20 phi` for "device", `4 phi + 16 buckets bsize` for "offloaded" (IPDPS 2022, section V-B), and
-    `4 phi + 16 phi / shards` for "sharded" (ZeRO stage 1, Rajbhandari et al., SC 2020).
+    AdamW in half precision: `20 phi` for "device", `4 phi + 16 buckets bsize` for "offloaded" (IPDPS 2022, section
+    V-B), and `4 phi + 16 phi / shards` for "sharded" (ZeRO stage 1, Rajbhandari et al., SC 2020).
     """
-    state = state_bytes(compute)
+    state = state_bytes(compute, algorithm)
     if optimizer == "offloaded":
         return state.kept * phi + state.optimizer * buckets * min(bsize, phi)
     return state.kept * phi + -(-state.optimizer * phi // (shards if optimizer == "sharded" else 1))
 
 
-def host_bytes(phi: int, machine: MachineFile, compute: FloatType) -> int:
+def host_bytes(phi: int, machine: MachineFile, compute: FloatType, algorithm: str = DEFAULT_ALGORITHM) -> int:
     """Return the host memory of the offloaded optimizer on a node whose devices hold `phi` parameters each."""
-    return state_bytes(compute).streamed * phi * machine.node.gpus.number
+    return state_bytes(compute, algorithm).streamed * phi * machine.node.gpus.number
 
 
 def stage_parameters(outline: ModelOutline, strategy: Strategy) -> list[int]:
@@ -147,6 +153,7 @@ def rank_bytes(outline: ModelOutline, strategy: Strategy, *, stage: int, held: i
         buckets=strategy.buckets_resident,
         shards=grid.data,
         compute=strategy.compute,
+        algorithm=strategy.algorithm,
     )
     links = link_bytes(outline, strategy)
     together = strategy.checkpoint_layers if strategy.recompute == "full" else None
@@ -159,7 +166,8 @@ def rank_bytes(outline: ModelOutline, strategy: Strategy, *, stage: int, held: i
         working = max(working, inside)
     if any(span.stop == len(outline.links) for span in spans):
         working += loss_bytes(outline, strategy)
-    streamed = state_bytes(strategy.compute).streamed * phi if strategy.optimizer == "offloaded" else 0
+    state_on_host = state_bytes(strategy.compute, strategy.algorithm).streamed * phi
+    streamed = state_on_host if strategy.optimizer == "offloaded" else 0
     return RankBytes(state, -(-held * kept // len(spans)), working, streamed)
 
 

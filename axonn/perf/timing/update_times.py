@@ -16,26 +16,24 @@ from axonn.perf.timing.communication import BYTES
 from axonn.perf.timing.memory_model import stage_parameters
 from axonn.perf.timing.stage_times import StageTimes, kernels_of
 
-_STREAMED = 12
-"""Bytes per parameter that the offloaded optimizer moves over the host link each way: weight and two moments."""
 _CLIPPING = 12
 """Bytes per parameter of clipping: the norm (4), and the scaling (4 in, 4 out)."""
 
 
 class _Passes(NamedTuple):
-    """Bytes per parameter that the device moves in each pass."""
+    """Bytes per parameter that the device moves in each pass; `convert`: in the update, beside the algorithm's own."""
 
     descale: int
-    update: int
+    convert: int
 
 
 _PASSES = {
-    # Descaling in place with the overflow check (6 + 4), zeroing of gradients (2); gradient (4), weight and two
-    # moments in and out (24), half-precision weight (2 out; 4 in for a separate cast), descaled copy (4).
-    "fused": _Passes(12, 38),
-    # Cast of the half-precision gradient to single precision (6), division (8), overflow check (4); weight decay (8),
-    # two moments (20 + 20), denominator (24), update (16), and the half-precision weight (6).
-    "separate": _Passes(18, 94),
+    # Descaling in place with the overflow check (6 + 4), zeroing of gradients (2); half-precision weight (2 out; 4 in
+    # for a separate cast), descaled copy (4).
+    "fused": _Passes(12, 10),
+    # Cast of the half-precision gradient to single precision (6), division (8), overflow check (4); the half-precision
+    # weight (6).
+    "separate": _Passes(18, 6),
 }
 
 
@@ -84,12 +82,18 @@ def _on_device(machine: MachineFile, strategy: Strategy, phi: int, where: GroupP
     # Sharded: reduce-scatter the gradients and all-gather the weights, together as much as one all-reduce.
     reduction = all_reduce_time(machine, BYTES[strategy.gradient_type] * phi, where)
     mine = ceil(phi / where.ranks) if strategy.optimizer == "sharded" else phi
-    passes = _PASSES[strategy.optimizer_kernels]
-    moved = passes.update + (_CLIPPING if strategy.clip_norm else 0)
+    moved = _update_bytes(strategy) + (_CLIPPING if strategy.clip_norm else 0)
     if BYTES[strategy.compute] < 4:
-        reduction += stream_time(machine.gpu, passes.descale * mine)
-    adam = MemoryBoundKernel("adam", mine, 0, mask=moved * mine)
-    return StepTime(reduction, kernels_of(machine, strategy).alone(adam)[1])
+        reduction += stream_time(machine.gpu, _PASSES[strategy.optimizer_kernels].descale * mine)
+    update = MemoryBoundKernel(strategy.update.stream(offloaded=False), mine, 0, mask=moved * mine)
+    return StepTime(reduction, kernels_of(machine, strategy).alone(update)[1])
+
+
+def _update_bytes(strategy: Strategy) -> int:
+    """Return the bytes per parameter that the device moves for the update, and to convert gradient and weight."""
+    algorithm = strategy.update
+    fused = algorithm.fused and strategy.optimizer_kernels == "fused"
+    return _PASSES[strategy.optimizer_kernels].convert + (algorithm.fused_bytes if fused else algorithm.separate_bytes)
 
 
 def _offloaded(machine: MachineFile, strategy: Strategy, phi: int, where: GroupPlacement) -> StepTime:
@@ -117,10 +121,10 @@ def _streamed(machine: MachineFile, strategy: Strategy, size: int) -> tuple[floa
     copies, compute = _seconds_per_offloaded(machine, strategy)
     per_element = max(copies, compute) if strategy.buckets_resident > 1 else copies + compute
     full, rest = divmod(size, strategy.bsize)
-    kernels = kernels_of(machine, strategy)
+    kernels, kind = kernels_of(machine, strategy), strategy.update.stream(offloaded=True)
     update = 0.0
     for count, elements in ((full, strategy.bsize), (1, rest)):
-        bucket = kernels.measured(MemoryBoundKernel("adam-offloaded", elements, 0)) if count and elements else None
+        bucket = kernels.measured(MemoryBoundKernel(kind, elements, 0)) if count and elements else None
         update += count * (elements * per_element if bucket is None else bucket)
     return update, size * copies
 
@@ -133,8 +137,10 @@ def _seconds_per_offloaded(machine: MachineFile, strategy: Strategy) -> tuple[fl
     """
     node = machine.node
     host = node.host_memory_bandwidth.si / node.gpus_per_socket.number
-    one_way = _STREAMED / min(PAYLOAD_SHARE * node.host_link.si, host)
-    compute = sum(_PASSES[strategy.optimizer_kernels]) / machine.gpu.stream_bandwidth.si
+    streamed = strategy.update.streamed_bytes
+    one_way = streamed / min(PAYLOAD_SHARE * node.host_link.si, host)
+    moved = _PASSES[strategy.optimizer_kernels].descale + _update_bytes(strategy)
+    compute = moved / machine.gpu.stream_bandwidth.si
     if strategy.buckets_resident == 1:
         return 2 * one_way, compute
-    return max(one_way, 2 * _STREAMED / host), compute
+    return max(one_way, 2 * streamed / host), compute

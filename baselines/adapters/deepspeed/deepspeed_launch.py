@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from axonn.config.train_config import FloatType, OptimizerConfig, ScheduleConfig
+from axonn.config.train_config import FloatType, ScheduleConfig
 from axonn.errors import ConfigError, LaunchError
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.perf.strategy import Strategy
 from axonn.training.framework import ClusterWork, Launch
 from axonn.training.run_folder import STOP
@@ -80,6 +81,7 @@ def refusals(work: ClusterWork) -> list[str]:
         "sequence_parallel": strategy.sequence_parallel and grid.col > 1,
         "its pipeline engine reduces the gradients after all backward passes; unset overlap_reduction": pipelined
         and strategy.overlap_reduction,
+        f"it is launched with AdamW, not {strategy.algorithm}; remove algorithm": strategy.algorithm != "adamw",
         "its Adam is one kernel; set optimizer_kernels: fused": strategy.optimizer_kernels != "fused",
         "its ranks agree on overflow after the reduction; set agree_on_overflow: after": (
             strategy.compute == "float16" and strategy.agree_on_overflow in ("before", "never")
@@ -138,7 +140,7 @@ def _model_values(work: ClusterWork) -> dict[str, object]:
 
 
 def _training_values(work: ClusterWork) -> dict[str, object]:
-    o = OptimizerConfig()
+    o = AdamWConfig()
     return {
         "--micro-batch-size": work.strategy.microbatch_size,
         "--global-batch-size": work.batch_size,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from axonn.config.train_config import FloatType, OptimizerConfig, ScheduleConfig
+from axonn.config.train_config import FloatType, ScheduleConfig
 from axonn.errors import LaunchError
 from axonn.grid import Axis
+from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.training.framework import ClusterWork, Launch
 from baselines.adapters.ignored_settings import OVERFLOW_AFTER
 
@@ -97,6 +98,7 @@ def _check_kind(work: ClusterWork) -> None:
             f"Megatron-LM reduces gradients in {s.compute} or float32: set reduce_type to one of them",
         ),
         (work.gpus > 1 and s.message_library != "nccl", "Megatron-LM sends by NCCL: set message_library to nccl"),
+        (s.algorithm != "adamw", f"Megatron-LM is launched with AdamW, not {s.algorithm}: remove algorithm"),
         (s.optimizer_kernels != "fused", "Megatron-LM's Adam is one kernel: set optimizer_kernels to fused"),
         (
             s.compute == "float16" and s.agree_on_overflow in ("before", "never"),
@@ -207,7 +209,7 @@ def _recompute(work: ClusterWork) -> Iterator[str]:
 
 
 def _training(work: ClusterWork) -> Iterator[str]:
-    s, o = work.strategy, OptimizerConfig()
+    s, o = work.strategy, AdamWConfig()
     yield f"--micro-batch-size {s.microbatch_size}"
     yield f"--global-batch-size {work.batch_size}"
     yield f"--train-iters {work.steps}"
