@@ -146,7 +146,7 @@ def rows_of(published: Sequence[Record], others: Sequence[Record], *, with_busy:
                 "grid": first.ran.grid.extents(),
                 "microbatch_size": first.ran.microbatch_size,
                 "sub_shards": first.ran.overdecomposition,
-                "schedule": None if first.ran.schedule is None else first.ran.schedule.model_dump(exclude_none=True),
+                "schedule": first.ran.model_dump(exclude_none=True).get("schedule"),
                 "parts_s": first.parts_s or None,
                 "phases_s": first.phases_s or None,
                 "overlap_s": first.overlap_s or None,

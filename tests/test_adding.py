@@ -13,10 +13,9 @@ from torch import nn
 from axonn import schedules, tensor
 from axonn.autoparallel.layer_kinds import KINDS, Place
 from axonn.autoparallel.layer_kinds.linear_kind import LinearKind
-from axonn.config.train_config import ScheduleConfig
 from axonn.errors import ConfigError, LaunchError
 from axonn.perf.pipeline.simulator import simulate
-from axonn.perf.planner.closed_form import most_held
+from axonn.perf.planner.schedule_properties import most_held
 from axonn.schedules import ScheduleSpec, StaticOrder, Task, make_schedule
 from axonn.schedules.base import Kind
 from axonn.training import framework
@@ -41,11 +40,11 @@ def _waves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_waves")
 def test_a_schedule() -> None:
-    spec = ScheduleConfig(name="waves").spec()
+    spec = ScheduleSpec(name="waves")
     made = [make_schedule(spec, stage=stage, stages=3, microbatches=6) for stage in range(3)]
     run = simulate(made, seconds=lambda stage, task: 1.0)
     assert run.makespan == 2 * (3 + 2) * 2
-    assert run.most_held == [3, 3, 3] == most_held(ScheduleConfig(name="waves"), 3, 6)
+    assert run.most_held == [3, 3, 3] == most_held(ScheduleSpec(name="waves"), 3, 6)
     driven = ScheduleSpec(pick="waves")
     run = simulate(
         [make_schedule(driven, stage=s, stages=3, microbatches=6) for s in range(3)], seconds=lambda stage, task: 1.0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from axonn.config.train_config import ScheduleConfig, TrainConfig, load_yaml
+from axonn.config.train_config import TrainConfig, load_yaml
 from axonn.errors import ConfigError
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.perf.machine.machine_file import MachineFile
@@ -19,6 +19,7 @@ from axonn.perf.planner.search_space import Space
 from axonn.perf.prediction import predict, simulate_pipeline
 from axonn.perf.timing.memory_model import DoesNotFit
 from axonn.perf.timing.stage_times import stage_times
+from axonn.schedules import ScheduleSpec
 from experiments.definition import find_machine, load_model
 from experiments.planning import planning
 from tests.command_line import CommandLine
@@ -41,16 +42,14 @@ def closed_form(machine: MachineFile, model: GPTConfig, batch: int) -> ClosedFor
 
 
 CANDIDATES = [
-    Candidate(Shape((6, 1, 1, 1), 2), ScheduleConfig(), None, "device"),
-    Candidate(Shape((2, 3, 1, 1), 2), ScheduleConfig(), 1, "offloaded"),
-    Candidate(Shape((1, 6, 1, 1), 2), ScheduleConfig(name="1f1b"), None, "device"),
-    Candidate(Shape((1, 3, 1, 2), 2, 2), ScheduleConfig(), None, "offloaded"),
-    Candidate(Shape((1, 3, 2, 1), 2, 1), ScheduleConfig(name="zero-bubble"), 1, "device"),
+    Candidate(Shape((6, 1, 1, 1), 2), ScheduleSpec(), None, "device"),
+    Candidate(Shape((2, 3, 1, 1), 2), ScheduleSpec(), 1, "offloaded"),
+    Candidate(Shape((1, 6, 1, 1), 2), ScheduleSpec(name="1f1b"), None, "device"),
+    Candidate(Shape((1, 3, 1, 2), 2, 2), ScheduleSpec(), None, "offloaded"),
+    Candidate(Shape((1, 3, 2, 1), 2, 1), ScheduleSpec(name="zero-bubble"), 1, "device"),
+    Candidate(Shape((2, 3, 1, 1), 2, 1, 2, "loop"), ScheduleSpec(name="interleaved-1f1b", chunks=2), None, "offloaded"),
     Candidate(
-        Shape((2, 3, 1, 1), 2, 1, 2, "loop"), ScheduleConfig(name="interleaved-1f1b", chunks=2), None, "offloaded"
-    ),
-    Candidate(
-        Shape((2, 3, 1, 1), 2, 1, 2, "v"), ScheduleConfig(name="zero-bubble", chunks=2, placement="v"), None, "device"
+        Shape((2, 3, 1, 1), 2, 1, 2, "v"), ScheduleSpec(name="zero-bubble", chunks=2, placement="v"), None, "device"
     ),
 ]
 
@@ -72,18 +71,18 @@ def test_the_closed_form_is_near_the_full_prediction(machine: MachineFile, candi
 @pytest.mark.parametrize(
     "schedule",
     [
-        ScheduleConfig(),
-        ScheduleConfig(in_flight_limit=4),
-        ScheduleConfig(name="1f1b"),
-        ScheduleConfig(name="interleaved-1f1b", chunks=2),
-        ScheduleConfig(name="zero-bubble"),
-        ScheduleConfig(name="zero-bubble", chunks=2, placement="v"),
-        ScheduleConfig(name="message-driven-zero-bubble", in_flight_limit=4),
-        ScheduleConfig(name="message-driven-zero-bubble", chunks=2, placement="v", in_flight_limit=6),
+        ScheduleSpec(),
+        ScheduleSpec(in_flight_limit=4),
+        ScheduleSpec(name="1f1b"),
+        ScheduleSpec(name="interleaved-1f1b", chunks=2),
+        ScheduleSpec(name="zero-bubble"),
+        ScheduleSpec(name="zero-bubble", chunks=2, placement="v"),
+        ScheduleSpec(name="message-driven-zero-bubble", in_flight_limit=4),
+        ScheduleSpec(name="message-driven-zero-bubble", chunks=2, placement="v", in_flight_limit=6),
     ],
     ids=lambda s: f"{s.name} x{s.chunks} {s.in_flight_limit}",
 )
-def test_few_microbatches_tell_how_long_many_take(machine: MachineFile, schedule: ScheduleConfig) -> None:
+def test_few_microbatches_tell_how_long_many_take(machine: MachineFile, schedule: ScheduleSpec) -> None:
     closed = closed_form(machine, SMALL, 403)
     shape = Shape((1, 4, 1, 1), 1, 1, schedule.chunks, schedule.placement)
     strategy = closed.strategy(Candidate(shape, schedule, None, "device"))
@@ -119,7 +118,7 @@ def test_pins_are_kept(machine: MachineFile) -> None:
         inter=2,
         col=2,
         microbatch_size=4,
-        schedule=ScheduleConfig(name="1f1b"),
+        schedule=ScheduleSpec(name="1f1b"),
         checkpointing=2,
         optimizer="offloaded",
     )

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from axonn.config.loading import StrictModel, load_yaml, read_yaml, validate
 from axonn.config.model_config import AnyModel
 from axonn.grid import ProcessGrid
-from axonn.schedules import ChunkPlacement, ScheduleSpec
+from axonn.schedules import ScheduleSpec
 
 __all__ = [
     "CheckpointConfig",
@@ -20,30 +20,12 @@ __all__ = [
     "OptimizerConfig",
     "OptimizerPlacement",
     "PrecisionConfig",
-    "ScheduleConfig",
     "StrictModel",
     "TrainConfig",
     "load_yaml",
     "read_yaml",
     "validate",
 ]
-
-
-class ScheduleConfig(StrictModel):
-    """Which pipeline schedule runs; `in_flight_limit` defaults to twice G_inter.
-
-    `chunks` of layers lie on each stage, placed in loops or in a V (`axonn.schedules.ChunkLayout`).
-    """
-
-    name: str = "message-driven"
-    in_flight_limit: int | None = Field(default=None, ge=1)
-    pick: str = "backward-first"
-    chunks: int = Field(default=1, ge=1)
-    placement: ChunkPlacement = "loop"
-
-    def spec(self) -> ScheduleSpec:
-        """As `make_schedule` takes it."""
-        return ScheduleSpec(**self.model_dump())
 
 
 class LearningRateConfig(StrictModel):
@@ -163,7 +145,7 @@ class TrainConfig(StrictModel):
     grid: ProcessGrid = ProcessGrid()
     batch_size: int = Field(ge=1)
     microbatch_size: int = Field(ge=1)
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: ScheduleSpec = ScheduleSpec()
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
     precision: PrecisionConfig = PrecisionConfig()

@@ -218,7 +218,7 @@ def simulate_pipeline(
     """The pipeline phase of one replica; all replicas are alike, but for `noise`. `record` keeps the messages, for
     spans."""
     count = len(stages)
-    spec = strategy.schedule.spec()
+    spec = strategy.schedule
     of_host = _of_pipelining(outline, machine, strategy)
     times = [
         [[chunk.of(kind) + of_host(stage, kind, c) for c, chunk in enumerate(own.chunks)] for kind in Kind]
@@ -243,7 +243,7 @@ def _of_pipelining(
 ) -> Callable[[int, Kind, int], float]:
     """Seconds of a task of a stage's chunk in which its core chooses it, and sends and receives messages; none where
     the device does not wait for its host."""
-    layout = strategy.schedule.spec().layout(strategy.grid.inter)
+    layout = strategy.schedule.layout(strategy.grid.inter)
     host = machine.gpu.host
     curve = None if host is None else host.messages.get(strategy.message_library)
     one = 0.0 if curve is None else curve.seconds(message_bytes(outline, strategy))

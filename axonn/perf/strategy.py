@@ -8,13 +8,13 @@ from typing import Any, Literal
 from pydantic import Field
 
 from axonn.config.model_config import ModelConfig
-from axonn.config.train_config import FloatType, ScheduleConfig, StrictModel
+from axonn.config.train_config import FloatType, StrictModel
 from axonn.errors import ConfigError
 from axonn.grid import AXES, Axis, ProcessGrid
 from axonn.inter_layer.partition import partition_chunks
 from axonn.perf.layers.model_outline import ModelOutline, with_sequence_parallelism
 from axonn.perf.machine.machine_file import Library, MachineFile
-from axonn.schedules import ChunkLayout
+from axonn.schedules import ChunkLayout, ScheduleSpec
 
 OptimizerPlacement = Literal["device", "offloaded", "sharded"]
 """device: 20 bytes per parameter; offloaded: the memory optimisation (DESIGN section 5); sharded: ZeRO stage 1."""
@@ -32,7 +32,7 @@ class Strategy(StrictModel):
     order: tuple[Axis, ...] = Field(default=AXES, strict=False)
     """Placement on nodes: axes from the slowest to the fastest varying one (`ProcessGrid.order`)."""
     microbatch_size: int = Field(ge=1)
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: ScheduleSpec = ScheduleSpec()
     blocking_messages: bool = False
     """True when sending and receiving occupies the stream that computes, so that no computation runs meanwhile."""
     message_library: Library = "mpi"
@@ -131,7 +131,7 @@ class Strategy(StrictModel):
 
     def virtual_spans(self, outline: ModelOutline) -> list[range]:
         """Links of the chain of each virtual stage. Raises `ConfigError` when the model has too few layers."""
-        layout = self.schedule.spec().layout(self.grid.inter)
+        layout = self.schedule.layout(self.grid.inter)
         if self.partition == "work":
             return list(_cut(tuple(link.cost for link in outline.links), layout))
         count = layout.virtual_stages
@@ -152,7 +152,7 @@ class Strategy(StrictModel):
     def spans_of_stages(self, outline: ModelOutline) -> list[list[range]]:
         """Links of the chunks of each stage."""
         spans = self.virtual_spans(outline)
-        layout = self.schedule.spec().layout(self.grid.inter)
+        layout = self.schedule.layout(self.grid.inter)
         return [[spans[layout.virtual(s, c)] for c in range(layout.chunks)] for s in range(layout.stages)]
 
     def blocks_of_stages(self, outline: ModelOutline) -> list[int]:

@@ -9,12 +9,13 @@ from typing import Any, Protocol, get_args
 import torch
 from torch import nn
 
-from axonn.config.train_config import FloatType, LearningRateConfig, PrecisionConfig, ScheduleConfig, TrainConfig
+from axonn.config.train_config import FloatType, LearningRateConfig, PrecisionConfig, TrainConfig
 from axonn.data.text import TextData
 from axonn.device.devices import on_device
 from axonn.inter_layer.stage import StageChunk, initialise
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.gpt.gpt_model import GPT
+from axonn.schedules import ScheduleSpec
 from axonn.tensor import TensorContext
 from baselines.ranks.mixed import HALF, MixedAdamW
 
@@ -29,7 +30,7 @@ _MASTER: dict[FloatType, FloatType] = {
 
 
 def beyond(
-    config: TrainConfig, *, schedule: ScheduleConfig | None, precisions: Sequence[FloatType] = EXACT
+    config: TrainConfig, *, schedule: ScheduleSpec | None, precisions: Sequence[FloatType] = EXACT
 ) -> str | None:
     """What `config` asks for that no baseline does, and what to change; None when there is nothing. `schedule` and
     `precisions`: the pipeline schedule that this one has, and the types that it computes in."""
@@ -37,7 +38,7 @@ def beyond(
         return f"the baselines train GPTs, and {config.model.name} is none"
     optimizer, precision, model = config.optimizer, config.precision, config.model
     # That of our engine, the default, stands for whatever the framework has.
-    scheduled = config.grid.inter > 1 and config.schedule not in (ScheduleConfig(), schedule)
+    scheduled = config.grid.inter > 1 and config.schedule not in (ScheduleSpec(), schedule)
     asked = {
         f"schedule {config.schedule.name} as it is configured": scheduled,
         "optimizer.placement offloaded": optimizer.placement != "device",

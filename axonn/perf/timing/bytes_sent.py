@@ -17,7 +17,7 @@ def bytes_by_axis(outline: ModelOutline, strategy: Strategy, *, batch_size: int)
     with that part, and the gathering of the parts along col.
     """
     grid = strategy.logical_grid
-    layout = strategy.schedule.spec().layout(grid.inter)
+    layout = strategy.schedule.layout(grid.inter)
     training = Training(
         outline=outline,
         grid=grid,
