@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,20 @@ from axonn import schedules, tensor
 from axonn.autoparallel.layer_kinds import KINDS, Place
 from axonn.autoparallel.layer_kinds.linear_kind import LinearKind
 from axonn.errors import ConfigError, LaunchError
+from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.perf.pipeline.simulator import simulate
+from axonn.perf.planner.closed_form import Candidate, ClosedForm, Shape
+from axonn.perf.planner.planner import plan
 from axonn.perf.planner.schedule_properties import most_held
+from axonn.perf.planner.search_space import Space
+from axonn.perf.prediction import predict
 from axonn.schedules import ScheduleSpec, StaticOrder, Task, make_schedule
 from axonn.schedules.base import Kind
 from axonn.training import framework
 from axonn.training.framework import Adapter, Capabilities, Framework, adapter_names, load_adapter, load_framework
 from experiments.cluster_work import ClusterWork
+from experiments.definition import find_machine
+from experiments.planning.planning import plannable
 from jobscripts import launchers, schedulers
 from tests.parallelizing import check
 
@@ -58,6 +66,25 @@ def test_a_schedule_says_what_it_needs() -> None:
         make_schedule(ScheduleSpec(name="waves", chunks=2), stage=0, stages=2, microbatches=4)
     with pytest.raises(ConfigError, match=r"unknown schedule 'wave'; known are .*zero-bubble, waves"):
         make_schedule(ScheduleSpec(name="wave"), stage=0, stages=2, microbatches=4)
+
+
+@pytest.mark.usefixtures("_waves")
+def test_a_schedule_is_planned() -> None:
+    """The planner knows no more of it than what runs: estimates are near the simulation, and it may be pinned."""
+    model = GPTConfig(name="small", layers=8, hidden=1024, heads=16, seq_len=512, vocab=51200)
+    machine, spec = find_machine("summit"), ScheduleSpec(name="waves")
+    space = Space(gpus=4, batch_size=64, inter=4)
+    assert spec in space.schedules(4)
+    assert space.limits(spec, 4) == [spec]
+    closed = ClosedForm(plannable(model).outline, machine, batch_size=64)
+    for size in (1, 4):
+        candidate = Candidate(Shape((1, 4, 1, 1), size), spec, None, "device")
+        estimate = closed.estimate(candidate)
+        prediction = predict(closed.outline(1, 1), machine, closed.strategy(candidate), batch_size=64)
+        assert estimate.seconds == pytest.approx(prediction.batch_time_s, rel=0.1)
+        assert estimate.needs >= prediction.memory.total
+    found = plan(plannable(model), machine, replace(space, schedule=spec), shown=3)
+    assert {choice.strategy.schedule for choice in found.best} == {spec}
 
 
 # --- a layer

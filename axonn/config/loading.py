@@ -65,7 +65,8 @@ class FileValue:
     @classmethod
     def file_keys(cls) -> type[StrictModel]:
         """Return the keys of a file, as a model."""
-        return _keys_of_fields(cls)
+        dataclass: Any = cls
+        return _keys_of_fields(dataclass)
 
     def _in_file(self) -> StrictModel:
         keys = self.file_keys()
