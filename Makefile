@@ -39,7 +39,7 @@ reproduce: $(READY) ## all figures, the model against published sets, and result
 	@$(BIN)/python -m plots.reproduce $(FIGURES:%=reproduce-%) $(OTHERS:%=reproduce-%) schematics validate-published
 
 report: $(READY) ## results/report.html alone, from what is there
-	@$(BIN)/python -m plots.report.report_page
+	@$(BIN)/python -m plots.report
 
 reproduce-fig3: ## what a batch is made of, without and with the memory optimisation: published, predicted, measured here
 reproduce-fig5: ## the trace of tensor parallelism: predicted, and measured here, with Perfetto traces
@@ -60,7 +60,7 @@ experiments/machines/local.yaml: | $(READY)
 $(FIGURES:%=reproduce-%) $(OTHERS:%=reproduce-%): reproduce-%: $(READY)
 	@$(BIN)/axonn predict experiments/$*.yaml $(if $(filter-out busy,$(FRESH)),--fresh)
 	@status=0; $(BIN)/axonn run experiments/$*.yaml $(FRESH_RUN_FLAG) $(DEVICE_FLAG) || status=$$?; \
-		test $$status -eq 130 || $(BIN)/python -m plots.$* $(FRESH_FLAG) $(BUSY_FLAG) || status=$$?; exit $$status
+		test $$status -eq 130 || $(BIN)/python -m plots.figures.$* $(FRESH_FLAG) $(BUSY_FLAG) || status=$$?; exit $$status
 
 compare-baselines: $(READY) ## AxoNN and other frameworks on the same work (QUICK=1; LINK=1; RANKS=4; OPTIONS='--kinds tensor')
 	@status=0; $(BIN)/python -m baselines.compare --out $(COMPARISON) $(QUICK_FLAG) $(if $(LINK),--link) $(if $(RANKS),--ranks $(RANKS)) $(DEVICE_FLAG) $(OPTIONS) || status=$$?; \

@@ -1,4 +1,4 @@
-"""Files that survive a crash: either as they were or as they were meant to be; that strangers made; that are shared."""
+"""Careful file access: writes that survive a crash, reads of files that others have made, locks on shared files."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from typing import Any
 from axonn.errors import LaunchError
 
 LARGEST = 256 * 2**20
-"""Bytes of a text or JSON file that is read as a whole; none of ours comes near."""
+"""Most bytes of a text or JSON file, which is read at once; none of ours comes near."""
 LOCK = ".lock"
-"""In a folder that one command at a time writes to: locked as long as it does."""
+"""Name of the lock file in a folder that only one command at a time may write to."""
 _LONGEST_NUMBER = 40
-"""Digits of a whole number in a file."""
+"""Most digits of an integer in a file."""
 
 
 def reason_of(error: Exception, path: Path | str | None = None) -> str:
-    """Return what went wrong, without the number and the path that Python adds: who reports it names the file.
+    """Return what went wrong, without the error number and the path that Python adds: the caller names the file.
 
-    `path`: the file as the user named it; of one that is not there the reason says where it was looked for.
+    `path`: the file as the user named it; for a missing file the reason says where it was looked for.
     """
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
@@ -36,7 +36,7 @@ def reason_of(error: Exception, path: Path | str | None = None) -> str:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a new file and wait until it is on disk. A crash may leave a part of it."""
+    """Write a new file and wait until it is on disk. A crash may leave part of it."""
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -44,7 +44,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def replace_durably(path: Path, text: str) -> None:
-    """Write or replace a file as a whole: a crash leaves the old content or the new."""
+    """Write or replace a file atomically: a crash leaves either the old content or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write_durably(temporary, text)
@@ -56,9 +56,9 @@ def replace_durably(path: Path, text: str) -> None:
 
 
 def regular_file(path: Path) -> Path:
-    """`path`, if it is a file by itself: no link out of its folder, and no pipe or device on which reading waits.
+    """Return `path` if it is a regular file: no link out of its folder, no pipe or device that would block a reader.
 
-    Raises `OSError`.
+    Raises `OSError` otherwise.
     """
     if not stat.S_ISREG(path.lstat().st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -66,7 +66,7 @@ def regular_file(path: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Wait until the content of a file that was closed, or the names in a folder, are on disk."""
+    """Wait until the content of a closed file, or the entries of a folder, are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -76,7 +76,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def opened(path: Path | str) -> Iterator[BufferedReader]:
-    """A regular file, to be read. Raises `OSError` for anything else, without waiting for a pipe or a device."""
+    """Open a regular file for reading. Raises `OSError` for anything else, without blocking on a pipe or a device."""
     try:
         # A pipe that nobody writes into would keep a plain open waiting.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -92,9 +92,9 @@ def opened(path: Path | str) -> Iterator[BufferedReader]:
 
 
 def read_bytes(path: Path | str, *, most: int = LARGEST) -> bytes:
-    """The content of a regular file. Raises `OSError` for anything else, and for one of more than `most` bytes."""
+    """Return the content of a regular file. Raises `OSError` for anything else and for more than `most` bytes."""
     with opened(path) as file:
-        # Files of /proc say that they are empty, so what is read counts, and not the size.
+        # Files in /proc report size 0, so the bytes read count, not the size.
         content = file.read(most + 1)
     if len(content) > most:
         raise OSError(errno.EFBIG, f"is larger than {most} bytes, which no file of this kind is", str(path))
@@ -102,34 +102,37 @@ def read_bytes(path: Path | str, *, most: int = LARGEST) -> bytes:
 
 
 def read_text(path: Path | str, *, most: int = LARGEST) -> str:
-    """The same as UTF-8. Raises `UnicodeDecodeError` for something else."""
+    """Return the text of a regular file. Raises `OSError` as `read_bytes`, `UnicodeDecodeError` if it is not UTF-8."""
     return read_bytes(path, most=most).decode("utf-8")
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Plain data. Raises `ValueError` for what is no JSON in UTF-8, nested too deeply, or has a key twice in an object
-    or a number that nothing can be."""
+    """Parse JSON into plain data.
+
+    Raises `ValueError` for text that is not JSON in UTF-8, is nested too deeply, repeats a key in an object, or has an
+    integer of more than 40 digits.
+    """
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
-        return json.loads(text, object_pairs_hook=_once, parse_int=_whole)
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_int=_bounded_int)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
 
 def read_json(path: Path | str) -> Any:
-    """Plain data of a JSON file. Raises `OSError` and `ValueError`."""
+    """Return the plain data of a JSON file. Raises `OSError` as `read_bytes` and `ValueError` as `parse_json`."""
     return parse_json(read_bytes(path))
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is given twice")
-    return found
+    return mapping
 
 
-def _whole(digits: str) -> int:
+def _bounded_int(digits: str) -> int:
     if len(digits) > _LONGEST_NUMBER:
         raise ValueError(f"{digits[:8]}... is a number of {len(digits)} digits")
     return int(digits)
@@ -137,9 +140,10 @@ def _whole(digits: str) -> int:
 
 @contextmanager
 def locked(path: Path, otherwise: str) -> Iterator[None]:
-    """Nobody else has the lock of a file inside of the block; the file is made if need be.
+    """Hold the lock of a file inside the block; the file is created if it does not exist.
 
-    A process that ends, however it does, gives its locks back. Raises `LaunchError` saying `otherwise`.
+    The lock is released when the process ends, however it ends. Raises `LaunchError` with the message `otherwise` when
+    another process holds it.
     """
     with open(path, "ab") as file:
         try:
@@ -147,13 +151,13 @@ def locked(path: Path, otherwise: str) -> Iterator[None]:
         except BlockingIOError as error:
             raise LaunchError(otherwise) from error
         except OSError:
-            pass  # A file system without locks.
+            pass  # The file system has no locks.
         yield
 
 
 @contextmanager
 def locked_folder(folder: Path, otherwise: str = "wait for its end") -> Iterator[None]:
-    """Nobody else who asks for it uses `folder` inside of the block; it is made if need be. Raises `LaunchError`."""
+    """Hold the lock of `folder`, created if need be, inside the block. Raises `LaunchError` when another run has it."""
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / LOCK, f"another run uses {folder}; {otherwise}"):
         yield

@@ -33,7 +33,7 @@ from axonn.tensor import TensorContext
 
 
 def microbatches_of(*, batch_size: int, microbatch_size: int, grid: ProcessGrid) -> int:
-    """Microbatches per pipeline. Raises `GridError` when the batch does not divide; all sizes count sequences."""
+    """Return the microbatches per pipeline; sizes count samples. Raises `GridError` when the batch does not divide."""
     if batch_size % (grid.data * microbatch_size):
         raise GridError(
             f"batch_size {batch_size} is not a multiple of G_data x microbatch_size = "
@@ -44,27 +44,27 @@ def microbatches_of(*, batch_size: int, microbatch_size: int, grid: ProcessGrid)
 
 @dataclass(frozen=True, kw_only=True)
 class BatchResult:
-    """What came of one batch, the same on every rank."""
+    """Result of one training step, the same on every rank."""
 
     loss: float
-    """Mean loss of the batch, before the update; not a number, too, where a gradient that a stage handed on was not
-    finite and no loss scale is there to skip the step."""
+    """Mean loss of the batch, before the update; also NaN if a gradient between stages was non-finite and there is no
+    loss scaling to skip the step."""
     applied: bool
-    """False when gradients overflowed, and so nothing was updated anywhere."""
+    """False when gradients overflowed, so that no rank updated anything."""
     learning_rate: float
     loss_scale: float
     gradient_norm: float | None
-    """Of the whole model, before clipping; only with `clip_norm`."""
+    """Gradient norm of the whole model, before clipping; None without `clip_norm`."""
 
 
 class Engine:
-    """Trains `model` on one rank of `grid`, in step with the engines of the other ranks.
+    """Trainer of `model` on one rank of `grid`, in step with the engines of the other ranks.
 
     Every rank makes one with the same arguments. `transport` is needed when G_inter > 1, `collectives` when there is
     more than one rank. `activation_checkpointing` counts blocks, see `TrainConfig`; `overdecomposition`: see
-    `axonn.config.defaults.sub_shards`; `compile`: see `axonn.device.compilation.Compiler`. `device`: where this rank computes. `steps`
-    is the length of the run, if the learning rate goes by it. Raises `GridError` or `ConfigError` when the
-    configuration does not fit.
+    `axonn.config.defaults.sub_shards`; `compile`: see `axonn.device.compilation.Compiler`. `device`: where this rank
+    computes. `steps` is the length of the run, needed if the learning rate depends on it. Raises `GridError` or
+    `ConfigError` when the configuration does not fit.
     """
 
     def __init__(
@@ -90,14 +90,11 @@ class Engine:
     ) -> None:
         model.check(grid)
         self.device = usable(device)
-        if grid.inter > 1 and transport is None:
-            raise ConfigError(f"G_inter = {grid.inter} needs a transport for the messages between stages")
-        if grid.size > 1 and collectives is None:
-            raise ConfigError(f"{grid.size} ranks need collectives")
+        _check_connections(grid, transport, collectives)
         self.grid = grid
         self.rank = rank
         self.spans = spans
-        self.here = grid.coordinates(rank)
+        self.coordinates = grid.coordinates(rank)
         self.batch_size = batch_size
         self.microbatches = microbatches_of(batch_size=batch_size, microbatch_size=microbatch_size, grid=grid)
         self.batches = 0
@@ -115,52 +112,76 @@ class Engine:
             grid, rank, self._collectives, seed=seed, timeline=self._timeline, compiler=Compiler(compile)
         )
         self.virtual_spans = virtual_spans(model, self.layout)
-        self.chunks: list[StageChunk] = []
+        self.chunks = self._build_chunks(model, dtype, activation_checkpointing, limit=first.limit)
         """The modules of this rank."""
-        for chunk in range(self.layout.chunks):
-            span = self.virtual_spans[self.layout.virtual(self.here.inter, chunk)]
-            recompute = checkpoint_blocks(
-                activation_checkpointing,
-                [model.layers[i].block for i in span],
-                limit=first.limit,
-                chunks=self.layout.chunks,
-            )
-            # Without storage: the optimizer gives all parameters one.
-            self.chunks.append(
-                StageChunk(
-                    model, span, context=self._context, dtype=dtype, device=torch.device("meta"), recompute=recompute
-                )
-            )
         self.specs: list[ParameterSpec] = parameter_specs(model, self.chunks, self.virtual_spans, self.layout)
+        self._optimizer = self._build_optimizer(model, optimizer or OptimizerConfig(), precision, steps=steps)
+        if transport is not None:
+            transport.spans = spans
+        shards = sub_shards(overdecomposition, microbatch_size=microbatch_size, grid=grid)
+        self._executor = self._build_executor(model, transport, microbatch_size, shards, dtype)
+
+    def _build_chunks(
+        self,
+        model: PipelineModel,
+        dtype: torch.dtype,
+        activation_checkpointing: int | Literal["auto"] | None,
+        *,
+        limit: int,
+    ) -> list[StageChunk]:
+        """Build this rank's chunks without storage: the optimizer allocates all parameters."""
+        chunks = []
+        for chunk in range(self.layout.chunks):
+            span = self.virtual_spans[self.layout.virtual(self.coordinates.inter, chunk)]
+            blocks = [model.layers[i].block for i in span]
+            recompute = checkpoint_blocks(activation_checkpointing, blocks, limit=limit, chunks=self.layout.chunks)
+            meta = torch.device("meta")
+            chunks.append(StageChunk(model, span, context=self._context, dtype=dtype, device=meta, recompute=recompute))
+        return chunks
+
+    def _build_optimizer(
+        self, model: PipelineModel, config: OptimizerConfig, precision: PrecisionConfig, *, steps: int | None
+    ) -> ModelOptimizer:
+        """Build the optimizer, which allocates and initialises the parameters of this rank."""
         placed = {spec.name: spec.placement for spec in self.specs}
 
         def initialise(name: str, part: torch.Tensor) -> None:
-            initial = model.initial(name)
-            fill(part, initial, name=name, seed=seed, placement=placed[name], grid=grid, here=self.here, on=self.device)
+            fill(
+                part,
+                model.initial(name),
+                name=name,
+                seed=self._context.seed,
+                placement=placed[name],
+                grid=self.grid,
+                coordinates=self.coordinates,
+                on=self.device,
+            )
 
-        self._optimizer = ModelOptimizer(
+        return ModelOptimizer(
             self.specs,
-            grid=grid,
-            rank=rank,
+            grid=self.grid,
+            rank=self.rank,
             collectives=self._collectives,
-            config=optimizer or OptimizerConfig(),
+            config=config,
             precision=precision,
             initialise=initialise,
             timeline=self._timeline,
             steps=steps,
             ties=sorted(set(tied_stages(model, self.virtual_spans, self.layout).values())),
         )
-        if transport is not None:
-            transport.spans = spans
-        self._executor = PipelineExecutor(
+
+    def _build_executor(
+        self, model: PipelineModel, transport: Transport | None, microbatch_size: int, shards: int, dtype: torch.dtype
+    ) -> PipelineExecutor:
+        return PipelineExecutor(
             model=model,
             chunks=self.chunks,
             layout=self.layout,
             context=self._context,
-            sub_shards=sub_shards(overdecomposition, microbatch_size=microbatch_size, grid=grid),
-            grid=grid,
-            rank=rank,
-            transport=transport if grid.inter > 1 else None,
+            sub_shards=shards,
+            grid=self.grid,
+            rank=self.rank,
+            transport=transport if self.grid.inter > 1 else None,
             microbatch_size=microbatch_size,
             dtype=dtype,
             timeline=self._timeline,
@@ -168,35 +189,36 @@ class Engine:
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this rank needs the inputs of a batch."""
-        return any(self.layout.is_source(self.here.inter, chunk) for chunk in range(self.layout.chunks))
+        """True if this rank needs the inputs of a batch."""
+        return any(self.layout.is_source(self.coordinates.inter, chunk) for chunk in range(self.layout.chunks))
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank needs the targets of a batch."""
-        return any(self.layout.is_sink(self.here.inter, chunk) for chunk in range(self.layout.chunks))
+        """True if this rank needs the targets of a batch."""
+        return any(self.layout.is_sink(self.coordinates.inter, chunk) for chunk in range(self.layout.chunks))
 
     @property
     def held_microbatches(self) -> int:
-        """Microbatches (of each chunk) whose activations or gradients this rank still holds; zero between batches."""
+        """Microbatches (of each chunk) whose activations or gradients this rank holds; zero between batches."""
         return self._executor.held
 
     def shard(self, step: int) -> range:
-        """Global numbers of the samples that this rank's pipeline computes in batch number `step`."""
+        """Return the global numbers of the samples that this rank's pipeline computes in batch number `step`."""
         rows = self.batch_size // self.grid.data
-        first = step * self.batch_size + self.here.data * rows
+        first = step * self.batch_size + self.coordinates.data * rows
         return range(first, first + rows)
 
     def train_batch(self, inputs: Inputs | None, targets: torch.Tensor | None) -> BatchResult:
-        """One optimizer step on this rank's shard of a batch.
+        """Run one training step on this rank's shard of a batch.
 
-        `inputs` and `targets` are [batch_size / G_data, ...]; inputs may be None except where the network begins
-        (`is_first_stage`), targets except where it ends.
+        `inputs` and `targets` are [batch_size / G_data, ...]; inputs may be None except on the first stage
+        (`is_first_stage`), targets except on the last (`is_last_stage`). Raises `ConfigError` for another number of
+        rows.
         """
         self._meter.start()
         loss = self._run_pipeline(inputs, targets)
         step = self._optimizer.begin_step(self.batches)
-        # Where the host waits for the device, once in a batch.
+        # The only place in a batch where the host waits for the device.
         value = loss.wait()
         result = step.wait()
         self._meter.stop()
@@ -212,13 +234,13 @@ class Engine:
         )
 
     def compute_gradients(self, inputs: Inputs | None, targets: torch.Tensor | None) -> float:
-        """As `train_batch`, without the optimizer: each parameter's `.grad` is that of the mean loss of the batch."""
+        """Run `train_batch` without the optimizer step: each `.grad` is the gradient of the mean loss of the batch."""
         loss = self._run_pipeline(inputs, targets)
         self._optimizer.reduce()
         return loss.wait()
 
     def evaluate_batch(self, inputs: Inputs | None, targets: torch.Tensor | None) -> float:
-        """Mean loss of a batch on every rank, without changing anything."""
+        """Return the mean loss of a batch, the same on every rank, without changing anything."""
         self._check_rows(inputs, targets)
         batch = self._batch(inputs, targets)
         with nullcontext() if self.spans is None else self.spans.paused():
@@ -226,42 +248,44 @@ class Engine:
             return self._mean_loss(local).wait()
 
     def memory(self) -> dict[str, int]:
-        """Bytes by category: parameters, gradients, optimizer_state, buckets and activations (at their peak so far) on
+        """Return bytes by category: parameters, gradients, optimizer_state, buckets and activations (peak so far) on
         the device; host: optimizer state in host memory."""
         return {**self._optimizer.memory()._asdict(), "activations": self._executor.most_active_bytes}
 
     def not_finite(self) -> list[NotFinite]:
-        """What this rank's tasks of the last `train_batch` handed on that was not finite; the least over all ranks is
-        where it began. Waits for the device."""
+        """Return the non-finite values that this rank's tasks passed on in the last `train_batch`.
+
+        The least over all ranks is where they began. Waits for the device.
+        """
         return self._executor.not_finite()
 
     def traffic(self) -> list[Traffic]:
-        """What this rank sent for the last `train_batch`, by axis of the grid and by operation."""
+        """Return what this rank sent in the last `train_batch`, by axis of the grid and by operation."""
         return self._meter.read()
 
     def state_tensors(self) -> dict[str, LocalShard]:
-        """This rank's parts of what a checkpoint keeps, by names that are global over the job.
+        """Return this rank's shards of the tensors in a checkpoint, under names that are global over the job.
 
-        After writing into them, call `state_loaded`.
+        To load a checkpoint, write into them and call `state_loaded`.
         """
         return self._optimizer.state_tensors()
 
     def state_loaded(self) -> None:
-        """Continue from what was written into `state_tensors`."""
+        """Continue from the values that were written into `state_tensors`."""
         self._optimizer.state_loaded()
 
     def progress(self) -> dict[str, int | float]:
-        """What a checkpoint keeps beside tensors; plain numbers, the same on every rank."""
+        """Return the plain numbers that a checkpoint keeps beside its tensors, the same on every rank."""
         return {"batches": self.batches, **self._optimizer.progress()}
 
     def load_progress(self, progress: Mapping[str, int | float]) -> None:
-        """Inverse of `progress`."""
-        rest = dict(progress)
-        self.batches = int(rest.pop("batches"))
-        self._optimizer.load_progress(rest)
+        """Continue from the numbers that `progress` returned."""
+        optimizer_progress = dict(progress)
+        self.batches = int(optimizer_progress.pop("batches"))
+        self._optimizer.load_progress(optimizer_progress)
 
     def _run_pipeline(self, inputs: Inputs | None, targets: torch.Tensor | None) -> _Loss:
-        """Forward and backward of the batch; the loss is still on its way to the other ranks."""
+        """Run forward and backward of the batch; the all-reduce of the loss is still under way on return."""
         self._check_rows(inputs, targets)
         start = self._timeline.now()
         self._optimizer.zero()
@@ -269,24 +293,24 @@ class Engine:
         scale = self._optimizer.loss_scale / (self.microbatches * self.grid.data)
         batch = self._batch(inputs, targets)
         local = self._executor.train(self._new_schedule(), batch, loss_scale=scale)
-        # A stage that is done early reduces and updates while the others still run backwards. Where gradients may
-        # overflow the optimizer tests all of them.
-        return self._mean_loss(local, None if self._optimizer.may_skip else self._executor.poison())
+        # A stage that is done early reduces and updates while the others still run backwards. With loss scaling the
+        # optimizer tests all gradients itself.
+        return self._mean_loss(local, None if self._optimizer.may_skip else self._executor.nan_flag())
 
     def _batch(self, inputs: Inputs | None, targets: torch.Tensor | None) -> Batch:
         return Batch(inputs, targets, step=self.batches, samples=self.shard(self.batches), device=self.device)
 
-    def _mean_loss(self, local: torch.Tensor | None, poison: torch.Tensor | None = None) -> _Loss:
+    def _mean_loss(self, local: torch.Tensor | None, nan_flag: torch.Tensor | None = None) -> _Loss:
         # The ranks of a stage have the same loss, which counts once.
-        counts = self.here.row == self.here.col == 0
+        counts = self.coordinates.row == self.coordinates.col == 0
         mean = local / (self.microbatches * self.grid.data) if local is not None and counts else None
-        if poison is not None:
-            mean = poison if mean is None else mean + poison
+        if nan_flag is not None:
+            mean = nan_flag if mean is None else mean + nan_flag
         return _Loss(mean, self._collectives, self._world, self.spans, self.device)
 
     def _new_schedule(self) -> StageSchedule:
         return make_schedule(
-            self._schedule, stage=self.here.inter, stages=self.grid.inter, microbatches=self.microbatches
+            self._schedule, stage=self.coordinates.inter, stages=self.grid.inter, microbatches=self.microbatches
         )
 
     def _check_rows(self, inputs: Inputs | None, targets: torch.Tensor | None) -> None:
@@ -295,18 +319,25 @@ class Engine:
             "inputs": (self.is_first_stage, inputs),
             "targets": (self.is_last_stage, targets),
         }
-        for name, (used, given) in needed.items():
-            tensors = (given,) if given is None or isinstance(given, torch.Tensor) else given
+        for name, (needs, value) in needed.items():
+            tensors = (value,) if value is None or isinstance(value, torch.Tensor) else value
             for tensor in tensors:
-                if used and (tensor is None or tensor.shape[0] != rows):
-                    found = "None" if tensor is None else f"{tensor.shape[0]} rows"
+                if needs and (tensor is None or tensor.shape[0] != rows):
+                    actual = "None" if tensor is None else f"{tensor.shape[0]} rows"
                     raise ConfigError(
-                        f"rank {self.rank} needs {name} of {rows} rows (batch_size / G_data), got {found}"
+                        f"rank {self.rank} needs {name} of {rows} rows (batch_size / G_data), got {actual}"
                     )
 
 
+def _check_connections(grid: ProcessGrid, transport: Transport | None, collectives: Collectives | None) -> None:
+    if grid.inter > 1 and transport is None:
+        raise ConfigError(f"G_inter = {grid.inter} needs a transport for the messages between stages")
+    if grid.size > 1 and collectives is None:
+        raise ConfigError(f"{grid.size} ranks need collectives")
+
+
 class _Loss:
-    """The sum over all ranks of their part of the loss, under way."""
+    """All-reduce of the loss over all ranks, under way."""
 
     def __init__(
         self,
@@ -326,6 +357,6 @@ class _Loss:
         start = SpanRecorder.now()
         self._work.wait()
         if self._spans is not None:
-            # A single number: what takes time is the ranks that are not done yet.
+            # A single number: the time goes into waiting for ranks that are not done yet.
             self._spans.add(SpanKind.IDLE, start, self._spans.now())
         return DeviceToHostCopy(self._value).wait()[0]

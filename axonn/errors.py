@@ -26,15 +26,15 @@ class CheckpointError(AxonnError):
 
 
 class RecordError(AxonnError):
-    """A record or span file of a foreign or damaged schema."""
+    """A record or span file whose schema is unknown or damaged."""
 
 
 class TransportError(AxonnError):
-    """A message that cannot be sent or received."""
+    """A message between stages that cannot be sent or received."""
 
 
 class DeadlockError(AxonnError):
-    """Every rank waits for another one. Names who waits for what."""
+    """A deadlock: every rank waits for another one. The message names who waits for what."""
 
 
 class LaunchError(AxonnError):
@@ -42,11 +42,11 @@ class LaunchError(AxonnError):
 
 
 class RunFailed(AxonnError):
-    """Ranks that started and did not come to their end. What they did is kept."""
+    """Ranks that started and did not finish. What they wrote is kept."""
 
 
 class NotFiniteError(AxonnError, FloatingPointError):
-    """A loss, gradient or weight that is infinite or not a number. `ranks`: those that had it first."""
+    """A loss, gradient or weight that is infinite or NaN. `ranks`: the ranks that had it first."""
 
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
         super().__init__(message)

@@ -26,11 +26,11 @@ TENSOR_AXES: tuple[Axis, ...] = ("row", "col")
 """Axes along which layers are cut."""
 _EXTENTS: dict[str, Any] = dict.fromkeys(AXES, (int, Field(default=1, ge=1)))
 GridExtents: type[StrictModel] = create_model("GridExtents", __base__=StrictModel, **_EXTENTS)
-"""The keys of a grid in a file."""
+"""Schema of a grid in a file: its extents."""
 
 
 class Coordinates(NamedTuple):
-    """Where a rank stands on each axis of the grid."""
+    """Position of a rank on each axis of the grid."""
 
     data: int
     inter: int
@@ -43,8 +43,8 @@ class ProcessGrid(FileValue):
     """A grid of data x inter x row x col ranks.
 
     `order` lists the axes from the slowest to the fastest varying one; ranks are numbered and placed on nodes in that
-    order. Raises `GridError` when an extent is not a positive integer or `order` is not a permutation of the axes.
-    A file has the extents alone, by axis.
+    order. In a file a grid is its extents, by axis. Raises `GridError` when an extent is not a positive integer or
+    `order` is not a permutation of the axes.
     """
 
     data: int = 1
@@ -73,12 +73,12 @@ class ProcessGrid(FileValue):
 
     @property
     def tensor(self) -> int:
-        """G_tensor: ranks that share one layer."""
+        """G_tensor = G_row x G_col: number of ranks that share a layer."""
         return prod(self.extent(axis) for axis in TENSOR_AXES)
 
     @classmethod
     def of(cls, extents: object, *, where: str) -> Self:
-        """Return the grid of these plain extents by axis. Raises `ConfigError` naming `where` and the key."""
+        """Return the grid with these extents by axis. Raises `ConfigError` naming `where` and the key."""
         return cls(**validate(extents, GridExtents, where=where).model_dump())
 
     def extents(self) -> dict[str, int]:
@@ -87,16 +87,16 @@ class ProcessGrid(FileValue):
 
     @cached_property
     def _strides(self) -> dict[Axis, int]:
-        """How far apart the ranks are that differ by one along an axis."""
-        found: dict[Axis, int] = {}
+        """Distance in rank numbers between neighbours along each axis."""
+        strides: dict[Axis, int] = {}
         stride = 1
         for axis in reversed(self.order):
-            found[axis] = stride
+            strides[axis] = stride
             stride *= self.extent(axis)
-        return found
+        return strides
 
     def extent(self, axis: Axis) -> int:
-        """Number of ranks along `axis`."""
+        """Return the number of ranks along `axis`."""
         value = getattr(self, axis)
         assert isinstance(value, int)
         return value
@@ -114,28 +114,28 @@ class ProcessGrid(FileValue):
             )
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Coordinates of `rank`; raises `GridError` when the rank is not in the grid."""
+        """Return the coordinates of `rank`. Raises `GridError` when the rank is not in the grid."""
         if not 0 <= rank < self.size:
             raise GridError(f"rank {rank} is not in the grid {self} of {self.size} ranks")
-        place: dict[str, int] = {}
+        indices: dict[str, int] = {}
         for axis in reversed(self.order):
-            rank, place[axis] = divmod(rank, self.extent(axis))
-        return Coordinates(**place)
+            rank, indices[axis] = divmod(rank, self.extent(axis))
+        return Coordinates(**indices)
 
     def rank(self, *, data: int = 0, inter: int = 0, row: int = 0, col: int = 0) -> int:
-        """Rank at the given coordinates; raises `GridError` when they lie outside the grid."""
-        place = {"data": data, "inter": inter, "row": row, "col": col}
+        """Return the rank at these coordinates. Raises `GridError` when they lie outside the grid."""
+        indices = {"data": data, "inter": inter, "row": row, "col": col}
         rank = 0
         for axis in self.order:
-            if not 0 <= place[axis] < self.extent(axis):
-                raise GridError(f"coordinate {axis}={place[axis]} is outside the grid {self}")
-            rank = rank * self.extent(axis) + place[axis]
+            if not 0 <= indices[axis] < self.extent(axis):
+                raise GridError(f"coordinate {axis}={indices[axis]} is outside the grid {self}")
+            rank = rank * self.extent(axis) + indices[axis]
         return rank
 
     def group(self, rank: int, axes: Iterable[Axis]) -> tuple[int, ...]:
-        """Ranks that differ from `rank` along `axes` only, itself included, in the order of the grid."""
-        here, strides, free = self.coordinates(rank), self._strides, set(axes)
-        members = [rank - sum(getattr(here, axis) * strides[axis] for axis in free)]
+        """Return the ranks that differ from `rank` along `axes` only, itself included, in the order of the grid."""
+        coordinates, strides, free = self.coordinates(rank), self._strides, set(axes)
+        members = [rank - sum(getattr(coordinates, axis) * strides[axis] for axis in free)]
         for axis in self.order:
             if axis in free:
                 steps = range(0, self.extent(axis) * strides[axis], strides[axis])
@@ -143,42 +143,41 @@ class ProcessGrid(FileValue):
         return tuple(members)
 
     def groups(self, axes: Iterable[Axis]) -> list[tuple[int, ...]]:
-        """All disjoint groups along `axes`, ordered by their first rank."""
-        wanted = tuple(axes)
-        found: list[tuple[int, ...]] = []
+        """Return all disjoint groups along `axes`, ordered by their first rank."""
+        along = tuple(axes)
+        groups: list[tuple[int, ...]] = []
         seen: set[int] = set()
         for rank in range(self.size):
             if rank not in seen:
-                found.append(self.group(rank, wanted))
-                seen.update(found[-1])
-        return found
+                groups.append(self.group(rank, along))
+                seen.update(groups[-1])
+        return groups
 
     def neighbour(self, rank: int, step: int) -> int | None:
-        """Rank `step` stages further along the pipeline, or None past its ends."""
-        here = self.coordinates(rank)
-        stage = here.inter + step
+        """Return the rank `step` stages further along the pipeline, or None past its ends."""
+        stage = self.coordinates(rank).inter + step
         if not 0 <= stage < self.inter:
             return None
         return rank + step * self._strides["inter"]
 
     def is_first_stage(self, rank: int) -> bool:
-        """Whether a rank of these coordinates reads the inputs."""
+        """Return True if `rank` is on the first stage, which reads the inputs."""
         return self.coordinates(rank).inter == 0
 
     def is_last_stage(self, rank: int) -> bool:
-        """Whether a rank of these coordinates computes the loss."""
+        """Return True if `rank` is on the last stage, which computes the loss."""
         return self.coordinates(rank).inter == self.inter - 1
 
     def node(self, rank: int) -> int:
-        """Node that `rank` runs on; everything is one node unless `ranks_per_node` is given."""
+        """Return the number of the node that `rank` runs on; without `ranks_per_node` there is one node."""
         return 0 if self.ranks_per_node is None else rank // self.ranks_per_node
 
     def nodes_of(self, ranks: Sequence[int]) -> dict[int, int]:
-        """How many of `ranks` each node holds."""
-        count: dict[int, int] = {}
+        """Return how many of `ranks` run on each node."""
+        counts: dict[int, int] = {}
         for rank in ranks:
-            count[self.node(rank)] = count.get(self.node(rank), 0) + 1
-        return count
+            counts[self.node(rank)] = counts.get(self.node(rank), 0) + 1
+        return counts
 
     def connect(self, device_type: str = "cpu") -> DeviceMesh:
         """Build the communicators of a running job (collective over all its ranks).

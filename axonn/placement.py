@@ -1,5 +1,4 @@
-"""How a parameter lies on the grid, as a typed statement from which initialisation, reduction, counting and checkpoints
-follow."""
+"""Placement of parameters on the grid, from which initialisation, reduction, counting and checkpoints follow."""
 
 from __future__ import annotations
 
@@ -15,10 +14,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Cut:
-    """Dim number `dim` is cut along `axis`.
+    """A cut of dim number `dim` along `axis`.
 
-    `segments`: lengths of the consecutive segments that the whole dim consists of. Each is cut by itself into equal
-    parts, of which a rank holds one (a fused QKV: three segments, so that each rank has its heads' q, k and v).
+    `segments`: lengths of the consecutive segments of the whole dim. Each is cut by itself into equal parts, of which a
+    rank holds one (a fused QKV has three segments, so that each rank holds q, k and v of its heads).
     """
 
     dim: int
@@ -27,7 +26,7 @@ class Cut:
 
 
 class ParameterBox(NamedTuple):
-    """A box of a parameter: where it lies in this rank's part, and where in the whole."""
+    """A box of a parameter: its slices in this rank's shard (`local`) and in the whole parameter (`whole`)."""
 
     local: tuple[slice, ...]
     whole: tuple[slice, ...]
@@ -35,12 +34,12 @@ class ParameterBox(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """One parameter's place.
+    """Placement of one parameter on the grid.
 
-    `shape`: of the whole parameter. `cuts`: its dims that are cut, each along another axis; along all other axes it is
-    replicated. `partial`: axes along which its gradient still is a partial sum after the backward pass. `tied_stages`:
-    stages that hold a copy of it (an embedding tied to the head), whose gradients add up; empty for a parameter that
-    lives on one stage only. Raises `ValueError` for cuts that do not fit the shape or each other.
+    `shape`: shape of the whole parameter. `cuts`: its dims that are cut, each along another axis; along all other axes
+    it is replicated. `partial`: axes along which its gradient is still a partial sum after the backward pass.
+    `tied_stages`: stages that hold a copy of it (an embedding tied to the head), whose gradients add up; empty for a
+    parameter that lives on one stage only. Raises `ValueError` for cuts that do not fit the shape or each other.
     """
 
     shape: Shape
@@ -62,37 +61,38 @@ class Placement:
 
     @property
     def cut_axes(self) -> tuple[Axis, ...]:
-        """Axes along which ranks hold different parts of it."""
+        """Axes along which ranks hold different shards of the parameter."""
         return tuple(cut.axis for cut in self.cuts)
 
-    def pieces(self, grid: ProcessGrid, here: Coordinates) -> list[ParameterBox]:
-        """The boxes that the rank at `here` holds; together they are its part. Raises as `local_shape`."""
+    def pieces(self, grid: ProcessGrid, coordinates: Coordinates) -> list[ParameterBox]:
+        """Return the boxes that make up the shard of the rank at `coordinates`. Raises `GridError` as `local_shape`."""
         self.local_shape(grid)
         ranges: list[list[tuple[slice, slice]]] = [[(slice(0, n), slice(0, n))] for n in self.shape]
         for cut in self.cuts:
-            ranges[cut.dim] = _segment_ranges(cut, grid.extent(cut.axis), getattr(here, cut.axis))
+            ranges[cut.dim] = _segment_ranges(cut, grid.extent(cut.axis), getattr(coordinates, cut.axis))
         return [ParameterBox(tuple(a for a, _ in box), tuple(b for _, b in box)) for box in product(*ranges)]
 
     def local_shape(self, grid: ProcessGrid) -> Shape:
-        """Shape of one rank's part. Raises `GridError` when a segment is no multiple of its axis."""
+        """Return the shape of one rank's shard. Raises `GridError` when a segment is not a multiple of its axis."""
         shape = list(self.shape)
         for cut in self.cuts:
             extent = grid.extent(cut.axis)
             uneven = [n for n in cut.segments if n % extent]
             if uneven:
-                what = f"{uneven[0]} of dim {cut.dim} of {self.shape}"
-                raise GridError(f"{what} cannot be cut along {cut.axis} = {extent}")
+                raise GridError(
+                    f"{uneven[0]} of dim {cut.dim} of {self.shape} cannot be cut along {cut.axis} = {extent}"
+                )
             shape[cut.dim] //= extent
         return tuple(shape)
 
 
 def _segment_ranges(cut: Cut, extent: int, index: int) -> list[tuple[slice, slice]]:
-    found = []
-    local = whole = 0
+    ranges = []
+    local_start = segment_start = 0
     for segment in cut.segments:
         length = segment // extent
-        first = whole + index * length
-        found.append((slice(local, local + length), slice(first, first + length)))
-        local += length
-        whole += segment
-    return found
+        start = segment_start + index * length
+        ranges.append((slice(local_start, local_start + length), slice(start, start + length)))
+        local_start += length
+        segment_start += segment
+    return ranges

@@ -1,4 +1,4 @@
-"""Spans: who did what, when. The engine, the simulator and the baselines write the same table.
+"""Spans: which rank did what, and when. The engine, the simulator and the baselines all write this table.
 
 Times are seconds on one clock for all ranks of a run (`ClockOffset` is applied when a recorder is made).
 """
@@ -24,7 +24,7 @@ from axonn.errors import RecordError
 
 
 class SpanKind(StrEnum):
-    """What a rank was doing."""
+    """The kind of work a rank was doing."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
@@ -33,23 +33,23 @@ class SpanKind(StrEnum):
     SEND = "send"
     RECEIVE_WAIT = "receive-wait"
     MESSAGES = "messages"
-    """Between two tasks: handing messages on, taking those that are there, and deciding what is next."""
+    """Work between two tasks: sending messages, taking those that have arrived, choosing the next task."""
     ALL_REDUCE = "all-reduce"
     TENSOR = "tensor-collective"
-    """A collective along row or col, from its start until its result is there."""
+    """A collective along row or col, from its start until its result is available."""
     OPTIMIZER = "optimizer"
     COPY = "copy"
     IDLE = "idle"
 
 
 class Span(NamedTuple):
-    """One row. What has no meaning for its kind is -1.
+    """One row of the table. Fields that do not apply to its kind are -1.
 
-    `chunk` is the rank's own chunk that computes or waits. A send span has the chunk of the receiver, and that rank as
-    its `peer`: so it agrees with the receive-wait span of its message. `layer` is the first layer of the chunk that
-    computes or waits; of a collective of the tensor axes, and of what computes up to it, a prediction says the layer
-    itself. `direction` is 0 for activations and 1 for gradients. A send span starts when the message is posted and ends
-    when its buffer is free again. `shard` is the sub-shard that computes, or whose collective of the tensor axes it is,
+    `chunk` is the rank's own chunk that computes or waits. A send span has the receiver's chunk, and the receiver as
+    its `peer`, so that it matches the receive-wait span of the same message. `layer` is the first layer of the chunk
+    that computes or waits; predicted spans of a collective on the tensor axes, and of the compute up to it, name the
+    layer itself. `direction` is 0 for activations and 1 for gradients. A send span starts when the message is posted
+    and ends when its buffer is free again. `shard` is the sub-shard that computes, or that the collective belongs to,
     where a microbatch is cut into several.
     """
 
@@ -84,18 +84,18 @@ _SCHEMA = pa.schema(
     metadata={"schema": _VERSION},
 )
 _VERSIONS = {_VERSION: _SCHEMA, "axonn-spans/2": _SCHEMA.remove(_SCHEMA.get_field_index("shard"))}
-"""Columns of those that can be read."""
+"""Schemas that can be read, by version."""
 _MOST_ROWS = 50_000_000
-"""Spans in a file: a recorder writes one some 10 thousand at a time."""
+"""Most spans in a file: a recorder writes about ten thousand at a time."""
 
 COMPUTE = (SpanKind.FORWARD, SpanKind.BACKWARD, SpanKind.BACKWARD_INPUT, SpanKind.BACKWARD_WEIGHT)
 
 
 class SpanRecorder:
-    """Collects the spans of one rank. `clock_offset` (seconds) is added to this rank's clock.
+    """Recorder of one rank's spans. `clock_offset` (seconds) is added to this rank's clock.
 
-    With a `folder`, `flush` moves what was collected to a file in it, so that a long run does not keep it in memory;
-    `read_spans` reads the folder as a whole. `on_span` is called at the end of each span, recorded or not.
+    With a `folder`, `flush` moves the collected spans to a file in it, so that a long run does not keep them in memory;
+    `read_spans` reads such a folder. `on_span` is called at the end of each span, recorded or not.
     """
 
     def __init__(
@@ -111,22 +111,22 @@ class SpanRecorder:
         self.clock_offset = clock_offset
         self.folder = folder
         self.recording = True
-        """False while what is done is no part of a training step, as an evaluation."""
+        """False during work that is not part of a training step, such as an evaluation."""
         self.spans: list[Span] = []
         self._on_span = on_span
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside of the block, nothing is recorded."""
-        before, self.recording = self.recording, False
+        """Pause recording inside the block."""
+        previous, self.recording = self.recording, False
         try:
             yield
         finally:
-            self.recording = before
+            self.recording = previous
 
     @staticmethod
     def now() -> float:
-        """Seconds on this rank's clock."""
+        """Return the time on this rank's clock, in seconds."""
         return time.perf_counter()
 
     def add(
@@ -142,7 +142,7 @@ class SpanRecorder:
         peer: int = -1,
         shard: int = -1,
     ) -> None:
-        """Record a span that began and ended at the given readings of `now`; the rest is as in `Span`."""
+        """Record a span from `start` to `end`, both readings of `now`; the other fields are those of `Span`."""
         self._on_span()
         if not self.recording:
             return
@@ -151,9 +151,9 @@ class SpanRecorder:
         self.spans.append(row)
 
     def flush(self, *, at_least: int = 1) -> bool:
-        """Move the spans to a file of the folder, named by its first step, if there are `at_least` so many.
+        """Move the spans to a file of the folder, named after its first step, if there are at least `at_least`.
 
-        Call it between two steps, so that the spans of a step are in one file. Returns whether it wrote.
+        Call it between two steps, so that all spans of a step are in one file. Returns True if a file was written.
         """
         if self.folder is None or len(self.spans) < at_least:
             return False
@@ -164,10 +164,10 @@ class SpanRecorder:
 
 
 def span_files(folder: Path | str, *, first_step: int = 0) -> list[Path]:
-    """The files of a recorder's folder that may hold spans of `first_step` or later steps, in order."""
+    """Return the files of a recorder's folder that may hold spans of `first_step` or later steps, in order."""
     files = sorted(p for p in Path(folder).glob("[0-9]*.parquet") if p.stem.isascii() and p.stem.isdecimal())
-    before = [i for i, file in enumerate(files) if int(file.stem) <= first_step]
-    return files[before[-1] :] if before else files
+    starting_before = [i for i, file in enumerate(files) if int(file.stem) <= first_step]
+    return files[starting_before[-1] :] if starting_before else files
 
 
 def write_spans(path: Path | str, spans: Iterable[Span]) -> None:
@@ -185,21 +185,24 @@ def write_spans(path: Path | str, spans: Iterable[Span]) -> None:
 
 
 def read_spans(path: Path | str) -> list[Span]:
-    """Read what `write_spans` wrote, or its version before, which knew no sub-shards. Raises `RecordError` for a file
-    that is something else. A recorder's folder is read as a whole."""
+    """Read the spans of a file, or of all files of a recorder's folder.
+
+    The previous version of the schema, which has no sub-shards, can be read too. Raises `RecordError` for a file that
+    `write_spans` did not write or that is damaged.
+    """
     if Path(path).is_dir():
         return [span for file in span_files(path) for span in read_spans(file)]
     try:
         with opened(path) as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-            found = (parquet.schema_arrow.metadata or {}).get(b"schema", b"none").decode("utf-8", "replace")
+            version = (parquet.schema_arrow.metadata or {}).get(b"schema", b"none").decode("utf-8", "replace")
             rows = parquet.metadata.num_rows
             if rows > _MOST_ROWS:
                 raise RecordError(f"{path}: says that it has {rows} spans, more than any run leaves; run it again")
-            if found not in _VERSIONS:
+            if version not in _VERSIONS:
                 raise RecordError(
-                    f"{path}: has schema {found!r}, expected '{_VERSION}'; write it anew with this version"
+                    f"{path}: has schema {version!r}, expected '{_VERSION}'; write it anew with this version"
                 )
-            table = parquet.read().cast(_VERSIONS[found])
+            table = parquet.read().cast(_VERSIONS[version])
         if any(column.null_count for column in table.columns):
             raise RecordError(f"{path}: a span in it lacks a value; the file is damaged, run it again")
         times = pa.chunked_array([*table["start"].chunks, *table["end"].chunks], type=pa.float64())
@@ -215,22 +218,22 @@ def read_spans(path: Path | str) -> list[Span]:
 
 
 class TimeBreakdown(NamedTuple):
-    """Mean seconds per rank of one window of time, each instant counted once (DESIGN 4.6)."""
+    """Mean seconds per rank in one window of time, each instant counted once (docs/design.md, section 4.6)."""
 
     compute: float
     optimizer: float
     all_reduce: float
     tensor: float
-    """Waiting for collectives of the tensor axes, which no compute hides."""
+    """Waiting for collectives on the tensor axes that no compute hides."""
     point_to_point: float
-    """Waiting for a message that was already under way, and the rank's own work with messages."""
+    """Waiting for a message that was already under way, and this rank's own message handling."""
     bubble: float
-    """Waiting for a message that was not sent yet."""
+    """Waiting for a message that had not been sent yet."""
     unexplained: float
 
     @property
     def total(self) -> float:
-        """Seconds of all parts."""
+        """Sum of all parts, in seconds."""
         return sum(self)
 
 
@@ -243,10 +246,10 @@ class _Interval:
 def breakdown(spans: Sequence[Span]) -> TimeBreakdown:
     """Split the time from the first start to the last end into parts, averaged over ranks.
 
-    An instant that several spans cover belongs to the first of compute, optimizer, all-reduce, collective of the tensor
-    axes, work with messages (which is point-to-point), waiting. Waiting is split into bubble and point-to-point at the
-    time at which the awaited message was sent; it is all bubble where no send span has the receiver, direction, chunk
-    and microbatch that are waited for.
+    An instant covered by several spans belongs to the first of: compute, optimizer, all-reduce, collective on the
+    tensor axes, message handling (which is point-to-point), waiting. Waiting is split into bubble and point-to-point at
+    the time when the awaited message was sent; it is all bubble where no send span has the receiver, direction, chunk
+    and microbatch that are waited for. Raises `RecordError` without spans.
     """
     if not spans:
         raise RecordError("there are no spans to break down; was the run traced?")
@@ -257,91 +260,91 @@ def breakdown(spans: Sequence[Span]) -> TimeBreakdown:
     ranks = sorted({s.rank for s in spans})
     for rank in ranks:
         covered: list[_Interval] = []
-        mine = [s for s in spans if s.rank == rank]
-        point_to_point = _of(mine, SpanKind.MESSAGES)
+        rank_spans = [s for s in spans if s.rank == rank]
+        point_to_point = _intervals_of(rank_spans, SpanKind.MESSAGES)
         bubble: list[_Interval] = []
-        order: list[list[_Interval]] = [
-            _of(mine, *COMPUTE),
-            _of(mine, SpanKind.OPTIMIZER, SpanKind.COPY),
-            _of(mine, SpanKind.ALL_REDUCE),
-            _of(mine, SpanKind.TENSOR),
+        priority: list[list[_Interval]] = [
+            _intervals_of(rank_spans, *COMPUTE),
+            _intervals_of(rank_spans, SpanKind.OPTIMIZER, SpanKind.COPY),
+            _intervals_of(rank_spans, SpanKind.ALL_REDUCE),
+            _intervals_of(rank_spans, SpanKind.TENSOR),
             point_to_point,
             bubble,
         ]
-        for s in mine:
+        for s in rank_spans:
             if s.kind not in (SpanKind.RECEIVE_WAIT, SpanKind.IDLE):
                 continue
-            stamp = sent.get((rank, s.direction, s.chunk, s.step, s.microbatch))
-            split = s.end if stamp is None or s.kind == SpanKind.IDLE else min(max(stamp, s.start), s.end)
+            sent_at = sent.get((rank, s.direction, s.chunk, s.step, s.microbatch))
+            split = s.end if sent_at is None or s.kind == SpanKind.IDLE else min(max(sent_at, s.start), s.end)
             bubble.append(_Interval(s.start, split))
             point_to_point.append(_Interval(split, s.end))
-        for part, intervals in enumerate(order):
-            before = _length(covered)
+        for part, intervals in enumerate(priority):
+            covered_before = _length(covered)
             covered = _union(covered + intervals)
-            totals[part] += _length(covered) - before
+            totals[part] += _length(covered) - covered_before
         totals[-1] += (end - begin) - _length(covered)
     return TimeBreakdown(*(t / len(ranks) for t in totals))
 
 
 class Overlap(NamedTuple):
-    """Compute and collectives of the tensor axes in one window of time, mean seconds per rank."""
+    """Overlap of compute with collectives on the tensor axes in one window of time, mean seconds per rank."""
 
     compute: float
     collective: float
-    """At least one collective was under way, whether it moved data or waited for another rank."""
+    """Time with at least one collective under way, whether it moved data or waited for another rank."""
     hidden: float
-    """A collective was under way while the same rank computed."""
+    """Time with a collective under way while the same rank computed."""
     hideable: float
-    """The most that any order of a task's parts could hide: in each task the lesser of what its collectives take and
-    what it computes. (No collective outlasts its task. That the first computation of a task has nothing to hide yet,
-    and its last collective nothing left to be hidden under, is not allowed for.)"""
+    """Most that any order of a task's operations could hide: for each task, the lesser of its collectives' time and its
+    compute time. (No collective outlasts its task. Ignored is that the first computation of a task has nothing to hide
+    yet, and that nothing is left to hide its last collective.)"""
 
     @property
     def hidden_share(self) -> float:
-        """Of the time of the collectives, 0 where there are none."""
+        """Hidden time as a share of the collectives' time; 0 where there are none."""
         return self.hidden / self.collective if self.collective else 0.0
 
     @property
     def reached(self) -> float:
-        """Of what can be hidden, 1 where that is nothing."""
+        """Hidden time as a share of what can be hidden; 1 where that is nothing."""
         return self.hidden / self.hideable if self.hideable else 1.0
 
 
 def overlap(spans: Sequence[Span]) -> Overlap:
-    """How much of the tensor axes' collectives ran under compute; all zero without spans."""
+    """Return how much of the collectives on the tensor axes ran under compute; all zero without spans."""
     ranks = sorted({s.rank for s in spans})
-    totals = [_overlap_of([s for s in spans if s.rank == rank]) for rank in ranks]
+    totals = [_rank_overlap([s for s in spans if s.rank == rank]) for rank in ranks]
     return (
         Overlap(*(sum(column) / len(ranks) for column in zip(*totals, strict=True))) if ranks else Overlap(0, 0, 0, 0)
     )
 
 
-def _overlap_of(spans: Sequence[Span]) -> Overlap:
-    """That of one rank, which runs one task after another."""
+def _rank_overlap(spans: Sequence[Span]) -> Overlap:
+    """Return the overlap of one rank, which runs one task after another."""
     tasks: dict[tuple[int, SpanKind, int, int], list[_Interval]] = {}
     for s in spans:
         if s.kind in COMPUTE:
             tasks.setdefault((s.step, s.kind, s.microbatch, s.chunk), []).append(_Interval(s.start, s.end))
-    computed = sorted(tasks.values(), key=lambda own: min(i.start for i in own))
-    begins = [min(i.start for i in own) for own in computed]
-    ends = [max(i.end for i in own) for own in computed]
+    computed = sorted(tasks.values(), key=lambda task: min(i.start for i in task))
+    begins = [min(i.start for i in task) for task in computed]
+    ends = [max(i.end for i in task) for task in computed]
     inside: list[list[_Interval]] = [[] for _ in computed]
     outside: list[_Interval] = []
-    for i in _of(spans, SpanKind.TENSOR):
-        task = bisect_right(begins, i.start) - 1
-        (inside[task] if task >= 0 and i.start <= ends[task] else outside).append(i)
+    for i in _intervals_of(spans, SpanKind.TENSOR):
+        last = bisect_right(begins, i.start) - 1
+        (inside[last] if last >= 0 and i.start <= ends[last] else outside).append(i)
     compute = hidden = hideable = 0.0
     collective = _length(_union(outside))
-    for own, collectives in zip(computed, inside, strict=True):
-        computing, taken = _length(_union(own)), _length(_union(collectives))
-        compute += computing
-        collective += taken
-        hidden += computing + taken - _length(_union(own + collectives))
-        hideable += min(computing, taken)
+    for task, collectives in zip(computed, inside, strict=True):
+        compute_s, collective_s = _length(_union(task)), _length(_union(collectives))
+        compute += compute_s
+        collective += collective_s
+        hidden += compute_s + collective_s - _length(_union(task + collectives))
+        hideable += min(compute_s, collective_s)
     return Overlap(compute, collective, hidden, hideable)
 
 
-def _of(spans: Sequence[Span], *kinds: SpanKind) -> list[_Interval]:
+def _intervals_of(spans: Sequence[Span], *kinds: SpanKind) -> list[_Interval]:
     return [_Interval(s.start, s.end) for s in spans if s.kind in kinds]
 
 

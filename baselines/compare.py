@@ -24,13 +24,13 @@ from axonn.cli.doc_links import explained
 from axonn.config.train_config import TrainConfig, validate
 from axonn.durable_files import locked_folder
 from axonn.errors import AxonnError, ConfigError, LaunchError
-from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.registry import make_model
 from axonn.observability.procfs import available_cores
 from axonn.observability.records import Workload
 from axonn.training.places import PROJECT, from_here
 from axonn.training.provenance import this_machine
 from baselines import contenders as who
+from baselines.adapters.adapter_common import gpt_of
 from baselines.comparison import (
     Result,
     Tolerances,
@@ -43,12 +43,19 @@ from baselines.comparison import (
 )
 from baselines.comparison_outcome import about_frameworks, write_records_of, write_summary
 from baselines.comparison_progress import Reporter, make_console
-from baselines.comparison_session import Found, SessionPart, conditions_over_link, run_over_link, run_part
+from baselines.comparison_session import (
+    PartMeasurements,
+    SessionPart,
+    conditions_over_link,
+    run_over_link,
+    run_part,
+)
 from baselines.comparison_tables import show
 from baselines.contenders import Contender, Kind, choose, load_contenders, refusal
-from baselines.coordinator import LEAST_ROUNDS, LOOPBACK, Condition, PlainLoopback
+from baselines.coordinator import LEAST_ROUNDS, PlainLoopback
 from baselines.equal_work import reference_losses
 from baselines.junit import write_junit
+from baselines.rounds import LOOPBACK, Condition
 from baselines.statistics import HALF_WIDTH
 from experiments.slow_link import stage_seconds, why_no_link
 from experiments.workloads import SHAPES, config_of
@@ -56,16 +63,16 @@ from experiments.workloads import SHAPES, config_of
 OUT = PROJECT / "results" / "baselines"
 RUNS = PROJECT / "runs" / "baselines"
 MINUTES = 40.0
-"""In all, by default; less where every interval is narrow enough before."""
+"""Minutes in all, by default; fewer where every interval is narrow enough earlier."""
 MOST_RANKS = 4
-"""By default, since the fixed workloads cannot be cut much further."""
+"""Most ranks by default, since the fixed workloads cannot be cut much further."""
 MOST_ROUNDS = 200
 QUICK_WORKLOAD, QUICK_MINUTES, QUICK_MARGIN = "tiny", 0.0, 9.0
 ERROR, INTERRUPTED = 2, 130
 
 
-def options(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parsed options."""
+def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m baselines.compare", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--frameworks", nargs="+", default=[], help="pytorch, deepspeed/zero-1, ...; AxoNN always runs")
     parser.add_argument("--kinds", nargs="+", default=[], choices=who.KINDS, help="of parallelism")
@@ -96,19 +103,19 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tolerances", type=Path, help="another file than that of this machine")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for what comes of it")
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder for the ranks' run folders")
-    given = parser.parse_args(arguments)
-    if given.rounds is not None and given.rounds < LEAST_ROUNDS:
+    parsed = parser.parse_args(arguments)
+    if parsed.rounds is not None and parsed.rounds < LEAST_ROUNDS:
         parser.error(f"--rounds: at least {LEAST_ROUNDS}, so that there is a spread")
-    if given.link and given.no_link:
+    if parsed.link and parsed.no_link:
         parser.error("--link and --no-link contradict each other")
-    if given.quick:
-        given.workloads, given.minutes, given.with_busy = [QUICK_WORKLOAD], QUICK_MINUTES, True
-        given.no_link = not given.link
-    return given
+    if parsed.quick:
+        parsed.workloads, parsed.minutes, parsed.with_busy = [QUICK_WORKLOAD], QUICK_MINUTES, True
+        parsed.no_link = not parsed.link
+    return parsed
 
 
 def default_ranks(device: str) -> int:
-    """GPUs or cores of this node; at least 2, so that there is something to be parallel."""
+    """Return the number of GPUs or cores of this node, at least 2: on one rank nothing is parallel."""
     if device == "cuda":
         import torch
 
@@ -117,21 +124,21 @@ def default_ranks(device: str) -> int:
 
 
 def on_one_rank(workload: str) -> TrainConfig:
-    """The workload on one rank."""
+    """Return the configuration of a workload on one rank."""
     return validate(config_of(workload, {}), TrainConfig, where=workload)
 
 
 class Comparison:
-    """What is asked for, and what has been found so far."""
+    """The requested comparison, and its results so far."""
 
-    def __init__(self, given: argparse.Namespace, console: Console) -> None:
-        self._given = given
+    def __init__(self, chosen: argparse.Namespace, console: Console) -> None:
+        self._options = chosen
         self._console = console
-        self._ranks: int = given.ranks or default_ranks(given.device)
+        self._ranks: int = chosen.ranks or default_ranks(chosen.device)
         if self._ranks < 2:
             raise ConfigError("--ranks: contenders are compared on at least 2 ranks")
         self._contenders = choose(
-            load_contenders(given.contenders), frameworks=given.frameworks, kinds=given.kinds, ranks=self._ranks
+            load_contenders(chosen.contenders), frameworks=chosen.frameworks, kinds=chosen.kinds, ranks=self._ranks
         )
         self.refused: dict[str, list[Contender]] = {}
         self.results: list[Result] = []
@@ -141,86 +148,84 @@ class Comparison:
         self._began = time.monotonic()
 
     def run(self) -> None:
-        """All parts, one after the other."""
-        given = self._given
-        plan = [(workload, False) for workload in given.workloads] if not given.link else []
-        if given.link:
-            plan = [(workload, True) for workload in given.workloads]
-        elif not given.no_link:
-            # The smallest one alone: the time does not last for more.
-            plan.append((min(given.workloads, key=_weight), True))
+        """Measure all parts, one after the other."""
+        options = self._options
+        plan = [(workload, options.link) for workload in options.workloads]
+        if not options.link and not options.no_link:
+            # Only the smallest one: there is no time for more.
+            plan.append((min(options.workloads, key=_weight), True))
         references: dict[str, list[float]] = {}
         for position, (workload, link) in enumerate(plan):
             rest = sum(_weight(name) for name, _ in plan[position:])
-            seconds = max(0.0, 60 * given.minutes - (time.monotonic() - self._began)) * _weight(workload) / rest
+            seconds = max(0.0, 60 * options.minutes - (time.monotonic() - self._began)) * _weight(workload) / rest
             if link and (reason := self._no_link(workload, seconds)) is not None:
                 self._remark(f"{workload}: not over an emulated link: {reason}")
                 continue
             try:
                 if workload not in references:
                     self._console.print(f"{workload}: losses of the serial reference", highlight=False)
-                    cache, folder = given.out / "reference", given.runs / f"{workload}-reference"
+                    cache, folder = options.out / "reference", options.runs / f"{workload}-reference"
                     references[workload] = reference_losses(workload, cache=cache, folder=folder)
                 self._measure(workload, link, seconds, references[workload])
             except KeyboardInterrupt:
                 self.interrupted = True
             except AxonnError as error:
-                # What was measured before counts.
+                # Earlier measurements count.
                 self.failed = True
                 self._remark(f"{workload}, {'emulated link' if link else 'loopback'}: {error}")
             if self.interrupted:
                 return
 
     def _no_link(self, workload: str, seconds: float) -> str | None:
-        """Why the workload is not run over a link now."""
-        if (reason := why_no_link()) is not None or self._given.link:
+        """Return why the workload is not run over a link now, or None."""
+        if (reason := why_no_link()) is not None or self._options.link:
             return reason
-        mine = [r for r in self.results if r.workload == workload and r.turns]
+        measured = [r for r in self.results if r.workload == workload and r.turns]
         # Starting takes about as long as 5 batches of each; over the link each is slower, and one kind has two rates.
-        need = sum(r.time.median for r in mine) * (LEAST_ROUNDS * 2 + 5)
+        need = sum(r.time.median for r in measured) * (LEAST_ROUNDS * 2 + 5)
         if need > seconds:
             return f"it needs about {need:.0f} s, and {seconds:.0f} s are left of --minutes; --link measures it alone"
         return None
 
     def _measure(self, workload: str, link: bool, seconds: float, reference: Sequence[float]) -> None:
-        given = self._given
+        options = self._options
         able = self._able(workload)
         conditions = self._conditions(workload) if link else {}
         part = SessionPart(
             workload=workload,
             ranks=self._ranks,
             link=link,
-            device=given.device,
+            device=options.device,
             contenders=able,
-            least_rounds=given.rounds or LEAST_ROUNDS,
-            most_rounds=given.rounds or MOST_ROUNDS,
+            least_rounds=options.rounds or LEAST_ROUNDS,
+            most_rounds=options.rounds or MOST_ROUNDS,
             seconds=seconds,
             conditions=conditions,
-            half_width=None if given.rounds else given.within / 100,
-            with_busy=given.with_busy,
-            runs=given.runs,
+            half_width=None if options.rounds else options.within / 100,
+            with_busy=options.with_busy,
+            runs=options.runs,
         )
         if link:
             try:
-                found = run_over_link(part, given.out)
+                measurements = run_over_link(part, options.out)
             except LaunchError as error:
                 self._remark(f"{workload}: not over an emulated link: {error}")
                 return
         else:
-            found = run_part(part, link=PlainLoopback(), say=Reporter(self._console))
-        self.interrupted = found.interrupted
-        self._take(part, found, reference)
+            measurements = run_part(part, link=PlainLoopback(), say=Reporter(self._console))
+        self.interrupted = measurements.interrupted
+        self._take(part, measurements, reference)
 
     def _able(self, workload: str) -> list[Contender]:
-        """Contenders that can run; the others are remembered with their reasons."""
+        """Return the contenders that can run; the others are kept in `refused` with their reasons."""
         able = []
         left_out: list[str] = []
-        given = self._given
+        options = self._options
         for contender in self._contenders:
-            if workload in contender.left_out_of and not (given.frameworks or given.kinds or given.link):
+            if workload in contender.left_out_of and not (options.frameworks or options.kinds or options.link):
                 left_out.append(contender.name)
                 continue
-            reason = refusal(contender, workload, self._ranks, given.device)
+            reason = refusal(contender, workload, self._ranks, options.device)
             if reason is None:
                 able.append(contender)
             elif contender not in self.refused.setdefault(reason, []):
@@ -231,26 +236,25 @@ class Comparison:
 
     def _conditions(self, workload: str) -> dict[Kind, list[Condition]]:
         forward, backward = stage_seconds(workload)
-        config = on_one_rank(workload).model
-        layers = make_model(config).layers
-        of_blocks = sum(layer.cost for layer in layers if layer.block is not None)
-        assert isinstance(config, GPTConfig)
+        model = gpt_of(on_one_rank(workload))
+        layers = make_model(model).layers
+        block_cost = sum(layer.cost for layer in layers if layer.block is not None)
         return conditions_over_link(
             workload,
             self._ranks,
             forward=forward,
             backward=backward,
-            parameters=config.parameters,
-            layer_share=of_blocks / sum(layer.cost for layer in layers) / config.layers,
+            parameters=model.parameters,
+            layer_share=block_cost / sum(layer.cost for layer in layers) / model.layers,
         )
 
-    def _take(self, part: SessionPart, found: Found, reference: Sequence[float]) -> None:
+    def _take(self, part: SessionPart, measurements: PartMeasurements, reference: Sequence[float]) -> None:
         config = on_one_rank(part.workload)
         for contender in part.contenders:
-            if contender.key in found.measured:
+            if contender.key in measurements.measured:
                 self.results += results_of(
                     contender,
-                    found.measured[contender.key],
+                    measurements.measured[contender.key],
                     workload=part.workload,
                     conditions=part.conditions.get(contender.kind, [LOOPBACK]),
                     ranks=part.ranks,
@@ -266,7 +270,7 @@ class Comparison:
 
 
 def _weight(workload: str) -> float:
-    """Share of the time: a larger workload gets more, but not in proportion to its work."""
+    """Return the share of the time: a larger workload gets more, but not in proportion to its work."""
     config = on_one_rank(workload)
     work = Workload.of(config.model, gpus=1, batch_size=config.batch_size, precision=config.precision.compute)
     return sqrt(work.flops(recompute=False))
@@ -277,16 +281,16 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, write and show; the exit code."""
-    given = options(arguments)
+    """Measure, write and show. Returns the exit code."""
+    chosen = parse_options(arguments)
     console = make_console()
-    tolerances = load_tolerances(given.tolerances, this_machine().host or "")
-    if given.quick and given.tolerances is None:
+    tolerances = load_tolerances(chosen.tolerances, this_machine().host or "")
+    if chosen.quick and chosen.tolerances is None:
         tolerances = Tolerances(margin=QUICK_MARGIN)
-    # CI systems end a job so.
+    # The signal with which CI systems end a job.
     signal.signal(signal.SIGTERM, _stop)
-    comparison = Comparison(given, console)
-    with locked_folder(given.runs, "wait for its end, or choose another --runs"):
+    comparison = Comparison(chosen, console)
+    with locked_folder(chosen.runs, "wait for its end, or choose another --runs"):
         comparison.run()
     results, refused = comparison.results, comparison.refused
     verdicts = verdicts_of(results, tolerances)
@@ -296,17 +300,17 @@ def main(arguments: Sequence[str]) -> int:
         console.print("[yellow]interrupted before anything was measured; earlier results stay[/yellow]")
         return INTERRUPTED
     summary = write_summary(
-        given.out,
+        chosen.out,
         rows,
         results,
         verdicts,
         refused,
         remarks=comparison.remarks,
         interrupted=comparison.interrupted,
-        quick=given.quick,
+        quick=chosen.quick,
     )
-    write_records_of(given.out / "records", results)
-    write_junit(given.out / "junit.xml", results, verdicts, refused)
+    write_records_of(chosen.out / "records", results)
+    write_junit(chosen.out / "junit.xml", results, verdicts, refused)
     show(console, rows, results, verdicts, refused)
     for remark in [*comparison.remarks, *busy_lines(results)]:
         console.print(f"[yellow]{escape(remark)}[/yellow]", soft_wrap=True)
@@ -324,6 +328,6 @@ if __name__ == "__main__":
         with explained("docs/compare.md"):
             sys.exit(main(sys.argv[1:]))
     except Exception:
-        # Python's own exit code for it would say that AxoNN falls behind.
+        # Python's own exit code, 1, would mean that AxoNN falls behind.
         traceback.print_exc()
         sys.exit(ERROR)

@@ -1,4 +1,4 @@
-"""What the measured contenders mean: rows, ratios to ours, and whether ours falls behind."""
+"""Evaluation of measured contenders: rows, ratios to ours, and whether ours falls behind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOLERANCES = Path(__file__).parent / "tolerances"
 
 
 class Tolerances(StrictModel):
-    """By how much ours may be slower than the best other framework of a kind: 0.05 is 5% of the batch time."""
+    """Share by which ours may be slower than the best other framework of a kind: 0.05 is 5% of the batch time."""
 
     margin: float = Field(ge=0)
     kinds: dict[Kind, float] = {}
@@ -33,9 +33,9 @@ class Tolerances(StrictModel):
 
 
 def load_tolerances(file: Path | None, host: str, folder: Path = TOLERANCES) -> Tolerances:
-    """`file`, or else that of the host, or else the default. Raises `ConfigError`."""
-    own = folder / f"{host.partition('.')[0]}.yaml"
-    return load_yaml(file or (own if own.exists() else folder / "default.yaml"), Tolerances)
+    """Load `file`, otherwise the file of the host, otherwise the default. Raises `ConfigError`."""
+    host_file = folder / f"{host.partition('.')[0]}.yaml"
+    return load_yaml(file or (host_file if host_file.exists() else folder / "default.yaml"), Tolerances)
 
 
 class Result(StrictModel):
@@ -46,18 +46,19 @@ class Result(StrictModel):
     condition: Condition
     ranks: int
     tokens: int
-    """Of a batch."""
+    """Tokens of a batch."""
     turns: list[Turn]
     with_busy: bool = False
-    """Whether batches of a busy machine take part in ratios."""
+    """True if batches of a busy machine count in ratios."""
     stopped: Stopped | None = None
     memory_bytes: int | None = None
     bytes_sent: int | None = None
-    """By a rank for a batch: counted on the link (mean over the ranks), or what our engine says of its busiest rank."""
+    """Bytes that a rank sends for a batch: counted on the link (mean over the ranks), or reported by our engine for its
+    busiest rank."""
     losses: list[Loss] = []
     loss_difference: Loss | None = None
     failure: Failure | None = None
-    """Why it gets no ratio: it died, or did other work."""
+    """Reason for which it gets no ratio: it died, or did other work."""
 
     @property
     def seconds(self) -> list[float]:
@@ -65,23 +66,23 @@ class Result(StrictModel):
 
     @property
     def counted(self) -> list[Turn]:
-        """Turns that its time is made of: those of a machine that was not busy, where there are some."""
+        """Turns that its time is made of: those of a machine that was not busy, where there are any."""
         return counted(self.turns, with_busy=self.with_busy) or self.turns
 
     @property
     def busy_rounds(self) -> int:
-        """Turns while which the machine was busy with other work."""
+        """Number of turns during which the machine was busy with other work."""
         return sum(turn.busy for turn in self.turns)
 
     @property
     def busy(self) -> bool | None:
-        """Whether the machine was busy in all turns; None where nobody knows."""
+        """True if the machine was busy in all turns; None where that is not known."""
         known = all(turn.usage is not None for turn in self.turns)
         return self.busy_rounds == len(self.turns) if self.turns and known else None
 
     @property
     def processor_s(self) -> float | None:
-        """Processor seconds of all ranks for a batch, the median."""
+        """Median of the processor seconds of all ranks for a batch."""
         known = [turn.usage.processor_s for turn in self.counted if turn.usage is not None]
         return median(known) if known else None
 
@@ -106,17 +107,17 @@ def results_of(
     reference: Sequence[float],
     with_busy: bool = False,
 ) -> list[Result]:
-    """One result for each condition, from the groups in which the contender took part."""
+    """Return one result for each condition, from the groups in which the contender took part."""
     failure = next((m.failure for m in measured if m.failure is not None), None)
     if failure is None:
-        checked = [disagreement(m.losses, reference, precision) for m in measured]
-        failure = next((found for found in checked if found is not None), None)
+        disagreements = (disagreement(m.losses, reference, precision) for m in measured)
+        failure = next(filter(None, disagreements), None)
     differences = [d for m in measured if (d := difference(m.losses, reference)) is not None]
     results = []
     for condition in conditions:
         turns = [turn for m in measured for turn in m.turns if turn.condition == condition.name]
         crossed = [turn.link_bytes for turn in turns if turn.link_bytes is not None]
-        said = max((sum(m.bytes_per_batch.values()) for m in measured), default=0)
+        reported = max((sum(m.bytes_per_batch.values()) for m in measured), default=0)
         results.append(
             Result(
                 contender=contender,
@@ -128,7 +129,7 @@ def results_of(
                 with_busy=with_busy,
                 stopped=next((m.stopped for m in measured if m.stopped is not None), None),
                 memory_bytes=max((m.memory_bytes for m in measured if m.memory_bytes is not None), default=None),
-                bytes_sent=round(median(crossed) / ranks) if crossed else said or None,
+                bytes_sent=round(median(crossed) / ranks) if crossed else reported or None,
                 losses=measured[0].losses if measured else [],
                 loss_difference=max(differences, default=None),
                 failure=failure,
@@ -138,8 +139,10 @@ def results_of(
 
 
 def paired_ratio(over: Result, under: Result, quantity: Quantity = wall) -> Spread | None:
-    """Median over the rounds that count in both of the seconds (or another quantity) of `under` over those of `over`,
-    with its interval."""
+    """Return the median ratio of `under` to `over`, with its interval, over the rounds that count in both.
+
+    `quantity`: the seconds of a turn, or another value of it.
+    """
     return spread_of(ratios(over.turns, under.turns, with_busy=under.with_busy, quantity=quantity))
 
 
@@ -148,7 +151,7 @@ Where = tuple[str, str, Kind]
 
 
 def by_place(results: Sequence[Result]) -> dict[Where, list[Result]]:
-    """Results that may be compared with each other."""
+    """Group results by the place in which they may be compared with each other."""
     places: dict[Where, list[Result]] = {}
     for result in results:
         places.setdefault((result.workload, result.condition.name, result.contender.kind), []).append(result)
@@ -156,13 +159,13 @@ def by_place(results: Sequence[Result]) -> dict[Where, list[Result]]:
 
 
 def fastest(results: Sequence[Result], *, ours: bool) -> Result | None:
-    """The one with the least median among those that may be compared."""
+    """Return the result with the least median among those that may be compared."""
     candidates = [r for r in results if r.comparable and r.contender.ours == ours]
     return min(candidates, key=lambda r: r.time.median, default=None)
 
 
 class Verdict(StrictModel):
-    """Our fastest contender of a kind beside the fastest other one."""
+    """Our fastest contender of a kind compared with the fastest other one."""
 
     workload: str
     condition: str
@@ -175,27 +178,28 @@ class Verdict(StrictModel):
     low: float | None = None
     high: float | None = None
     processor_ratio: float | None = None
-    """The same of the processor seconds of all ranks, which vary far less; and its interval."""
+    """Ratio of the processor seconds of all ranks, which vary far less, and its interval."""
     processor_low: float | None = None
     processor_high: float | None = None
     rounds: int = 0
-    """Of which the ratio is made."""
+    """Rounds that the ratio is made of."""
     busy_rounds: int = 0
-    """That are left out, since the machine was busy with other work."""
+    """Rounds that are left out, since the machine was busy with other work."""
     stopped: Stopped | None = None
-    """Why no more rounds were made."""
+    """Reason for which no more rounds were made."""
     reason: str | None = None
-    """Why there is no ratio."""
+    """Reason for which there is no ratio."""
 
     @property
     def behind(self) -> bool:
-        """Slower by more than the margin, beyond the spread: the lower end of the interval is above it."""
+        """True if ours is slower by more than the margin, beyond the spread: the lower end of the interval is above
+        it."""
         return self.low is not None and self.low > 1 + self.margin
 
 
 def verdicts_of(results: Sequence[Result], tolerances: Tolerances) -> list[Verdict]:
-    """One for each workload, condition and kind."""
-    found = []
+    """Return one verdict for each workload, condition and kind."""
+    verdicts = []
     for (workload, condition, kind), some in by_place(results).items():
         ours, theirs = fastest(some, ours=True), fastest(some, ours=False)
         about: dict[str, Any] = {
@@ -206,21 +210,22 @@ def verdicts_of(results: Sequence[Result], tolerances: Tolerances) -> list[Verdi
             "ours": ours and ours.contender.name,
             "theirs": theirs and theirs.contender.name,
         }
-        ratio = paired_ratio(over=theirs, under=ours) if ours and theirs else None
-        if ratio is not None:
+        if ours is None or theirs is None:
+            missing = "AxoNN's contenders" if ours is None else "the other frameworks"
+            about["reason"] = f"none of {missing} can be compared"
+        elif (ratio := paired_ratio(over=theirs, under=ours)) is not None:
             about |= {"ratio": ratio.median, "low": ratio.low, "high": ratio.high, **_about_rounds(ours, theirs)}
-        elif ours and theirs and (left_out := _left_out(ours, theirs)):
+        elif left_out := _left_out(ours, theirs):
             about["busy_rounds"] = left_out
             about["reason"] = f"the machine was busy with other work in all {left_out} rounds; {AGAIN}"
         else:
-            who = "AxoNN's contenders" if ours is None else "the other frameworks" if theirs is None else None
-            about["reason"] = f"none of {who} can be compared" if who else "they had no round in common"
-        found.append(Verdict(**about))
-    return found
+            about["reason"] = "they had no round in common"
+        verdicts.append(Verdict(**about))
+    return verdicts
 
 
 def _left_out(*results: Result) -> int:
-    """Rounds that are left out because the machine was busy in a turn of one of these."""
+    """Return the number of rounds left out because the machine was busy in a turn of one of these."""
     if any(result.with_busy for result in results):
         return 0
     return len({(turn.group, turn.round) for result in results for turn in result.turns if turn.busy})
@@ -228,25 +233,24 @@ def _left_out(*results: Result) -> int:
 
 def _about_rounds(ours: Result, theirs: Result) -> dict[str, Any]:
     spread = paired_ratio(over=theirs, under=ours, quantity=processor)
-    of_processor = {} if spread is None else dict(
-        zip(("processor_ratio", "processor_low", "processor_high"), spread, strict=True)
-    )  # fmt: skip
-    made_of = len(ratios(theirs.turns, ours.turns, with_busy=ours.with_busy))
-    return {**of_processor, "rounds": made_of, "busy_rounds": _left_out(ours, theirs), "stopped": theirs.stopped}
+    names = ("processor_ratio", "processor_low", "processor_high")
+    processor_fields = {} if spread is None else dict(zip(names, spread, strict=True))
+    rounds = len(ratios(theirs.turns, ours.turns, with_busy=ours.with_busy))
+    return {**processor_fields, "rounds": rounds, "busy_rounds": _left_out(ours, theirs), "stopped": theirs.stopped}
 
 
 def busy_lines(results: Sequence[Result]) -> list[str]:
-    """What has to be said of batches that a busy machine measured, and what to do."""
+    """Return a remark about batches that a busy machine measured, and what to do; nothing where there are none."""
     turns = [turn for result in results for turn in result.turns]
     busy = [turn for turn in turns if turn.busy]
     if not busy:
         return []
     share = busy_share([turn.usage for turn in busy if turn.usage is not None]) or 0.0
     taken_in = any(result.with_busy for result in results)
-    how = "in ratios all the same" if taken_in else "left out of ratios"
+    use = "in ratios all the same" if taken_in else "left out of ratios"
     return [
         f"the machine was busy with other work during {len(busy)} of {len(turns)} batches (others took {share:.0%} of "
-        f"the cores meanwhile): {how}; {AGAIN if not taken_in else AGAIN.partition(',')[0]}"
+        f"the cores meanwhile): {use}; {AGAIN if not taken_in else AGAIN.partition(',')[0]}"
     ]
 
 
@@ -254,7 +258,7 @@ AGAIN = "run it again when the machine is idle, or take them in: --with-busy"
 
 
 def exit_code(results: Sequence[Result], verdicts: Sequence[Verdict]) -> int:
-    """1 when ours falls behind anywhere, fails, or nothing could be compared; else 0."""
+    """Return 1 when ours falls behind anywhere, fails, or nothing could be compared; otherwise 0."""
     compared = [v for v in verdicts if v.ratio is not None]
     failed = [r for r in results if r.contender.ours and r.failure is not None]
     alone = [v for v in verdicts if v.ours is None and v.theirs is not None]
@@ -262,51 +266,52 @@ def exit_code(results: Sequence[Result], verdicts: Sequence[Verdict]) -> int:
 
 
 def rows_of(results: Sequence[Result], about: Mapping[str, Mapping[str, str | None]]) -> list[dict[str, Any]]:
-    """Rows of summary.json; `about` has version and disclosure by the contender's framework."""
+    """Return the rows of summary.json; `about` has version and disclosure by the contender's framework."""
     rows = []
     for some in by_place(results).values():
         ours = fastest(some, ours=True)
         for result in some:
-            if not result.turns:
-                continue
-            time = result.time
-            beside = ours if ours is not None and result.comparable else None
-            ratio = None if beside is None else paired_ratio(over=beside, under=result)
-            of_processor = None if beside is None else paired_ratio(over=beside, under=result, quantity=processor)
-            said = about.get(result.contender.framework, {})
-            rows.append(
-                {
-                    "framework": result.contender.label,
-                    "strategy": result.contender.variant,
-                    "parallelism": result.contender.kind,
-                    "ours": result.contender.ours,
-                    "workload": result.workload,
-                    "condition": result.condition.name,
-                    "link_kbit_per_s": result.condition.kbit,
-                    "ranks": result.ranks,
-                    "batch_time_s": time.median,
-                    "batch_time_quartiles_s": [time.low, time.high],
-                    "batch_times_s": result.seconds,
-                    "tokens_per_s": result.tokens / time.median,
-                    "memory_bytes": result.memory_bytes,
-                    "bytes_sent": result.bytes_sent,
-                    "ratio": None if ratio is None else ratio.median,
-                    "spread": None if ratio is None else [ratio.low, ratio.high],
-                    "processor_s": result.processor_s,
-                    "processor_ratio": None if of_processor is None else of_processor.median,
-                    "processor_spread": None if of_processor is None else [of_processor.low, of_processor.high],
-                    "rounds": len(result.turns),
-                    "busy_rounds": result.busy_rounds,
-                    "busy": result.busy,
-                    "in_ratios": result.with_busy or not result.busy,
-                    "stopped": result.stopped,
-                    "losses": result.losses,
-                    "losses_agree": result.failure is None or result.failure.cause != "not-comparable",
-                    "loss_difference": result.loss_difference,
-                    "failure": None if result.failure is None else result.failure.model_dump(exclude_none=True),
-                    "disclosure": said.get("disclosure"),
-                    "version": said.get("version"),
-                    "kind": "measured",
-                }
-            )
+            if result.turns:
+                base = ours if ours is not None and result.comparable else None
+                rows.append(_row(result, base, about.get(result.contender.framework, {})))
     return rows
+
+
+def _row(result: Result, base: Result | None, about: Mapping[str, str | None]) -> dict[str, Any]:
+    """Return the row of a result that has turns. `base`: the result that it is compared with, if any."""
+    time = result.time
+    ratio = None if base is None else paired_ratio(over=base, under=result)
+    processor_ratio = None if base is None else paired_ratio(over=base, under=result, quantity=processor)
+    return {
+        "framework": result.contender.label,
+        "strategy": result.contender.variant,
+        "parallelism": result.contender.kind,
+        "ours": result.contender.ours,
+        "workload": result.workload,
+        "condition": result.condition.name,
+        "link_kbit_per_s": result.condition.kbit,
+        "ranks": result.ranks,
+        "batch_time_s": time.median,
+        "batch_time_quartiles_s": [time.low, time.high],
+        "batch_times_s": result.seconds,
+        "tokens_per_s": result.tokens / time.median,
+        "memory_bytes": result.memory_bytes,
+        "bytes_sent": result.bytes_sent,
+        "ratio": None if ratio is None else ratio.median,
+        "spread": None if ratio is None else [ratio.low, ratio.high],
+        "processor_s": result.processor_s,
+        "processor_ratio": None if processor_ratio is None else processor_ratio.median,
+        "processor_spread": None if processor_ratio is None else [processor_ratio.low, processor_ratio.high],
+        "rounds": len(result.turns),
+        "busy_rounds": result.busy_rounds,
+        "busy": result.busy,
+        "in_ratios": result.with_busy or not result.busy,
+        "stopped": result.stopped,
+        "losses": result.losses,
+        "losses_agree": result.failure is None or result.failure.cause != "not-comparable",
+        "loss_difference": result.loss_difference,
+        "failure": None if result.failure is None else result.failure.model_dump(exclude_none=True),
+        "disclosure": about.get("disclosure"),
+        "version": about.get("version"),
+        "kind": "measured",
+    }

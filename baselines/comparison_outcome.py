@@ -1,4 +1,5 @@
-"""What a comparison leaves in results/: the summary, and one record for each contender, workload and condition."""
+"""Files that a comparison leaves in results/: the summary, and one record for each contender, workload and
+condition."""
 
 from __future__ import annotations
 
@@ -19,15 +20,26 @@ from baselines.comparison import Result, Verdict, busy_lines
 from baselines.contenders import Contender, framework_of
 
 EXPERIMENT = "baselines"
+POLICY = {
+    "batch_time_s": "median of the batches after one warm-up batch",
+    "ratio": "median over paired rounds of the seconds over those of the fastest AxoNN of the kind",
+    "spread": "95% interval of that median by order statistics; least and most where rounds are few",
+    "processor_ratio": "the same of the processor seconds of all ranks for a batch",
+    "rounds": "until half of every interval is within the share asked for, or the minutes are spent (stopped)",
+    "busy": f"others took more than {BUSY_SHARE:.0%} of the core seconds of a batch; "
+    "left out of times and ratios unless with_busy",
+    "behind": "the interval of AxoNN over the fastest other framework lies above 1 + margin",
+}
+"""Meaning of the fields of rows and verdicts."""
 
 
 def command() -> str:
-    """How the comparison was started, as one types it."""
+    """Return the command line that started the comparison."""
     return shlex.join(["python", "-m", "baselines.compare", *sys.argv[1:]])
 
 
 def about_frameworks(contenders: Sequence[Contender]) -> dict[str, dict[str, str | None]]:
-    """Version and disclosure by framework, of those that there are."""
+    """Return version and disclosure by framework, for those that are installed."""
     about: dict[str, dict[str, str | None]] = {}
     for contender in contenders:
         framework = framework_of(contender)
@@ -62,9 +74,7 @@ def write_summary(
         "verdicts": [verdict.model_dump() | {"behind": verdict.behind} for verdict in verdicts],
         "failures": [
             {
-                "framework": r.contender.label,
-                "strategy": r.contender.variant,
-                "parallelism": r.contender.kind,
+                **_named(r.contender),
                 "workload": r.workload,
                 "condition": r.condition.name,
                 **r.failure.model_dump(exclude_none=True),
@@ -72,23 +82,10 @@ def write_summary(
             for r in results
             if r.failure is not None
         ],
-        "not_compared": [
-            {"framework": c.label, "strategy": c.variant, "parallelism": c.kind, "reason": reason}
-            for reason, some in refused.items()
-            for c in some
-        ],
+        "not_compared": [{**_named(c), "reason": reason} for reason, some in refused.items() for c in some],
         "remarks": [*remarks, *busy_lines(results)],
         "with_busy": any(r.with_busy for r in results),
-        "policy": {
-            "batch_time_s": "median of the batches after one warm-up batch",
-            "ratio": "median over paired rounds of the seconds over those of the fastest AxoNN of the kind",
-            "spread": "95% interval of that median by order statistics; least and most where rounds are few",
-            "processor_ratio": "the same of the processor seconds of all ranks for a batch",
-            "rounds": "until half of every interval is within the share asked for, or the minutes are spent (stopped)",
-            "busy": f"others took more than {BUSY_SHARE:.0%} of the core seconds of a batch; "
-            "left out of times and ratios unless with_busy",
-            "behind": "the interval of AxoNN over the fastest other framework lies above 1 + margin",
-        },
+        "policy": POLICY,
         "provenance": {
             "command": command(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -103,8 +100,13 @@ def write_summary(
     return path
 
 
+def _named(contender: Contender) -> dict[str, str]:
+    return {"framework": contender.label, "strategy": contender.variant, "parallelism": contender.kind}
+
+
 def record_of(result: Result) -> Record:
-    """A contender's record, be it a failure. Raises `LaunchError` when its framework has gone meanwhile."""
+    """Return a contender's record, possibly a failure. Raises `LaunchError` when its framework has gone in the
+    meantime."""
     contender = result.contender
     framework = framework_of(contender)
     if framework is None:
@@ -141,7 +143,7 @@ def record_of(result: Result) -> Record:
 
 
 def write_records_of(folder: Path, results: Sequence[Result]) -> None:
-    """One file for each contender and workload in place of those of an earlier comparison."""
+    """Write one file for each contender and workload, replacing those of an earlier comparison."""
     if folder.exists():
         for stale in folder.glob("*.json"):
             stale.unlink()

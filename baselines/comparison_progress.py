@@ -1,4 +1,4 @@
-"""What a comparison says while it runs: a bar on a terminal, lines in a log."""
+"""Progress of a running comparison: a bar on a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOG_WIDTH = 130
 
 
 def make_console() -> Console:
-    """As wide as the terminal, or as the tables in a log."""
+    """Return a console as wide as the terminal, or as the tables in a log."""
     return console.make_console(width=_LOG_WIDTH)
 
 
@@ -31,14 +31,17 @@ def _interval(wide: Widest | None, names: Mapping[str, str]) -> str:
 
 
 class Reporter:
-    """Says what is under way, group by group."""
+    """Printer of progress, group by group."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or make_console()
 
     @contextmanager
     def group(self, title: str, names: Mapping[str, str], *, seconds: float) -> Iterator[Say]:
-        """What `take_turns` calls; `names` of the jobs by key, `seconds` that the group may take."""
+        """Yield the `Say` that `take_turns` calls.
+
+        `names` of the jobs by key; `seconds` that the group may take.
+        """
         began = time.monotonic()
         last = -1
         rounds_began = began
@@ -48,24 +51,24 @@ class Reporter:
         with Progress(*columns, console=self._console, disable=not self._console.is_interactive, transient=True) as bar:
             task = bar.add_task(escape(title), total=None)
 
-            def say(what: str, done: int, planned: int, wide: Widest | None) -> None:
+            def say(activity: str, done: int, planned: int, wide: Widest | None) -> None:
                 nonlocal last, rounds_began
                 for key, name in names.items():
-                    what = what.replace(key, name)
+                    activity = activity.replace(key, name)
                 if done < 0:
-                    self._console.print(f"[red]{escape(title)}: {escape(what)}[/red]", soft_wrap=True)
+                    self._console.print(f"[red]{escape(title)}: {escape(activity)}[/red]", soft_wrap=True)
                     return
                 now = time.monotonic()
                 if planned and last < 0 and not done:
                     rounds_began = now
                 left = (now - rounds_began) / done * (planned - done) if done else max(0.0, seconds - (now - began))
-                beside = f"{_interval(wide, names)}at most {timedelta(seconds=round(left))} left"
-                text = f"{title}: {what}, {beside}"
+                limits = f"{_interval(wide, names)}at most {timedelta(seconds=round(left))} left"
+                text = f"{title}: {activity}, {limits}"
                 bar.update(task, description=escape(text), completed=done, total=planned or None)
                 if done > last and planned:
                     last = done
                     if not self._console.is_interactive:
-                        text = f"{title}: round {done + 1} of at most {planned}, {beside}"
+                        text = f"{title}: round {done + 1} of at most {planned}, {limits}"
                         self._console.print(text, soft_wrap=True, highlight=False)
 
             yield say

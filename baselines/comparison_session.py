@@ -1,6 +1,7 @@
 """One part of the comparison: a workload on the plain loopback, or over an emulated link in a namespace of its own.
 
-Over a link this module is run by itself: python -m baselines.comparison_session PART.json FOUND.json, inside of the namespace.
+Over a link this module is run as a program inside the namespace: python -m baselines.comparison_session PART.json
+FOUND.json
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from pathlib import Path
 
 from axonn.config.train_config import StrictModel
 from axonn.errors import LaunchError
+from axonn.training.places import ROOT
 from baselines.comparison_progress import Reporter
 from baselines.contenders import KINDS, Contender, Device, Kind
 from baselines.coordinator import (
-    LOOPBACK,
-    Condition,
     ContenderResult,
     JobGroup,
     LinkCondition,
@@ -28,17 +28,18 @@ from baselines.coordinator import (
     keep_little,
     take_turns,
 )
-from experiments.definition import ROOT
+from baselines.rounds import LOOPBACK, Condition
 from experiments.slow_link import kbit_per_second, message_bytes
 from experiments.workloads import MICROBATCHES
 
 SLOWNET = ROOT / "tools" / "slownet.sh"
 MEMORY_SHARE = 0.85
-"""Of what is free, that the jobs of a group may take together."""
+"""Share of the free memory that the jobs of a group may take in all."""
 _RANK_BYTES = 500 << 20
 """A rank's interpreter, libraries and buffers."""
 _STATE_BYTES = 24
-"""Per parameter: float32 weights, gradients and two moments, and as much again for weights and batches on their way."""
+"""Bytes per parameter: float32 weights, gradients and two moments, and as much again for weights and batches in
+transit."""
 MESSAGE_SHARES = (0.2, 0.5)
 """Seconds of a message over those of one stage's forward."""
 COLLECTIVES_SHARE = 0.5
@@ -46,26 +47,26 @@ COLLECTIVES_SHARE = 0.5
 
 
 class SessionPart(StrictModel):
-    """What is measured in one go."""
+    """Everything that is measured on one workload and one link."""
 
     workload: str
     ranks: int
     link: bool
     device: Device
     contenders: list[Contender]
-    """Those that can run."""
+    """Contenders that can run."""
     least_rounds: int
     most_rounds: int
     seconds: float
     conditions: dict[Kind, list[Condition]]
     half_width: float | None = None
     with_busy: bool = False
-    """This and the one before: see `JobGroup`."""
+    """Option of `JobGroup`, as `half_width` is."""
     runs: Path
-    """Where the ranks' run folders are."""
+    """Folder that holds the ranks' run folders."""
 
     def folder(self, key: str) -> Path:
-        """Run folder of a contender."""
+        """Return the run folder of a contender."""
         return self.runs / f"{self.workload}{'-link' if self.link else ''}-{key}"
 
     @property
@@ -73,15 +74,15 @@ class SessionPart(StrictModel):
         return f"{self.workload}, {'emulated link' if self.link else 'loopback'}"
 
 
-class Found(StrictModel):
-    """What came of a part: the measured contenders by key, one entry for each group that a contender was in."""
+class PartMeasurements(StrictModel):
+    """Results of a part: the measured contenders by key, one entry for each group in which a contender took part."""
 
     measured: dict[str, list[ContenderResult]] = {}
     interrupted: bool = False
 
 
 class EmulatedLink:
-    """The loopback of a network namespace of this process's own."""
+    """The loopback of a network namespace that belongs to this process."""
 
     def apply(self, condition: Condition) -> None:
         if condition.kbit is None:
@@ -107,9 +108,9 @@ class EmulatedLink:
 def conditions_over_link(
     workload: str, ranks: int, *, forward: float, backward: float, parameters: int, layer_share: float
 ) -> dict[Kind, list[Condition]]:
-    """Rates by kind, from seconds of a microbatch on one of 2 stages.
+    """Return rates by kind, from seconds of a microbatch on one of 2 stages.
 
-    `layer_share`: the part of the model's compute that is one transformer layer.
+    `layer_share`: the share of the model's compute that is one transformer layer.
     """
     compute = 2 * MICROBATCHES * (forward + backward) / ranks
     message = message_bytes(workload)
@@ -133,14 +134,15 @@ def conditions_over_link(
 
 
 def job_bytes(contender: Contender, workload: str, ranks: int) -> int:
-    """About what all ranks of a contender take together; a fully replicated state is assumed of data parallelism."""
+    """Estimate the bytes that all ranks of a contender take in all; data parallelism is assumed to replicate all
+    state."""
     parameters = contender.config(workload, ranks, 1).model.parameters
     copies = contender.grid_of(ranks).get("data", 1)
     return ranks * _RANK_BYTES + copies * _STATE_BYTES * parameters
 
 
 def free_bytes() -> int:
-    """Memory that new processes may take."""
+    """Return the bytes of memory that new processes may take."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) << 10
@@ -148,30 +150,30 @@ def free_bytes() -> int:
 
 
 def groups_of(part: SessionPart, available: int) -> Iterator[tuple[Kind, list[Contender]]]:
-    """Contenders that are there at once: those of a kind, in several groups with all of ours in each where they would
-    take more than `MEMORY_SHARE` of the `available` bytes."""
+    """Yield the contenders that run at the same time: those of a kind, split into several groups with all of ours in
+    each where they would take more than `MEMORY_SHARE` of the `available` bytes."""
     for kind in KINDS:
-        mine = [c for c in part.contenders if c.kind == kind and c.ours]
+        ours = [c for c in part.contenders if c.kind == kind and c.ours]
         others = [c for c in part.contenders if c.kind == kind and not c.ours]
-        if not mine and not others:
+        if not ours and not others:
             continue
 
         def need(some: Sequence[Contender]) -> int:
             return sum(job_bytes(c, part.workload, part.ranks) for c in some)
 
-        left = MEMORY_SHARE * available - need(mine)
+        left = MEMORY_SHARE * available - need(ours)
         group: list[Contender] = []
         for contender in others:
             if group and need([*group, contender]) > left:
-                yield kind, mine + group
+                yield kind, ours + group
                 group = []
             group.append(contender)
-        yield kind, mine + group
+        yield kind, ours + group
 
 
-def run_part(part: SessionPart, *, link: LinkCondition, say: Reporter) -> Found:
-    """Measure all groups of a part. What was measured before an interruption is kept."""
-    found = Found()
+def run_part(part: SessionPart, *, link: LinkCondition, say: Reporter) -> PartMeasurements:
+    """Measure all groups of a part. Results from before an interruption are kept."""
+    measurements = PartMeasurements()
     groups = list(groups_of(part, free_bytes()))
     deadline = time.monotonic() + part.seconds
     waiting = sum(len(members) for _, members in groups)
@@ -200,28 +202,28 @@ def run_part(part: SessionPart, *, link: LinkCondition, say: Reporter) -> Found:
             for c in members
         ]
         names = {c.key: c.name for c in members}
-        with say.group(f"{part.title}: {kind}", names, seconds=group.seconds) as heard:
+        with say.group(f"{part.title}: {kind}", names, seconds=group.seconds) as report:
             try:
-                measured, interrupted = take_turns(group, jobs, link=link, say=heard)
+                measured, interrupted = take_turns(group, jobs, link=link, say=report)
             except KeyboardInterrupt:
-                # While its jobs ended: what the groups before have measured counts.
-                return found.model_copy(update={"interrupted": True})
-        for key, one in measured.items():
-            found.measured.setdefault(key, []).append(one)
-            if one.failure is None:
+                # While its jobs ended: measurements of earlier groups count.
+                return measurements.model_copy(update={"interrupted": True})
+        for key, result in measured.items():
+            measurements.measured.setdefault(key, []).append(result)
+            if result.failure is None:
                 keep_little(part.folder(key))
         if interrupted:
-            return found.model_copy(update={"interrupted": True})
-    return found
+            return measurements.model_copy(update={"interrupted": True})
+    return measurements
 
 
-def run_over_link(part: SessionPart, folder: Path) -> Found:
-    """`run_part` in a network namespace of its own. Raises `LaunchError` when that cannot be made or fails."""
+def run_over_link(part: SessionPart, folder: Path) -> PartMeasurements:
+    """Run `run_part` in a network namespace of its own. Raises `LaunchError` when that cannot be made or fails."""
     folder.mkdir(parents=True, exist_ok=True)
     asked, answer = folder / "link-part.json", folder / "link-found.json"
     asked.write_text(part.model_dump_json())
     answer.unlink(missing_ok=True)
-    # The limit that the script sets is taken off at once: ranks start without one.
+    # The limit that the script sets is removed at once: ranks start without one.
     command = [
         "unshare",
         "-n",
@@ -245,10 +247,10 @@ def run_over_link(part: SessionPart, folder: Path) -> Found:
             process.wait()
         if not answer.exists():
             if interrupted:
-                return Found(interrupted=True)
+                return PartMeasurements(interrupted=True)
             raise LaunchError(f"the part over the emulated link ended with code {process.returncode} and no result")
-        found = Found.model_validate_json(answer.read_text())
-        return found.model_copy(update={"interrupted": found.interrupted or interrupted})
+        measurements = PartMeasurements.model_validate_json(answer.read_text())
+        return measurements.model_copy(update={"interrupted": measurements.interrupted or interrupted})
     finally:
         if process.poll() is None:
             process.kill()
@@ -258,7 +260,7 @@ def run_over_link(part: SessionPart, folder: Path) -> Found:
 
 
 def _end_with(parent: int) -> None:
-    """End when the process that waits for the answer is gone."""
+    """End this process when the one that waits for the answer is gone."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -269,13 +271,13 @@ def _end_with(parent: int) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    # Also where an outer shell told its background jobs to ignore it.
+    # Even where an outer shell makes its background jobs ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _end_with(os.getppid())
     asked, answer = map(Path, arguments)
     part = SessionPart.model_validate_json(asked.read_text())
-    found = run_part(part, link=EmulatedLink(), say=Reporter())
-    answer.write_text(found.model_dump_json())
+    measurements = run_part(part, link=EmulatedLink(), say=Reporter())
+    answer.write_text(measurements.model_dump_json())
 
 
 if __name__ == "__main__":

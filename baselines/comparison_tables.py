@@ -1,4 +1,4 @@
-"""A comparison on the screen."""
+"""Tables of a comparison on the screen."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def show(
     verdicts: Sequence[Verdict],
     refused: Mapping[str, Sequence[Contender]],
 ) -> None:
-    """One table for each workload, loopback and link apart; then verdicts and who did not take part."""
+    """Print one table for each workload, loopback and link apart; then verdicts and who did not take part."""
     notes = list(dict.fromkeys(row["disclosure"] for row in rows if row["disclosure"]))
     for (workload, over_link), some in groupby(sorted(rows, key=_place), key=_place):
         console.print(
@@ -61,7 +61,7 @@ def show(
 
 
 def failures(results: Sequence[Result]) -> list[str]:
-    """Each contender that failed or did other work, once for each workload."""
+    """Return a line for each contender that failed or did other work, once for each workload."""
     return list(
         dict.fromkeys(
             f"{r.workload}, {'link' if r.condition.kbit else 'loopback'}: {r.contender.name} "
@@ -93,7 +93,7 @@ def _table(title: str, rows: Sequence[Row], notes: Sequence[str], width: int) ->
 
 
 def _sections(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """Rows of the same kind and condition."""
+    """Yield the rows of the same kind and condition."""
     for _, some in groupby(rows, key=lambda r: (r["parallelism"], r["condition"])):
         yield list(some)
 
@@ -104,7 +104,7 @@ def _heading(row: Row) -> str:
 
 
 def _cells(row: Row, notes: Sequence[str]) -> dict[str, str]:
-    """What a row shows, by column."""
+    """Return the cells of a row by column."""
     name = escape(f"{row['framework']} {row['strategy']}")
     if row["disclosure"]:
         name += escape(f" [{notes.index(row['disclosure']) + 1}]")
@@ -128,5 +128,5 @@ def _cells(row: Row, notes: Sequence[str]) -> dict[str, str]:
 
 
 def _interval(spread: Sequence[float] | None) -> str:
-    """Both ends; nothing of what is held against itself."""
+    """Return both ends; nothing for a contender that is compared with itself."""
     return "" if spread is None or spread[0] == spread[1] else f"{spread[0]:.3f}-{spread[1]:.3f}"

@@ -1,4 +1,4 @@
-"""Who is compared: the contenders of `contenders.yaml`, and what each is asked to do at a number of ranks."""
+"""The contenders of `contenders.yaml`, and the configuration of each at a number of ranks."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class Contender(StrictModel):
     """One framework with one strategy."""
 
     framework: str
-    """As `load_framework` takes it."""
+    """Name as `load_framework` takes it."""
     label: str = "AxoNN"
     variant: str
     kind: Kind
     options: dict[str, Any] = {}
-    """What its configuration has beyond the workload, or in place of it."""
+    """Settings beyond the workload, or in place of it."""
     grid: dict[str, int | Literal["rest"]] = {}
     least_ranks: int = Field(default=2, ge=2)
     left_out_of: list[str] = []
-    """Workloads in which it takes no part, for want of time, unless frameworks or kinds are named."""
+    """Workloads in which it takes no part, for lack of time, unless frameworks or kinds are named."""
 
     def model_post_init(self, context: object) -> None:
         asked = self.grid or _GRIDS.get(self.kind)
@@ -66,11 +66,11 @@ class Contender(StrictModel):
 
     @property
     def key(self) -> str:
-        """Names files: distinct among all contenders."""
+        """Part of file names, distinct among all contenders."""
         return "".join(c if c.isalnum() else "-" for c in f"{self.kind} {self.framework} {self.variant}".lower())
 
     def grid_of(self, ranks: int) -> dict[str, int]:
-        """Extents of the axes. Raises `ConfigError` when the fixed ones do not divide `ranks`."""
+        """Return the extents of the axes. Raises `ConfigError` when the fixed ones do not divide `ranks`."""
         asked = self.grid or _GRIDS[self.kind]
         fixed = prod(extent for extent in asked.values() if isinstance(extent, int))
         if ranks % fixed:
@@ -78,13 +78,16 @@ class Contender(StrictModel):
         return {axis: ranks // fixed if extent == "rest" else extent for axis, extent in asked.items()}
 
     def config(self, workload: str, ranks: int, steps: int) -> TrainConfig:
-        """The same batch for every kind. Raises `ConfigError` when the workload cannot be cut so."""
+        """Return its configuration, with the same batch for every kind.
+
+        Raises `ConfigError` when the workload cannot be cut so.
+        """
         plain = config_of(workload, self.grid_of(ranks)) | serial_work(workload)
         return validate(plain | self.options | {"steps": steps}, TrainConfig, where=self.name)
 
 
 def serial_work(workload: str) -> dict[str, Any]:
-    """What all contenders and the serial reference share, beyond model and microbatch.
+    """Return the settings that all contenders and the serial reference share, beyond model and microbatch.
 
     AdamW's `eps` is large, so that losses show gradients of another scale; with a small one Adam would hide them.
     """
@@ -96,23 +99,25 @@ class _File(StrictModel):
 
 
 def load_contenders(path: Path = FILE) -> list[Contender]:
-    """All of a file. Raises `ConfigError`."""
-    found = load_yaml(path, _File).contenders
-    keys = [contender.key for contender in found]
+    """Load all contenders of a file. Raises `ConfigError`."""
+    contenders = load_yaml(path, _File).contenders
+    keys = [contender.key for contender in contenders]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
         raise ConfigError(f"{path}: these contenders are given twice: {', '.join(twice)}")
-    return found
+    return contenders
 
 
 def choose(
     contenders: Sequence[Contender], *, frameworks: Sequence[str], kinds: Sequence[str], ranks: int
 ) -> list[Contender]:
-    """Those of the named frameworks (`pytorch`, or `pytorch/1f1b`) and kinds that `ranks` are enough for; nothing named
-    is all. Ours always take part, since the others are compared with them. Raises `ConfigError` for an unknown name.
+    """Return the contenders of the named frameworks (`pytorch`, or `pytorch/1f1b`) and kinds for which `ranks` suffice;
+    where nothing is named, all of them.
+
+    Ours always take part, since the others are compared with them. Raises `ConfigError` for an unknown name.
     """
     known = {c.framework for c in contenders} | {c.adapter for c in contenders}
-    for given, names in ((frameworks, known), (kinds, set(KINDS))):
-        if unknown := sorted(set(given) - names):
+    for wanted, names in ((frameworks, known), (kinds, set(KINDS))):
+        if unknown := sorted(set(wanted) - names):
             raise ConfigError(f"unknown: {', '.join(unknown)}; known are {', '.join(sorted(names))}")
     return [
         c
@@ -124,7 +129,7 @@ def choose(
 
 
 def refusal(contender: Contender, workload: str, ranks: int, device: Device) -> str | None:
-    """Why this contender cannot run here, or None when it can."""
+    """Return why this contender cannot run here, or None when it can."""
     try:
         adapter = load_adapter(contender.adapter)
         can = adapter.capabilities()
@@ -145,7 +150,7 @@ def refusal(contender: Contender, workload: str, ranks: int, device: Device) -> 
 
 
 def framework_of(contender: Contender) -> Framework | None:
-    """Its framework, None where there is no such one."""
+    """Return the contender's framework, or None where it does not exist."""
     try:
         return load_framework(contender.framework)
     except LaunchError:

@@ -1,7 +1,8 @@
-"""Lets jobs that are all there at once train batches in turn, so that the machine's drift hits all alike.
+"""Turn-taking of jobs: all are started at once and train batches one after the other, so that the machine's drift hits
+all of them alike.
 
-A job is one contender's ranks. They are started together, each trains one batch to warm up, and then rounds alternate
-in order and in reversed order: in a round every job trains one batch under every condition.
+A job is one contender's ranks. Each job trains one batch to warm up, and then rounds alternate in order and in reversed
+order: in a round every job trains one batch under every condition.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, Protocol
@@ -25,29 +26,29 @@ from axonn.training.run_outcome import Outcome
 from axonn.training.supervision.supervisor import supervise
 from axonn.training.supervision.turn_taking import TurnTaking
 from baselines.contenders import Device
-from baselines.rounds import LOOPBACK, Condition, Turn, Widest, widest
+from baselines.rounds import LOOPBACK, Condition, Turn, Widest, turn_order, widest
 
 LEAST_ROUNDS = 4
-"""With the batch that warms up, as many losses as are compared."""
+"""Fewest rounds: together with the warm-up batch they yield as many losses as are compared."""
 _POLL_S = 0.2
 _START_S = 900.0
-"""Frameworks that build their operators at first use, all at once, on few cores."""
+"""Seconds for starting: frameworks build their operators at first use, all at once, on few cores."""
 _LEAST_TURN_S, _TURN_TIMES_WARM_UP = 120.0, 30.0
 _END_S = 120.0
 
 
 Stopped = Literal["converged", "minutes", "rounds", "interrupted"]
-"""Why no more rounds were made: every interval is narrow enough, the time is spent, as many as were to be, or somebody
-said so."""
+"""Reason for which no more rounds are made: every interval is narrow enough, the time is spent, the requested number is
+reached, or the comparison was interrupted."""
 
 
 class ContenderResult(StrictModel):
-    """What came of one contender."""
+    """Measurements of one contender."""
 
     turns: list[Turn] = []
-    """The warm-up batch left out."""
+    """Turns after the warm-up batch."""
     losses: list[Loss] = []
-    """Of all batches, the warm-up one first."""
+    """Losses of all batches, the warm-up one first."""
     memory_bytes: int | None = None
     bytes_per_batch: dict[str, int] = {}
     stopped: Stopped | None = None
@@ -59,22 +60,23 @@ class LostJob(Exception):
 
 
 class RankJob(Protocol):
-    """Ranks that train a batch when they are told to."""
+    """Ranks that train one batch per turn."""
 
     key: str
 
     def start(self) -> None: ...
 
     def turn(self, timeout_s: float) -> float:
-        """Train one batch; the seconds that it took. Raises `LostJob` when the job has died or takes too long."""
+        """Train one batch and return its seconds. Raises `LostJob` when the job has died or takes too long."""
         ...
 
     def usage(self) -> Sequence[BatchUsage]:
-        """What the processors did in the batches so far, the warm-up one first, as far as all ranks have said it."""
+        """Return the processor usage of the batches so far, the warm-up one first, as far as all ranks have reported
+        it."""
         ...
 
     def end(self, failure: Failure | None = None) -> Outcome:
-        """Let it come to its end, or end it with this failure."""
+        """Let the job come to its end, or end it with this failure."""
         ...
 
 
@@ -116,7 +118,7 @@ class RanksJob:
                 device=self._device,
             )
         except Exception as error:
-            # Whatever an adapter raises while it prepares its files ends this job, not the comparison.
+            # Any error of an adapter that prepares its files ends this job, not the comparison.
             self._outcome = Outcome(failure=Failure(cause="error", detail=f"{type(error).__name__}: {error}"))
 
     def turn(self, timeout_s: float) -> float:
@@ -151,17 +153,17 @@ class RanksJob:
 
 
 class LinkCondition(Protocol):
-    """What is between the ranks."""
+    """The network between the ranks."""
 
     def apply(self, condition: Condition) -> None: ...
 
     def sent(self) -> int | None:
-        """Bytes that crossed it so far; None where that cannot be told."""
+        """Return the bytes that crossed it so far; None where they cannot be counted."""
         ...
 
 
 class PlainLoopback:
-    """Nothing to set, and others' bytes cross it too."""
+    """The machine's loopback: it has no rate to set, and other processes' bytes cross it too."""
 
     def apply(self, condition: Condition) -> None:
         assert condition.kbit is None, "a rate needs an emulated link"
@@ -171,24 +173,25 @@ class PlainLoopback:
 
 
 class JobGroup(StrictModel):
-    """What `take_turns` is to do with some jobs."""
+    """Options of `take_turns` for a group of jobs."""
 
     number: int = 0
     conditions: list[Condition] = [LOOPBACK]
     least_rounds: int = LEAST_ROUNDS
     most_rounds: int = 100
     seconds: float
-    """In which as many rounds are made as fit, starting included, but never less than `least_rounds`."""
+    """Seconds in which as many rounds are made as fit, starting included, but never fewer than `least_rounds`."""
     ours: list[str] = []
-    """Keys of our contenders, to the fastest of which ratios are made."""
+    """Keys of our contenders; ratios are made to the fastest of them."""
     half_width: float | None = None
-    """No more rounds are made when no interval of a ratio is wider (`baselines.statistics.HALF_WIDTH`); None: all are."""
+    """Interval width at which no more rounds are made (`baselines.statistics.HALF_WIDTH`): no ratio's is wider. None:
+    all rounds are made."""
     with_busy: bool = False
-    """Whether batches of a busy machine take part in ratios."""
+    """True if batches of a busy machine count in ratios."""
 
 
 Say = Callable[[str, int, int, Widest | None], None]
-"""Hears what is under way, the rounds that are done and those that there will be, and the widest interval."""
+"""Callback with the current activity, the rounds that are done, those that are planned, and the widest interval."""
 
 
 def take_turns(
@@ -199,96 +202,144 @@ def take_turns(
     say: Say,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[dict[str, ContenderResult], bool]:
-    """Rounds of `jobs`; what came of each by its key, and whether it was interrupted.
+    """Run rounds of `jobs`. Returns the result of each by its key, and whether it was interrupted.
 
-    A job that dies or hangs leaves with its failure, the others go on.
+    A job that dies or hangs leaves with its failure; the others go on.
     """
-    running = {job.key: job for job in jobs}
-    turns: dict[str, list[Turn]] = {job.key: [] for job in jobs}
-    outcomes: dict[str, Outcome] = {}
-    limits = {job.key: _START_S for job in jobs}
-    began = clock()
-
-    def one(key: str) -> float | None:
-        try:
-            return running[key].turn(limits[key])
-        except LostJob:
-            say(f"{key} has failed", -1, -1, None)
-            outcomes[key] = running.pop(key).end(Failure(cause="error", detail="ended after it failed"))
-            return None
-
-    interrupted, wide = False, None
-    stopped: Stopped = "minutes"
+    rounds = _GroupRounds(group, jobs, link=link, say=say, clock=clock)
+    interrupted = False
+    stopped: Stopped
     try:
-        link.apply(LOOPBACK)
-        for job in jobs:
-            job.start()
-        for key in list(running):
-            say(f"warm-up: {key}", 0, 0, None)
-            if (seconds := one(key)) is not None:
-                limits[key] = max(_LEAST_TURN_S, _TURN_TIMES_WARM_UP * seconds)
-        rounds_began = clock()
-        number, planned = 0, group.least_rounds
-        while running and number < planned and stopped != "converged":
-            for condition in group.conditions:
-                link.apply(condition)
-                for key in list(running) if number % 2 == 0 else list(reversed(running)):
-                    say(key, number, planned, wide)
-                    before = link.sent()
-                    if (seconds := one(key)) is not None:
-                        after = link.sent()
-                        crossed = None if before is None or after is None else after - before
-                        turns[key].append(
-                            Turn(
-                                condition=condition.name,
-                                group=group.number,
-                                round=number,
-                                seconds=seconds,
-                                link_bytes=crossed,
-                            )
-                        )
-            number += 1
-            each = (clock() - rounds_began) / number
-            fit = number + int((began + group.seconds - clock()) / each) if each > 0 else group.most_rounds
-            planned = min(max(fit, group.least_rounds, number), group.most_rounds)
-            turns |= {key: _with_usage(turns[key], job.usage()) for key, job in running.items()}
-            wide = widest({key: turns[key] for key in running}, group.ours, with_busy=group.with_busy)
-            narrow = wide is not None and group.half_width is not None and wide.half_width <= group.half_width
-            if narrow and number >= group.least_rounds:
-                stopped = "converged"
-            elif number >= group.most_rounds:
-                stopped = "rounds"
-        link.apply(LOOPBACK)
+        rounds.start()
+        stopped = rounds.run()
     except KeyboardInterrupt:
         interrupted, stopped = True, "interrupted"
     except BaseException as error:
-        _end_all(running, Failure(cause="error", detail=f"the comparison failed: {error}"))
+        rounds.end(Failure(cause="error", detail=f"the comparison failed: {error}"))
         raise
-    say("ending", 0, 0, wide)
-    failure = Failure(cause="interrupted", detail="the comparison was interrupted") if interrupted else None
-    outcomes |= _end_all(running, failure)
-    return {key: _measured(outcomes[key], turns[key], stopped) for key in turns if key in outcomes}, interrupted
+    say("ending", 0, 0, rounds.widest)
+    rounds.end(Failure(cause="interrupted", detail="the comparison was interrupted") if interrupted else None)
+    return rounds.results(stopped), interrupted
+
+
+class _GroupRounds:
+    """The jobs of a group that still run, and the turns that they have taken."""
+
+    def __init__(
+        self,
+        group: JobGroup,
+        jobs: Sequence[RankJob],
+        *,
+        link: LinkCondition,
+        say: Say,
+        clock: Callable[[], float],
+    ) -> None:
+        self._group = group
+        self._link = link
+        self._say = say
+        self._clock = clock
+        self._running = {job.key: job for job in jobs}
+        self._turns: dict[str, list[Turn]] = {job.key: [] for job in jobs}
+        self._outcomes: dict[str, Outcome] = {}
+        self._limits = {job.key: _START_S for job in jobs}
+        self._began = clock()
+        self.widest: Widest | None = None
+
+    def start(self) -> None:
+        """Start all jobs, and let each train one batch to warm up."""
+        self._link.apply(LOOPBACK)
+        for job in self._running.values():
+            job.start()
+        for key in list(self._running):
+            self._say(f"warm-up: {key}", 0, 0, None)
+            if (seconds := self._batch(key)) is not None:
+                self._limits[key] = max(_LEAST_TURN_S, _TURN_TIMES_WARM_UP * seconds)
+
+    def run(self) -> Stopped:
+        """Run as many rounds as the group asks for. Returns why there are no more."""
+        group, began = self._group, self._clock()
+        number, planned = 0, group.least_rounds
+        stopped: Stopped = "minutes"
+        while self._running and number < planned and stopped != "converged":
+            self._round(number, planned)
+            number += 1
+            planned = self._planned(number, (self._clock() - began) / number)
+            self._turns |= {key: _with_usage(self._turns[key], job.usage()) for key, job in self._running.items()}
+            turns = {key: self._turns[key] for key in self._running}
+            self.widest = widest(turns, group.ours, with_busy=group.with_busy)
+            if number >= group.least_rounds and self._is_narrow():
+                stopped = "converged"
+            elif number >= group.most_rounds:
+                stopped = "rounds"
+        self._link.apply(LOOPBACK)
+        return stopped
+
+    def _round(self, number: int, planned: int) -> None:
+        for condition in self._group.conditions:
+            self._link.apply(condition)
+            for key in turn_order(list(self._running), number):
+                self._say(key, number, planned, self.widest)
+                before = self._link.sent()
+                if (seconds := self._batch(key)) is not None:
+                    after = self._link.sent()
+                    self._turns[key].append(
+                        Turn(
+                            condition=condition.name,
+                            group=self._group.number,
+                            round=number,
+                            seconds=seconds,
+                            link_bytes=None if before is None or after is None else after - before,
+                        )
+                    )
+
+    def _batch(self, key: str) -> float | None:
+        """Let a job train one batch and return its seconds; None where it is lost."""
+        try:
+            return self._running[key].turn(self._limits[key])
+        except LostJob:
+            self._say(f"{key} has failed", -1, -1, None)
+            self._outcomes[key] = self._running.pop(key).end(Failure(cause="error", detail="ended after it failed"))
+            return None
+
+    def _planned(self, number: int, round_s: float) -> int:
+        """Return how many rounds there will be, after `number` rounds of `round_s` seconds."""
+        group = self._group
+        fitting = group.most_rounds
+        if round_s > 0:
+            fitting = number + int((self._began + group.seconds - self._clock()) / round_s)
+        return min(max(fitting, group.least_rounds, number), group.most_rounds)
+
+    def _is_narrow(self) -> bool:
+        limit = self._group.half_width
+        return self.widest is not None and limit is not None and self.widest.half_width <= limit
+
+    def end(self, failure: Failure | None) -> None:
+        """End all jobs at once, since each may take seconds."""
+        if not self._running:
+            return
+        with ThreadPoolExecutor(len(self._running)) as pool:
+            ends = {key: pool.submit(job.end, failure) for key, job in self._running.items()}
+            self._outcomes |= {key: end.result() for key, end in ends.items()}
+
+    def results(self, stopped: Stopped) -> dict[str, ContenderResult]:
+        """Return the measurements of every job that has ended."""
+        return {
+            key: _measured(self._outcomes[key], turns, stopped)
+            for key, turns in self._turns.items()
+            if key in self._outcomes
+        }
 
 
 def _with_usage(turns: Sequence[Turn], usage: Sequence[BatchUsage]) -> list[Turn]:
-    """Turns with what the processors did, where that is known; `usage` begins with the warm-up batch."""
-    found = dict(enumerate(usage[1:]))
-    return [turn if i not in found else turn.model_copy(update={"usage": found[i]}) for i, turn in enumerate(turns)]
-
-
-def _end_all(running: Mapping[str, RankJob], failure: Failure | None) -> dict[str, Outcome]:
-    """All at once, since each may take seconds."""
-    if not running:
-        return {}
-    with ThreadPoolExecutor(len(running)) as pool:
-        ends = {key: pool.submit(job.end, failure) for key, job in running.items()}
-        return {key: end.result() for key, end in ends.items()}
+    """Return the turns with their processor usage, where it is known; `usage` begins with the warm-up batch."""
+    known = dict(enumerate(usage[1:]))
+    return [turn if i not in known else turn.model_copy(update={"usage": known[i]}) for i, turn in enumerate(turns)]
 
 
 def _measured(outcome: Outcome, turns: Sequence[Turn], stopped: Stopped) -> ContenderResult:
     failure = outcome.failure
     if failure is not None and failure.cause == "interrupted" and len({t.round for t in turns}) >= LEAST_ROUNDS:
-        # What was measured until then counts.
+        # Measurements from before the interruption count.
         failure = None
     return ContenderResult(
         turns=_with_usage(turns, outcome.usage),
@@ -301,7 +352,7 @@ def _measured(outcome: Outcome, turns: Sequence[Turn], stopped: Stopped) -> Cont
 
 
 def keep_little(folder: Path) -> None:
-    """Of a run that succeeded: what it was asked to do, its batches and its log."""
+    """Delete all files of a run that succeeded but its specification, its batches and its log."""
     for path in folder.iterdir():
         if path.name in ("spec.json", "batches.jsonl", "log.txt"):
             continue

@@ -1,4 +1,4 @@
-"""The virtual environments of other frameworks: each has its own, so that what one needs never breaks another.
+"""Virtual environments of other frameworks: each has its own, so that no framework's requirements break another.
 
 `make baselines` installs them under `.baselines/NAME`, with the versions of `baselines/environments/NAME.txt`.
 """
@@ -11,23 +11,23 @@ from importlib.metadata import Distribution
 from pathlib import Path
 
 from axonn.errors import LaunchError
-from experiments.definition import ROOT
+from axonn.training.places import ROOT
 from experiments.missing_frameworks import INSTALL
 
 FOLDER = ROOT / ".baselines"
 GPUS = Path("/proc/driver/nvidia/gpus")
-"""Has a folder for each GPU of this machine."""
+"""Folder with an entry for each GPU of this machine."""
 LOCKS = ROOT / "baselines" / "environments"
-"""Files of what is installed in each, one `name==version` a line."""
+"""Folder of the lock files, one for each environment, one `name==version` a line."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """Where a framework is installed."""
+    """The place where a framework is installed."""
 
     name: str
     distribution: str
-    """The package that the environment is for."""
+    """Package that the environment is for."""
 
     @property
     def folder(self) -> Path:
@@ -35,23 +35,24 @@ class Environment:
 
     @property
     def python(self) -> Path:
-        """Its interpreter, be it there or not; by one path only, since another path has it compile everything anew."""
+        """Its interpreter, whether or not it exists; by one path only, since a second path would compile everything
+        anew."""
         return self.folder.resolve() / "bin" / "python"
 
     @property
     def log(self) -> Path:
-        """What was printed when it could not be installed."""
+        """File with what was printed when the framework could not be installed."""
         return FOLDER / f"{self.name}.log"
 
     @property
     def mpiexec(self) -> str | None:
-        """The launcher of its own MPI, where it has one."""
+        """Launcher of its own MPI, where it has one."""
         path = self.folder / "bin" / "mpiexec"
         return str(path) if path.exists() else None
 
     @property
     def missing(self) -> str | None:
-        """Why the framework is not to be had, and what to do; None where it is."""
+        """Reason for which the framework is not available, and what to do; None where it is."""
         if not self.python.exists() or self.installed(self.distribution) is None:
             where, how = self.folder.relative_to(FOLDER.parent), f"{INSTALL}{self.name}"
             if self.log.exists():
@@ -61,19 +62,19 @@ class Environment:
         return None
 
     def installed(self, distribution: str) -> str | None:
-        """Version of a package in it, None where it is not."""
+        """Return the version of a package in it, or None where it is not installed."""
         places = [str(path) for path in self.folder.glob("lib*/python*/site-packages")]
-        found = next(iter(Distribution.discover(name=distribution, path=places)), None)
-        return None if found is None else found.version
+        package = next(iter(Distribution.discover(name=distribution, path=places)), None)
+        return None if package is None else package.version
 
     @property
     def devices(self) -> Sequence[str]:
-        """What its torch computes on here, told without importing it, which takes seconds."""
+        """Devices that its torch computes on here, found without importing it, which takes seconds."""
         on_gpu = GPUS.is_dir() and not (self.installed("torch") or "+cpu").endswith("+cpu")
         return ("cpu", "cuda") if on_gpu else ("cpu",)
 
     def version(self) -> str:
-        """What is installed, in words. Raises `LaunchError` when the framework is not."""
+        """Return the installed versions as text. Raises `LaunchError` when the framework is not installed."""
         if (reason := self.missing) is not None:
             raise LaunchError(reason)
         return ", ".join(f"{name} {self.installed(name)}" for name in (self.distribution, "torch"))

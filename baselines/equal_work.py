@@ -1,4 +1,4 @@
-"""Proof of equal work: the losses of the first batches beside those of a plain serial loop on one rank."""
+"""Proof of equal work: the losses of the first batches compared with those of a plain serial loop on one rank."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from baselines.coordinator import keep_little
 from experiments.workloads import SAME_WORK, config_of
 
 BATCHES = 5
-"""Whose losses must agree, the warm-up batch included."""
+"""Batches whose losses must agree, the warm-up batch included."""
 TOLERANCES: Mapping[str, float] = {"float64": 1e-9, "float32": SAME_WORK, "bfloat16": 2e-2, "float16": 5e-3}
-"""Largest relative difference of losses, by the type that is computed in."""
+"""Largest relative difference of losses, by compute type."""
 SERIAL = "pytorch/loop"
 
 
 def reference_losses(workload: str, *, cache: Path, folder: Path) -> list[float]:
-    """Losses of the first `BATCHES` batches, from `cache` unless the work or its code has changed.
+    """Return the losses of the first `BATCHES` batches, from `cache` unless the work or its code has changed.
 
-    `folder`: where the run leaves its files. Raises `LaunchError` when it fails.
+    `folder`: the run folder. Raises `LaunchError` when the run fails.
     """
     config = validate(config_of(workload, {}) | serial_work(workload) | {"steps": BATCHES}, TrainConfig, where=workload)
     code = source_files("experiments.workloads", *load_framework(SERIAL).source_modules())
     file = cache / f"{workload}-{fingerprint([config.model_dump(mode='json'), torch.__version__], code)}.json"
     if file.exists():
         return [float(loss) for loss in json.loads(file.read_text())["losses"]]
-    # All cores: it is not timed.
+    # All cores, since it is not timed.
     outcome = supervise(SERIAL, config, folder, threads=available_cores())
     if outcome.failure is not None:
         raise LaunchError(
@@ -53,13 +53,16 @@ def reference_losses(workload: str, *, cache: Path, folder: Path) -> list[float]
 
 
 def difference(losses: Sequence[float], reference: Sequence[float]) -> float | None:
-    """Largest relative difference of the losses that both have, infinite where one is no number; None without any."""
-    found = [abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=False)]
-    return max((d if isfinite(d) else inf for d in found), default=None)
+    """Return the largest relative difference of the losses that both have, infinite where one is not finite.
+
+    Returns None where there are none.
+    """
+    differences = (abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=False))
+    return max((d if isfinite(d) else inf for d in differences), default=None)
 
 
 def disagreement(losses: Sequence[float], reference: Sequence[float], precision: str) -> Failure | None:
-    """Why a run whose losses are these must not be compared; None when it has done the same work."""
+    """Return why a run with these losses must not be compared; None when it has done the same work."""
     limit = TOLERANCES[precision]
     worst = difference(losses, reference)
     if worst is None or len(losses) < BATCHES:

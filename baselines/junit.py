@@ -14,33 +14,36 @@ from baselines.coordinator import Stopped
 def write_junit(
     path: Path, results: Sequence[Result], verdicts: Sequence[Verdict], refused: Mapping[str, Sequence[Contender]]
 ) -> None:
-    """One test case for each verdict and each contender; `refused`: contenders by the reason why they cannot run."""
+    """Write one test case for each verdict and each contender.
+
+    `refused`: contenders by the reason why they cannot run.
+    """
     root = Element("testsuites")
     _suite(root, "AxoNN against the best other framework", [_of_verdict(v) for v in verdicts])
-    of_contenders = [_of_result(r) for r in results]
-    of_contenders += [_case(c.kind, c.name, "skipped", reason) for reason, some in refused.items() for c in some]
-    _suite(root, "contenders", of_contenders)
+    cases = [_of_result(r) for r in results]
+    cases += [_case(c.kind, c.name, "skipped", reason) for reason, some in refused.items() for c in some]
+    _suite(root, "contenders", cases)
     indent(root)
     path.parent.mkdir(parents=True, exist_ok=True)
     ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
 
 
 def text_of(verdict: Verdict) -> str:
-    """A verdict in one line."""
+    """Return a verdict in one line."""
     if verdict.ratio is None:
         return verdict.reason or ""
-    of_processor = (
+    processor_text = (
         ""
         if verdict.processor_ratio is None
         else f", and {verdict.processor_ratio:.3f} ({verdict.processor_low:.3f} to {verdict.processor_high:.3f}) "
         "of its processor time"
     )
     left_out = f", {verdict.busy_rounds} more left out since the machine was busy" if verdict.busy_rounds else ""
-    why = "" if verdict.stopped is None else f": {STOPPED[verdict.stopped]}"
+    reason = "" if verdict.stopped is None else f": {STOPPED[verdict.stopped]}"
     return (
         f"{verdict.ours} takes {verdict.ratio:.3f} ({verdict.low:.3f} to {verdict.high:.3f}) of the time of "
-        f"{verdict.theirs}, the fastest other framework{of_processor}; up to {1 + verdict.margin:.2f} is allowed; "
-        f"{verdict.rounds} rounds{left_out}{why}"
+        f"{verdict.theirs}, the fastest other framework{processor_text}; up to {1 + verdict.margin:.2f} is allowed; "
+        f"{verdict.rounds} rounds{left_out}{reason}"
     )
 
 
@@ -50,21 +53,21 @@ STOPPED: dict[Stopped, str] = {
     "rounds": "as many as were to be",
     "interrupted": "interrupted",
 }
-"""Why no more rounds were made, in words."""
+"""Reasons for which no more rounds were made, as text."""
 
 
 def _of_verdict(verdict: Verdict) -> Element:
     name = f"AxoNN against {verdict.theirs or 'others'}"
-    what = "skipped" if verdict.ratio is None else "failure" if verdict.behind else None
-    return _case(f"{verdict.workload}, {verdict.condition}, {verdict.kind}", name, what, text_of(verdict))
+    outcome = "skipped" if verdict.ratio is None else "failure" if verdict.behind else None
+    return _case(f"{verdict.workload}, {verdict.condition}, {verdict.kind}", name, outcome, text_of(verdict))
 
 
 def _of_result(result: Result) -> Element:
     where = f"{result.workload}, {result.condition.name}, {result.contender.kind}"
     if result.failure is not None:
-        # Others' failures are no fault of what is tested here, as the exit code has it.
-        what = "failure" if result.contender.ours else "skipped"
-        return _case(where, result.contender.name, what, f"{result.failure.cause}: {result.failure.detail}")
+        # Failures of other frameworks are not failures of this test, as in the exit code.
+        outcome = "failure" if result.contender.ours else "skipped"
+        return _case(where, result.contender.name, outcome, f"{result.failure.cause}: {result.failure.detail}")
     if result.busy and not result.with_busy:
         return _case(where, result.contender.name, "skipped", "the machine was busy with other work in all its rounds")
     left_out = f"the machine was busy with other work in {result.busy_rounds} of {len(result.turns)} rounds"
@@ -73,17 +76,17 @@ def _of_result(result: Result) -> Element:
     return case
 
 
-def _case(where: str, name: str, what: str | None, text: str) -> Element:
+def _case(where: str, name: str, outcome: str | None, text: str) -> Element:
     case = Element("testcase", classname=where, name=name)
-    if what is not None:
-        SubElement(case, what, message=_printable(text))
+    if outcome is not None:
+        SubElement(case, outcome, message=_printable(text))
     elif text:
         SubElement(case, "system-out").text = _printable(text)
     return case
 
 
 def _printable(text: str) -> str:
-    """Without control characters, which XML cannot hold: a framework's output may have some."""
+    """Return the text without control characters, which XML cannot hold: a framework's output may have some."""
     return "".join(c for c in text if c.isprintable() or c in "\n\t")
 
 

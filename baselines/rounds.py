@@ -1,7 +1,7 @@
 """Rounds of a comparison: one batch of each contender, and the ratios that are made of them round by round.
 
-Batches while which the machine was busy with other work (`axonn.observability.machine_usage`) are left out of ratios, by a rule that does not
-know whose batch it was; `with_busy` takes them in.
+Batches during which the machine was busy with other work (`axonn.observability.machine_usage`) are left out of ratios,
+by a rule that does not know whose batch it was; `with_busy` includes them.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from math import inf
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from axonn.config.train_config import StrictModel
 from axonn.observability.machine_usage import BatchUsage, is_busy
 from baselines.statistics import LEAST_PAIRS, Spread, median_interval
 
+_T = TypeVar("_T")
+
 
 class Condition(StrictModel):
-    """What is between the ranks during a turn."""
+    """State of the network between the ranks during a turn."""
 
     name: str
     kbit: int | None = None
@@ -35,14 +37,19 @@ class Turn(StrictModel):
     round: int
     seconds: float
     link_bytes: int | None = None
-    """What crossed the link meanwhile, from all ranks."""
+    """Bytes that crossed the link during the turn, from all ranks."""
     usage: BatchUsage | None = None
-    """What the processors did meanwhile; None where the ranks did not say it."""
+    """Processor usage during the turn; None where the ranks did not report it."""
 
     @property
     def busy(self) -> bool:
-        """Whether the machine is known to have been busy with other work."""
+        """True if the machine is known to have been busy with other work."""
         return self.usage is not None and is_busy([self.usage]) is True
+
+
+def turn_order(contenders: Sequence[_T], number: int) -> list[_T]:
+    """Return the order of turns in round `number`: in order and reversed by turns, so that drift hits all alike."""
+    return list(contenders if number % 2 == 0 else reversed(contenders))
 
 
 Quantity = Callable[[Turn], float | None]
@@ -70,36 +77,36 @@ def ratios(over: Sequence[Turn], under: Sequence[Turn], *, with_busy: bool, quan
         values = ((turn, quantity(turn)) for turn in counted(turns, with_busy=with_busy))
         return {(turn.condition, turn.group, turn.round): value for turn, value in values if value}
 
-    base, other = by_round(over), by_round(under)
-    return [other[at] / base[at] for at in other if at in base]
+    numerators, denominators = by_round(under), by_round(over)
+    return [numerators[at] / denominators[at] for at in numerators if at in denominators]
 
 
 class Widest(NamedTuple):
     """The ratio whose interval is the widest of a comparison."""
 
     half_width: float
-    """Of the interval, relative to the median; infinite where there are too few rounds for an interval."""
+    """Half width of the interval, relative to the median; infinite where there are too few rounds for an interval."""
     key: str
-    """The contender beside our fastest."""
+    """Contender that is compared with our fastest."""
 
 
 def widest(turns: Mapping[str, Sequence[Turn]], ours: Collection[str], *, with_busy: bool) -> Widest | None:
     """Return the widest interval of all ratios, of seconds and of processor seconds, of contenders (by key) to our
-    fastest under each condition; None where there are none to be made."""
-    found: list[Widest] = []
+    fastest under each condition; None where there are no ratios."""
+    intervals: list[Widest] = []
     for condition in dict.fromkeys(turn.condition for some in turns.values() for turn in some):
-        mine = {key: [turn for turn in some if turn.condition == condition] for key, some in turns.items()}
-        middle = {key: median(turn.seconds for turn in mine[key]) for key in mine if key in ours and mine[key]}
-        if not middle:
+        by_key = {key: [turn for turn in some if turn.condition == condition] for key, some in turns.items()}
+        medians = {key: median(turn.seconds for turn in by_key[key]) for key in by_key if key in ours and by_key[key]}
+        if not medians:
             continue
-        base = min(middle, key=lambda key: middle[key])
-        for key, some in mine.items():
-            known = all(turn.usage is not None for turn in [*some, *mine[base]])
+        fastest = min(medians, key=lambda key: medians[key])
+        for key, some in by_key.items():
+            known = all(turn.usage is not None for turn in [*some, *by_key[fastest]])
             for quantity in (wall, processor) if known else (wall,):
-                if key != base and some:
-                    values = ratios(mine[base], some, with_busy=with_busy, quantity=quantity)
-                    found.append(Widest(_half_width(values), key))
-    return max(found, default=None)
+                if key != fastest and some:
+                    values = ratios(by_key[fastest], some, with_busy=with_busy, quantity=quantity)
+                    intervals.append(Widest(_half_width(values), key))
+    return max(intervals, default=None)
 
 
 def _half_width(values: Sequence[float]) -> float:

@@ -1,4 +1,5 @@
-"""Numbers of a comparison: quartiles, and the median of paired ratios with an interval that needs no distribution."""
+"""Statistics of a comparison: quartiles, and the median of paired ratios with an interval that assumes no
+distribution."""
 
 from __future__ import annotations
 
@@ -9,13 +10,14 @@ from typing import NamedTuple
 
 CONFIDENCE = 0.95
 LEAST_PAIRS = 6
-"""Of fewer values no interval holds the median with this confidence: least and most are given instead."""
+"""Fewest values of which an interval holds the median with this confidence; of fewer, least and most are given
+instead."""
 HALF_WIDTH = 0.03
-"""Of the interval of a ratio, relative to the ratio: when it is no wider, no more rounds are needed."""
+"""Half width of a ratio's interval, relative to the ratio, below which no more rounds are needed."""
 
 
 class Spread(NamedTuple):
-    """A median with what lies around it."""
+    """A median with an interval around it."""
 
     median: float
     low: float
@@ -23,12 +25,17 @@ class Spread(NamedTuple):
 
     @property
     def half_width(self) -> float:
-        """Half of what lies around it, relative to the median."""
+        """Half width of the interval, relative to the median."""
         return (self.high - self.low) / 2 / self.median
 
 
+def paired_ratios(under: Sequence[float], over: Sequence[float]) -> list[float]:
+    """Return the ratios of `under` to `over`, round by round."""
+    return [a / b for a, b in zip(under, over, strict=True)]
+
+
 def middle_half(values: Sequence[float]) -> Spread:
-    """Median and quartiles; of fewer than 4 values least and most instead."""
+    """Return median and quartiles; of fewer than 4 values least and most instead."""
     if len(values) < 4:
         return Spread(median(values), min(values), max(values))
     low, _, high = quantiles(values, n=4, method="inclusive")
@@ -36,9 +43,9 @@ def middle_half(values: Sequence[float]) -> Spread:
 
 
 def median_interval(values: Sequence[float]) -> Spread:
-    """Median, and the narrowest interval between the k-th least and the k-th largest value that holds the true median
-    with `CONFIDENCE` (the sign test turned round); least and most where the values are too few for that, as up to 5.
-    """
+    """Return the median, and the narrowest interval between the k-th least and the k-th largest value that holds the
+    true median with `CONFIDENCE` (the inverted sign test); least and most where the values are too few for that, as up
+    to 5."""
     ordered = sorted(values)
     n = len(ordered)
     k = 0

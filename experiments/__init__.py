@@ -1,1 +1,1 @@
-"""What figures consist of, and the commands that train, measure, predict and plan."""
+"""Experiments: the points of figures, and the commands that measure, predict, plan, calibrate and compare."""

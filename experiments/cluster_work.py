@@ -1,9 +1,10 @@
-"""The points of an experiment file as work for a cluster, as `Adapter.launch` is given it, and records of its runs."""
+"""Points of an experiment file as work for a cluster, the argument of `Adapter.launch`, and records of their runs."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from axonn.config.train_config import TrainConfig
 from axonn.device.devices import DeviceType
@@ -17,12 +18,12 @@ from experiments.validation.published_sets import Case
 PUBLISHED_STEPS = 11
 """The papers' policy: 11 batches, mean of the last 10."""
 CLIP_NORM = 1.0
-"""Largest norm of the gradient where it is clipped: Megatron-LM's default."""
+"""Clipping norm of the gradient: Megatron-LM's default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SmallWork:
-    """What an experiment measures on one machine, to be run on a cluster. `framework`: as `load_framework` takes it."""
+    """A measured run of an experiment, to be done on a cluster. `framework`: as `load_framework` takes it."""
 
     name: str
     framework: str
@@ -31,13 +32,12 @@ class SmallWork:
 
     @property
     def gpus(self) -> int:
-        """One of each rank, where there are any."""
-        g = self.config.grid
-        return g.size
+        """GPUs: one for each rank."""
+        return self.config.grid.size
 
     @property
     def steps(self) -> int:
-        """Batches."""
+        """Number of batches."""
         return self.config.steps
 
 
@@ -50,16 +50,15 @@ def cluster_work(
     data: str | None = None,
     device: DeviceType = "cuda",
 ) -> ClusterWork:
-    """What a point trains on a machine; `name`: of the point in records (default its label). `data` and `device`: see
-    `ClusterWork`.
+    """Return the work of a point on a machine.
 
-    Raises `ConfigError` for a strategy or a machine that does not exist, and `LaunchError` for a grid that does not
-    have the point's GPUs.
+    `name`: the point's name in records (default its label). `data` and `device`: see `ClusterWork`. Raises
+    `ConfigError` for a strategy or a machine that does not exist, and `LaunchError` for a grid with another number of
+    ranks than the point has GPUs.
     """
     name = name or case.label
     strategy = case.checked(name)
-    grid = strategy.grid
-    ranks = grid.size
+    ranks = strategy.grid.size
     if ranks != case.gpus:
         raise LaunchError(f"{name}: the grid has {ranks} ranks for {case.gpus} GPUs")
     return ClusterWork(
@@ -88,17 +87,13 @@ def record_of(
     warmup: int = 1,
     new_starts: Collection[int] = (),
 ) -> Record:
-    """The record of a run on a cluster, from what it printed: a failure unless all its iterations are there.
+    """Return the record of a run on a cluster, from its output: a failure unless it has all iterations.
 
-    The batch time is the mean over the iterations after the first `warmup`, as published times are; `new_starts`: those
-    with which the run went on after it had been stopped, which are left out, too.
+    The batch time is the mean over the iterations after the first `warmup`, as published times are; `new_starts`: first
+    iterations of starts that resumed the run, which are left out, too.
     """
     strategy = work.strategy
-    failure = run.failure
-    if failure is None and len(run.seconds) < work.steps:
-        end = "it ended by itself" if run.finished else "its output stops there"
-        failure = Failure(cause="error", detail=f"{len(run.seconds)} of {work.steps} iterations, {end}")
-    time, failure = time_or_failure(run.seconds, failure, warmup, new_starts)
+    time, failure = time_or_failure(run.seconds, run.failure or _incomplete(work, run), warmup, new_starts)
     asked = Workload.of(work.model, gpus=work.gpus, batch_size=work.batch_size, precision=strategy.compute)
     recompute = strategy.recompute == "full"
     rate = None if time is None else asked.flops(recompute=recompute) / time / work.gpus / 1e12
@@ -116,15 +111,7 @@ def record_of(
             microbatches=strategy.microbatches(work.batch_size),
             overdecomposition=strategy.overdecomposition,
         ),
-        settings=settings_of(
-            strategy,
-            model=work.model,
-            batch_size=work.batch_size,
-            gpus=work.gpus,
-            steps=work.steps,
-            gradient_clipping=work.gradient_clipping,
-            data=work.data,
-        ),
+        settings=_settings(work),
         machine=machine,
         source=source,
         batch_time_s=time,
@@ -137,4 +124,24 @@ def record_of(
         tflops_formula=None if rate is None else work.model.flops_formula(recompute=recompute),
         failure=failure,
         note=note_of(new_starts),
+    )
+
+
+def _incomplete(work: ClusterWork, run: PrintedRun) -> Failure | None:
+    """Return the failure of a run that has not all iterations, or None."""
+    if len(run.seconds) >= work.steps:
+        return None
+    end = "it ended by itself" if run.finished else "its output stops there"
+    return Failure(cause="error", detail=f"{len(run.seconds)} of {work.steps} iterations, {end}")
+
+
+def _settings(work: ClusterWork) -> dict[str, Any]:
+    return settings_of(
+        work.strategy,
+        model=work.model,
+        batch_size=work.batch_size,
+        gpus=work.gpus,
+        steps=work.steps,
+        gradient_clipping=work.gradient_clipping,
+        data=work.data,
     )

@@ -1,6 +1,6 @@
-"""axonn compare: records or summaries of several frameworks side by side, with ratios and a bound to hold.
+"""Comparison of records or summaries of several frameworks (`axonn compare`), with ratios and a bound to hold.
 
-Runs are compared when they did the same work (model, devices, point) and are of one kind: published, predicted and
+Runs are compared if they did the same work (model, devices, point) and are of one kind: published, predicted and
 measured times never meet in a ratio.
 """
 
@@ -28,37 +28,37 @@ class ComparedRun:
 
     kind: RecordKind
     work: str
-    """Equal for all that may be compared."""
+    """Description of the work; equal for all runs that may be compared."""
     framework: str
     variant: str
-    """Tells apart several ways in which a framework ran the same work."""
+    """Distinguishes several ways in which a framework ran the same work."""
     seconds: float | None
-    """Of a batch; None of a run that failed."""
+    """Seconds of a batch; None for a run that failed."""
     failure: str | None = None
     busy: bool = False
-    """Whether the machine is known to have been busy with other work meanwhile (`axonn.observability.machine_usage`)."""
+    """True if the machine is known to have been busy with other work (`axonn.observability.machine_usage`)."""
 
 
 def load(paths: Sequence[Path]) -> list[ComparedRun]:
-    """Entries of record files, summaries, and all such files in folders.
+    """Return the entries of record files, summaries, and all such files in folders.
 
-    Raises `RecordError` naming what cannot be read; a folder without any record is an error too.
+    Raises `RecordError` naming the file that cannot be read, or a folder without any record.
     """
     entries: list[ComparedRun] = []
     for path in paths:
         if path.is_dir():
             files = sorted(path.rglob("*.json"))
-            found = [entry for file in files if (some := _read(file, required=False)) is not None for entry in some]
-            if not found:
+            in_folder = [entry for file in files for entry in _read(file, required=False) or ()]
+            if not in_folder:
                 raise RecordError(f"{path}: holds no records; name record files, summaries or folders of them")
-            entries += found
+            entries += in_folder
         else:
             entries += _read(path, required=True) or []
     return entries
 
 
 def _read(path: Path, *, required: bool) -> list[ComparedRun] | None:
-    """Entries of a file; None of one that is neither records nor a summary, where that is no error."""
+    """Return the entries of a file; None for one with neither records nor a summary, unless `required`."""
     try:
         data = read_json(path)
     except (OSError, ValueError) as error:
@@ -77,7 +77,7 @@ def _of_record(record: Record) -> ComparedRun:
     timed = record.batch_times_s[record.warmup_batches or 0 :]
     schedule = "" if ran.schedule is None else ran.schedule.name
     grid = " x ".join(f"{axis} {extent}" for axis, extent in ran.grid.extents().items() if extent != 1)
-    # Records of one point differ in nothing else that a reader could tell them apart by.
+    # Only the note distinguishes these records of one point for a reader.
     named = record.note.partition(";")[0] if record.experiment == "baselines" and record.note else ""
     return ComparedRun(
         kind=record.kind,
@@ -96,7 +96,7 @@ def _of_row(row: Any, where: str) -> ComparedRun:
         kind, failure = row["kind"], row.get("failure")
         if kind not in get_args(RecordKind):
             raise RecordError(f"{where}: has kind '{kind}', known are {', '.join(get_args(RecordKind))}")
-        # What the rows of the figures and of the comparison say of their work.
+        # Keys by which rows of figures and of the comparison describe their work.
         names = ("workload", "model", "gpus", "ranks", "parallelism", "condition")
         return ComparedRun(
             kind=kind,
@@ -119,7 +119,7 @@ def _time(value: Any) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedTime:
-    """A framework's time of some work beside the base's."""
+    """A framework's time for some work, compared with the base's."""
 
     kind: RecordKind
     work: str
@@ -128,23 +128,23 @@ class ComparedTime:
     runs: int
     seconds: float | None
     ratio: float | None
-    """To the fastest way of the base; below 1 this one is faster."""
+    """Ratio to the fastest variant of the base; below 1 this one is faster."""
     base: bool
     failure: str | None
     busy: bool = False
-    """Whether the machine was busy in all runs."""
+    """True if the machine was busy in all runs."""
 
     @property
     def title(self) -> str:
-        """Its work in short."""
+        """Short description of the work."""
         return self.work.partition(": ")[0]
 
 
 def compare(entries: Iterable[ComparedRun], base: str, *, with_busy: bool = False) -> list[ComparedTime]:
-    """Entries by kind and work, the base first; repeated runs count with their median.
+    """Return the times by kind and work, the base first; of repeated runs the median.
 
-    Runs of a busy machine do not count beside others, and where there are no others no ratio is made of them, unless
-    `with_busy`. Raises `RecordError` when no work was done by the base and another framework both.
+    Unless `with_busy`, runs of a busy machine do not count if there are others, and if there are none they get no
+    ratio. Raises `RecordError` when no work was done by both the base and another framework.
     """
     entries = list(entries)
     names = sorted({entry.framework for entry in entries})
@@ -154,8 +154,8 @@ def compare(entries: Iterable[ComparedRun], base: str, *, with_busy: bool = Fals
     for kind in get_args(RecordKind):
         works = dict.fromkeys(entry.work for entry in entries if entry.kind == kind)
         for work in works:
-            mine = [e for e in entries if e.kind == kind and e.work == work]
-            lines += _lines(mine, base, with_busy=with_busy)
+            same_work = [e for e in entries if e.kind == kind and e.work == work]
+            lines += _lines(same_work, base, with_busy=with_busy)
     if any(line.busy for line in lines) and not any(line.ratio is not None and not line.base for line in lines):
         raise RecordError(
             "nothing to compare but what was measured while the machine was busy with other work; measure it anew when "
@@ -169,53 +169,55 @@ def compare(entries: Iterable[ComparedRun], base: str, *, with_busy: bool = Fals
 
 
 def _lines(entries: Sequence[ComparedRun], base: str, *, with_busy: bool) -> list[ComparedTime]:
-    """Of one kind and work."""
-    ways: dict[tuple[str, str], list[ComparedRun]] = {}
+    """Return the times of one kind and work."""
+    runs: dict[tuple[str, str], list[ComparedRun]] = {}
     for entry in entries:
-        ways.setdefault((entry.framework, entry.variant), []).append(entry)
+        runs.setdefault((entry.framework, entry.variant), []).append(entry)
     if not with_busy:
-        ways = {way: [e for e in some if not e.busy] or some for way, some in ways.items()}
-    busy = {way: all(e.busy for e in some) for way, some in ways.items()}
-    out = {way for way, is_busy in busy.items() if is_busy and not with_busy}
-    times = {way: [e.seconds for e in some if e.seconds is not None] for way, some in ways.items()}
-    middle = {way: median(found) if found else None for way, found in times.items()}
-    fastest = min((s for way, s in middle.items() if way[0] == base and s is not None and way not in out), default=None)
+        runs = {way: [e for e in group if not e.busy] or group for way, group in runs.items()}
+    busy = {way: all(e.busy for e in group) for way, group in runs.items()}
+    excluded = {way for way, is_busy in busy.items() if is_busy and not with_busy}
+    times = {way: [e.seconds for e in group if e.seconds is not None] for way, group in runs.items()}
+    medians = {way: median(seconds) if seconds else None for way, seconds in times.items()}
+    of_base = (s for way, s in medians.items() if way[0] == base and s is not None and way not in excluded)
+    fastest = min(of_base, default=None)
     lines = [
         ComparedTime(
-            kind=some[0].kind,
-            work=some[0].work,
+            kind=group[0].kind,
+            work=group[0].work,
             framework=way[0],
             variant=way[1],
             runs=len(times[way]),
             seconds=seconds,
-            ratio=None if fastest is None or seconds is None or way in out else seconds / fastest,
+            ratio=None if fastest is None or seconds is None or way in excluded else seconds / fastest,
             base=way[0] == base,
             busy=busy[way],
-            failure=next((e.failure for e in some if e.failure is not None), None) if seconds is None else None,
+            failure=next((e.failure for e in group if e.failure is not None), None) if seconds is None else None,
         )
-        for way, some in ways.items()
-        for seconds in (middle[way],)
+        for way, group in runs.items()
+        for seconds in (medians[way],)
     ]
     return sorted(lines, key=lambda line: (not line.base, line.seconds is None, line.seconds or 0.0))
 
 
 def behind(lines: Sequence[ComparedTime], above: float) -> list[str]:
-    """Works in which the base takes more than `above` times as long as the fastest other framework, in words."""
-    found = []
+    """Return a text for each work in which the base takes more than `above` times as long as the fastest other
+    framework."""
+    slower = []
     others: dict[tuple[str, str], list[tuple[float, ComparedTime]]] = {}
     for line in lines:
         if line.ratio is not None and not line.base:
             others.setdefault((line.kind, line.work), []).append((line.ratio, line))
-    for some in others.values():
-        ratio, best = min(some, key=lambda one: one[0])
+    for rivals in others.values():
+        ratio, best = min(rivals, key=lambda one: one[0])
         if 1 / ratio > above:
             where = f"{best.kind}, {best.title}"
-            found.append(f"{where}: {1 / ratio:.3f} of the time of {best.framework}, more than {above:g}")
-    return found
+            slower.append(f"{where}: {1 / ratio:.3f} of the time of {best.framework}, more than {above:g}")
+    return slower
 
 
 def table_of(lines: Sequence[ComparedTime], base: str) -> Table:
-    """All of it; the kinds of points have sections of their own."""
+    """Return the table of all times; each kind of point has sections of its own."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("kind", no_wrap=True)
     table.add_column("framework")

@@ -1,7 +1,7 @@
-"""What an experiment file says: the points of one figure, to be predicted at a published scale and measured here.
+"""Experiment files: the points of one figure, to be predicted at the published scale and measured on this machine.
 
-Points at the published scale are listed in `predicted`, or are those of a published data set (`data_set`). What is
-measured here is a weak scaling (`measured`), or single configurations of `axonn train` (`runs`).
+Points at the published scale are listed in `predicted`, or are those of a published data set (`data_set`). Measured
+points are those of a weak scaling (`measured`), or single configurations of `axonn train` (`runs`).
 """
 
 from __future__ import annotations
@@ -36,49 +36,50 @@ from axonn.training.places import ROOT, described_file, described_names
 
 HERE = ROOT / "experiments"
 OURS = "AxoNN"
-"""Label of our engine among the frameworks."""
+"""Label of the suite's own engine among the frameworks."""
 
 
 class PredictedPoint(StrictModel):
-    """One bar or dot at the published scale; `strategy` holds what differs from the framework's own defaults."""
+    """One bar or dot at the published scale; `strategy` has the differences from the framework's own defaults."""
 
     framework: Line
     model: Line
     gpus: int = Field(ge=1)
     strategy: dict[str, Any] = {}
     label: Line | None = None
-    """Names the point where model and GPUs do not; the same for its published, predicted and measured record."""
+    """Name of the point if model and GPUs do not identify it; the same in its published, predicted and measured
+    record."""
     batch_size: int | None = Field(default=None, ge=1)
-    """Default the panel's."""
+    """Batch size, by default the panel's."""
 
     @property
     def name(self) -> str:
-        """Of the point, in records."""
+        """Name of the point in records."""
         return self.label or f"{self.model}-{self.gpus}"
 
 
 class PredictedPanel(StrictModel):
-    """Points for the performance model. `frameworks`: what all points of a framework share."""
+    """Points for the performance model. `frameworks`: strategy fields that all points of a framework share."""
 
     machine: Line
     batch_size: int = Field(ge=1)
     precision: FloatType
-    """`compute` of every strategy that does not say its own."""
+    """Default of `compute` in every strategy."""
     frameworks: dict[str, dict[str, Any]]
     adapters: dict[str, str] = {}
-    """By which adapter a framework is launched on a cluster, where its label is no adapter's own."""
+    """Adapter that launches a framework on a cluster, by label, where the label is not an adapter's own."""
     planned: list[str] = []
-    """Frameworks of whose points the planner chooses what is searched and not given (`experiments.planning.planned_points`)."""
+    """Frameworks whose open strategy fields the planner chooses (`experiments.planning.planned_points`)."""
     points: list[PredictedPoint]
 
 
 class Policy(StrictModel):
-    """How often is measured, and what is counted."""
+    """Measurement policy: numbers of batches and repeats, and the tolerance of losses."""
 
     batches: int = Field(ge=2)
     warmup_batches: int = Field(ge=0)
     repeats: int = Field(ge=1)
-    """All of it in turn, since one run says little on a shared machine."""
+    """Repeats of all runs in turn, since a single run proves little on a shared machine."""
     loss_tolerance: float = Field(gt=0)
     """Largest relative difference of the losses of the same work at which times may be compared."""
 
@@ -105,10 +106,10 @@ class MeasuredPanel(Policy):
 
 
 class MeasuredRuns(Policy):
-    """Single configurations on this machine: each of `runs`, by its label, has its keys over those of `defaults`.
+    """Single configurations on this machine: each of `runs`, by label, overrides keys of `defaults`.
 
-    `model` is the keys of one, or the name of one of experiments/models. Runs of the same model, batch and seed compute
-    the same and have to agree in their losses.
+    `model` has the keys of a model, or is the name of one in experiments/models. Runs of the same model, batch and seed
+    compute the same function and must agree in their losses.
     """
 
     framework: str = "axonn"
@@ -116,53 +117,53 @@ class MeasuredRuns(Policy):
     runs: dict[Line, dict[str, Any]] = Field(min_length=1)
 
     def configs(self, *, where: str) -> dict[str, TrainConfig]:
-        """By label, complete. Raises `ConfigError` naming the run and the key."""
+        """Return the complete configurations by label. Raises `ConfigError` naming the run and the key."""
         return {
-            label: validate(self._completed(own, place := f"{where}: runs: {label}"), TrainConfig, where=place)
-            for label, own in self.runs.items()
+            label: validate(self._completed(keys, place := f"{where}: runs: {label}"), TrainConfig, where=place)
+            for label, keys in self.runs.items()
         }
 
-    def _completed(self, own: Mapping[str, Any], where: str) -> dict[str, Any]:
-        found = merge(self.defaults, own) | {"steps": self.batches}
-        if isinstance(found.get("model"), str):
+    def _completed(self, keys: Mapping[str, Any], where: str) -> dict[str, Any]:
+        config = merge(self.defaults, keys) | {"steps": self.batches}
+        if isinstance(config.get("model"), str):
             try:
-                found["model"] = load_model(found["model"]).model_dump(mode="json")
+                config["model"] = load_model(config["model"]).model_dump(mode="json")
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from error
-        return found
+        return config
 
 
 class PublishedReading(StrictModel):
-    """Published numbers that are no times of batches."""
+    """Published numbers other than batch times."""
 
     file: Inside
     """A CSV table, relative to the repository."""
     source: str
-    """The publication, and how they were read."""
+    """The publication, and how the numbers were read from it."""
 
 
 class Experiment(StrictModel):
-    """One figure."""
+    """Definition of one figure: published, predicted and measured points, and text for the report."""
 
     name: Name
     title: str
     published: Inside | None = None
     """Record file with the published points, relative to the repository."""
     data_set: Name | None = None
-    """A set of experiments/validation, whose points are the published and the predicted ones."""
+    """A set of experiments/validation that has the published and the predicted points."""
     readings: dict[str, PublishedReading] = {}
-    """Other published numbers that it is drawn from, by name."""
+    """Other published numbers of the figure, by name."""
     ratios: Name | None = None
     """A set of experiments/validation whose published ratios the figure shows; they have no seconds."""
     predicted: PredictedPanel | None = None
     measured: MeasuredPanel | None = None
     runs: MeasuredRuns | None = None
     about: str = ""
-    """What the figure shows, in a paragraph for the report."""
+    """Description of the figure, a paragraph for the report."""
     differs: list[str] = []
-    """What differs from the published figure, or is not known of it, and why; a sentence or two each."""
+    """Differences from the published figure, and unknowns of it, with reasons; a sentence or two each."""
     spans: bool = False
-    """Whether the figure needs the spans of predicted points, too."""
+    """True where the figure needs the spans of predicted points, too."""
 
     def model_post_init(self, context: Any) -> None:
         if self.data_set is not None and (self.predicted is not None or self.published is not None):
@@ -172,12 +173,12 @@ class Experiment(StrictModel):
 
     @property
     def predicts(self) -> bool:
-        """Whether there are points for the performance model."""
+        """True where there are points for the performance model."""
         return self.predicted is not None or self.data_set is not None
 
     @property
     def policy(self) -> Policy | None:
-        """Of what is measured; None where nothing is."""
+        """Measurement policy; None where nothing is measured."""
         return self.measured or self.runs
 
 
@@ -198,20 +199,23 @@ def load_experiment(path: Path | str) -> Experiment:
 
 
 def strategy_of(panel: PredictedPanel, point: PredictedPoint, *, where: str) -> Strategy:
-    """The framework's defaults with the point's own values over them. Raises `ConfigError` for a key that is wrong, and
-    for a point whose strategy the planner chooses: its record has it (`experiments.predictor`)."""
+    """Return the strategy of a point: the framework's defaults, overridden by the point's own values.
+
+    Raises `ConfigError` for a wrong key, and for a point whose strategy the planner chooses: only its record has that
+    (`experiments.predictor`).
+    """
     if point.framework in panel.planned:
         raise ConfigError(f"{where}: {point.framework} {point.model}: the planner chooses it; give the whole strategy")
     return _merged(panel, point, where=where)
 
 
-def strategy_fields(panel: PredictedPanel, framework: str, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a `Strategy`: those of a point over those of its framework over those of the panel."""
-    return merge(merge({"compute": panel.precision}, panel.frameworks.get(framework, {})), own)
+def strategy_fields(panel: PredictedPanel, framework: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields of a `Strategy`: `fields` of a point, over those of its framework, over those of the panel."""
+    return merge(merge({"compute": panel.precision}, panel.frameworks.get(framework, {})), fields)
 
 
 def _merged(panel: PredictedPanel, point: PredictedPoint, *, where: str) -> Strategy:
-    """The strategy, what the planner will choose being 1 or default."""
+    """Return the strategy; fields that the planner will choose are 1 or default."""
     merged = strategy_fields(panel, point.framework, point.strategy)
     if point.framework in panel.planned:
         merged = {"grid": {}, "microbatch_size": 1} | merged
@@ -219,29 +223,29 @@ def _merged(panel: PredictedPanel, point: PredictedPoint, *, where: str) -> Stra
 
 
 def strategies_by_default(experiment: Experiment) -> list[str]:
-    """What the predicted points of a file hang on that it does not say, by framework; what the planner chooses is in
-    the records."""
+    """Return the strategy defaults that the predicted points of a file depend on, a text for each framework; fields
+    that the planner chooses are in the records instead."""
     panel = experiment.predicted
     if panel is None:
         return []
-    found: dict[str, dict[str, None]] = {}
+    unset: dict[str, dict[str, None]] = {}
     for point in panel.points:
         if point.framework not in panel.planned:
-            said = merge(panel.frameworks.get(point.framework, {}), point.strategy)
-            left = (name for name in Strategy.model_fields if name not in said)
-            found.setdefault(point.framework, {}).update(dict.fromkeys(left))
-    return [f"{framework}: {_in_words(left)}" for framework, left in found.items()]
+            written = merge(panel.frameworks.get(point.framework, {}), point.strategy)
+            names = (name for name in Strategy.model_fields if name not in written)
+            unset.setdefault(point.framework, {}).update(dict.fromkeys(names))
+    return [f"{framework}: {_with_defaults(names)}" for framework, names in unset.items()]
 
 
-def _in_words(left: Iterable[str]) -> str:
-    """Fields of a strategy with their defaults."""
+def _with_defaults(names: Iterable[str]) -> str:
+    """Return a text of fields of a strategy with their defaults."""
     plain = Strategy(grid=ProcessGrid(), microbatch_size=1).model_dump(mode="json")
-    values = {name: plain[name]["name"] if name == "schedule" else plain[name] for name in left}
+    values = {name: plain[name]["name"] if name == "schedule" else plain[name] for name in names}
     return ", ".join(f"{name} {' '.join(v) if isinstance(v, list) else v}" for name, v in values.items())
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of `base` with those of `over` in their place, key by key at every depth."""
+    """Return `base` overridden by `over`, key by key at every depth."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -250,13 +254,13 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_model(name: str) -> ModelConfig:
-    """A model of experiments/models by name, of the project where one stands or the suite's own; or a file by path."""
+    """Return a model by its name in experiments/models, of the user's project or the suite, or by path."""
     path = Path(name) if name.endswith(".yaml") else _find("models", name)
     return validate_model(read_yaml(path), where=str(path))
 
 
 def find_machine(name: str) -> MachineFile:
-    """A machine of experiments/machines by name, found as models are, or a machine file by path."""
+    """Return a machine by its name in experiments/machines, of the user's project or the suite, or by path."""
     return load_machine(Path(name) if name.endswith(".yaml") else _find("machines", name))
 
 
@@ -272,13 +276,13 @@ def _find(folder: str, name: str) -> Path:
 
 
 def slug(text: str) -> str:
-    """A plain name that tells this text, as part of a file's name; of a long one its beginning and a hash."""
-    found = re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-")
-    return found if len(found) <= LONGEST_NAME else f"{found[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    """Return a plain name for a text, as part of a file name; for a long text its beginning and a hash."""
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-")
+    return name if len(name) <= LONGEST_NAME else f"{name[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def measured_configs(panel: MeasuredPanel, *, most: int | None = None) -> list[TrainConfig]:
-    """The work of each measured rank count, smallest first, up to `most` (default: what the panel says)."""
+    """Return the configuration of each measured rank count, smallest first, up to `most` (default: the panel's)."""
     most = most or panel.max_ranks or available_cores()
     counts = [1 << i for i in range(most.bit_length()) if 1 << i <= most]
     microbatches = max(panel.min_microbatches, panel.microbatches_per_rank * counts[-1])

@@ -1,4 +1,4 @@
-"""One point, predicted: its open settings filled in by their rules, then the performance model."""
+"""Prediction of one point: its open settings are filled in by their rules, then the performance model runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from experiments.validation.published_sets import Case, Open, Quantity, Variant
 
 @dataclass(frozen=True)
 class PredictedCase:
-    """A point, what its rules came to (`chosen`), and what the model says."""
+    """A point with its prediction; `chosen` has the outcome of its rules."""
 
     case: Case
     strategy: Strategy
@@ -27,7 +27,7 @@ class PredictedCase:
     chosen: list[str]
 
     def quantity(self, name: Quantity) -> float:
-        """The prediction of a published number, in its unit."""
+        """Return the prediction of a published number, in its unit."""
         p = self.prediction
         match name:
             case "batch_time_s" | "pipeline_s":
@@ -44,7 +44,7 @@ class PredictedCase:
 
     @property
     def flops(self) -> float:
-        """Of the batch, recomputation counted as in the prediction's TFLOP/s."""
+        """Floating-point operations of the batch, with recomputation counted as in the prediction's TFLOP/s."""
         p = self.prediction
         return 1e12 * p.tflops_per_gpu * self.case.gpus * p.batch_time_s
 
@@ -59,9 +59,9 @@ def predict_case(
     record: bool = False,
     jitter: Jitter | None = None,
 ) -> PredictedCase:
-    """With the open settings as their `rules` have them, and everything else as the variant does.
+    """Predict a point, with its open settings fixed by their `rules` and the assumptions of the variant.
 
-    `record` and `jitter` are those of `axonn.perf.prediction.predict`. Raises `ConfigError` naming `where` and the point.
+    `record` and `jitter`: see `axonn.perf.prediction.predict`. Raises `ConfigError` naming `where` and the point.
     """
     outlines: dict[int, ModelOutline] = {}
 
@@ -89,7 +89,7 @@ def predict_case(
             raise ConfigError(
                 f"{where}: point '{case.label}': no value of '{rule.setting}' divides its batch; add some"
             )
-        # Where nothing fits, the row says so.
+        # If nothing fits, the one with the least memory is taken; its row says that it does not fit.
         fitting = [t for t in tried if t[2].prediction.fits] or [min(tried, key=lambda t: t[2].prediction.memory.total)]
         value, case, best = min(fitting, key=lambda t: t[2].prediction.batch_time_s)
         chosen.append(f"{rule.setting}: {_short(value)}")

@@ -1,4 +1,4 @@
-"""Predicted points: the performance model on every point of an experiment, written as records."""
+"""Predicted points: the performance model runs on every point of an experiment, and writes records."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ PREDICTED = PROJECT / "results" / "predicted"
 
 @dataclass(frozen=True, kw_only=True)
 class PointToPredict:
-    """`name`: of the point in records, the same for its published, predicted and measured one. `where`: its file.
+    """A point for the performance model.
 
-    `planned`: whether the planner chooses what the case's strategy leaves open.
+    `name`: the point's name in records, the same in its published, predicted and measured one. `where`: its file.
+    `planned`: whether the planner chooses the fields that the case's strategy leaves open.
     """
 
     name: str
@@ -40,7 +41,7 @@ class PointToPredict:
 
 
 def points_to_predict(experiment: Experiment) -> tuple[str, list[PointToPredict]]:
-    """The machine, and the points of an experiment, or of the data set that it names, in order.
+    """Return the machine, and the points of an experiment or of the data set that it names, in order.
 
     Raises `ConfigError` where there are none.
     """
@@ -76,11 +77,12 @@ def points_to_predict(experiment: Experiment) -> tuple[str, list[PointToPredict]
 
 
 def predicted_file(experiment: Experiment) -> Path:
+    """Return the file of an experiment's predicted records."""
     return PREDICTED / f"{experiment.name}.json"
 
 
 def fingerprint_of(experiment: Experiment, jitter: Jitter | None = None) -> str:
-    """Hash of the points, the jitter, the machine, the models and the code that predicts."""
+    """Return a hash of the points, the jitter, the machine, the models and the code that predicts."""
     machine, points = points_to_predict(experiment)
     plain = [
         {
@@ -107,14 +109,14 @@ def fingerprint_of(experiment: Experiment, jitter: Jitter | None = None) -> str:
 
 
 def done_predictions(experiment: Experiment, jitter: Jitter | None = None) -> list[Record] | None:
-    """The records of an earlier call, if nothing has changed since."""
+    """Return the records of an earlier call if nothing has changed since, otherwise None."""
     path = predicted_file(experiment)
     if not path.exists():
         return None
     try:
         records = read_records(path)
     except RecordError:
-        # Of another schema, or cut: as if it were not there.
+        # Another schema, or a damaged file: counts as absent.
         return None
     if not records or records[0].fingerprint != fingerprint_of(experiment, jitter):
         return None
@@ -133,8 +135,8 @@ def predict_experiment(
     """Predict every point and write the records. `on_point` is called with the name of each point before it starts.
 
     With `jitter` a record has the time of every simulated batch, and its batch time is their mean. `spans`: a folder
-    to write what each stage does when to, one run folder per point, as `axonn train` leaves it; an experiment that
-    needs spans has one beside the records. Raises `ConfigError` naming the point that cannot be.
+    for the spans of each stage, one run folder per point, as `axonn train` writes it; an experiment that needs spans
+    has one next to its records. Raises `ConfigError` naming a point that cannot be predicted.
     """
     name, points = points_to_predict(experiment)
     machine = find_machine(name)
@@ -145,12 +147,12 @@ def predict_experiment(
     for point in points:
         on_point(f"{point.framework} {point.case.model.name} on {point.case.gpus} GPUs")
         case, choice = decided(point, machine)
-        found = predict_case(
+        predicted = predict_case(
             case, machine, where=point.where, rules=point.rules, record=spans is not None, jitter=jitter
         )
-        found = replace(found, chosen=[*choice, *found.chosen])
-        record = _record(experiment, point, found, machine=name, command=command, mark=mark)
-        prediction = found.prediction
+        predicted = replace(predicted, chosen=[*choice, *predicted.chosen])
+        record = _record(experiment, point, predicted, machine=name, command=command, mark=mark)
+        prediction = predicted.prediction
         update: dict[str, Any] = {}
         if prediction.spread is not None:
             times = list(prediction.spread.batch_times_s)
@@ -167,10 +169,10 @@ def predict_experiment(
 
 
 def decided(point: PointToPredict, machine: MachineFile) -> tuple[Case, list[str]]:
-    """The case with its whole strategy, and what the planner has to say of it where that chooses."""
+    """Return the case with its complete strategy, and the planner's notes where that chose."""
     if not point.planned:
         return point.case, []
-    # The planner reads models of the engine, and so needs torch; predicting alone does not.
+    # The planner reads models of the engine, and so needs torch, which predictions alone do not.
     from experiments.planning.planned_points import planned
 
     case = point.case
@@ -179,7 +181,7 @@ def decided(point: PointToPredict, machine: MachineFile) -> tuple[Case, list[str
 
 
 def _write_spans(folder: Path, prediction: Prediction) -> None:
-    """One folder per stage, as a rank's `SpanRecorder` fills it."""
+    """Write one folder of spans per stage, as a rank's `SpanRecorder` does."""
     for stage in range(len(prediction.stages)):
         recorder = SpanRecorder(stage, folder=folder / f"spans-{stage}.parquet")
         recorder.spans = prediction.spans(only=stage)
@@ -187,12 +189,12 @@ def _write_spans(folder: Path, prediction: Prediction) -> None:
 
 
 def _record(
-    experiment: Experiment, point: PointToPredict, found: PredictedCase, *, machine: str, command: str, mark: str
+    experiment: Experiment, point: PointToPredict, predicted: PredictedCase, *, machine: str, command: str, mark: str
 ) -> Record:
-    case, strategy, prediction = found.case, found.strategy, found.prediction
+    case, strategy, prediction = predicted.case, predicted.strategy, predicted.prediction
     parts = prediction.parts
     needs = prediction.memory.total
-    notes = [*found.chosen, *([] if prediction.fits else [f"needs {needs / 1e9:.1f} GB per GPU, more than it has"])]
+    notes = [*predicted.chosen, *([] if prediction.fits else [f"needs {needs / 1e9:.1f} GB per GPU, more than it has"])]
     return Record(
         kind="predicted",
         experiment=experiment.name,
@@ -213,14 +215,14 @@ def _record(
         batch_time_s=prediction.batch_time_s,
         parts_s={name: getattr(parts, name) for name in parts.__dataclass_fields__},
         phases_s={
-            "inter_layer": found.quantity("pipeline_s"),
-            "all_reduce": found.quantity("all_reduce_s"),
-            "optimizer": found.quantity("optimizer_s"),
+            "inter_layer": predicted.quantity("pipeline_s"),
+            "all_reduce": predicted.quantity("all_reduce_s"),
+            "optimizer": predicted.quantity("optimizer_s"),
         },
         memory_bytes=int(needs),
         memory_parts=prediction.memory_parts,
         memory_of_all=prediction.memory_of_all(case.gpus),
-        bytes_per_batch=bytes_by_axis(found.outline, strategy, batch_size=case.batch_size),
+        bytes_per_batch=bytes_by_axis(predicted.outline, strategy, batch_size=case.batch_size),
         tflops_per_gpu=prediction.tflops_per_gpu,
         tflops_formula=case.model.flops_formula(recompute=strategy.recompute == "full"),
         pct_peak=prediction.pct_peak,

@@ -1,4 +1,4 @@
-"""The published points of an experiment as records."""
+"""Published points of an experiment, as records."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PHASES: Mapping[Quantity, str] = {"pipeline_s": "inter_layer", "all_reduce_s": "
 
 
 def published_records(experiment: Experiment) -> list[Record]:
-    """Those of the record file, or of the data set, that the experiment names; none where it names nothing.
+    """Return the records of the record file, or of the data set, that the experiment names; empty if it names none.
 
-    Points of a data set that only its ratios use have no record. Raises `RecordError` and `ConfigError` for what is
-    wrong with the files.
+    Points of a data set that only its ratios use have no record. Raises `RecordError` and `ConfigError` for mistakes
+    in the files.
     """
     if experiment.published is not None:
         return read_records(ROOT / experiment.published)
@@ -32,7 +32,7 @@ def published_records(experiment: Experiment) -> list[Record]:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedRatio:
-    """A published speedup: `value` times as fast is `faster` as `slower`, on `gpus` GPUs. No time is published."""
+    """A published speedup without times: `faster` is `value` times as fast as `slower`, on `gpus` GPUs."""
 
     label: str
     value: float
@@ -42,11 +42,12 @@ class PublishedRatio:
 
     @property
     def gpus(self) -> int:
+        """Number of GPUs of both points."""
         return self.faster.gpus
 
 
 def published_ratios(experiment: Experiment) -> list[PublishedRatio]:
-    """Those of the data set that the experiment names for them. Raises `ConfigError` for a wrong file."""
+    """Return the ratios of the data set that the experiment names. Raises `ConfigError` for a wrong file."""
     if experiment.ratios is None:
         return []
     data, cases = load_data_set(FOLDER / f"{experiment.ratios}.yaml")
@@ -71,7 +72,7 @@ def _record(experiment: Experiment, data: DataSet, case: Case) -> Record | None:
     if time is None and not phases:
         return None
     rules = rules_for(data, case)
-    # What a rule decides is not published.
+    # Fields that a rule decides are not published.
     decided = {key for rule in rules for value in rule.among for key in value}
     strategy = validate({"microbatch_size": 1, **case.strategy}, Strategy, where=data.name)
     return Record(

@@ -1,9 +1,9 @@
-"""The commands `axonn run` and `axonn predict`: points of an experiment, measured and predicted."""
+"""The commands `axonn run` and `axonn predict`, which measure and predict the points of an experiment."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +27,8 @@ from axonn.training.places import from_here
 if TYPE_CHECKING:
     from axonn.observability.records import Record
     from axonn.perf.timing.jitter import Jitter
+    from experiments.definition import Experiment
+    from experiments.runner import MeasuredPoint
 
 
 @documented("docs/own-figure.md")
@@ -51,75 +53,108 @@ def run(  # noqa: PLR0917
     """
     from axonn.device.devices import device_type
     from experiments.definition import load_experiment
-    from experiments.missing_frameworks import how_to_install, not_installed
-    from experiments.runner import compare_losses, points_of, run_point
+    from experiments.runner import points_of
 
     experiment = load_experiment(experiment_file)
     if experiment.policy is None:
         console.print(f"nothing to measure: {experiment_file} has neither measured nor runs", soft_wrap=True)
         return
     points = points_of(experiment, device_type(device))
-    tolerance = experiment.policy.loss_tolerance
     if not (list_points or dry_run):
         launched_once()
     done = {
         p.name: r for p in points if resume and (r := p.finished_record()) is not None and not (fresh_busy and r.busy)
     }
     if list_points or dry_run:
-        for point in points:
-            state = "to do" if point.name not in done else "busy" if done[point.name].busy else "done"
-            console.print(
-                f"{state:6} {point.name}: {point.ranks} rank(s), {point.config.steps} batches", soft_wrap=True
-            )
+        _list(points, done)
         return
     if not resume or fresh_busy:
-        # So that a fresh measurement which is interrupted goes on where it was, and does not mix with the old one.
+        # A fresh measurement that is interrupted then resumes where it was, and does not mix with the old one.
         for point in points:
             if point.name not in done:
                 point.record_file.unlink(missing_ok=True)
-    missing = [p for p in points if p.name not in done]
-    if not missing:
+    if all(p.name in done for p in points):
         newest = max(r.created or "" for r in done.values())
         console.print(f"nothing to do: {len(points)} measured points, newest of {newest}; --fresh measures anew")
-        _say_busy(done.values(), experiment_file)
-        return
+    else:
+        unavailable, failures = _measure(experiment, points, done, timeout_s=timeout)
+        _conclude(experiment, points, done, unavailable, failures)
+    _say_busy(done.values(), experiment_file)
+
+
+def _list(points: Sequence[MeasuredPoint], done: Mapping[str, Record]) -> None:
+    for point in points:
+        state = "to do" if point.name not in done else "busy" if done[point.name].busy else "done"
+        console.print(f"{state:6} {point.name}: {point.ranks} rank(s), {point.config.steps} batches", soft_wrap=True)
+
+
+def _measure(
+    experiment: Experiment, points: Sequence[MeasuredPoint], done: dict[str, Record], *, timeout_s: float
+) -> tuple[dict[str, Record], int]:
+    """Measure the points that are not `done` and add their records there; return the records of unavailable frameworks,
+    by point and framework, and the number of failures."""
+    from experiments.runner import run_point
+
     failures = 0
     width = max(len(p.label) for p in points)
-    without: dict[str, Record] = {}
+    unavailable: dict[str, Record] = {}
     with progress_bar() as progress:
         all_points = progress.add_task(f"measuring {experiment.name}", total=len(points), completed=len(done))
-        for point in missing:
+        for point in [p for p in points if p.name not in done]:
             one = progress.add_task(f"  {point.label} {point.framework}", total=point.config.steps)
             record = run_point(
                 point,
                 command=command_line(),
                 on_batch=lambda n, task=one: progress.update(task, completed=n),  # type: ignore[misc]
                 on_warning=warn,
-                timeout_s=timeout,
+                timeout_s=timeout_s,
             )
             progress.remove_task(one)
             progress.advance(all_points)
             if record.failure is not None and record.failure.cause == "unavailable":
-                without[f"{point.label} {record.ran.framework}"] = record
-            elif record.failure is None:
+                unavailable[f"{point.label} {record.ran.framework}"] = record
+                continue
+            if record.failure is None:
                 done[point.name] = record
-                console.print(
-                    f"{point.label:>{width}} {record.ran.framework:14} {record.batch_time_s:8.3f} s per batch, "
-                    f"loss {record.losses[-1]:.4f}" + (" (machine busy)" if record.busy else "")
-                )
             else:
                 failures += 1
-                console.print(
-                    f"[red]{point.label} {record.ran.framework} failed ({record.failure.cause}): "
-                    f"{escape(record.failure.detail)}; see {from_here(point.folder)}/log.txt[/red]",
-                    soft_wrap=True,
-                )
-    for name, record in without.items():
+            _print_measured(point, record, width)
+    return unavailable, failures
+
+
+def _print_measured(point: MeasuredPoint, record: Record, width: int) -> None:
+    if record.failure is None:
+        console.print(
+            f"{point.label:>{width}} {record.ran.framework:14} {record.batch_time_s:8.3f} s per batch, "
+            f"loss {record.losses[-1]:.4f}" + (" (machine busy)" if record.busy else "")
+        )
+        return
+    console.print(
+        f"[red]{point.label} {record.ran.framework} failed ({record.failure.cause}): "
+        f"{escape(record.failure.detail)}; see {from_here(point.folder)}/log.txt[/red]",
+        soft_wrap=True,
+    )
+
+
+def _conclude(
+    experiment: Experiment,
+    points: Sequence[MeasuredPoint],
+    done: Mapping[str, Record],
+    unavailable: Mapping[str, Record],
+    failures: int,
+) -> None:
+    """Compare losses and print the result. Raises `RunFailed` for failed points and `AxonnError` if none could run."""
+    from experiments.missing_frameworks import how_to_install, not_installed
+    from experiments.runner import compare_losses
+
+    assert experiment.policy is not None
+    tolerance = experiment.policy.loss_tolerance
+    for name, record in unavailable.items():
         assert record.failure is not None
         console.print(f"[yellow]not run: {name}: {escape(record.failure.detail)}[/yellow]", soft_wrap=True)
     if experiment.runs is not None:
-        # There is no other framework that could take its place.
-        failures += len(without)
+        # No other framework could take its place.
+        failures += len(unavailable)
     ordered = [(p, done[p.name]) for p in points if p.name in done]
     for record in compare_losses(ordered, tolerance):
         failures += 1
@@ -133,13 +168,12 @@ def run(  # noqa: PLR0917
         f"{len(ordered)} of {len(points)} points measured; losses of the same work agree within {tolerance:g} "
         "(relative)"
     )
-    if line := how_to_install(not_installed(without.values())):
+    if line := how_to_install(not_installed(unavailable.values())):
         console.print(f"[yellow]{escape(line)}[/yellow]", soft_wrap=True)
-    _say_busy(done.values(), experiment_file)
 
 
 def _say_busy(records: Iterable[Record], experiment_file: Path) -> None:
-    """Say which points a busy machine measured, and what to do."""
+    """Print the points that were measured on a busy machine, and what to do about them."""
     busy = [r for r in records if r.busy]
     if busy:
         most = max(r.busy_share or 0.0 for r in busy)
@@ -261,7 +295,7 @@ def _predict_experiment(experiment_file: Path, *, fresh: bool, jitter: Jitter | 
 
 
 def _show_spread(records: Sequence[Record]) -> None:
-    """Where the times are those of several batches."""
+    """Print the spread of batch times, if the records have the times of several batches."""
     from experiments.validation.validation_tables import spread_table
 
     if all(record.batch_times_s for record in records):

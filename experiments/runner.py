@@ -1,4 +1,4 @@
-"""Measured points: which there are, which are done, and running the rest."""
+"""Measured points of an experiment: their list, their finished records, and runs of the others."""
 
 from __future__ import annotations
 
@@ -35,47 +35,50 @@ class MeasuredPoint:
     repeat: int
     warmup: int
     label: str
-    """Of the point in records: what is measured, the same for every framework."""
+    """Name of the point in records: the measured work, the same for every framework."""
     device: DeviceType = "cpu"
     fingerprint: str
 
     @property
     def ranks(self) -> int:
-        g = self.config.grid
-        return g.size
+        """Number of ranks of the grid."""
+        return self.config.grid.size
 
     @property
     def function(self) -> str:
-        """What is computed, however it is: points with the same have the same losses."""
+        """Hash of the function that is computed, in whatever way: points with the same hash have the same losses."""
         return function_of(self.config)
 
     @property
     def name(self) -> str:
+        """Name of the run: of its record file and its run folder."""
         return slug(f"{self.experiment}-{self.label}-{self.framework}-{self.repeat}")
 
     @property
     def record_file(self) -> Path:
+        """File of the point's record."""
         return MEASURED / f"{self.name}.json"
 
     @property
     def folder(self) -> Path:
+        """Run folder of the point."""
         return RUNS / self.name
 
     def finished_record(self) -> Record | None:
-        """The point's record, if it has one that succeeded and that nothing has changed since."""
+        """Return the point's record if it succeeded and nothing has changed since, otherwise None."""
         if not self.record_file.exists():
             return None
-        # One of another schema is an error: what somebody measured is not overwritten.
+        # Another schema is an error: a user's measurement is not overwritten.
         record = next(iter(read_records(self.record_file)), None)
         done = record is not None and record.fingerprint == self.fingerprint and record.failure is None
         return record if done else None
 
 
 def points_of(experiment: Experiment, device: DeviceType = "cpu") -> list[MeasuredPoint]:
-    """All points in the order in which they run: repeats outermost, frameworks alternating at each rank count.
-    `device`: what their ranks compute on.
+    """Return all points in the order in which they run: repeats outermost, frameworks alternating at each rank count.
 
-    Raises `LaunchError` for a framework that nobody knows, and `ConfigError` where nothing is measured.
+    `device`: device of their ranks. Raises `LaunchError` for an unknown framework, and `ConfigError` where nothing is
+    measured.
     """
     policy = experiment.policy
     if policy is None:
@@ -104,7 +107,7 @@ def points_of(experiment: Experiment, device: DeviceType = "cpu") -> list[Measur
 
 
 def measured_work(experiment: Experiment, *, most: int | None = None) -> list[tuple[str, TrainConfig, str]]:
-    """Label, configuration and framework of everything that is measured, once; a weak scaling up to `most` ranks."""
+    """Return label, configuration and framework of each measured run, once; a weak scaling up to `most` ranks."""
     if experiment.measured is not None:
         panel = experiment.measured
         return [
@@ -126,9 +129,9 @@ def run_point(
     on_warning: Callable[[str], None] = lambda text: None,
     timeout_s: float = 3600.0,
 ) -> Record:
-    """Measure one point and write its record, be it a failure, also of a framework or a machine that cannot do it.
+    """Measure one point and write its record, also a failure, such as of a framework or machine that cannot run it.
 
-    Raises `LaunchError` when the ranks cannot start, or another run of the point goes on.
+    Raises `LaunchError` when the ranks cannot start, or another run of the point is under way.
     """
     framework = load_framework(point.framework)
     reason = (
@@ -154,7 +157,7 @@ def run_point(
 
 
 def _not_on(point: MeasuredPoint) -> str | None:
-    """Why a framework cannot compute on the device of a point, or None."""
+    """Return why a framework cannot compute on the device of a point, or None."""
     if point.device == "cpu":
         return None
     devices = load_adapter(point.framework.partition("/")[0]).capabilities().devices
@@ -164,10 +167,8 @@ def _not_on(point: MeasuredPoint) -> str | None:
 
 
 def compare_losses(records: list[tuple[MeasuredPoint, Record]], tolerance: float) -> list[Record]:
-    """Losses before times: a record whose losses differ from the first of the same function is made a failure.
-
-    Returns the failures, which are written in place of the records.
-    """
+    """Compare losses, which come before times: a record whose losses differ from the first one of the same function
+    becomes a failure, and is written as one. Return those failures."""
     compared = with_losses_compared([(point.function, record) for point, record in records], tolerance)
     failures = []
     for (point, record), changed in zip(records, compared, strict=True):

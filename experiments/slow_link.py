@@ -1,4 +1,4 @@
-"""An emulated slow link: what it takes to make one here, and which rate makes messages take a share of the compute."""
+"""Emulated slow link: its requirements on this machine, and the rate at which messages take a share of the compute."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from experiments.workloads import MICROBATCH_SIZE, SHAPES, config_of
 
 
 def why_no_link() -> str | None:
-    """Why a slow link cannot be made here; None when it can."""
+    """Return why a slow link cannot be made on this machine; None when it can."""
     missing = [tool for tool in ("unshare", "ip", "tc") if shutil.which(tool) is None]
     if not hasattr(os, "geteuid") or os.geteuid() != 0 or missing:
         need = f"; missing here: {', '.join(missing)}" if missing else ""
@@ -25,13 +25,13 @@ def why_no_link() -> str | None:
 
 
 def message_bytes(workload: str) -> int:
-    """Bytes of one activation."""
+    """Return the bytes of one activation message."""
     shape = SHAPES[workload]
     return MICROBATCH_SIZE * shape["seq_len"] * shape["hidden"] * 4
 
 
 def stage_seconds(workload: str) -> tuple[float, float]:
-    """Mean forward and backward of one microbatch on one of 2 stages, from the spans of a short run.
+    """Return the mean seconds of a microbatch's forward and backward on one of 2 stages, from spans of a short run.
 
     Raises `LaunchError` when that run fails.
     """
@@ -49,5 +49,5 @@ def stage_seconds(workload: str) -> tuple[float, float]:
 
 
 def kbit_per_second(sent_bytes: float, seconds: float) -> int:
-    """Rate of a link that all ranks share, at which these bytes take so long."""
+    """Return the rate, in kbit/s, of a link shared by all ranks on which `sent_bytes` take so many seconds."""
     return max(1, round(8 * sent_bytes / seconds / 1000))

@@ -1,5 +1,5 @@
-"""Templates that a stranger may have written: they see the values that they are given, and no more of Python or of the
-disk."""
+"""Sandboxed templates, since users may bring their own: they see the values they are given, and nothing else of Python
+or of the disk."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from axonn.errors import ConfigError
 
 _LONGEST = 1_000_000
-"""Letters or items that a product in a template may have."""
+"""Most letters or items of a product in a template."""
 _LARGEST_POWER = 64
 _HINT = "what a template may use is in the one that comes with the suite"
 
 
 class _Inside(FileSystemLoader):
-    """Templates of some folders, the first one that has a name; links that lead out of them are none."""
+    """Loader of templates from folders, the first one that has the name; links that lead out of them do not count."""
 
     def get_source(self, environment: Environment, template: str) -> tuple[str, str, Callable[[], bool]]:
         source, filename, unchanged = super().get_source(environment, template)
@@ -46,7 +46,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 def sandbox(folders: Sequence[Path], *, autoescape: bool, keep_trailing_newline: bool = False) -> Environment:
-    """Templates of `folders`, an earlier one's in place of a later one's. What is not given is an error."""
+    """Return an environment with the templates of `folders`; those of earlier folders come first. A value that is not
+    given is an error."""
     loader: BaseLoader = _Inside(list(folders))
     return _Sandbox(
         loader=loader,
@@ -59,7 +60,7 @@ def sandbox(folders: Sequence[Path], *, autoescape: bool, keep_trailing_newline:
 
 
 def rendered(environment: Environment, name: str, values: dict[str, Any]) -> str:
-    """The template of this name. Raises `ConfigError` naming its file and line."""
+    """Render the template of this name. Raises `ConfigError` naming its file and line."""
     try:
         return environment.get_template(name).render(values)
     except TemplateError as error:
@@ -72,7 +73,7 @@ def rendered(environment: Environment, name: str, values: dict[str, Any]) -> str
 
 
 def _place(environment: Environment, error: Exception) -> str | None:
-    """File and line of a template in which an error came up, as far as they are known."""
+    """Return file and line of the template in which an error occurred, as far as they are known."""
     if getattr(error, "lineno", None) and getattr(error, "filename", None):
         return f"{error.filename}, line {error.lineno}"  # type: ignore[attr-defined]
     loader = environment.loader

@@ -1,4 +1,4 @@
-"""Starts of a job: their folders in the order in which they began, how each ended, and whether all batches are done."""
+"""Starts of a job: their folders in order of their beginning, how each ended, and whether all batches are done."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ STARTED = "started.txt"
 
 
 def attempts(job: Path) -> list[Path]:
-    """Folders of the starts of a job, the newest last."""
+    """Return the folders of the starts of a job, the newest last."""
     return in_order(job.glob("run/attempt-*"))
 
 
 def in_order(starts: Iterable[Path]) -> list[Path]:
-    """Attempts in the order in which they started, as they say it themselves: copied files have other times.
+    """Sort attempts by the times of their starts, as they note them themselves: copied files have other times.
 
-    One that had no time to say it stands by the time of its folder.
+    An attempt that had no time to note it is sorted by the time of its folder.
     """
 
     def started(path: Path) -> tuple[float, float, str]:
         changed = path.stat().st_mtime
         try:
             text = read_bytes(path / STARTED).decode("utf-8", "replace").strip()
-            # Whole seconds: of two starts in the same one, the folders know more.
-            said = datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
+            # Times are in full seconds: the folders' times order two starts within the same one.
+            seconds = datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
         except (OSError, ValueError):
-            said = float(int(changed))
-        return said, changed, path.name
+            seconds = float(int(changed))
+        return seconds, changed, path.name
 
     return sorted(starts, key=started)
 
 
 def newest_attempt(job: Path) -> Path | None:
-    """Folder of the last start of a job."""
+    """Return the folder of the last start of a job."""
     return next(reversed(attempts(job)), None)
 
 
 def id_of(attempt: Path) -> str:
-    """Of the job; a second start of the same has a number behind it."""
+    """Return the id of the job; a second start of the same job has a number behind it."""
     return attempt.name.removeprefix("attempt-").partition("-")[0]
 
 
 def attempt_of(job: str, attempt: Path | None) -> bool:
-    """Whether this attempt is that of the job with this id."""
+    """Return whether this attempt is that of the job with this id."""
     return attempt is not None and id_of(attempt) == job
 
 
 def reason_of(attempt: Path | None) -> str | None:
-    """How an attempt ended, in its own words; None where it did not say."""
+    """Return how an attempt ended, in its own words; None where it did not note it."""
     if attempt is None or not (attempt / ENDED).exists():
         return None
     try:
@@ -64,7 +64,7 @@ def reason_of(attempt: Path | None) -> str | None:
 
 
 def steps_of(job: Path) -> int | None:
-    """How many batches a job is to do; None where its work cannot be read."""
+    """Return how many batches a job is to do; None where its work cannot be read."""
     try:
         content = read_json(job / "work.json")
         return int(content["small"]["config"]["steps"] if "small" in content else content["work"]["steps"])
@@ -73,7 +73,10 @@ def steps_of(job: Path) -> int | None:
 
 
 def rows_of(job: Path) -> list[bytes] | None:
-    """Of the batches that our own ranks did; None for other frameworks. A row that is being written is none yet."""
+    """Return the rows of the batches that our own ranks did; None for other frameworks.
+
+    A row that is being written does not count yet.
+    """
     path = job / "run" / BATCHES
     try:
         return read_bytes(path).split(b"\n")[:-1] if path.exists() else None
@@ -82,8 +85,8 @@ def rows_of(job: Path) -> list[bytes] | None:
 
 
 def all_done(job: Path) -> bool:
-    """Whether our own ranks did every batch of a job, whatever happened when it ended; not where the last loss is no
-    number."""
+    """Return whether our own ranks did every batch of a job, whatever happened when it ended; False where the last loss
+    is not a number."""
     rows, steps = rows_of(job), steps_of(job)
     if not rows or steps is None or len(rows) < steps:
         return False

@@ -1,10 +1,10 @@
-"""What jobs left, as records: times where a run is whole, otherwise a failure with its cause."""
+"""Records of the jobs that ended: times where a run is complete, otherwise a failure with its cause."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,33 +16,36 @@ from axonn.errors import AxonnError, ConfigError, RecordError
 from axonn.observability.records import Failure, Record, read_records, write_records
 from axonn.perf.strategy import Strategy
 from axonn.training.framework import ClusterWork, PrintedRun, load_adapter, load_framework, ran_by
+from axonn.training.places import ROOT, in_project
 from axonn.training.run_folder import SPEC
 from axonn.training.run_outcome import Outcome, outcome_of, steady
 from axonn.training.run_record import function_of, left_by_ranks, readable_spans, run_record, with_losses_compared
-from experiments import runner
 from experiments.cluster_work import SmallWork, record_of
-from experiments.definition import ROOT, find_machine, load_experiment, slug
+from experiments.definition import find_machine, load_experiment, slug
 from jobscripts.attempts import ENDED, attempts, in_order
 from jobscripts.generate import SCHEMA, JobEntry, Manifest, changed_files, hash_of, load_manifest
 from jobscripts.job_failure import failure_of_job, not_yet
-from jobscripts.run_environment import Described, changes, described
+from jobscripts.run_environment import RunEnvironment, changes, environment_of
 from jobscripts.submission import Standing, standings
 
 RECORD = "record.json"
-"""In the run folder: the record of the run, the same as among the results."""
+"""File in the run folder: the record of the run, the same as among the results."""
 SUMS = "sha256.txt"
-"""In the folder of an attempt: what sha256sum printed of files of the run folder when it ended."""
+"""File in the folder of an attempt: the sha256sum of files of the run folder when it ended."""
 _TOLERANCE = 1e-4
-"""Of losses, where the experiment is not there to say it."""
+"""Tolerance of losses, where the experiment is not there to set it."""
 _LARGEST_LOG = 2**30
-"""Bytes of what a run printed."""
+"""Most bytes of a run's output."""
 Work = ClusterWork | SmallWork
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
-    """Of one job: its record, or why it has none. `broken`: what it left cannot be read; `hidden`: its failure is not
-    among the results, which keep the time of an earlier run."""
+    """The record of one job, or why it has none.
+
+    `broken`: its files cannot be read; `hidden`: its failure is not among the results, which keep the time of an
+    earlier run.
+    """
 
     entry: JobEntry
     record: Record | None
@@ -53,7 +56,7 @@ class Collected:
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """What there is to read of a job that ended. `starts`: folders of its attempts, the first one first."""
+    """Files and work of a job that ended. `starts`: folders of its attempts, the first one first."""
 
     manifest: Manifest
     standing: Standing
@@ -68,45 +71,45 @@ class _Run:
 
     @property
     def spec(self) -> dict[str, Any] | None:
-        """What our own ranks were started with; None for a framework with ranks of its own."""
+        """Specification with which our own ranks were started; None for a framework with ranks of its own."""
         path = self.folder / SPEC
         return read_json(path) if f"{self.folder.name}/{SPEC}" in self.standing.entry.files else None
 
     @property
     def on_cpu(self) -> bool:
-        """Whether its ranks compute on processors."""
+        """True if its ranks compute on processors."""
         return (spec := self.spec) is not None and spec["device"] == "cpu"
 
-    def about(self) -> Described:
-        return described(self.starts, machine=self.manifest.machine, on_cpu=self.on_cpu)
+    def environment(self) -> RunEnvironment:
+        return environment_of(self.starts, machine=self.manifest.machine, on_cpu=self.on_cpu)
 
     def noted(self, record: Record) -> Record:
-        """The record with what changed between the starts."""
+        """Return the record with what changed between the starts."""
         adapter = self.standing.entry.adapter.partition("/")[0]
-        said = changes(self.starts, adapter=adapter, machine=self.manifest.machine, on_cpu=self.on_cpu)
-        return record.model_copy(update={"note": "; ".join(filter(None, (record.note, said))) or None})
+        differences = changes(self.starts, adapter=adapter, machine=self.manifest.machine, on_cpu=self.on_cpu)
+        return record.model_copy(update={"note": "; ".join(filter(None, (record.note, differences))) or None})
 
 
 def collect(folder: Path, *, results: Path, command: str) -> list[Collected]:
-    """A record of each job that ended, written into `results` and into its run folder; what waits or runs has none yet.
+    """Write a record of each job that ended into `results` and into its run folder; a job that waits or runs has none
+    yet.
 
-    A job whose files were changed, or cannot be read, is said to be `broken` and keeps none of the others. Raises
+    A job whose files were changed, or cannot be read, is marked `broken` and does not hold up the others. Raises
     `RecordError` for a folder that axonn jobs did not write.
     """
     manifest = load_manifest(folder)
-    found: list[tuple[Collected, Work | None]] = []
+    collected: list[tuple[Collected, Work | None]] = []
     for standing in standings(folder):
         entry = standing.entry
         try:
-            found.append(_collected(manifest, standing, folder, command))
+            collected.append(_collected(manifest, standing, folder, command))
         except AxonnError as error:
-            found.append(
-                (Collected(entry=entry, record=None, why="; ".join(str(error).splitlines()), broken=True), None)
-            )
+            reason = "; ".join(str(error).splitlines())
+            collected.append((Collected(entry=entry, record=None, why=reason, broken=True), None))
         except (OSError, ValueError, TypeError, KeyError, ArithmeticError, AttributeError) as error:
-            why = f"{folder / entry.name}: what it left cannot be read: {type(error).__name__}: {error}"
-            found.append((Collected(entry=entry, record=None, why=why, broken=True), None))
-    compared = _losses_compared(manifest, found)
+            reason = f"{folder / entry.name}: what it left cannot be read: {type(error).__name__}: {error}"
+            collected.append((Collected(entry=entry, record=None, why=reason, broken=True), None))
+    compared = _losses_compared(manifest, collected)
     for i, one in enumerate(compared):
         if one.record is not None:
             name = f"{manifest.experiment}-{slug(manifest.machine)}-{one.entry.name}-{_mark(manifest, one.entry)}.json"
@@ -120,7 +123,8 @@ def collect(folder: Path, *, results: Path, command: str) -> list[Collected]:
 
 
 def _has_time(path: Path) -> bool:
-    """Whether a run was whole before, in a copy of the folder or before it was submitted anew: no failure hides it."""
+    """Return whether a run was complete before, in a copy of the folder or before it was submitted anew: no failure
+    hides it."""
     try:
         return all(record.failure is None for record in read_records(path))
     except RecordError:
@@ -128,9 +132,10 @@ def _has_time(path: Path) -> bool:
 
 
 def _mark(manifest: Manifest, entry: JobEntry) -> str:
-    """Of what was written with which command: other folders have other records, copies of a folder the same."""
-    said = json.dumps([manifest.command, entry.files], sort_keys=True)
-    return hashlib.sha256(said.encode()).hexdigest()[:8]
+    """Return a hash of the files and the command that wrote them: other folders have other records, copies of a folder
+    the same."""
+    written = json.dumps([manifest.command, entry.files], sort_keys=True)
+    return hashlib.sha256(written.encode()).hexdigest()[:8]
 
 
 def _collected(manifest: Manifest, standing: Standing, folder: Path, command: str) -> tuple[Collected, Work | None]:
@@ -148,7 +153,7 @@ def _collected(manifest: Manifest, standing: Standing, folder: Path, command: st
 
 
 def _check_files(folder: Path, entry: JobEntry) -> None:
-    """Raises `RecordError` for files that are not those that axonn jobs wrote, or that the job left."""
+    """Raise `RecordError` for files that differ from those that axonn jobs wrote, or that the job left."""
     if changed := changed_files(folder, entry.files):
         path = folder / changed[0]
         how = "not what axonn jobs wrote (its sha256 differs)" if path.exists() else "gone"
@@ -171,17 +176,17 @@ def _check_files(folder: Path, entry: JobEntry) -> None:
 
 
 def _copies(run: Path, entry: JobEntry) -> Iterator[tuple[Path, str]]:
-    """Copies in the run folder of what was written for the job, with the sha256 that they should have."""
+    """Yield copies in the run folder of what was written for the job, with the sha256 that they should have."""
     for name, expected in entry.files.items():
-        own = name.partition("/")[2]
-        for path in (run / own, *run.glob(f"attempt-*/{own}")):
+        file = name.partition("/")[2]
+        for path in (run / file, *run.glob(f"attempt-*/{file}")):
             if path.is_file():
                 yield path, expected
 
 
 def _sums(start: Path, *, newest: bool) -> Iterator[tuple[Path, str]]:
-    """Files of the run folder with the sha256 that they had when an attempt ended; a later one changes all but those of
-    the attempt's own folder."""
+    """Yield files of the run folder with the sha256 that they had when an attempt ended; a later attempt changes all
+    but those of the attempt's own folder."""
     path = start / SUMS
     if (start / ENDED).exists() and not path.is_file():
         raise RecordError(
@@ -198,16 +203,16 @@ def _sums(start: Path, *, newest: bool) -> Iterator[tuple[Path, str]]:
 
 
 def work_of(path: Path, manifest: Manifest, entry: JobEntry) -> Work:
-    """What a job was written for. Raises `RecordError` where its file says something else than the manifest."""
+    """Return the work that a job was written for. Raises `RecordError` where its file contradicts the manifest."""
     try:
         content = read_json(path)
-        said = {name: content[name] for name in ("schema", "adapter", "framework", "machine")}
+        noted = {name: content[name] for name in ("schema", "adapter", "framework", "machine")}
         plain = content["small"] if "small" in content else content["work"]
         asked = {"schema": SCHEMA, "adapter": entry.adapter, "framework": entry.framework, "machine": manifest.machine}
         for name, value in asked.items():
-            if said[name] != value:
+            if noted[name] != value:
                 raise RecordError(
-                    f"{path}: says {name} '{said[name]}', and the manifest '{value}'; write the jobs anew"
+                    f"{path}: says {name} '{noted[name]}', and the manifest '{value}'; write the jobs anew"
                 )
         if "small" in content:
             config = validate(plain["config"], TrainConfig, where=f"{path}: config")
@@ -222,9 +227,9 @@ def work_of(path: Path, manifest: Manifest, entry: JobEntry) -> Work:
 
 
 def _small_record(run: _Run, work: SmallWork) -> Record:
-    """As axonn run makes it of such a run."""
+    """Return the record that axonn run makes of such a run."""
     outcome = _outcome(run, work.config)
-    about = run.about()
+    environment = run.environment()
     record = run_record(
         work.config,
         outcome,
@@ -232,16 +237,16 @@ def _small_record(run: _Run, work: SmallWork) -> Record:
         warmup=work.warmup_batches,
         point=work.name,
         ran=ran_by(load_framework(work.framework), work.config).model_copy(
-            update={"version": about.version(work.framework.partition("/")[0])}
+            update={"version": environment.version(work.framework.partition("/")[0])}
         ),
-        **_said(run, about),
+        **_surroundings(run, environment),
     )
-    return _with_peak(record, run.manifest.machine, about)
+    return _with_peak(record, run.manifest.machine, environment)
 
 
 def _published_record(run: _Run, work: ClusterWork) -> Record:
-    """Of a point at the published scale: what its output says, and more where the ranks were our own."""
-    spec, about = run.spec, run.about()
+    """Return the record of a point at the published scale: from its output, and more where the ranks were our own."""
+    spec, environment = run.spec, run.environment()
     outcome = config = None
     if spec is not None:
         config = validate(spec["config"], TrainConfig, where=str(run.folder / SPEC))
@@ -256,85 +261,84 @@ def _published_record(run: _Run, work: ClusterWork) -> Record:
     else:
         printed, new_starts = _printed(run)
         printed = replace(printed, failure=_failure(run, printed.failure, printed.seconds))
-    said = _said(run, about)
+    fields = _surroundings(run, environment)
     record = record_of(
         work,
         printed,
         framework=run.standing.entry.framework,
-        version=about.version(run.standing.entry.adapter),
-        machine=said.pop("machine"),
-        source=said.pop("source"),
-        experiment=said.pop("experiment"),
+        version=environment.version(run.standing.entry.adapter),
+        machine=fields.pop("machine"),
+        source=fields.pop("source"),
+        experiment=fields.pop("experiment"),
         new_starts=new_starts,
     )
     if config is not None and outcome is not None:
         timed = record.failure is None
-        batches = steady(len(outcome.batch_times_s), record.warmup_batches, new_starts) if timed else []
-        said |= left_by_ranks(config, outcome, folder=run.path, batches=batches)
-    return _with_peak(record.model_copy(update=said), run.manifest.machine, about)
+        batches = steady(len(outcome.batch_times_s), record.warmup_batches or 0, new_starts) if timed else []
+        fields |= left_by_ranks(config, outcome, folder=run.path, batches=batches)
+    return _with_peak(record.model_copy(update=fields), run.manifest.machine, environment)
 
 
 def _outcome(run: _Run, config: TrainConfig) -> Outcome:
-    """What our own ranks left; the states are those of the newest start."""
-    g = config.grid
+    """Return the outcome of our own ranks; the states are those of the newest start."""
     adapter = load_adapter(run.standing.entry.adapter.partition("/")[0])
     output = _lines(run.starts[-1] / "output.txt") if run.starts else []
     states = [line for path in sorted(run.path.glob("rank-*.json")) for line in _lines(path)]
     printed = adapter.read([*states, *output])
-    found = outcome_of(run.path, g.size)
-    failure = _failure(run, printed.failure, found.batch_times_s)
+    outcome = outcome_of(run.path, config.grid.size)
+    failure = _failure(run, printed.failure, outcome.batch_times_s)
     if failure is None and (unreadable := readable_spans(run.path, config)) is not None:
         raise RecordError(
             f"{unreadable}; remove the file to have the record without its parts, or submit the job again"
         )
-    return replace(found, failure=failure)
+    return replace(outcome, failure=failure)
 
 
 def _printed(run: _Run) -> tuple[PrintedRun, list[int]]:
-    """Iterations of all attempts, a later one's in place of an earlier one's, and those with which an attempt went on.
+    """Return the iterations of all attempts, a later one's in place of an earlier one's, and those with which an
+    attempt resumed.
 
-    How it ended is said by the newest attempt alone.
+    The newest attempt alone says how the run ended.
     """
     adapter = load_adapter(run.standing.entry.adapter)
     lines: list[str] = []
-    last, both, new_starts = PrintedRun(), PrintedRun(), []
+    last, joined, resumed_at = PrintedRun(), PrintedRun(), []
     for start in run.starts:
-        own = _lines(start / "output.txt")
-        lines += own
-        last, both = adapter.read(own), adapter.read(lines)
-        if last.seconds and len(both.seconds) > len(last.seconds):
-            new_starts.append(len(both.seconds) - len(last.seconds))
-    said = [start for start in both.starts if start > 0]
-    return replace(both, failure=last.failure, finished=last.finished), said or new_starts
+        output = _lines(start / "output.txt")
+        lines += output
+        last, joined = adapter.read(output), adapter.read(lines)
+        if last.seconds and len(joined.seconds) > len(last.seconds):
+            resumed_at.append(len(joined.seconds) - len(last.seconds))
+    reported = [start for start in joined.starts if start > 0]
+    return replace(joined, failure=last.failure, finished=last.finished), reported or resumed_at
 
 
-def _failure(run: _Run, said: Failure | None, seconds: Any) -> Failure | None:
-    """Why there is no time; None for a run with all its batches, whatever happened when it ended."""
-    if len(seconds) >= run.work.steps and (said is None or said.cause != "nan"):
+def _failure(run: _Run, printed: Failure | None, seconds: Sequence[float]) -> Failure | None:
+    """Return why there is no time; None for a run with all its batches, whatever happened when it ended."""
+    if len(seconds) >= run.work.steps and (printed is None or printed.cause != "nan"):
         return None
-    return failure_of_job(run.standing, said, done=len(seconds), steps=run.work.steps, job=run.folder)
+    return failure_of_job(run.standing, printed, done=len(seconds), steps=run.work.steps, job=run.folder)
 
 
 def _lines(path: Path) -> list[str]:
     return read_bytes(path, most=_LARGEST_LOG).decode("utf-8", "replace").splitlines() if path.is_file() else []
 
 
-def _said(run: _Run, about: Described) -> dict[str, Any]:
-    """What a record has beside the run."""
-    path = run.path.resolve()
+def _surroundings(run: _Run, environment: RunEnvironment) -> dict[str, Any]:
+    """Return the fields of a record that describe its surroundings."""
     return {
         "experiment": run.manifest.experiment,
-        "machine": about.machine,
+        "machine": environment.machine,
         "source": run.command,
-        "created": about.created,
-        "run_folder": str(path.relative_to(runner.PROJECT) if path.is_relative_to(runner.PROJECT) else path),
+        "created": environment.created,
+        "run_folder": in_project(run.path.resolve()),
     }
 
 
-def _with_peak(record: Record, machine: str, about: Described) -> Record:
-    """With the share of the peak, where the ranks computed on GPUs whose peak is known."""
+def _with_peak(record: Record, machine: str, environment: RunEnvironment) -> Record:
+    """Return the record with the share of the peak, where the ranks computed on GPUs whose peak is known."""
     rate = record.tflops_per_gpu or record.tflops_per_gpu_without_recompute
-    if rate is None or about.machine.device == "cpu":
+    if rate is None or environment.machine.device == "cpu":
         return record
     try:
         peak = find_machine(machine).gpu.peak.si
@@ -343,15 +347,15 @@ def _with_peak(record: Record, machine: str, about: Described) -> Record:
     return record.model_copy(update={"pct_peak": 100 * rate * 1e12 / peak})
 
 
-def _losses_compared(manifest: Manifest, found: list[tuple[Collected, Work | None]]) -> list[Collected]:
-    """Of small work, as axonn run compares it."""
+def _losses_compared(manifest: Manifest, jobs: list[tuple[Collected, Work | None]]) -> list[Collected]:
+    """Return the jobs with the losses of small work compared, as axonn run compares them."""
     small = [
         (i, function_of(work.config), one.record)
-        for i, (one, work) in enumerate(found)
+        for i, (one, work) in enumerate(jobs)
         if isinstance(work, SmallWork) and one.record is not None
     ]
     records = with_losses_compared([(function, record) for _, function, record in small], _tolerance(manifest))
-    collected = [one for one, _ in found]
+    collected = [one for one, _ in jobs]
     for (i, _, _), record in zip(small, records, strict=True):
         collected[i] = replace(collected[i], record=record)
     return collected

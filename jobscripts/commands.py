@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,10 @@ from axonn.errors import ConfigError
 from axonn.training.places import from_here
 
 if TYPE_CHECKING:
+    from experiments.definition import Experiment
     from jobscripts.job_plan import JobPlan
+    from jobscripts.site import Site
+    from jobscripts.system import System
 
 JobFolder = Annotated[Path, typer.Argument(help="Folder that axonn jobs wrote")]
 
@@ -39,7 +43,6 @@ def jobs(
     from experiments.cluster_work import PUBLISHED_STEPS
     from experiments.definition import load_experiment
     from jobscripts.generate import write_jobs
-    from jobscripts.job_plan import plan_jobs, plan_small_jobs
     from jobscripts.launchers import load_launcher
     from jobscripts.schedulers import load_scheduler
     from jobscripts.site import load_site
@@ -47,41 +50,26 @@ def jobs(
 
     if small and steps is not None:
         raise ConfigError("--steps is for points at the published scale; the experiment's file has it for --small")
-    system, mine = load_system(machine), load_site(site)
+    system, user = load_system(machine), load_site(site)
     experiment = load_experiment(experiment_file)
-    scheduler = load_scheduler(mine.scheduler or system.scheduler)
-    launcher = load_launcher(mine.launcher or system.launcher)
+    scheduler = load_scheduler(user.scheduler or system.scheduler)
+    launcher = load_launcher(user.launcher or system.launcher)
     where = str(site or "there is no --site file")
     if not dry_run:
-        mine.require(system.needs, where=where, machine=system.machine)
-    only = framework or []
-    with progress_bar(transient=True) as progress:
-        task = progress.add_task("checking", total=None)
-        planned = (
-            plan_small_jobs(experiment, system=system, site=mine, repeats=repeats, only=only)
-            if small
-            else plan_jobs(
-                experiment,
-                system=system,
-                site=mine,
-                steps=steps or PUBLISHED_STEPS,
-                repeats=repeats,
-                only=only,
-                on_point=lambda name: progress.update(task, description=f"checking {name}"),
-            )
-        )
-    console.print(_table(planned))
-    gone = [] if system.ended is None else [f"{system.machine} takes no jobs any more: {system.ended}"]
-    for line in [*gone, *planned.warnings, *mine.missing(system.provide)]:
-        console.print(f"[yellow]warning: {escape(line)}[/yellow]", soft_wrap=True)
-    for line in planned.left_out_lines():
-        console.print(f"[yellow]no job: {escape(line)}[/yellow]", soft_wrap=True)
+        user.require(system.needs, where=where, machine=system.machine)
+    planned = _planned(
+        experiment,
+        system,
+        user,
+        small=small,
+        steps=steps or PUBLISHED_STEPS,
+        repeats=repeats,
+        only=framework or [],
+    )
+    _show(planned, system, user, notes=dry_run)
     if dry_run:
-        for name, notes in planned.notes().items():
-            for note in notes:
-                console.print(f"{escape(name)}: {escape(note)}", soft_wrap=True)
         return
-    planned.require(mine, where=where)
+    planned.require(user, where=where)
     folder = out or Path("jobs") / f"{experiment.name}-{system.machine}"
     write_jobs(
         planned.jobs,
@@ -89,7 +77,7 @@ def jobs(
         experiment=experiment.name,
         command=command_line(),
         system=system,
-        site=mine,
+        site=user,
         scheduler=scheduler,
         launcher=launcher,
         templates=templates,
@@ -100,24 +88,59 @@ def jobs(
     )
 
 
+def _planned(
+    experiment: Experiment, system: System, site: Site, *, small: bool, steps: int, repeats: int, only: Sequence[str]
+) -> JobPlan:
+    """Plan the jobs under a progress bar."""
+    from jobscripts.job_plan import plan_jobs, plan_small_jobs
+
+    with progress_bar(transient=True) as progress:
+        task = progress.add_task("checking", total=None)
+        if small:
+            return plan_small_jobs(experiment, system=system, site=site, repeats=repeats, only=only)
+        return plan_jobs(
+            experiment,
+            system=system,
+            site=site,
+            steps=steps,
+            repeats=repeats,
+            only=only,
+            on_point=lambda name: progress.update(task, description=f"checking {name}"),
+        )
+
+
+def _show(planned: JobPlan, system: System, site: Site, *, notes: bool) -> None:
+    """Print the jobs, warnings, the points without a job, and by request the notes of each framework."""
+    console.print(_table(planned))
+    ended = [] if system.ended is None else [f"{system.machine} takes no jobs any more: {system.ended}"]
+    for line in [*ended, *planned.warnings, *site.missing(system.provide)]:
+        console.print(f"[yellow]warning: {escape(line)}[/yellow]", soft_wrap=True)
+    for line in planned.left_out_lines():
+        console.print(f"[yellow]no job: {escape(line)}[/yellow]", soft_wrap=True)
+    if notes:
+        for framework, lines in planned.notes().items():
+            for line in lines:
+                console.print(f"{escape(framework)}: {escape(line)}", soft_wrap=True)
+
+
 def _table(planned: JobPlan) -> Table:
     from jobscripts.job_plan import node_hours
 
-    found = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    # A name is what one types for axonn submit --only: all of it has to be there.
-    found.add_column("job", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    # Names are shown in full, since axonn submit --only takes them.
+    table.add_column("job", overflow="fold")
     for name in ("ranks", "GPUs", "nodes", "node-hours\nat most"):
-        found.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=True)
     for framework in dict.fromkeys(job.framework for job in planned.jobs):
-        found.add_row(f"[bold]{escape(framework)}[/bold]")
+        table.add_row(f"[bold]{escape(framework)}[/bold]")
         for job in planned.jobs:
             r = job.resources
             if job.framework == framework:
                 gpus = r.nodes * r.gpus_per_node
-                found.add_row(escape(job.name), str(r.ranks), str(gpus), str(r.nodes), f"{r.node_hours:.1f}")
-    found.add_section()
-    found.add_row("all", "", "", "", f"{node_hours(planned.jobs):.1f}")
-    return found
+                table.add_row(escape(job.name), str(r.ranks), str(gpus), str(r.nodes), f"{r.node_hours:.1f}")
+    table.add_section()
+    table.add_row("all", "", "", "", f"{node_hours(planned.jobs):.1f}")
+    return table
 
 
 @documented("docs/jobs.md")
@@ -129,7 +152,7 @@ def submit(
         bool, typer.Option("--dry-run", help="Say what would be submitted, and submit nothing.")
     ] = False,
 ) -> None:
-    """Hand in the jobs of a folder: those that have not finished, do not wait and do not run."""
+    """Submit the jobs of a folder: those that have not finished, do not wait and do not run."""
     from jobscripts import submission
 
     if dry_run:
@@ -151,20 +174,20 @@ def status(
     wait: Annotated[bool, typer.Option("--wait", help="Until no job waits or runs.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between questions to the scheduler.")] = 30.0,
 ) -> None:
-    """Show how the jobs of a folder stand; exit status 1 when one that was submitted ended and is not whole."""
+    """Show the states of the jobs of a folder; exit status 1 when one that was submitted ended and is not complete."""
     from jobscripts.job_status import changes, table
     from jobscripts.submission import standings
 
-    found = standings(folder)
+    jobs = standings(folder)
     if wait:
-        for now, lines in changes(folder, every=every):
-            found = now
+        for newest, lines in changes(folder, every=every):
+            jobs = newest
             for line in lines:
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(table(folder, found))
-    if silence := next((one.silence for one in found if one.silence is not None), None):
+    console.print(table(folder, jobs))
+    if silence := next((one.silence for one in jobs if one.silence is not None), None):
         warn(f"{silence}: shown is what the jobs left in their folders")
-    if any(one.failed for one in found):
+    if any(one.failed for one in jobs):
         raise typer.Exit(1)
 
 
@@ -177,18 +200,18 @@ def collect(folder: JobFolder) -> None:
     from experiments.runner import MEASURED
     from jobscripts.collection import collect as records_of
 
-    found = records_of(folder, results=MEASURED, command=command_line())
-    for one in found:
+    collected = records_of(folder, results=MEASURED, command=command_line())
+    for one in collected:
         record = one.record
         if record is None:
-            said, colour = one.why, "red" if one.broken else ""
+            text, colour = one.why, "red" if one.broken else ""
         elif record.failure is not None:
-            said, colour = f"{record.failure.cause}: {record.failure.detail}", "red"
-            said += "; the results keep the time of an earlier run" if one.hidden else ""
+            text, colour = f"{record.failure.cause}: {record.failure.detail}", "red"
+            text += "; the results keep the time of an earlier run" if one.hidden else ""
         else:
-            said, colour = f"{record.batch_time_s:.3f} s per batch", ""
-        console.print(f"{one.entry.name}: {said}", style=colour, markup=False, highlight=False, soft_wrap=True)
-    count = sum(one.record is not None for one in found)
-    console.print(f"{count} of {len(found)} jobs have a record in {from_here(MEASURED)}", soft_wrap=True)
-    if any(one.broken for one in found):
+            text, colour = f"{record.batch_time_s:.3f} s per batch", ""
+        console.print(f"{one.entry.name}: {text}", style=colour, markup=False, highlight=False, soft_wrap=True)
+    count = sum(one.record is not None for one in collected)
+    console.print(f"{count} of {len(collected)} jobs have a record in {from_here(MEASURED)}", soft_wrap=True)
+    if any(one.broken for one in collected):
         raise typer.Exit(1)

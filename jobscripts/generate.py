@@ -1,6 +1,6 @@
-"""Job scripts of an experiment for a machine: what is written, and a manifest with a hash of every file.
+"""Job scripts of an experiment for a machine, and a manifest with a hash of every file.
 
-The same experiment, site and versions give the same bytes: nothing here reads a clock.
+The same experiment, site and versions yield the same bytes: nothing here reads a clock.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 MANIFEST = "manifest.json"
 SCHEMA = "axonn-jobs/1"
 _CHANGED_BY_SETUP = ("PATH", "LD_LIBRARY_PATH")
-"""What modules and activated environments set, beside what the job exports."""
+"""Variables that modules and activated environments set, beside those that the job exports."""
 
 
 _OF_EVERY_JOB = ("job.sh", "rank.sh", "work.json")
@@ -51,7 +51,7 @@ class JobEntry(StrictModel):
     nodes: int
     gpus: int
     node_hours: float
-    """At most."""
+    """Most node-hours that the job may take."""
     files: dict[str, str]
 
     def model_post_init(self, context: Any) -> None:
@@ -74,12 +74,12 @@ class Manifest(StrictModel):
     command: str
     jobs: list[JobEntry]
     files: dict[Name, str] = {}
-    """sha256 of those that are of no job."""
+    """sha256 of the files that belong to no job."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterJob:
-    """A point to be run on a cluster. `adapter`: name of the adapter; of small work, of the framework."""
+    """A point to be run on a cluster. `adapter`: name of the adapter; for small work, of the framework."""
 
     name: str
     framework: str
@@ -103,9 +103,9 @@ def write_jobs(
 ) -> Manifest:
     """Write every job into a folder of its own, a script that submits all, and the manifest.
 
-    `templates`: a folder with changed copies of ours, which stand in for those that it lacks. Raises `ConfigError`
-    when the folder has other files, so that nothing of the user's is overwritten, and where a template or a name is
-    wrong; then nothing is written.
+    `templates`: a folder with changed copies of ours; ours stand in for those that it lacks. Raises `ConfigError` when
+    the folder has other files, so that nothing of the user's is overwritten, and where a template or a name is wrong;
+    then nothing is written.
     """
     _check_names(jobs, experiment=experiment, machine=system.machine)
     _check_free(folder, jobs)
@@ -144,7 +144,7 @@ def write_jobs(
 
 
 def _environment(folder: Path | None) -> Environment:
-    """Templates of `folder`, and ours where it has none of that name."""
+    """Return the templates of `folder`, and ours where it has none of that name."""
     ours = sorted(path.name for path in TEMPLATES.glob("*.j2"))
     if folder is not None and not any((folder / name).is_file() for name in ours):
         raise ConfigError(f"{folder}: has no template; copy what you want to change of {TEMPLATES}: {', '.join(ours)}")
@@ -152,10 +152,10 @@ def _environment(folder: Path | None) -> Environment:
 
 
 def _check_names(jobs: Iterable[ClusterJob], *, experiment: str, machine: str) -> None:
-    """Raises `ConfigError` for what would be no name of a file, or a line of its own in a script."""
-    for what, name in [("experiment", experiment), ("machine", machine), *(("job", job.name) for job in jobs)]:
+    """Raise `ConfigError` for names that are no file names, or would be a line of their own in a script."""
+    for kind, name in [("experiment", experiment), ("machine", machine), *(("job", job.name) for job in jobs)]:
         if not is_plain(name):
-            raise ConfigError(f"{what} {name!r}: name it with letters, digits, '.', '_' and '-' alone")
+            raise ConfigError(f"{kind} {name!r}: name it with letters, digits, '.', '_' and '-' alone")
     for job in jobs:
         for label in (job.work.name, job.framework):
             if any(unicodedata.category(letter) in {"Cc", "Zl", "Zp"} for letter in label):
@@ -165,7 +165,7 @@ def _check_names(jobs: Iterable[ClusterJob], *, experiment: str, machine: str) -
 
 
 def title_of(job: ClusterJob) -> str:
-    """In one line, whatever its labels have."""
+    """Return the title of a job in one line, whatever its labels contain."""
     size = f"{_count(job.work.gpus, 'rank')}, {_count(job.resources.nodes, 'node')}"
     return " ".join(f"{job.framework}: {job.work.name} on {size}".split())
 
@@ -186,20 +186,20 @@ def _check_free(folder: Path, jobs: Iterable[ClusterJob]) -> None:
 def _files_of(
     job: ClusterJob, environment: Environment, *, system: System, site: Site, scheduler: Scheduler, launcher: Launcher
 ) -> dict[str, str]:
-    """Contents by name."""
+    """Return the contents of a job's files by name."""
     common: dict[str, Any] = {
         "OMP_NUM_THREADS": job.resources.cores_per_rank,
         **system.environment,
         **(system.mpi_on_device if job.launch.mpi_on_device else {}),
         **job.launch.environment,
     }
-    # The site's own may use each other, so they keep their order.
+    # The site's variables may use each other, so they keep their order.
     exports = {name: common[name] for name in sorted(common) if name not in site.environment} | site.environment
-    described = sorted({*exports, "MASTER_ADDR", "MASTER_PORT"})
-    # The machine's options are those of its own launcher.
-    own = system.launcher_options if launcher.name == system.launcher else []
-    options = [word for option in [*own, *site.launcher_options] for word in shlex.split(option)]
-    forwarded = launcher.forwarded(sorted({*described, *_CHANGED_BY_SETUP, "ATTEMPT"}))
+    recorded = sorted({*exports, "MASTER_ADDR", "MASTER_PORT"})
+    # The machine's options belong to its own launcher.
+    system_options = system.launcher_options if launcher.name == system.launcher else []
+    options = [word for option in [*system_options, *site.launcher_options] for word in shlex.split(option)]
+    forwarded = launcher.forwarded(sorted({*recorded, *_CHANGED_BY_SETUP, "ATTEMPT"}))
     body = {
         **scheduler.variables,
         "nodes": scheduler.variables["nodes"] + (" | tail -n +2" if launcher.launch_node else ""),
@@ -208,7 +208,7 @@ def _files_of(
         "modules": [as_words(names.split()) for names in site.modules],
         "setup": site.setup,
         "exports": as_shell(exports),
-        "variables": "|".join(described),
+        "variables": "|".join(recorded),
         "grace": job.resources.warn_seconds // 2,
         "stop_signal": job.launch.stop_signal,
         "stopped": STOPPED,
@@ -240,24 +240,24 @@ def _files_of(
     }
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def is_script(word: str) -> bool:
-    """Whether a word of a launch is a script that lies in the folder of its framework."""
+    """Return whether a word of a launch is a script in the folder of its framework."""
     return word.endswith(".py") and "/" not in word
 
 
 def _placed(command: Sequence[str], program: str | None) -> list[str]:
-    """The command with its script in the program's folder."""
+    """Return the command with its script in the program's folder."""
     if program is None:
         return list(command)
     return [f"$program/{word}" if is_script(word) else word for word in command]
 
 
 def _plain(work: ClusterWork | SmallWork) -> dict[str, Any]:
-    """As JSON; which kind it is, is its key."""
+    """Return the work as JSON; the key tells which kind it is."""
     if isinstance(work, SmallWork):
         config = work.config.model_dump(mode="json")
         return {"small": {"name": work.name, "config": config, "warmup_batches": work.warmup_batches}}
@@ -277,20 +277,17 @@ def _plain(work: ClusterWork | SmallWork) -> dict[str, Any]:
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Of a folder that `write_jobs` wrote. Raises `RecordError` naming what is wrong."""
+    """Load the manifest of a folder that `write_jobs` wrote. Raises `RecordError` naming what is wrong."""
     return load_json(
         folder / MANIFEST, Manifest, otherwise="is this the folder that axonn jobs wrote? If it is, write the jobs anew"
     )
 
 
 def changed_files(folder: Path, files: Mapping[str, str]) -> list[str]:
-    """Those that are not what the manifest says, or are gone."""
-    found = []
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file() or hash_of(path) != expected:
-            found.append(name)
-    return found
+    """Return the files that are gone, or are not what the manifest says."""
+    return [
+        name for name, expected in files.items() if not (folder / name).is_file() or hash_of(folder / name) != expected
+    ]
 
 
 def _write(path: Path, content: str) -> None:
@@ -299,7 +296,7 @@ def _write(path: Path, content: str) -> None:
 
 
 def hash_of(path: Path) -> str:
-    """sha256 of a file."""
+    """Return the sha256 of a file."""
     with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,4 +1,4 @@
-"""How a job came to its end: what the scheduler says, what its script says, and what its ranks printed."""
+"""Causes of a job's end: from the scheduler, from its script, and from what its ranks printed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jobscripts.schedulers import State
 from jobscripts.submission import Standing
 
 FRESH_S = 120.0
-"""A job of which nobody says that it ended runs as long as its files are not older than this."""
+"""Seconds for which a job with fresh files counts as running, where nobody reports its end."""
 _KNOWN: dict[State, Failure] = {
     "timed-out": Failure(cause="timeout", detail="the job reached its wall limit"),
     "out-of-memory": Failure(cause="out-of-memory", detail="the scheduler ended the job for its memory"),
@@ -30,7 +30,7 @@ _HINTS = {
 
 
 def not_yet(standing: Standing) -> str | None:
-    """Why a job has no record yet; None for one that ended."""
+    """Return why a job has no record yet; None for one that ended."""
     if standing.live:
         return "waits" if standing.state == "waiting" else "runs"
     started = standing.attempt is not None and (standing.id is None or attempt_of(standing.id, standing.attempt))
@@ -48,44 +48,46 @@ def not_yet(standing: Standing) -> str | None:
 
 
 def _fresh(attempt: Path | None) -> bool:
-    """Whether something in the folders of a run was written a moment ago, and nothing says that it ended."""
+    """Return whether something in the folders of a run was written a moment ago, and nothing reports its end."""
     if attempt is None or (attempt / ENDED).exists():
         return False
     paths = [*attempt.iterdir(), *attempt.parent.glob("rank-*.alive"), *attempt.parent.glob("*.jsonl")]
     return any(time.time() - path.stat().st_mtime < FRESH_S for path in paths)
 
 
-def failure_of_job(standing: Standing, said: Failure | None, *, done: int, steps: int, job: Path) -> Failure:
-    """Of a job that ended without all its batches. `said`: what its ranks said.
+def failure_of_job(standing: Standing, printed: Failure | None, *, done: int, steps: int, job: Path) -> Failure:
+    """Return the failure of a job that ended without all its batches. `printed`: the failure that its ranks printed.
 
-    What the scheduler knows goes before what the ranks printed when they were ended; what they ran out of, or that
-    their loss was no number, before that.
+    The scheduler's cause takes precedence over what the ranks printed when they were ended; out of memory and
+    non-finite losses, which only the ranks know, take precedence over the scheduler's.
     """
-    own = _own_attempt(standing)
-    if own is None and standing.state != "unknown":
-        # What an earlier job printed is no cause of this one's end.
-        said = None
+    attempt = _own_attempt(standing)
+    if attempt is None and standing.state != "unknown":
+        # The output of an earlier job is not the cause of this one's end.
+        printed = None
     known = _KNOWN.get(_known_end(standing))
-    found = said if said is not None and (known is None or said.cause in ("out-of-memory", "nan")) else known
-    if found is None:
-        found = Failure(cause="error", detail=_end_of(standing))
-    if found.cause == "error" and own is None:
+    failure = printed if printed is not None and (known is None or printed.cause in ("out-of-memory", "nan")) else known
+    if failure is None:
+        failure = Failure(cause="error", detail=_end_of(standing))
+    if failure.cause == "error" and attempt is None:
         hint = f"what the scheduler wrote into {job} may say why"
     else:
-        hint = (
-            _HINTS.get(found.cause) or f"what it printed is in {job}/run/{own.name if own else 'attempt-*'}/output.txt"
-        )
+        output = f"{job}/run/{attempt.name if attempt else 'attempt-*'}/output.txt"
+        hint = _HINTS.get(failure.cause) or f"what it printed is in {output}"
     batches = f"{done} of {steps} batches are done"
-    return found.model_copy(update={"detail": f"{found.detail.rstrip('.; ')}; {batches}; {hint}"})
+    return failure.model_copy(update={"detail": f"{failure.detail.rstrip('.; ')}; {batches}; {hint}"})
 
 
 def _own_attempt(standing: Standing) -> Path | None:
-    """The newest attempt, if it is not of an earlier job."""
+    """Return the newest attempt, unless it belongs to an earlier job."""
     return standing.attempt if standing.id is None or attempt_of(standing.id, standing.attempt) else None
 
 
 def _known_end(standing: Standing) -> State:
-    """A script that is being ended says "cancelled", whatever ended it: the scheduler may know more, or nothing."""
+    """Return the state in which a job ended.
+
+    A script that is being ended reports "cancelled", whatever ended it: the scheduler may know more, or nothing.
+    """
     if standing.reason == "wall-limit":
         return "timed-out"
     if standing.reason == "cancelled" and standing.state not in ("timed-out", "out-of-memory", "node-failure"):
@@ -94,7 +96,7 @@ def _known_end(standing: Standing) -> State:
 
 
 def _end_of(standing: Standing) -> str:
-    """In words, where neither the scheduler nor the ranks say a cause."""
+    """Return the end of a job as text, where neither the scheduler nor the ranks report a cause."""
     attempt = _own_attempt(standing)
     if attempt is None:
         return "the job ended before it started anything"

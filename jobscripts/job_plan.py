@@ -42,8 +42,8 @@ class JobPlan:
         self.left_out.setdefault(reason, []).append(name)
 
     def require(self, site: Site, *, where: str) -> None:
-        """Raise `ConfigError` naming what these jobs need of the site file and it does not have: the folders of other
-        frameworks' scripts, and tokens where a framework cannot make them up."""
+        """Raise `ConfigError` naming what these jobs need and the site file lacks: the folders of other frameworks'
+        scripts, and tokens where a framework has no synthetic ones."""
         wants = sorted({job.framework for job in self.jobs if job.launch.needs_data})
         if site.data is None and wants:
             raise ConfigError(
@@ -66,15 +66,15 @@ class JobPlan:
             )
 
     def notes(self) -> dict[str, list[str]]:
-        """By framework, what differs from the work that was asked for, or must be provided."""
-        found: dict[str, list[str]] = {}
+        """Return, by framework, what differs from the requested work, or must be provided."""
+        notes: dict[str, list[str]] = {}
         for job in self.jobs:
-            own = found.setdefault(job.framework, [])
-            own.extend(note for note in job.launch.notes if note not in own)
-        return found
+            listed = notes.setdefault(job.framework, [])
+            listed.extend(note for note in job.launch.notes if note not in listed)
+        return notes
 
     def left_out_lines(self) -> list[str]:
-        """One for each reason."""
+        """Return one line for each reason."""
         return [f"{', '.join(names)}: {reason}" for reason, names in self.left_out.items()]
 
 
@@ -88,7 +88,7 @@ def plan_jobs(
     only: Sequence[str] = (),
     on_point: Callable[[str], None] = lambda name: None,
 ) -> JobPlan:
-    """Jobs for each point at the published scale whose framework has an adapter, `repeats` of each.
+    """Return jobs for each point at the published scale whose framework has an adapter, `repeats` of each.
 
     `only`: labels of frameworks. `on_point` is called with each job's name before its geometry is checked. Raises
     `ConfigError` with every point that cannot run on the machine: too few nodes, a grid that leaves GPUs of a node
@@ -107,49 +107,50 @@ def plan_jobs(
         on_point(name)
         try:
             case, _ = decided(point, machine)
-            found = predict_case(case, machine, where=point.where, rules=point.rules)
+            predicted = predict_case(case, machine, where=point.where, rules=point.rules)
         except AxonnError as error:
             errors[name] = [str(error)]
             continue
-        if wrong := impossible(found, machine, system):
+        if wrong := impossible(predicted, machine, system):
             errors[name] = wrong
             continue
         try:
-            job = _published_job(name, point, found, adapters, system=system, site=site, steps=steps)
+            job = _published_job(name, point, predicted, adapters, system=system, site=site, steps=steps)
         except LaunchError as error:
             planned.leave_out(name, str(error))
             continue
-        planned.warnings.extend(f"{name}: {text}" for text in straddling(found, machine))
-        times[name] = found.prediction.batch_time_s
+        planned.warnings.extend(f"{name}: {text}" for text in straddling(predicted, machine))
+        times[name] = predicted.prediction.batch_time_s
         planned.jobs.extend(_repeated(job, repeats))
     planned.warnings.extend(_too_short(times, steps, site))
     return _checked(planned, errors, system)
 
 
 def _too_short(times: Mapping[str, float], steps: int, site: Site) -> list[str]:
-    """Whether predicted batches do not fit into the wall time, or one not into what is left when a job is warned."""
-    said = []
+    """Return a warning if predicted batches do not fit into the wall time, or one batch not into the time left when a
+    job is warned."""
+    warnings = []
     late = [name for name, time in times.items() if steps * time > site.seconds - site.warn_seconds]
     if late:
         needs = max(steps * times[name] for name in late) + site.warn_seconds
-        said.append(
+        warnings.append(
             f"{steps} batches are predicted not to fit into wall_time '{site.wall_time}' of {', '.join(late)}; the "
             f"longest needs '{as_time(needs)}', and the start of the ranks comes on top"
         )
     lost = [name for name, time in times.items() if 2 * time > site.warn_seconds]
     if lost:
         needs = 2 * max(times[name] for name in lost)
-        said.append(
+        warnings.append(
             f"warn '{site.warn}' is too late to end a batch and save, should the wall limit come: {', '.join(lost)} "
             f"would begin anew when submitted again; the longest batch needs warn '{as_time(needs)}'"
         )
-    return said
+    return warnings
 
 
 def plan_small_jobs(
     experiment: Experiment, *, system: System, site: Site, repeats: int = 1, only: Sequence[str] = ()
 ) -> JobPlan:
-    """Jobs for what the experiment measures on one machine; a weak scaling goes up to all ranks of the system.
+    """Return jobs for what the experiment measures on one machine; a weak scaling goes up to all ranks of the system.
 
     Only frameworks whose ranks are this suite's own are run so. Raises `ConfigError` as `plan_jobs` does, and where the
     experiment measures nothing.
@@ -162,22 +163,24 @@ def plan_small_jobs(
     labels = [load_framework(name).label for _, _, name in work]
     planned = JobPlan()
     errors: dict[str, list[str]] = {}
-    for (label, config, framework), own in _wanted(list(zip(work, labels, strict=True)), labels, only, experiment):
+    for (label, config, framework), framework_label in _wanted(
+        list(zip(work, labels, strict=True)), labels, only, experiment
+    ):
         small = SmallWork(name=label, framework=framework, config=config, warmup_batches=policy.warmup_batches)
         name = slug(f"{label}-{framework}").lower()
         if wrong := _too_many(small.gpus, per_node, system.nodes, system.machine):
             errors[name] = wrong
             continue
-        found = load_framework(framework)
-        reason = found.unavailable(config)
-        if not isinstance(found, InProcessFramework):
+        runner = load_framework(framework)
+        reason = runner.unavailable(config)
+        if not isinstance(runner, InProcessFramework):
             reason = "its ranks run in an environment of their own, which no job has; axonn run measures it"
         if reason is not None:
             planned.leave_out(name, reason)
             continue
         job = ClusterJob(
             name=name,
-            framework=own,
+            framework=framework_label,
             adapter=framework,
             work=small,
             launch=launch_worker(
@@ -186,7 +189,7 @@ def plan_small_jobs(
                 device=system.device,
                 checkpoint=NEWEST,
                 stoppable=True,
-                messages_over_mpi=isinstance(found, EngineFramework),
+                messages_over_mpi=isinstance(runner, EngineFramework),
             ),
             resources=_resources(name, small.gpus, system=system, site=site),
         )
@@ -202,7 +205,7 @@ def _wanted(points: Sequence[_T], labels: Sequence[str], only: Sequence[str], ex
 
 
 def _repeated(job: ClusterJob, repeats: int) -> list[ClusterJob]:
-    """The first has the plain name."""
+    """Return the job `repeats` times; the first has the plain name."""
     names = [job.name, *(f"{job.name}-{number}" for number in range(2, repeats + 1))]
     return [replace(job, name=name, resources=replace(job.resources, name=name)) for name in names]
 
@@ -222,7 +225,7 @@ def _checked(planned: JobPlan, errors: Mapping[str, Sequence[str]], system: Syst
 def _published_job(
     name: str,
     point: PointToPredict,
-    found: PredictedCase,
+    predicted: PredictedCase,
     adapters: dict[str, str],
     *,
     system: System,
@@ -233,7 +236,7 @@ def _published_job(
         raise LaunchError(f"no adapter is called '{point.framework}'; there are {', '.join(sorted(adapters))}")
     adapter: Adapter = load_adapter(adapters[point.framework])
     work = cluster_work(
-        found.case, machine=system.machine, name=point.name, steps=steps, data=site.data, device=system.device
+        predicted.case, machine=system.machine, name=point.name, steps=steps, data=site.data, device=system.device
     )
     return ClusterJob(
         name=name,
@@ -250,7 +253,7 @@ def _ranks_per_node(system: System) -> int:
 
 
 def _resources(name: str, ranks: int, *, system: System, site: Site) -> Resources:
-    """One rank per GPU, all ranks that a node can have."""
+    """Return resources with one rank per GPU, and as many ranks as a node can have."""
     per_node = min(ranks, _ranks_per_node(system))
     return Resources(
         name=name,
@@ -268,74 +271,75 @@ def _resources(name: str, ranks: int, *, system: System, site: Site) -> Resource
     )
 
 
-def impossible(found: PredictedCase, machine: MachineFile, system: System) -> list[str]:
-    """Why a point cannot run on the machine."""
+def impossible(predicted: PredictedCase, machine: MachineFile, system: System) -> list[str]:
+    """Return why a point cannot run on the machine."""
     per_node = system.ranks_per_node or machine.node.gpus.number
     nodes = system.nodes or (None if machine.nodes is None else machine.nodes.number)
-    said = _too_many(found.case.gpus, per_node, nodes, machine.name)
-    if not found.prediction.fits:
-        needs, has = found.prediction.memory.total / 1e9, machine.gpu.memory.si / 1e9
-        said.append(
+    reasons = _too_many(predicted.case.gpus, per_node, nodes, machine.name)
+    if not predicted.prediction.fits:
+        needs, has = predicted.prediction.memory.total / 1e9, machine.gpu.memory.si / 1e9
+        reasons.append(
             f"needs {needs:.1f} GB on the fullest GPU, which has {has:.1f} GB (predicted); lower microbatch_size, or "
             "cut the model over more ranks"
         )
-    return said
+    return reasons
 
 
 def _too_many(ranks: int, per_node: int, nodes: int | None, machine: str) -> list[str]:
-    said = []
+    reasons = []
     if ranks > per_node and ranks % per_node:
-        said.append(
+        reasons.append(
             f"{ranks} ranks do not fill nodes of {per_node}: the last would have {per_node - ranks % per_node} without "
             f"work; choose a grid of {ranks - ranks % per_node} or {ranks + per_node - ranks % per_node} ranks"
         )
     if nodes is not None and (needs := -(-ranks // per_node)) > nodes:
-        said.append(f"{needs} nodes are more than the {nodes} of {machine}")
-    return said
+        reasons.append(f"{needs} nodes are more than the {nodes} of {machine}")
+    return reasons
 
 
-def straddling(found: PredictedCase, machine: MachineFile) -> list[str]:
-    """Groups of tensor parallelism that lie on several nodes, with what their collectives are predicted to cost."""
-    grid = found.strategy.process_grid(machine)
+def straddling(predicted: PredictedCase, machine: MachineFile) -> list[str]:
+    """Return a warning about groups of tensor parallelism that span several nodes, with the predicted cost of their
+    collectives."""
+    grid = predicted.strategy.process_grid(machine)
     axes: tuple[Axis, ...] = ("row", "col")
-    said = []
+    across = []
     for axis in axes:
         groups = grid.groups([axis]) if grid.extent(axis) > 1 else []
-        if across := [group for group in groups if len(grid.nodes_of(group)) > 1]:
-            said.append(f"{len(across)} of {len(groups)} groups along {axis}")
-    if not said:
+        if spanning := [group for group in groups if len(grid.nodes_of(group)) > 1]:
+            across.append(f"{len(spanning)} of {len(groups)} groups along {axis}")
+    if not across:
         return []
-    whole, waited = collective_times(found.prediction)
-    batch = found.prediction.batch_time_s
+    taken, waited = collective_times(predicted.prediction)
+    batch = predicted.prediction.batch_time_s
     return [
-        f"{' and '.join(said)} lie on several nodes; of a batch of {batch:.2f} s the collectives of row and col are "
-        f"predicted to take {whole:.2f} s, of which {waited:.2f} s ({waited / batch:.0%} of the batch) are not hidden "
+        f"{' and '.join(across)} lie on several nodes; of a batch of {batch:.2f} s the collectives of row and col are "
+        f"predicted to take {taken:.2f} s, of which {waited:.2f} s ({waited / batch:.0%} of the batch) are not hidden "
         "under compute"
     ]
 
 
 def collective_times(prediction: Prediction) -> tuple[float, float]:
-    """Seconds of a batch during which collectives of the tensor axes are under way, and of these the ones in which
-    nothing is computed; means over the stages."""
+    """Return the seconds of a batch during which collectives of the tensor axes are under way, and the part of them in
+    which nothing is computed; means over the stages."""
     count = Counter((stage, task.chunk, task.kind) for stage, task, _, _ in prediction.simulation.tasks)
-    whole = sum(
+    under_way = sum(
         number * sum(end - start for start, end in joined_intervals(prediction.stages[s].chunks[chunk].tasks[kind]))
         for (s, chunk, kind), number in count.items()
     )
-    return whole / len(prediction.stages), prediction.parts.tensor_all_reduce
+    return under_way / len(prediction.stages), prediction.parts.tensor_all_reduce
 
 
 def joined_intervals(task: TaskTime) -> list[tuple[float, float]]:
-    """Of its collectives, those that overlap as one: sub-shards have theirs side by side."""
-    found: list[tuple[float, float]] = []
+    """Return the intervals of its collectives, overlapping ones joined: sub-shards have theirs side by side."""
+    joined: list[tuple[float, float]] = []
     for start, end in sorted((start, end) for start, end in task.collectives):
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], max(found[-1][1], end))
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], end))
         else:
-            found.append((start, end))
-    return found
+            joined.append((start, end))
+    return joined
 
 
 def node_hours(jobs: Sequence[ClusterJob]) -> float:
-    """Of all jobs, at most."""
+    """Return the most node-hours that all jobs may take."""
     return sum(job.resources.node_hours for job in jobs)

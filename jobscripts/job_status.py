@@ -1,4 +1,4 @@
-"""How jobs come along: batches that are done, a table of all, and waiting until none is left."""
+"""Progress of jobs: batches that are done, a table of all, and waiting until none is left."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jobscripts.submission import Standing, standings
 
 
 def batches(folder: Path, entry: JobEntry) -> tuple[int, int | None]:
-    """How many batches of a job are done, of how many (None where its work cannot be read)."""
+    """Return how many batches of a job are done, and of how many (None where its work cannot be read)."""
     job = folder / entry.name
     return _done(job, entry), steps_of(job)
 
@@ -33,15 +33,15 @@ def _done(job: Path, entry: JobEntry) -> int:
     return len(load_adapter(entry.adapter).read(printed.splitlines()).seconds)
 
 
-def said(standing: Standing) -> str:
-    """How a job stands, in a word or two."""
+def state_text(standing: Standing) -> str:
+    """Return the state of a job in a word or two."""
     if standing.id is None and standing.attempt is None:
         return "not submitted"
     return "finished" if standing.finished and not standing.live and not standing.unclear else standing.state
 
 
-def why(standing: Standing) -> str:
-    """The scheduler's reason, or the job's own."""
+def reason_text(standing: Standing) -> str:
+    """Return the scheduler's reason, or the job's own."""
     if standing.finished:
         return ""
     if standing.reason not in (None, "failed") and not standing.live:
@@ -49,54 +49,55 @@ def why(standing: Standing) -> str:
     return (standing.status.reason if standing.status is not None else None) or ""
 
 
-def table(folder: Path, found: Sequence[Standing]) -> Table:
-    """A row for each job, a column for whatever at least one has something to say of."""
+def table(folder: Path, jobs: Sequence[Standing]) -> Table:
+    """Return a table with a row for each job, and a column for whatever at least one of them reports."""
     rows = []
-    for one in found:
+    for one in jobs:
         done, steps = batches(folder, one.entry)
         count = f"{done} of {steps}" if steps is not None else str(done)
         status = one.status
         since, left = (status.since, status.left) if status is not None else (None, None)
-        rows.append((one.entry.name, one.id or "", said(one), why(one), count, _shortened(since), left or ""))
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        rows.append(
+            (one.entry.name, one.id or "", state_text(one), reason_text(one), count, _shortened(since), left or "")
+        )
+    jobs_table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     names = ("job", "id", "state", "reason", "batches", "since", "wall time left")
     shown = [i for i in range(len(names)) if any(row[i] for row in rows)]
     for i in shown:
-        made.add_column(
+        jobs_table.add_column(
             names[i], justify="right" if names[i] in ("batches", "wall time left") else "left", overflow="fold"
         )
     for row in rows:
-        made.add_row(*(row[i] for i in shown))
-    return made
+        jobs_table.add_row(*(row[i] for i in shown))
+    return jobs_table
 
 
 def _shortened(moment: str | None) -> str:
-    """Month, day and minute, of Slurm's times."""
+    """Return month, day and minute of Slurm's times."""
     match = re.fullmatch(r"\d{4}-(\d\d-\d\d)T(\d\d:\d\d):\d\d", moment or "")
     return f"{match[1]} {match[2]}" if match else moment or ""
 
 
 def changes(folder: Path, *, every: float) -> Iterator[tuple[list[Standing], list[str]]]:
-    """Standings, asked for again every so many seconds until no job waits or runs, and a line for what changed.
+    """Yield the standings, asked for again every so many seconds until no job waits or runs, and a line for what
+    changed.
 
     Raises `LaunchError` when there is no scheduler to ask. One that does not answer for a while is asked again.
     """
     shown: dict[str, str] = {}
     while True:
-        found = standings(folder)
+        jobs = standings(folder)
         lines = []
-        for one in found:
-            line = f"{one.entry.name}: {said(one)}"
-            line += f" ({why(one)})" if why(one) else ""
+        for one in jobs:
+            line = f"{one.entry.name}: {state_text(one)}"
+            line += f" ({reason_text(one)})" if reason_text(one) else ""
             if shown.get(one.entry.name) != line and not one.unclear:
                 shown[one.entry.name] = line
                 lines.append(f"{time.strftime('%H:%M:%S')} {line}, {batches(folder, one.entry)[0]} batches done")
-        yield found, lines
-        if not any(one.live or one.unclear for one in found):
+        yield jobs, lines
+        if not any(one.live or one.unclear for one in jobs):
             return
-        absent = next(
-            (one.silence for one in found if one.unclear and "cannot be started" in (one.silence or "")), None
-        )
+        absent = next((one.silence for one in jobs if one.unclear and "cannot be started" in (one.silence or "")), None)
         if absent is not None:
             raise LaunchError(f"{absent}; wait where jobs are submitted")
         time.sleep(every)

@@ -1,4 +1,4 @@
-"""What the folder of a run says of where it ran: hosts, GPUs, versions, commit, time."""
+"""Environment in which a run took place: hosts, GPUs, versions, commit, time, from the files in its folder."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from experiments.definition import find_machine
 
 
 @dataclass(frozen=True, kw_only=True)
-class Described:
-    """`created`: when the newest attempt started. `packages`: version by name."""
+class RunEnvironment:
+    """Machine and packages of a run. `created`: start of the newest attempt. `packages`: version by name."""
 
     machine: Machine
     created: str | None
     packages: dict[str, str] = field(default_factory=dict)
 
     def version(self, adapter: str) -> str:
-        """Of a framework, as its packages were installed where it ran."""
+        """Return the version of a framework, as its packages were installed where it ran."""
         names = [name for name in self.packages if adapter in name.lower() or name == "torch"]
         return ", ".join(f"{name} {self.packages[name]}" for name in names) or "not known"
 
 
-def described(starts: Sequence[Path], *, machine: str, on_cpu: bool) -> Described:
-    """Of a run with these attempts, by the newest of them; what was not written is None."""
+def environment_of(starts: Sequence[Path], *, machine: str, on_cpu: bool) -> RunEnvironment:
+    """Return the environment of a run from the newest of its attempts; what was not written is None."""
     texts = {} if not starts else {path.name: path for path in starts[-1].glob("*.txt")}
 
     def lines(name: str) -> list[str]:
@@ -40,7 +40,7 @@ def described(starts: Sequence[Path], *, machine: str, on_cpu: bool) -> Describe
     python = [match[1] for line in lines("versions.txt") if (match := re.match(r"Python (\d[\w.+]*)", line))]
     commits = [line.strip() for line in lines("commit.txt") if re.fullmatch(r"[0-9a-f]{7,40}\+?", line.strip())]
     threads = [match[1] for line in lines("environment.txt") if (match := re.match(r"OMP_NUM_THREADS=(\d+)$", line))]
-    return Described(
+    return RunEnvironment(
         machine=Machine(
             name=machine,
             host=f"{hosts[0]} and {len(hosts) - 1} more" if len(hosts) > 1 else hosts[0] if hosts else None,
@@ -60,21 +60,22 @@ def described(starts: Sequence[Path], *, machine: str, on_cpu: bool) -> Describe
 
 
 def changes(starts: Sequence[Path], *, adapter: str, machine: str, on_cpu: bool) -> str | None:
-    """What the attempts of a run do not have in common, in words; of one that did not write it, nothing is known."""
-    each = [described([start], machine=machine, on_cpu=on_cpu) for start in starts]
-    had = {
+    """Return the differences between the attempts of a run, as text; an attempt that did not write a value is not
+    compared."""
+    each = [environment_of([start], machine=machine, on_cpu=on_cpu) for start in starts]
+    values_of = {
         "commit": [one.machine.commit for one in each],
         "device": [one.machine.device for one in each],
         "Python": [one.machine.python for one in each],
         "versions": [one.version(adapter) if one.packages else None for one in each],
     }
-    distinct = {name: list(dict.fromkeys(filter(None, values))) for name, values in had.items()}
-    said = [f"{name} {', then '.join(values)}" for name, values in distinct.items() if len(values) > 1]
-    return f"its starts differ: {'; '.join(said)}" if said else None
+    distinct = {name: list(dict.fromkeys(filter(None, values))) for name, values in values_of.items()}
+    differences = [f"{name} {', then '.join(values)}" for name, values in distinct.items() if len(values) > 1]
+    return f"its starts differ: {'; '.join(differences)}" if differences else None
 
 
 def _gpu(lines: Sequence[str]) -> str | None:
-    """Name of the first GPU, of what nvidia-smi printed: index, name, clocks."""
+    """Return the name of the first GPU from the output of nvidia-smi: index, name, clocks."""
     for line in lines:
         columns = [text.strip() for text in line.split(",")]
         if len(columns) > 2 and columns[0].isdecimal() and columns[1]:

@@ -1,6 +1,6 @@
-"""What a user says of his cluster, in one short file: account, queue, modules, paths.
+"""A user's settings for a cluster, in one short file: account, queue, modules, paths.
 
-Everything has a default but what the machine needs (`jobscripts.system.System.needs`): that is asked for by name.
+Everything has a default but what the machine needs (`jobscripts.system.System.needs`): that is requested by name.
 """
 
 from __future__ import annotations
@@ -30,43 +30,43 @@ def _checked_option(text: str) -> str:
 
 
 Option = Annotated[str, AfterValidator(_checked_option)]
-"""Of a scheduler or a launcher, as on its command line: no second line comes into a script with it."""
+"""Option of a scheduler or a launcher, as on its command line: it cannot bring a second line into a script."""
 
 
 class Site(StrictModel):
     """A site file. Paths and commands may use variables of the shell, which the job expands."""
 
     account: str | None = None
-    """Project that the node-hours are taken from."""
+    """Project that the node-hours are charged to."""
     queue: str | None = None
-    """Of LSF; of Slurm the partition, or the quality of service where that is what a machine's users choose."""
+    """Queue of LSF; of Slurm the partition, or the quality of service where that is what a machine's users choose."""
     constraint: str | None = None
     """Features that nodes must have (Slurm)."""
     wall_time: str = "1:00"
-    """Of one job, hours:minutes or hours:minutes:seconds."""
+    """Wall time of one job, hours:minutes or hours:minutes:seconds."""
     warn: str = "0:05"
-    """So long before the wall limit a job is told to save what it has; a batch and a checkpoint have half of it."""
+    """Time before the wall limit at which a job is told to save its state; a batch and a checkpoint have half of it."""
     options: list[Option] = []
     """Further options for the scheduler, one each, as on its command line."""
     launcher_options: list[Option] = []
     """Further options for what starts the ranks, as on its command line."""
     modules: list[str] = []
-    """Loaded in this order, after the ones that are there were removed."""
+    """Modules loaded in this order, after those that were loaded before are removed."""
     setup: list[str] = []
     """Lines of shell after the modules, for instance the activation of an environment."""
     environment: dict[str, str] = {}
-    """Set in this order, after the machine's own; a value may use the ones before it."""
+    """Variables set in this order, after the machine's own; a value may use the ones before it."""
     container: list[str] = []
     """Words before the command of each rank, for instance [apptainer, exec, --nv, image.sif]."""
     scheduler: str | None = None
-    """In place of the machine's."""
+    """Name of a scheduler in place of the machine's."""
     launcher: str | None = None
     cores_per_rank: int | None = Field(default=None, ge=1)
     programs: dict[str, str] = {}
     """Folder of each other framework's script, by the framework's name: {megatron: /home/me/Megatron-LM}."""
     data: str | None = None
-    """Prefix of the tokenised text (PREFIX.bin and PREFIX.idx); without it synthetic tokens, where there are some.
-    Without variables, since it is not a shell that reads it."""
+    """Prefix of the tokenised text (PREFIX.bin and PREFIX.idx); without it synthetic tokens, where the framework has
+    them. It has no variables, since no shell reads it."""
 
     @field_validator("account", "queue", "constraint")
     @classmethod
@@ -105,18 +105,18 @@ class Site(StrictModel):
 
     @property
     def seconds(self) -> int:
-        """The wall time."""
+        """The wall time in seconds."""
         return _seconds(self.wall_time)
 
     @property
     def warn_seconds(self) -> int:
-        """That of `warn`."""
+        """Seconds of `warn`."""
         return _seconds(self.warn)
 
     def missing(self, provide: Mapping[str, str]) -> list[str]:
-        """What of `provide` (`System.provide`) no module, line of setup or variable of this site brings."""
-        said = " ".join([*self.modules, *self.setup, *self.environment, *self.environment.values(), *self.container])
-        return [text for word, text in provide.items() if word.lower() not in said.lower()]
+        """Return what of `provide` (`System.provide`) no module, line of setup or variable of this site brings."""
+        text = " ".join([*self.modules, *self.setup, *self.environment, *self.environment.values(), *self.container])
+        return [need for word, need in provide.items() if word.lower() not in text.lower()]
 
     def require(self, needs: list[str], *, where: str, machine: str) -> None:
         """Raise `ConfigError` naming every key of `needs` that the file does not have."""
@@ -134,27 +134,28 @@ def _seconds(text: str) -> int:
 
 
 def as_time(seconds: float) -> str:
-    """Hours:minutes, rounded up."""
+    """Return the time as hours:minutes, rounded up."""
     minutes = math.ceil(seconds / 60)
     return f"{minutes // 60}:{minutes % 60:02d}"
 
 
 def load_site(path: Path | None) -> Site:
-    """The user's file, or the defaults where there is none. Raises `ConfigError` naming key and nearest valid key."""
+    """Load the user's file, or the defaults where there is none. Raises `ConfigError` naming key and nearest valid
+    key."""
     return Site() if path is None else load_yaml(path, Site)
 
 
 def as_shell(values: dict[str, Any]) -> list[str]:
-    """Lines that export variables; what a value has of `$` the shell expands."""
+    """Return lines that export variables; the shell expands `$` in their values."""
     return [f'export {name}="{in_quotes(str(value))}"' for name, value in values.items()]
 
 
 def as_words(words: Iterable[str]) -> str:
-    """As shell, each one word; what it has of `$` the shell expands."""
+    """Return the words as shell, each one word; the shell expands their `$`."""
     return " ".join(f'"{in_quotes(word)}"' if "$" in word else shlex.quote(word) for word in words)
 
 
 def in_quotes(text: str) -> str:
-    """As it stands between double quotes; the shell expands its variables, and runs nothing of it."""
+    """Return the text as it stands between double quotes; the shell expands its variables, and runs nothing of it."""
     text = text.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`")
-    return _DOLLAR.sub(lambda found: found[0] if found[1] else "\\$", text)
+    return _DOLLAR.sub(lambda match: match[0] if match[1] else "\\$", text)

@@ -1,4 +1,4 @@
-"""Handing jobs in, and what became of them: by the scheduler, and by what they left in their folders."""
+"""Submission of jobs, and their states: by the scheduler, and by the files in their folders."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from jobscripts.generate import MANIFEST, JobEntry, Manifest, changed_files, loa
 from jobscripts.schedulers import Scheduler, State, Status, load_scheduler
 
 SUBMITTED = "submitted.json"
-"""Ids of every job that was handed in, by its name, the newest last."""
+"""Ids of every job that was submitted, by its name, the newest last."""
 _IDS = TypeAdapter(dict[str, list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]]])
-"""No id is an option of the command that it is given to."""
+"""Pattern of ids: none can be taken for an option of the command that it is passed to."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """How a job stands. `attempt`: folder of its newest one; `reason`: how that ended, in its own words.
+    """State of a job. `attempt`: folder of its newest one; `reason`: how that ended, in its own words.
 
-    `status`: what the scheduler said, if it knew the job. `silence`: why it did not answer.
-    `all_done`: our own ranks did every batch.
+    `status`: the scheduler's report, if it knew the job. `silence`: why it did not answer. `all_done`: our own ranks
+    did every batch.
     """
 
     entry: JobEntry
@@ -45,41 +45,41 @@ class Standing:
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to do, whatever happened after the last batch."""
+        """True if there is nothing left to do, whatever happened after the last batch."""
         return self.reason == "finished" or self.all_done
 
     @property
     def live(self) -> bool:
-        """Whether it waits or runs."""
+        """True if it waits or runs."""
         return self.state in ("waiting", "running")
 
     @property
     def failed(self) -> bool:
-        """Whether it was handed in, came to an end, and is not whole."""
+        """True if it was submitted, came to an end, and is not complete."""
         return self.id is not None and not self.live and not self.finished and not self.unclear
 
     @property
     def unclear(self) -> bool:
-        """Whether it may still wait or run: the scheduler does not answer."""
+        """True if it may still wait or run: the scheduler does not answer."""
         return self.id is not None and self.silence is not None and self.state == "unknown"
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """What the scheduler said of jobs. `silence`: why it said nothing."""
+    """The scheduler's answer about jobs. `silence`: why it did not answer."""
 
     states: dict[str, Status] = field(default_factory=dict)
     silence: str | None = None
 
 
 def to_submit(folder: Path, *, only: Sequence[str] = (), again: bool = False) -> list[str]:
-    """Names of jobs that have not finished, do not wait and do not run.
+    """Return the names of jobs that have not finished, do not wait and do not run.
 
     Raises `LaunchError` where that cannot be known, and for a job that was changed since it was written.
     """
     manifest = load_manifest(folder)
     _check_names(manifest, only)
-    found = []
+    names = []
     for standing in standings(folder):
         entry = standing.entry
         if (only and entry.name not in only) or standing.live or (standing.finished and not again):
@@ -91,8 +91,8 @@ def to_submit(folder: Path, *, only: Sequence[str] = (), again: bool = False) ->
             )
         if changed := changed_files(folder, entry.files | manifest.files):
             raise LaunchError(f"{folder / changed[0]} was changed since axonn jobs wrote it; write the jobs anew")
-        found.append(entry.name)
-    return found
+        names.append(entry.name)
+    return names
 
 
 def submit(
@@ -102,10 +102,10 @@ def submit(
     again: bool = False,
     on_job: Callable[[str, str], None] = lambda name, job: None,
 ) -> list[tuple[str, str]]:
-    """Hand in every job that has not finished, is not waiting and does not run; (name, id) of each.
+    """Submit every job that has not finished, is not waiting and does not run. Returns (name, id) of each.
 
     `only`: names of jobs; `again`: finished ones, too; `on_job` is called with name and id of each as soon as it is
-    remembered. Raises `LaunchError` when the scheduler refuses one, what was handed in before being remembered, and
+    recorded. Raises `LaunchError` when the scheduler refuses one, after recording those submitted before it, and
     `RecordError` for a folder that axonn jobs did not write.
     """
     with _alone(folder):
@@ -114,9 +114,9 @@ def submit(
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Raises `LaunchError` while another axonn submit hands in jobs of this folder."""
+    """Raise `LaunchError` while another axonn submit submits jobs of this folder."""
     load_manifest(folder)
-    # The manifest itself: another file in the folder would be a stranger to axonn jobs.
+    # The lock is on the manifest itself: axonn jobs refuses a folder with other files.
     with locked(folder / MANIFEST, f"another axonn submit is at work in {folder}; wait for its end"):
         yield
 
@@ -137,11 +137,11 @@ def _submit(
             if aside is not None and not (folder / name / "run").exists():
                 aside.rename(folder / name / "run")
             left = len(names) - len(done)
-            said = f"; {len(done)} submitted before it are remembered" if done else ""
+            recorded = f"; {len(done)} submitted before it are remembered" if done else ""
             raise LaunchError(
-                f"{error}{said}; {left} not submitted: axonn submit {folder} goes on from here"
+                f"{error}{recorded}; {left} not submitted: axonn submit {folder} goes on from here"
             ) from error
-        # Read anew: another axonn submit may have written it.
+        # Read again: another axonn submit may have written it.
         ids = submitted(folder)
         ids.setdefault(name, []).append(job)
         replace_durably(folder / SUBMITTED, json.dumps(ids, indent=1) + "\n")
@@ -157,7 +157,7 @@ def _check_names(manifest: Manifest, only: Sequence[str]) -> None:
 
 
 def _put_aside(run: Path) -> Path | None:
-    """A finished run's folder under another name, so that the job begins anew.
+    """Rename a finished run's folder, so that the job begins anew.
 
     Raises `LaunchError` while a start, perhaps one by hand, is at work in it.
     """
@@ -173,7 +173,7 @@ def _put_aside(run: Path) -> Path | None:
 
 
 def _hand_in(scheduler: Scheduler, folder: Path) -> str:
-    """The job's id. Raises `LaunchError` when it was not taken."""
+    """Submit a job and return its id. Raises `LaunchError` when it was not accepted."""
     command = scheduler.submit("job.sh")
     before = attempts(folder)
     try:
@@ -183,14 +183,14 @@ def _hand_in(scheduler: Scheduler, folder: Path) -> str:
         raise LaunchError(
             f"{command[0]} cannot be started: {error}; is this a node where jobs are submitted?"
         ) from error
-    said = (result.stderr or result.stdout).strip()
+    message = (result.stderr or result.stdout).strip() or f"exit status {result.returncode}"
     if scheduler.runs_at_once:
         new = [path for path in attempts(folder) if path not in before]
         if not new:
-            raise LaunchError(f"{folder.name} did not start: {said or f'exit status {result.returncode}'}")
+            raise LaunchError(f"{folder.name} did not start: {message}")
         return id_of(new[-1])
     if result.returncode:
-        raise LaunchError(f"{folder.name} was not taken: {said or f'exit status {result.returncode}'}")
+        raise LaunchError(f"{folder.name} was not taken: {message}")
     try:
         return scheduler.job_id(result.stdout)
     except LaunchError as error:
@@ -202,21 +202,21 @@ def _hand_in(scheduler: Scheduler, folder: Path) -> str:
 
 
 def submitted(folder: Path) -> dict[str, list[str]]:
-    """What `submit` remembers. Raises `RecordError` for a file that is not its own."""
+    """Return the ids that `submit` recorded. Raises `RecordError` for a file that is not its own."""
     path = folder / SUBMITTED
     if not path.exists():
         return {}
     try:
         return _IDS.validate_python(read_json(path))
     except (OSError, ValueError) as error:
-        what = first_of(error) if isinstance(error, ValidationError) else str(error)
+        reason = first_of(error) if isinstance(error, ValidationError) else str(error)
         raise RecordError(
-            f"{path}: is not what axonn submit wrote ({what}); remove it when no job of this folder waits or runs"
+            f"{path}: is not what axonn submit wrote ({reason}); remove it when no job of this folder waits or runs"
         ) from error
 
 
 def standings(folder: Path) -> list[Standing]:
-    """How every job stands. Raises `RecordError` for a folder that axonn jobs did not write."""
+    """Return the state of every job. Raises `RecordError` for a folder that axonn jobs did not write."""
     manifest = load_manifest(folder)
     remembered = submitted(folder)
     candidates = {e.name: _candidates(folder / e.name, remembered.get(e.name, [])) for e in manifest.jobs}
@@ -225,7 +225,7 @@ def standings(folder: Path) -> list[Standing]:
 
 
 def _candidates(job: Path, remembered: Sequence[str]) -> list[str]:
-    """Ids of what may be a job's current run: the last that was submitted, then what was started by hand."""
+    """Return ids of what may be a job's current run: the last that was submitted, then what was started by hand."""
     strays = [id_of(path) for path in attempts(job) if id_of(path) not in remembered]
     return [*remembered[-1:], *strays[-1:]]
 
@@ -236,11 +236,10 @@ def _standing(folder: Path, entry: JobEntry, ids: Sequence[str], answer: _Answer
     job = next(iter([*lives, *ids]), None)
     status = None if job is None else answer.states.get(job)
     attempt = newest_attempt(folder / entry.name)
-    if own := [path for path in attempts(folder / entry.name) if id_of(path) == job]:
-        attempt = own[-1]
-    # An earlier job's reason is none of this one, which may have ended before it started.
+    if of_job := [path for path in attempts(folder / entry.name) if id_of(path) == job]:
+        attempt = of_job[-1]
+    # An earlier job's reason does not hold for this one, which may have ended before it started.
     reason = reason_of(attempt) if job is None or attempt_of(job, attempt) else None
-    whole = all_done(folder / entry.name)
     state: State = "unknown" if status is None else status.state
     if job is None or attempt_of(job, attempt):
         state = _agreed(state, reason)
@@ -252,39 +251,40 @@ def _standing(folder: Path, entry: JobEntry, ids: Sequence[str], answer: _Answer
         reason=reason,
         status=status,
         silence=answer.silence,
-        all_done=whole,
+        all_done=all_done(folder / entry.name),
     )
 
 
 def _agreed(state: State, reason: str | None) -> State:
-    """State of a job of which its own script says how it ended; only that knows whether a run is whole."""
+    """Return the state of a job whose own script reports how it ended; only the script knows whether a run is
+    complete."""
     if reason == "finished":
         return "done"
     if reason == "wall-limit" and state != "out-of-memory":
         return "timed-out"
-    # A job that is being ended has a script that failed; why, the scheduler says in the end.
+    # The script of a job that is being ended fails; the scheduler knows why.
     if reason is None or state not in ("unknown", "done", "failed"):
         return state
     return "cancelled" if reason == "cancelled" else "failed"
 
 
 def _asked(scheduler: Scheduler, ids: Sequence[str]) -> _Answer:
-    """What the scheduler says; nothing where it is not at hand, as when results were copied elsewhere."""
-    found: dict[str, Status] = {}
+    """Return the scheduler's answer; empty where it is not at hand, as when results were copied elsewhere."""
+    states: dict[str, Status] = {}
     silence = None
     for number in range(len(scheduler.ask(ids))):
-        missing = [job for job in ids if job not in found]
+        missing = [job for job in ids if job not in states]
         if not missing:
             break
         command = scheduler.ask(missing)[number]
         try:
             result = subprocess.run(command, capture_output=True, text=True, check=False)
-            found |= {job: status for job, status in scheduler.states(result.stdout).items() if job in missing}
-            said = (result.stderr or result.stdout).strip()
-            answered = result.returncode == 0 or scheduler.unknown_job in said
+            states |= {job: status for job, status in scheduler.states(result.stdout).items() if job in missing}
+            message = (result.stderr or result.stdout).strip()
+            answered = result.returncode == 0 or scheduler.unknown_job in message
         except OSError as error:
-            answered, said = False, f"{command[0]} cannot be started: {error.strerror}"
-        # What lives, the first one knows: a second that does not answer hides nothing that could run twice.
+            answered, message = False, f"{command[0]} cannot be started: {error.strerror}"
+        # The first command knows every live job: a second one that fails cannot cause a job to run twice.
         if number == 0 and not answered:
-            silence = said.splitlines()[-1] if said else f"{command[0]} failed"
-    return _Answer(states=found, silence=silence)
+            silence = message.splitlines()[-1] if message else f"{command[0]} failed"
+    return _Answer(states=states, silence=silence)

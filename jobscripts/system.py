@@ -1,4 +1,4 @@
-"""How jobs are run on a machine: its scheduler, its launcher, and what its ranks need in their environment.
+"""Systems: how jobs are run on a machine, with its scheduler, its launcher, and the environment of its ranks.
 
 One file of jobscripts/systems for each machine of experiments/machines; a site file goes over it.
 """
@@ -21,42 +21,44 @@ FOLDER = Path(__file__).parent / "systems"
 
 
 class System(StrictModel):
-    """What all users of a machine share."""
+    """Settings that all users of a machine share."""
 
     machine: Name
-    """Its name in records. Published points are checked against the machine of this name in experiments/machines."""
+    """Name of the machine in records. Published points are checked against the machine of this name in
+    experiments/machines."""
     scheduler: str
     launcher: str
     needs: list[str] = []
     """Keys of the site file without which the scheduler takes no job."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """What the ranks compute on; for cpu no GPUs are asked for."""
+    """Device that the ranks compute on; for cpu no GPUs are requested."""
     ranks_per_node: int | None = Field(default=None, ge=1)
-    """Default: a rank for each GPU of a node."""
+    """Ranks of a node. Default: a rank for each GPU of a node."""
     nodes: int | None = Field(default=None, ge=1)
-    """As many as a job may have. Default: all of the machine."""
+    """Most nodes that a job may have. Default: all of the machine."""
     cores_per_rank: int = Field(ge=1)
     """Cores that a rank has to itself."""
     constraint: str | None = None
     options: list[Option] = []
-    """For the scheduler."""
+    """Options for the scheduler."""
     launcher_options: list[Option] = []
     sees_one_gpu: bool = False
-    """Whether these options leave each rank a GPU that it alone sees, whatever its number on the node."""
+    """True if these options leave each rank a GPU that it alone sees, whatever its number on the node."""
     environment: dict[str, str] = {}
     mpi_on_device: dict[str, str] = {}
-    """Further environment of what gives MPI buffers that lie on GPUs."""
+    """Further environment under which MPI takes buffers that lie on GPUs."""
     provide: dict[str, str] = {}
-    """What a site file has to bring, by a word that its modules, setup or environment then have; else it is said."""
+    """Requirements on the site file, by a word that its modules, setup or environment then contain; otherwise a warning
+    says so."""
     queue_is: Literal["partition", "qos"] = "partition"
-    """What users of a Slurm machine mean by a queue: a partition, or a quality of service."""
+    """Meaning of a queue for users of a Slurm machine: a partition, or a quality of service."""
     clocks: Line | None = None
     """Command that prints the state of a node's GPUs."""
     ended: Line | None = None
-    """Since when the machine takes no jobs, and where that is said; None while it runs. Scripts for it are written all
-    the same, to be read, or changed for a machine like it."""
+    """Date since when the machine takes no jobs, and its source; None while it runs. Scripts for it are written all the
+    same, to be read, or changed for a machine like it."""
     source: str
-    """Where these settings come from."""
+    """Source of these settings."""
 
     @field_validator("constraint")
     @classmethod
@@ -77,12 +79,12 @@ class System(StrictModel):
 
 
 def systems() -> list[str]:
-    """Machines that jobs can be written for."""
+    """Return the machines that jobs can be written for."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def load_system(name: str) -> System:
-    """Of a machine by name, or a file by path. Raises `ConfigError` with the nearest name."""
+    """Load the system of a machine by name, or a file by path. Raises `ConfigError` with the nearest name."""
     path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
     if not path.exists() or not (name.endswith(".yaml") or is_plain(name)):
         near = get_close_matches(name, systems(), n=1)

@@ -1,8 +1,9 @@
-"""What all figures of an experiment share: their records, what of them is missing, their files, and when to redraw.
+"""The part that all figures share: summary, picture and tables from an experiment's records, and when to redraw.
 
-A figure is one file of experiments/ and one module of plots/ that says what its summary has beside the rows, draws it,
-and prints its tables. `make_figure` does the rest: points of every kind come from where that kind lives and nowhere
-else, so none is ever drawn as another; what is not there is named in the figure, in the summary and on the screen.
+A figure is one file of experiments/ and one module of plots/figures, which says what its summary has beside the rows,
+draws the picture, and prints its tables. `make_figure` does the rest: points of every kind come from where that kind
+lives and nowhere else (`plots.figure_records`), so none is ever drawn as another; whatever is missing is named in the
+figure, in the summary and on the screen.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import wrap
@@ -22,67 +23,33 @@ from rich.markup import escape
 
 from axonn.cli.console import make_console
 from axonn.cli.doc_links import explained
-from axonn.config.train_config import TrainConfig
 from axonn.durable_files import read_json, replace_durably
-from axonn.errors import RecordError
 from axonn.observability.machine_usage import BUSY_SHARE
-from axonn.observability.records import Record, RecordKind, read_records
-from axonn.training.framework import load_framework
-from axonn.training.places import PROJECT, from_here
-from axonn.training.provenance import THIS_MACHINE, described_files, fingerprint, source_files, this_machine
-from axonn.training.run_record import configuration_of, measures
-from experiments import predictor, runner
-from experiments.definition import ROOT, Experiment, load_experiment
+from axonn.training.places import PROJECT, ROOT, from_here
+from axonn.training.provenance import described_files, fingerprint, source_files, this_machine
+from experiments.definition import Policy, load_experiment
 from experiments.missing_frameworks import how_to_install, not_installed
-from experiments.published_points import published_ratios, published_records
+from experiments.published_points import published_ratios
 from plots import style
-from plots.summary import (
-    Key,
-    busy_points,
-    failed,
-    key,
-    mape,
-    not_run,
-    rows_of,
-    unknown_points,
-)
+from plots.figure_records import Content, gather
+from plots.summary import busy_points, failed, mape, not_run, rows_of, unknown_points
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESULTS = PROJECT / "results"
-LARGEST = 4096
-"""Ranks of the largest cluster on which a small weak scaling may have been measured."""
 MOST_MISSING = 3
-"""Of the missing points, so many are named in the figure; all are in the summary."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Content:
-    """The records of an experiment by kind. `missing`: what should be there and is not, each with the way to it."""
-
-    experiment: Experiment
-    published: list[Record]
-    predicted: list[Record]
-    measured: list[Record]
-    missing: list[str]
-
-    @property
-    def records(self) -> list[Record]:
-        return [*self.published, *self.predicted, *self.measured]
-
-    @property
-    def failures(self) -> list[Record]:
-        return [r for r in self.records if r.failure is not None]
+"""Number of missing points that the figure itself names; the summary has all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FigureKind:
-    """One figure. `extras`: what its summary has beside what all have; `draw`: from the summary, inside of the style.
+    """One figure. `name`: that of the experiment's file.
 
-    `tables`: what is printed. `inputs`: files beside the records that it is drawn from, for the redraw; `lacks`: what
-    of them is not there, each with the way to it; `outputs`: files that `draw` writes beside the picture; `name` is
-    that of the experiment's file.
+    `draw`: make the picture from the summary; called inside the style. `tables`: what is printed. `extras`: entries of
+    the summary beside those that all figures have. `inputs`: files that it is drawn from beside the records; a change
+    of one means a redraw. `lacks`: inputs that are missing, each with the way to get it. `outputs`: files that `draw`
+    writes beside the picture.
     """
 
     name: str
@@ -93,141 +60,36 @@ class FigureKind:
     lacks: Callable[[Content], Sequence[str]] = field(default=lambda content: [])
     outputs: Callable[[Content], Sequence[Path]] = field(default=lambda content: [])
     command: str = ""
-    """Default make reproduce-NAME."""
-
-
-def gather(experiment: Experiment) -> Content:
-    """All records of an experiment. A file that cannot be read, or a record of a kind that does not belong where it
-    lies, is missing and not drawn; so is every expected point without a record."""
-    missing: list[str] = []
-    predicted: list[Record] = []
-    if experiment.predicts:
-        predicted = _predicted(experiment, missing)
-    published = published_records(experiment)
-    found = [r for r in _readable(runner.MEASURED, "measured", missing) if r.experiment == experiment.name]
-    work = {(label, load_framework(name).label): config for label, config, name in runner.measured_work(experiment)}
-    at_scale = {r.point for r in published} | set(_names_at_scale(experiment))
-    others = _work_elsewhere(experiment) if any(r.machine.name != THIS_MACHINE for r in found) else {}
-    measured = [r for r in found if _belongs(r, work, at_scale, others)]
-    repeats = experiment.policy.repeats if experiment.policy is not None else 1
-    for label, framework in work:
-        mine = [r for r in measured if key(r) == (label, framework) and r.machine.name == THIS_MACHINE]
-        count = sum(_counts(r, experiment) for r in mine)
-        if count < repeats:
-            how = "is not measured" if not count else f"is measured {count} times of {repeats}"
-            missing.append(f"{label} {framework} {how}; run: axonn run experiments/{experiment.name}.yaml")
-    return Content(
-        experiment=experiment,
-        published=published,
-        predicted=predicted,
-        measured=measured,
-        missing=missing,
-    )
-
-
-def _names_at_scale(experiment: Experiment) -> list[str]:
-    return [p.name for p in predictor.points_to_predict(experiment)[1]] if experiment.predicts else []
-
-
-def _work_elsewhere(experiment: Experiment) -> dict[Key, set[str]]:
-    """Hashes of the configurations that the experiment has for other machines: of a weak scaling there are as many as
-    there are sizes of machines."""
-    sizes = [1 << i for i in range(LARGEST.bit_length())] if experiment.measured is not None else [None]
-    hashes: dict[str, str] = {}
-    found: dict[Key, set[str]] = {}
-    for most in sizes:
-        for label, config, name in runner.measured_work(experiment, most=most):
-            same = f"{most} {label}"
-            hashes[same] = hashes.get(same) or configuration_of(config)
-            found.setdefault((label, load_framework(name).label), set()).add(hashes[same])
-    return found
-
-
-def _belongs(
-    record: Record, work: Mapping[Key, TrainConfig], at_scale: Collection[str], others: Mapping[Key, Collection[str]]
-) -> bool:
-    """Whether a measured record is of this experiment as it is now: of a configuration that it has for this machine
-    (what is left of an earlier one is no repeat of it), or of one that it has for a cluster, or of a point at the
-    published scale, from a cluster."""
-    if record.machine.name != THIS_MACHINE:
-        return record.point in at_scale or record.configuration in others.get(key(record), ())
-    config = work.get(key(record))
-    return config is not None and measures(record, config)
-
-
-def _counts(record: Record, experiment: Experiment) -> bool:
-    """Whether there is nothing to repeat: it succeeded, or it is one of several frameworks and cannot be had here."""
-    if record.failure is None:
-        return True
-    return record.failure.cause == "unavailable" and experiment.measured is not None
-
-
-def _predicted(experiment: Experiment, missing: list[str]) -> list[Record]:
-    path = predictor.predicted_file(experiment)
-    how = f"run: axonn predict experiments/{experiment.name}.yaml"
-    try:
-        found = _of_kind(read_records(path), "predicted", path, missing) if path.exists() else []
-    except RecordError as error:
-        missing.append(str(error))
-        found = []
-    if found and found[0].fingerprint != predictor.fingerprint_of(experiment):
-        missing.append(f"the predictions are of other inputs than there are now; {how}")
-    there = {(r.point, r.ran.framework) for r in found}
-    for point in predictor.points_to_predict(experiment)[1]:
-        if (point.name, point.framework) not in there:
-            missing.append(f"{point.name} {point.framework} is not predicted; {how}")
-    return found
-
-
-def _readable(folder: Path, kind: RecordKind, missing: list[str]) -> list[Record]:
-    found: list[Record] = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            found += _of_kind(read_records(path), kind, path, missing)
-        except RecordError as error:
-            missing.append(str(error))
-    return found
-
-
-def _of_kind(records: Iterable[Record], kind: RecordKind, path: Path, missing: list[str]) -> list[Record]:
-    kept = []
-    for record in records:
-        if record.kind == kind:
-            kept.append(record)
-        else:
-            missing.append(f"{path}: {record.point} is {record.kind} and lies among the {kind} ones; remove it")
-    return kept
+    """Command that makes the figure; default make reproduce-NAME."""
 
 
 def summary_file(name: str) -> Path:
-    """Of the figure of this name."""
+    """Return the path of the summary of the figure of this name."""
     return RESULTS / name / "summary.json"
 
 
 def load_summary(name: str) -> dict[str, Any] | None:
-    """The summary on disk; None where there is none, or it is no summary."""
+    """Return the summary on disk; None where there is none, or the file is not an intact summary of this figure."""
     try:
-        found = read_json(summary_file(name))
+        summary = read_json(summary_file(name))
     except (OSError, ValueError):
         return None
-    if not isinstance(found, dict) or found.get("figure") != name:
+    if not isinstance(summary, dict) or summary.get("figure") != name:
         return None
-    return found if found.get("sha256") in (None, _sum_of(found)) else None
+    return summary if summary.get("sha256") in (None, _checksum(summary)) else None
 
 
-def _sum_of(summary: Mapping[str, Any]) -> str:
-    """Of all that a summary says: one that was damaged, or edited, is not taken for what was drawn."""
-    said = {name: value for name, value in summary.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+def _checksum(summary: Mapping[str, Any]) -> str:
+    """Return the checksum of a summary's content: a damaged or edited one is not taken for what was drawn."""
+    content = {name: value for name, value in summary.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def summarise(kind: FigureKind, content: Content, *, with_busy: bool = False) -> dict[str, Any]:
-    """What summary.json holds (DESIGN section 8). `with_busy`: what was measured while the machine was busy with other
-    work takes part in ratios, too."""
+    """Return the content of summary.json. `with_busy`: points measured while the machine was busy with other work take
+    part in ratios, too."""
     experiment = content.experiment
     rows = rows_of(content.published, [*content.predicted, *content.measured], with_busy=with_busy)
-    policy = experiment.policy
-    own = None if policy is None else {name: getattr(policy, name) for name in ("batches", "warmup_batches", "repeats")}
     return {
         "figure": experiment.name,
         "title": experiment.title,
@@ -242,27 +104,33 @@ def summarise(kind: FigureKind, content: Content, *, with_busy: bool = False) ->
         "not_known_whether_busy": unknown_points(rows),
         "not_installed": not_installed(content.failures),
         "failures": [r.model_dump(mode="json", exclude_none=True) for r in content.failures],
-        "policy": None
-        if policy is None or own is None
-        else own
-        | {
-            "batch_time_s": "mean over the batches after warm-up; over repeats the median",
-            "busy": f"others took more than {BUSY_SHARE:.0%} of the core seconds; "
-            + ("in ratios all the same" if with_busy else "left out of ratios, and of medians with other repeats"),
-            "loss_tolerance": policy.loss_tolerance,
-        },
-        "provenance": {
-            "command": kind.command or f"make reproduce-{kind.name}",
-            "machine": this_machine().model_dump(exclude_none=True),
-            "sources": sorted(
-                {r.source for r in [*content.published, *published_ratios(experiment)]}
-                | {reading.source for reading in experiment.readings.values()}
-            ),
-            "records": {
-                "published": experiment.published or experiment.data_set or experiment.ratios,
-                "predicted": sorted({r.source for r in content.predicted}),
-                "measured": sorted({str(r.run_folder) for r in content.measured if r.run_folder}),
-            },
+        "policy": None if experiment.policy is None else _policy(experiment.policy, with_busy=with_busy),
+        "provenance": _provenance(kind, content),
+    }
+
+
+def _policy(policy: Policy, *, with_busy: bool) -> dict[str, Any]:
+    return {name: getattr(policy, name) for name in ("batches", "warmup_batches", "repeats")} | {
+        "batch_time_s": "mean over the batches after warm-up; over repeats the median",
+        "busy": f"others took more than {BUSY_SHARE:.0%} of the core seconds; "
+        + ("in ratios all the same" if with_busy else "left out of ratios, and of medians with other repeats"),
+        "loss_tolerance": policy.loss_tolerance,
+    }
+
+
+def _provenance(kind: FigureKind, content: Content) -> dict[str, Any]:
+    experiment = content.experiment
+    sources = {record.source for record in content.published}
+    sources |= {ratio.source for ratio in published_ratios(experiment)}
+    sources |= {reading.source for reading in experiment.readings.values()}
+    return {
+        "command": kind.command or f"make reproduce-{kind.name}",
+        "machine": this_machine().model_dump(exclude_none=True),
+        "sources": sorted(sources),
+        "records": {
+            "published": experiment.published or experiment.data_set or experiment.ratios,
+            "predicted": sorted({r.source for r in content.predicted}),
+            "measured": sorted({str(r.run_folder) for r in content.measured if r.run_folder}),
         },
     }
 
@@ -270,13 +138,16 @@ def summarise(kind: FigureKind, content: Content, *, with_busy: bool = False) ->
 def make_figure(
     kind: FigureKind, *, fresh: bool = False, with_busy: bool = False, console: Console | None = None
 ) -> int:
-    """Write plots/out/NAME.png and .svg and results/NAME/summary.json, unless they are newer than all that they are
-    made from; print the tables. `with_busy`: see `summarise`. Returns the exit status: 1 where something is missing."""
+    """Write plots/out/NAME.png and .svg and results/NAME/summary.json, unless they are up to date; print the tables.
+
+    They are up to date while nothing has changed that they are made from. `with_busy`: see `summarise`. Returns the
+    exit status: 1 where something is missing.
+    """
     console = console or make_console()
     content = gather(load_experiment(ROOT / "experiments" / f"{kind.name}.yaml"))
     content.missing.extend(kind.lacks(content))
     files = [style.OUT / f"{kind.name}.{ending}" for ending in ("png", "svg")]
-    mark = fingerprint(
+    current = fingerprint(
         [[r.model_dump(mode="json") for r in content.records], content.missing, with_busy],
         [
             *source_files(kind.draw.__module__),
@@ -285,19 +156,19 @@ def make_figure(
             *kind.inputs(content),
         ],
     )
-    whole = all(f.exists() for f in [*files, *kind.outputs(content)])
-    summary = None if fresh or not whole else load_summary(kind.name)
-    if summary is None or summary.get("fingerprint") != mark or "sha256" not in summary:
-        summary = summarise(kind, content, with_busy=with_busy) | {"fingerprint": mark}
+    complete = all(f.exists() for f in [*files, *kind.outputs(content)])
+    summary = None if fresh or not complete else load_summary(kind.name)
+    if summary is None or summary.get("fingerprint") != current or "sha256" not in summary:
+        summary = summarise(kind, content, with_busy=with_busy) | {"fingerprint": current}
         with style.styled(kind.name):
             figure = kind.draw(summary, content)
             say_missing(figure, content.missing, summary["busy"])
             style.save(figure, kind.name)
         path = summary_file(kind.name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # As JSON has it, where keys are strings.
+        # JSON turns keys into strings, and the checksum is of what is read back.
         plain = json.loads(json.dumps(summary))
-        replace_durably(path, json.dumps(plain | {"sha256": _sum_of(plain)}, indent=1) + "\n")
+        replace_durably(path, json.dumps(plain | {"sha256": _checksum(plain)}, indent=1) + "\n")
     else:
         console.print("nothing to do: the figure is newer than all its records")
     for table in kind.tables(summary, content):
@@ -314,8 +185,8 @@ def make_figure(
 
 
 def end_lines(summary: Mapping[str, Any], name: str) -> list[str]:
-    """What a reader of the figure has to know at its end, each with what to do: points of a busy machine, points of
-    which nobody knows, frameworks that are not there."""
+    """Return the closing remarks on a figure, each with what to do: points measured on a busy machine, points of which
+    that is unknown, frameworks that are not installed."""
     lines = []
     if busy := summary.get("busy"):
         lines.append(
@@ -337,38 +208,40 @@ def say_missing(figure: Figure, missing: Sequence[str], busy: Sequence[str] = ()
     """Name what is not drawn, and what a busy machine measured, at the foot of the figure."""
     if not missing and not busy:
         return
+    from matplotlib.font_manager import FontProperties
+
     width = int(figure.get_figwidth() * 22)
     text = "\n".join(
         part
-        for what, lines in (("missing", missing), ("machine busy", busy))
+        for heading, lines in (("missing", missing), ("machine busy", busy))
         for line in _first(lines)
-        for part in wrap(f"{what}: {line}", width)
+        for part in wrap(f"{heading}: {line}", width)
     )
-    # A legend without a title is at the foot too, and takes the words in.
+    # A legend without a title lies at the foot, too: the text becomes its title.
     if foot := next((legend for legend in figure.legends if not legend.get_title().get_text()), None):
-        foot.set_title(text, prop={"size": 5.5})
+        foot.set_title(text, prop=FontProperties(size=5.5))
         foot.get_title().set(color="firebrick", multialignment="center")
     else:
         figure.supxlabel(text, fontsize=5.5, color="firebrick")
 
 
 def _first(lines: Sequence[str]) -> list[str]:
-    """The first of these lines, and how many there are more."""
+    """Return the first of these lines, and the number of further ones."""
     named = [line.partition(";")[0] for line in lines[:MOST_MISSING]]
     return [*named, f"and {len(lines) - MOST_MISSING} more"] if len(lines) > MOST_MISSING else named
 
 
 def main(kind: FigureKind, arguments: Sequence[str] | None = None) -> None:
-    """Command line of a figure's module: --fresh draws it anew, --with-busy has what was measured on a busy machine in
-    ratios, too."""
+    """Run the command line of a figure's module: --fresh draws it anew, --with-busy makes ratios also of what was
+    measured on a busy machine."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m plots.{kind.name}",
+        prog=f"python -m plots.figures.{kind.name}",
         description=f"Draws the figure of experiments/{kind.name}.yaml from the records that there are of it.",
     )
     parser.add_argument("--fresh", action="store_true", help="draw it anew even if nothing has changed")
     parser.add_argument("--with-busy", action="store_true", help="ratios also of what was measured on a busy machine")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     with explained("docs/own-figure.md"):
-        status = make_figure(kind, fresh=given.fresh, with_busy=given.with_busy)
+        status = make_figure(kind, fresh=options.fresh, with_busy=options.with_busy)
     if status:
         sys.exit(status)

@@ -1,4 +1,4 @@
-"""Published numbers that are no times of batches: the tables that an experiment names in `readings`."""
+"""Published numbers other than batch times: the tables that an experiment names in `readings`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import io
 
 from axonn.durable_files import read_text, reason_of
 from axonn.errors import RecordError
-from experiments.definition import ROOT, Experiment
+from axonn.training.places import ROOT
+from experiments.definition import Experiment
 
 
 def read_reading(experiment: Experiment, name: str) -> list[dict[str, str]]:
-    """Rows of a table, by column. Raises `RecordError` naming the file where it cannot be read."""
+    """Return the rows of a table, by column. Raises `RecordError` naming the file where it cannot be read."""
     path = ROOT / experiment.readings[name].file
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
@@ -23,5 +24,5 @@ def read_reading(experiment: Experiment, name: str) -> list[dict[str, str]]:
 
 
 def column(rows: list[dict[str, str]], name: str) -> list[float]:
-    """The numbers of a column."""
+    """Return the numbers of a column."""
     return [float(row[name]) for row in rows]

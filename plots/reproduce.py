@@ -1,7 +1,7 @@
 """All parts of the reproduction one after the other, then the report: python -m plots.reproduce TARGET...
 
-Each target of the Makefile is made by itself. One that fails is named at the end, and the others are made all the same;
-interrupted, the same command goes on, since every target keeps what it has finished.
+Each target of the Makefile is made by itself. One that fails is named at the end, and the others are made all the same.
+After an interruption the same command continues, since every target keeps what it has finished.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from axonn.training.places import PROJECT
 
 INTERRUPTED = 130
 LAST = "report"
-"""Made in the end, whatever failed before it."""
+"""Target that is made at the end, whatever failed before it."""
 PATIENCE_S = 30.0
-"""For a child that was interrupted with us and stops its ranks."""
+"""Time that an interrupted child has to stop its ranks."""
 
 
 class Terminated(KeyboardInterrupt):
-    """Stopped by SIGTERM, which reaches this process alone."""
+    """A stop by SIGTERM, which reaches this process alone."""
 
 
 def end_of(target: str) -> list[str]:
-    """What the figure of a target says at its end: what a busy machine measured, and frameworks that are not there."""
+    """Return the closing remarks of a target's figure: points measured on a busy machine, frameworks not installed."""
     from plots.figure import end_lines, load_summary
 
     name = target.removeprefix("reproduce-")
@@ -43,7 +43,7 @@ def end_of(target: str) -> list[str]:
 
 
 def make(target: str) -> int:
-    """Make one target; returns the exit status. Ctrl-C reaches the child, too, and is awaited there."""
+    """Make one target and return the exit status. Ctrl-C reaches the child, too, whose end is awaited."""
     command = [os.environ.get("MAKE", "make"), "--no-print-directory", "--keep-going", target]
     with subprocess.Popen(command, cwd=PROJECT) as child:
         try:
@@ -58,7 +58,7 @@ def make(target: str) -> int:
 
 
 def reproduce(targets: Sequence[str], *, run: Callable[[str], int] = make, console: Console | None = None) -> int:
-    """Make all targets and the report. Returns the exit status: 1 where one failed, 130 when interrupted."""
+    """Make all targets and the report. Returns the exit status: 1 if one failed, 130 when interrupted."""
     console = console or make_console()
     parts = [*targets, LAST]
     done: list[tuple[str, int, float]] = []
@@ -69,7 +69,7 @@ def reproduce(targets: Sequence[str], *, run: Callable[[str], int] = make, conso
             status = run(target)
         except KeyboardInterrupt:
             status = INTERRUPTED
-        # A child that a signal ended has its negative.
+        # The status of a child that a signal ended is its negative.
         if status in {INTERRUPTED, -signal.SIGINT, -signal.SIGTERM}:
             console.print(
                 f"[yellow]interrupted in make {target}; {number - 1} of {len(parts)} parts are done. "
@@ -80,8 +80,8 @@ def reproduce(targets: Sequence[str], *, run: Callable[[str], int] = make, conso
         done.append((target, status, time.perf_counter() - start))
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for target, status, seconds in done:
-        said = "[green]done[/green]" if status == 0 else "[red]not complete[/red], see above"
-        table.add_row(f"make {target}", said, f"{seconds:.0f} s")
+        outcome = "[green]done[/green]" if status == 0 else "[red]not complete[/red], see above"
+        table.add_row(f"make {target}", outcome, f"{seconds:.0f} s")
     console.print(table)
     for target, _, _ in done:
         for line in end_of(target):
@@ -98,6 +98,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m plots.reproduce", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="of the Makefile, for instance reproduce-fig6")
     targets = parser.parse_args().targets

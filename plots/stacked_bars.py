@@ -1,13 +1,13 @@
-"""Stacked bars of the parts of a batch: parts told apart by colour and hatching, kinds by filling and line."""
+"""Stacked bars of the parts of a batch: parts differ by colour and hatching, kinds by filling and line."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from plots.style import KINDS, colours, mark, mark_handle
+from plots.style import LINES, colours, mark, mark_handle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,9 +24,9 @@ NAMES = {
     "unexplained": "unexplained",
     "undivided": "batch, not broken down",
 }
-"""Of the parts, from the bottom of a bar up."""
+"""Names of the parts, from the bottom of a bar up."""
 INSIDE = ("compute", "tensor", "point_to_point", "bubble")
-"""Those that the inter-layer phase is made of."""
+"""Parts of the inter-layer phase."""
 _LOOKS = {
     WHOLE: (0, ""),
     "compute": (9, ""),
@@ -38,20 +38,20 @@ _LOOKS = {
     "unexplained": (7, "++++"),
     "undivided": (5, ""),
 }
-"""Number of the colour, and hatching."""
+"""Number of the colour, and hatching, by part."""
 _LEAST_SHARES = {"unexplained": 0.001}
 _LEAST_SHARE = 0.0001
-"""Parts of less of the bar are not drawn."""
+"""Parts of a smaller share of the bar are not drawn."""
 _LEAST_HEIGHT = 0.045
 """Blocks of less than this share of the axis have their number beside the bar."""
 _WIDTH = 0.5
 _UNITS = {"s": (1.0, 2), "ms": (1000.0, 1)}
-"""By how much seconds are multiplied, and decimals."""
+"""Factor from seconds, and decimals, by unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """One bar. `group`: bars of the same stand together. `parts` and `total` are seconds; see `NAMES` for the parts."""
+    """One bar. Bars of one `group` stand together. `parts` (see `NAMES`) and `total` are seconds."""
 
     group: str
     kind: str
@@ -62,19 +62,21 @@ class Stack:
     repeats: list[float] = field(default_factory=list)
     """Batch times of single runs, drawn as circles."""
     busy: bool = False
-    """Whether the machine was busy with other work while it was measured."""
+    """True if the machine was busy with other work while it was measured."""
     label: str = ""
-    """Below the bar in a group; default its kind."""
+    """Text below the bar in a group; default its kind."""
 
     @property
     def drawn(self) -> dict[str, float]:
+        """Seconds of the parts that are large enough to be drawn."""
         return {n: s for n, s in self.parts.items() if s > self.total * _LEAST_SHARES.get(n, _LEAST_SHARE)}
 
 
 def draw_stacks(axes: Axes, stacks: Sequence[Stack], *, unit: str, grouped: bool) -> None:
-    """Bars beside each other, each with its total above and the size of its blocks in or beside them.
+    """Draw bars side by side, each with its total above it and the size of its blocks in or beside them.
 
-    `grouped`: below each bar is its kind, and below the bars of a group its label; else that is below each bar.
+    `grouped`: below each bar is its kind, and below the bars of a group the group's label; otherwise the label is below
+    each bar.
     """
     scale, decimals = _UNITS[unit]
     top = 1.2 * scale * max((max([s.total, *s.repeats]) for s in stacks), default=1.0)
@@ -95,10 +97,10 @@ def draw_stacks(axes: Axes, stacks: Sequence[Stack], *, unit: str, grouped: bool
         )  # fmt: skip
     labels = {s.group: _wrapped(", ".join(filter(None, (s.group, s.note))), 48 // len(places)) for s in stacks}
     ticks = [(s.label or s.kind) if grouped else labels[s.group] for s in stacks]
-    axes.set_xticks([x for own in places.values() for x in own], ticks, fontsize=5 if crowded else 6.5)
-    for name, own in places.items() if grouped else ():
+    axes.set_xticks([x for group in places.values() for x in group], ticks, fontsize=5 if crowded else 6.5)
+    for name, group in places.items() if grouped else ():
         axes.text(
-            sum(own) / len(own), -0.15 if crowded else -0.13, labels[name], ha="center", va="top", fontsize=6.5,
+            sum(group) / len(group), -0.15 if crowded else -0.13, labels[name], ha="center", va="top", fontsize=6.5,
             transform=axes.get_xaxis_transform(),
         )  # fmt: skip
     axes.set_xlim(-0.6, x + 0.75)
@@ -107,7 +109,7 @@ def draw_stacks(axes: Axes, stacks: Sequence[Stack], *, unit: str, grouped: bool
 
 
 def _wrapped(text: str, width: int) -> str:
-    """A label in lines, with the indices of its extents set as such."""
+    """Break a label into lines, and set the axes of its extents as subscripts."""
     lines = "\n".join(fill(part, width) for part in text.split(", "))
     for axis in ("inter", "data"):
         lines = lines.replace(f"G_{axis}", rf"$G_{{\mathrm{{{axis}}}}}$")
@@ -120,44 +122,46 @@ def _number(value: float, decimals: int) -> str:
 
 
 def _draw_stack(axes: Axes, x: float, stack: Stack, *, scale: float, decimals: int, top: float) -> float:
-    """Returns how high it, or the last number beside it, reaches."""
-    bottom, beside = 0.0, []
+    """Draw one bar; return the height that it, or the last number beside it, reaches."""
+    bottom = 0.0
+    numbers_beside: list[tuple[float, str]] = []
     for name, seconds in stack.drawn.items():
         height = scale * seconds
-        axes.bar(x, height, _WIDTH, bottom=bottom, **_look(name, stack.kind))  # type: ignore[arg-type]
+        axes.bar(x, height, _WIDTH, bottom=bottom, **_look(name, stack.kind))
         middle = bottom + height / 2
         if height >= _LEAST_HEIGHT * top:
             axes.text(x, middle, _number(height, decimals), ha="center", va="center", fontsize=6, bbox=_PAPER)
         else:
-            beside.append((middle, _number(height, decimals)))
+            numbers_beside.append((middle, _number(height, decimals)))
         bottom += height
     reached = bottom
     right = x + _WIDTH / 2
-    for (middle, text), at in zip(beside, _apart([m for m, _ in beside], 0.042 * top), strict=True):
+    places = _spread([middle for middle, _ in numbers_beside], 0.042 * top)
+    for (middle, text), at in zip(numbers_beside, places, strict=True):
         axes.annotate(
             text, (right, middle), (right + 0.08, at), fontsize=5.5, va="center",
             arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "0.3", "shrinkA": 0.5, "shrinkB": 0},
         )  # fmt: skip
         reached = max(reached, at + 0.02 * top)
     for time in stack.repeats:
-        axes.plot(x - _WIDTH / 2 - 0.12, scale * time, **_RUN)  # type: ignore[arg-type]
+        axes.plot(x - _WIDTH / 2 - 0.12, scale * time, **_RUN)
     return reached
 
 
-_RUN = {"color": "0.1", "marker": "o", "markerfacecolor": "white", "markersize": 3.5, "linewidth": 0}
+_RUN: dict[str, Any] = {"color": "0.1", "marker": "o", "markerfacecolor": "white", "markersize": 3.5, "linewidth": 0}
 _PAPER = {"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
 
 
-def _apart(wanted: Sequence[float], distance: float) -> list[float]:
-    """Ascending places, moved up as little as keeps them a distance apart."""
-    found: list[float] = []
-    for place in wanted:
-        found.append(place if not found else max(place, found[-1] + distance))
-    return found
+def _spread(ascending: Sequence[float], distance: float) -> list[float]:
+    """Move places up, no more than is needed to keep them a distance apart."""
+    places: list[float] = []
+    for place in ascending:
+        places.append(place if not places else max(place, places[-1] + distance))
+    return places
 
 
-def _look(name: str, kind: str) -> dict[str, object]:
-    """Published bars have full colours, others pale ones."""
+def _look(name: str, kind: str) -> dict[str, Any]:
+    """Return the look of a part: full colours in published bars, pale ones in others."""
     number, hatch = _LOOKS[name]
     colour = colours(10)[number]
     pale = (*(1 - 0.45 * (1 - c) for c in colour),)
@@ -165,33 +169,33 @@ def _look(name: str, kind: str) -> dict[str, object]:
         "facecolor": colour if kind == "published" else pale,
         "edgecolor": "0.25",
         "linewidth": 0.7,
-        "linestyle": KINDS[kind],
+        "linestyle": LINES[kind],
         "hatch": hatch,
     }
 
 
 def legend(axes: Axes, stacks: Iterable[Stack]) -> None:
-    """Names of all parts that are drawn, and of the kinds."""
+    """Draw the names of all parts that are drawn, and of the kinds."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     all_stacks = list(stacks)
     used = {name for stack in all_stacks for name in stack.drawn}
-    kinds = [kind for kind in KINDS if any(stack.kind == kind for stack in all_stacks)]
+    kinds = [kind for kind in LINES if any(stack.kind == kind for stack in all_stacks)]
     handles: list[Patch | Line2D] = [
         Patch(
             label=f"inter-layer: {label}" if name in INSIDE else label,
-            **_look(name, "published" if name == WHOLE else "predicted"),  # type: ignore[arg-type]
+            **_look(name, "published" if name == WHOLE else "predicted"),
         )
         for name, label in NAMES.items()
         if name in used
     ]
     handles += [
-        Patch(facecolor="0.45" if kind == "published" else "0.85", edgecolor="0.25", linestyle=KINDS[kind], label=kind)
+        Patch(facecolor="0.45" if kind == "published" else "0.85", edgecolor="0.25", linestyle=LINES[kind], label=kind)
         for kind in kinds
     ]
     if any(stack.repeats for stack in all_stacks):
-        handles.append(Line2D([], [], label="single run", **_RUN))  # type: ignore[arg-type]
+        handles.append(Line2D([], [], label="single run", **_RUN))
     if any(stack.busy for stack in all_stacks):
         handles.append(mark_handle("busy"))
     axes.legend(handles=handles, fontsize=6.5, ncols=2, loc="center", handlelength=2.2, handleheight=1.1)

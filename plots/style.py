@@ -1,11 +1,11 @@
-"""How all figures look, and how they are written: the same bytes from the same content."""
+"""The look of all figures, and writing them: the same content gives the same bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from axonn.training.places import PROJECT
 
@@ -18,15 +18,15 @@ OUT = PROJECT / "plots" / "out"
 COLUMN_IN = 3.5
 """Width of a column of a paper."""
 PAGE_IN = 7.2
-"""Width of its text."""
-KINDS = {"published": "-", "predicted": "--", "measured": ":"}
-"""Kinds of points are told apart by the line, the filling (published ones are filled) and the legend, never by colour
+"""Width of the text of a page."""
+LINES: dict[str, Literal["-", "--", ":"]] = {"published": "-", "predicted": "--", "measured": ":"}
+"""Line of each kind of points. Kinds differ by line, filling (published ones are filled) and legend, never by colour
 alone."""
 
 
 @contextmanager
 def styled(name: str) -> Iterator[None]:
-    """Everything drawn inside has the style of the suite. `name`, of the figure, makes the ids inside of an SVG."""
+    """Give everything drawn inside the style of the suite. The ids inside an SVG derive from `name`, the figure's."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -38,26 +38,26 @@ def styled(name: str) -> Iterator[None]:
 
 
 def colours(count: int) -> list[tuple[float, float, float]]:
-    """So many colours that people who see colours differently can tell apart."""
+    """Return `count` colours that people with colour vision deficiency can tell apart."""
     import seaborn as sns
 
     return [(r, g, b) for r, g, b in sns.color_palette("colorblind", count)]
 
 
-def mark(axes: Axes, x: Sequence[float], y: Sequence[float], what: Literal["busy", "suspect"]) -> None:
-    """Ring points that are not to be taken as they are; in an SVG the rings have the id `what`."""
+def mark(axes: Axes, x: Sequence[float], y: Sequence[float], caveat: Literal["busy", "suspect"]) -> None:
+    """Ring points that have a caveat, which is the id of the rings in an SVG."""
     if len(x):
-        axes.plot(x, y, gid=what, zorder=5, **_RINGS[what])  # type: ignore[arg-type]
+        axes.plot(x, y, gid=caveat, zorder=5, **_RINGS[caveat])
 
 
-def mark_handle(what: Literal["busy", "suspect"]) -> Line2D:
-    """What a legend says of such rings."""
+def mark_handle(caveat: Literal["busy", "suspect"]) -> Line2D:
+    """Return the legend's entry of the rings that `mark` draws."""
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], label=_RING_LABELS[what], **_RINGS[what])  # type: ignore[arg-type]
+    return Line2D([], [], label=_RING_LABELS[caveat], **_RINGS[caveat])
 
 
-_RINGS: dict[str, dict[str, object]] = {
+_RINGS: dict[str, dict[str, Any]] = {
     name: {
         "color": "firebrick", "marker": marker, "markersize": size, "markerfacecolor": "none", "markeredgewidth": 0.9,
         "linewidth": 0,
@@ -68,7 +68,7 @@ _RING_LABELS = {"busy": "machine busy", "suspect": "suspect"}
 
 
 def save(figure: Figure, name: str, folder: Path | None = None) -> list[Path]:
-    """Write NAME.png and NAME.svg into `folder` (default `OUT`) and close the figure; returns the files."""
+    """Write NAME.png and NAME.svg into `folder` (default `OUT`), close the figure and return the files."""
     import matplotlib.pyplot as plt
 
     folder = folder or OUT

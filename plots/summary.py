@@ -16,17 +16,18 @@ from axonn.training.provenance import THIS_MACHINE
 Key = tuple[str, str]
 """(point, framework)"""
 BUSY_MARK = " *"
-"""Behind what was measured while the machine was busy with other work."""
+"""Suffix of what was measured while the machine was busy with other work."""
 DISTINCT = 0.05
-"""Published times that differ by less are taken for equal when orders are compared."""
+"""Relative difference below which published times count as equal when orders are compared."""
 
 
 def key(record: Record) -> Key:
+    """Return point and framework of a record."""
     return record.point, record.ran.framework
 
 
 def group(records: Iterable[Record]) -> dict[Key, list[Record]]:
-    """Records that succeeded, by point and framework (a measured point may have been repeated)."""
+    """Return the records that succeeded, by point and framework (a measured point may have been repeated)."""
     groups: dict[Key, list[Record]] = {}
     for record in records:
         if record.failure is None:
@@ -35,18 +36,18 @@ def group(records: Iterable[Record]) -> dict[Key, list[Record]]:
 
 
 def quiet(records: Sequence[Record]) -> list[Record]:
-    """Those of repeats while which the machine was not busy with other work; all of them where it always was."""
+    """Return the repeats during which the machine was not busy with other work; all of them where it always was."""
     return [r for r in records if r.busy is not True] or list(records)
 
 
 def busy_of(records: Sequence[Record]) -> bool | None:
-    """Whether the machine was busy during all of these repeats; None where nobody knows of one of them."""
+    """Return whether the machine was busy during all of these repeats; None where that is unknown for one of them."""
     known = [r.busy for r in records]
     return None if None in known else all(known)
 
 
 def typical(records: Sequence[Record]) -> Record:
-    """The one whose time is nearest to the median of all."""
+    """Return the record whose time is nearest to the median of all."""
     times = [r.batch_time_s for r in records if r.batch_time_s is not None]
     if not times:
         return records[0]
@@ -59,143 +60,155 @@ def _work(record: Record) -> tuple[str, int]:
 
 
 def here(row: Mapping[str, Any]) -> bool:
-    """Whether a row was measured on this machine, and not on a cluster."""
+    """Return whether a row was measured on this machine, and not on a cluster."""
     machine = row.get("machine")
     name = machine.get("name") if isinstance(machine, Mapping) else machine
     return row.get("kind") == "measured" and name == THIS_MACHINE
 
 
 def machine_of(row: Mapping[str, Any]) -> str:
-    """Name of the machine of a row."""
+    """Return the name of the machine of a row."""
     machine = row.get("machine")
     return str(machine.get("name") if isinstance(machine, Mapping) else machine)
 
 
 def at_scale(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> bool:
-    """Whether a row is of a point that is published or predicted, too, and was not measured on this machine."""
-    there = {(r["point"], r["framework"]) for r in rows if r["kind"] != "measured"}
-    return row["kind"] != "measured" or (not here(row) and (row["point"], row["framework"]) in there)
+    """Return whether a row's point is published or predicted, too, and the row was not measured on this machine."""
+    at_scale_points = {(r["point"], r["framework"]) for r in rows if r["kind"] != "measured"}
+    return row["kind"] != "measured" or (not here(row) and (row["point"], row["framework"]) in at_scale_points)
 
 
 def elsewhere(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int | None], list[dict[str, Any]]]:
-    """What was measured small on other machines, by machine and batch: times of different work are told apart. Runs of
-    one machine with different batches belong to different sizes of it."""
-    found: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
+    """Return the small points measured on other machines, by machine and batch, since times of different work must not
+    be mixed. Runs of one machine with different batches belong to different sizes of it."""
+    by_machine: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
     for row in rows:
         if not at_scale(rows, row) and not here(row):
-            found.setdefault((machine_of(row), row.get("batch_size")), []).append(row)
-    return dict(sorted(found.items(), key=lambda pair: (pair[0][0], pair[0][1] or 0)))
+            by_machine.setdefault((machine_of(row), row.get("batch_size")), []).append(row)
+    return dict(sorted(by_machine.items(), key=lambda pair: (pair[0][0], pair[0][1] or 0)))
 
 
 def device_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What the ranks of these rows, of one machine, computed on."""
+    """Return the device that the ranks of these rows, of one machine, computed on."""
     device = str(rows[0]["machine"].get("device") or "device not known")
     return "CPU" if device == "cpu" else device
 
 
 def measured_key(record: Record) -> tuple[str, str, str, int | None]:
-    """What repeats of one another share: point, framework, machine, and of other machines the batch."""
-    mine = record.machine.name == THIS_MACHINE
-    return *key(record), record.machine.name, None if mine else record.asked.batch_size
+    """Return the attributes that repeats share: point, framework, machine, and on other machines the batch."""
+    local = record.machine.name == THIS_MACHINE
+    return *key(record), record.machine.name, None if local else record.asked.batch_size
 
 
 def repeats_of(records: Iterable[Record]) -> dict[tuple[str, str, str, int | None], list[Record]]:
-    """Measured records that succeeded, by `measured_key`."""
-    found: dict[tuple[str, str, str, int | None], list[Record]] = {}
+    """Return the measured records that succeeded, by `measured_key`."""
+    repeats: dict[tuple[str, str, str, int | None], list[Record]] = {}
     for record in records:
         if record.failure is None and record.kind == "measured":
-            found.setdefault(measured_key(record), []).append(record)
-    return found
+            repeats.setdefault(measured_key(record), []).append(record)
+    return repeats
 
 
 def rows_of(published: Sequence[Record], others: Sequence[Record], *, with_busy: bool = False) -> list[dict[str, Any]]:
-    """One row per kind, point and framework. Times are seconds; a repeated measurement counts with its median, and its
-    parts, phases, overlap and bytes are those of the run nearest to it.
+    """Return one row per kind, point and framework. Times are seconds; a repeated measurement counts with its median,
+    and its parts, phases, overlap and bytes are those of the run nearest to it.
 
-    Repeats while which the machine was busy with other work do not count beside others (`quiet`). Of a row that has no
+    Repeats during which the machine was busy with other work do not count beside others (`quiet`). Of a row that has no
     others, `busy` is true and `in_ratios` false: no ratio or error is made of its time. `with_busy`: all count.
     """
     reference = {key(r): r for r in published}
     rows = []
     for kind in ("published", "predicted", "measured"):
-        own = [r for r in [*published, *others] if r.kind == kind]
-        for repeats in (repeats_of(own) if kind == "measured" else group(own)).values():
-            records = repeats if with_busy else quiet(repeats)
-            first = typical(records)
-            busy = busy_of(records) if kind == "measured" else False
-            in_ratios = with_busy or not busy
-            times = [r.batch_time_s for r in records if r.batch_time_s is not None]
-            compared = reference.get(key(first)) if kind != "published" else None
-            if compared is not None and _work(compared) != _work(first):
-                # Another model, or on other GPUs, under the same name.
-                compared = None
-            known = None if compared is None else compared.batch_time_s
-            # A published point may have nothing but phases.
-            time = median(times) if times else None
-            row: dict[str, Any] = {
-                "point": first.point,
-                "framework": first.ran.framework,
-                "model": first.asked.model,
-                "gpus": first.asked.gpus,
-                "kind": kind,
-                "machine": first.machine.name,
-                "batch_time_s": time,
-                "pct_peak": first.pct_peak,
-                "published_s": known,
-                "error_pct": None if known is None or time is None or not in_ratios else 100 * (time / known - 1),
-                "grid": first.ran.grid.extents(),
-                "microbatch_size": first.ran.microbatch_size,
-                "sub_shards": first.ran.overdecomposition,
-                "schedule": first.ran.model_dump(exclude_none=True).get("schedule"),
-                "parts_s": first.parts_s or None,
-                "phases_s": first.phases_s or None,
-                "overlap_s": first.overlap_s or None,
-                "bytes_per_batch": first.bytes_per_batch or None,
-                "run_folder": first.run_folder,
-                "memory_bytes": max((r.memory_bytes for r in records if r.memory_bytes), default=None),
-                "memory_parts": first.memory_parts or None,
-                "memory_of_all": first.memory_of_all or None,
-                "source": first.source,
-                "note": first.note,
-            }
-            if kind == "measured":
-                row |= {
-                    "repeats_s": times,
-                    "typical_s": first.batch_time_s,
-                    "busy": busy,
-                    "in_ratios": in_ratios,
-                    "others_share": max((r.busy_share for r in records if r.busy_share is not None), default=None),
-                    "busy_repeats": sum(r.busy is True for r in repeats),
-                    "processor_s": processor_s(records),
-                    "load": max((u.load for r in records for u in r.counted_usage), default=None),
-                    "tflops_per_gpu": median(r.tflops_per_gpu_without_recompute or 0.0 for r in records),
-                    "final_loss": first.losses[-1] if first.losses else None,
-                    "machine": first.machine.model_dump(exclude_none=True),
-                }
-                if first.machine.name != THIS_MACHINE:
-                    row["batch_size"] = first.asked.batch_size
-            rows.append(row)
+        records = [r for r in [*published, *others] if r.kind == kind]
+        for repeats in (repeats_of(records) if kind == "measured" else group(records)).values():
+            rows.append(_row(kind, repeats, reference, with_busy=with_busy))
     return rows
 
 
+def _row(kind: str, repeats: Sequence[Record], reference: Mapping[Key, Record], *, with_busy: bool) -> dict[str, Any]:
+    """Return the row of a point's repeats. `reference`: the published records."""
+    counted = repeats if with_busy else quiet(repeats)
+    record = typical(counted)
+    busy = busy_of(counted) if kind == "measured" else False
+    in_ratios = with_busy or not busy
+    times = [r.batch_time_s for r in counted if r.batch_time_s is not None]
+    # A published point may have nothing but phases.
+    time = median(times) if times else None
+    published_s = None if kind == "published" else _published_time(reference.get(key(record)), record)
+    error_pct = None if published_s is None or time is None or not in_ratios else 100 * (time / published_s - 1)
+    row: dict[str, Any] = {
+        "point": record.point,
+        "framework": record.ran.framework,
+        "model": record.asked.model,
+        "gpus": record.asked.gpus,
+        "kind": kind,
+        "machine": record.machine.name,
+        "batch_time_s": time,
+        "pct_peak": record.pct_peak,
+        "published_s": published_s,
+        "error_pct": error_pct,
+        "grid": record.ran.grid.extents(),
+        "microbatch_size": record.ran.microbatch_size,
+        "sub_shards": record.ran.overdecomposition,
+        "schedule": record.ran.model_dump(exclude_none=True).get("schedule"),
+        "parts_s": record.parts_s or None,
+        "phases_s": record.phases_s or None,
+        "overlap_s": record.overlap_s or None,
+        "bytes_per_batch": record.bytes_per_batch or None,
+        "run_folder": record.run_folder,
+        "memory_bytes": max((r.memory_bytes for r in counted if r.memory_bytes), default=None),
+        "memory_parts": record.memory_parts or None,
+        "memory_of_all": record.memory_of_all or None,
+        "source": record.source,
+        "note": record.note,
+    }
+    if kind == "measured":
+        row |= {
+            "repeats_s": times,
+            "typical_s": record.batch_time_s,
+            "busy": busy,
+            "in_ratios": in_ratios,
+            "others_share": max((r.busy_share for r in counted if r.busy_share is not None), default=None),
+            "busy_repeats": sum(r.busy is True for r in repeats),
+        } | _measured_entries(record, counted)
+    return row
+
+
+def _measured_entries(record: Record, counted: Sequence[Record]) -> dict[str, Any]:
+    """Return what a row has of its run, and of the repeats that count, if it was measured."""
+    entries = {
+        "processor_s": processor_s(counted),
+        "load": max((u.load for r in counted for u in r.counted_usage), default=None),
+        "tflops_per_gpu": median(r.tflops_per_gpu_without_recompute or 0.0 for r in counted),
+        "final_loss": record.losses[-1] if record.losses else None,
+        "machine": record.machine.model_dump(exclude_none=True),
+    }
+    return entries if record.machine.name == THIS_MACHINE else entries | {"batch_size": record.asked.batch_size}
+
+
+def _published_time(published: Record | None, record: Record) -> float | None:
+    """Return the published seconds of a record's point; None for other work, by model or GPUs, of the same name."""
+    return published.batch_time_s if published is not None and _work(published) == _work(record) else None
+
+
 def processor_s(records: Sequence[Record]) -> float | None:
-    """Processor seconds of all ranks for a batch, the median over repeats of the mean over batches."""
-    each = [mean(u.processor_s for u in r.counted_usage) for r in records if r.counted_usage]
-    return median(each) if each else None
+    """Return the processor seconds of all ranks for a batch: the median over repeats of the mean over batches."""
+    means = [mean(u.processor_s for u in r.counted_usage) for r in records if r.counted_usage]
+    return median(means) if means else None
 
 
 def compared(*rows: Mapping[str, Any] | None) -> bool:
-    """Whether there are all of these rows, and a ratio may be made of their times."""
+    """Return whether none of these rows is missing, and a ratio may be made of their times."""
     return all(row is not None and row.get("in_ratios", True) for row in rows)
 
 
 def called(row: Mapping[str, Any]) -> str:
-    """The framework of a row, marked where the machine was busy."""
+    """Return the framework of a row, marked where the machine was busy."""
     return f"{row['framework']}{BUSY_MARK if row.get('busy') else ''}"
 
 
 def busy_points(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Points that were measured while the machine was busy, in words."""
+    """Return a line for each point measured while the machine was busy."""
     return [
         f"{row['point']} {row['framework']}{'' if here(row) else f' on {machine_of(row)}'}: others took "
         f"{row['others_share']:.0%} of the cores"
@@ -205,38 +218,40 @@ def busy_points(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def unknown_points(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Points of this machine of which nobody knows whether it was busy: their records are from before they said it."""
+    """Return the points of this machine of which it is unknown whether it was busy: older records do not say."""
     return [f"{row['point']} {row['framework']}" for row in rows if here(row) and row.get("busy", False) is None]
 
 
 def mape(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean absolute error in percent by kind, of each framework and of all."""
+    """Return the mean absolute error in percent by kind, of each framework and of all."""
     errors: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         if row["error_pct"] is not None:
-            of_kind = errors.setdefault(row["kind"], {})
+            by_framework = errors.setdefault(row["kind"], {})
             for name in (row["framework"], "all"):
-                of_kind.setdefault(name, []).append(abs(row["error_pct"]))
-    return {kind: {name: mean(values) for name, values in of.items()} for kind, of in errors.items()}
+                by_framework.setdefault(name, []).append(abs(row["error_pct"]))
+    return {
+        kind: {name: mean(values) for name, values in by_framework.items()} for kind, by_framework in errors.items()
+    }
 
 
 def wrong_orders(rows: Sequence[dict[str, Any]], kind: str) -> list[str]:
-    """Pairs of frameworks whose order at one size is another than the published one."""
-    found = []
-    mine = [r for r in rows if r["kind"] == kind and r["published_s"] is not None and compared(r)]
-    for a in mine:
-        for b in mine:
+    """Return a line for each pair of frameworks whose order at one size differs from the published one."""
+    lines = []
+    comparable = [r for r in rows if r["kind"] == kind and r["published_s"] is not None and compared(r)]
+    for a in comparable:
+        for b in comparable:
             same = (a["model"], a["gpus"], machine_of(a)) == (b["model"], b["gpus"], machine_of(b))
             if same and a["published_s"] * (1 + DISTINCT) < b["published_s"] and a["batch_time_s"] >= b["batch_time_s"]:
-                found.append(f"{a['model']}: {a['framework']} is published faster than {b['framework']}, not {kind} so")
-    return found
+                lines.append(f"{a['model']}: {a['framework']} is published faster than {b['framework']}, not {kind} so")
+    return lines
 
 
 def naive(published: Sequence[Record]) -> dict[str, Any]:
-    """The constant-TFLOP/s predictor, fitted on the very points it predicts, for comparison with the model."""
+    """Return the predictions of a constant TFLOP/s, fitted on the very points it predicts: a baseline for the model."""
     batches = [(r.asked.flops(recompute=True), r.asked.gpus, r.batch_time_s or 0.0) for r in published]
     rate = naive_constant(batches)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for r in published:
         time = naive_predict(flops=r.asked.flops(recompute=True), gpus=r.asked.gpus, flops_per_s=rate)
         assert r.batch_time_s is not None
@@ -258,7 +273,7 @@ def naive(published: Sequence[Record]) -> dict[str, Any]:
 
 
 def _table(title: str, *names: str) -> Table:
-    """An empty table that fits a terminal of 80 columns."""
+    """Return an empty table that fits a terminal of 80 columns."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in names:
         table.add_column(name, no_wrap=True)
@@ -266,7 +281,7 @@ def _table(title: str, *names: str) -> Table:
 
 
 def small_table(title: str, first: str, *numbers: str) -> Table:
-    """An empty table whose columns but the first are numbers."""
+    """Return an empty table whose columns are numbers, but for the first."""
     table = _table(title, first)
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
@@ -274,9 +289,10 @@ def small_table(title: str, first: str, *numbers: str) -> Table:
 
 
 def published_table(rows: Sequence[dict[str, Any]], constant: dict[str, Any]) -> Table:
-    """Published, predicted and, where a cluster's records were collected, measured times at the published scale."""
-    at_scale = [r for r in rows if r["kind"] == "measured" and r["published_s"] is not None]
-    machines = list(dict.fromkeys(machine_of(r) for r in at_scale))
+    """Return the table of published, predicted and, where a cluster's records were collected, measured times at the
+    published scale. `constant`: see `naive`."""
+    on_clusters = [r for r in rows if r["kind"] == "measured" and r["published_s"] is not None]
+    machines = list(dict.fromkeys(machine_of(r) for r in on_clusters))
     table = _table("At the published scale: seconds per batch", "model", "GPUs", "framework")
     for name in ("published", "predicted", "error", *(f"measured,\n{name}" for name in machines), "constant", "error"):
         table.add_column(name, justify="right")
@@ -285,12 +301,12 @@ def published_table(rows: Sequence[dict[str, Any]], constant: dict[str, Any]) ->
     flat = {(r["model"], r["gpus"], r["framework"]): r for r in constant["rows"]}
     previous = None
     for row in (r for r in rows if r["kind"] == "published"):
-        where = (row["model"], row["gpus"], row["framework"])
+        point = (row["model"], row["gpus"], row["framework"])
         if previous is not None and row["model"] != previous:
             table.add_section()
         previous = row["model"]
-        predicted = by.get(("predicted", *where))
-        runs = [measured.get((name, *where)) for name in machines]
+        predicted = by.get(("predicted", *point))
+        runs = [measured.get((name, *point)) for name in machines]
         table.add_row(
             str(row["model"]),
             str(row["gpus"]),
@@ -299,27 +315,27 @@ def published_table(rows: Sequence[dict[str, Any]], constant: dict[str, Any]) ->
             "-" if predicted is None else f"{predicted['batch_time_s']:.1f}",
             "-" if predicted is None else f"{predicted['error_pct']:+.1f}%",
             *("-" if r is None else f"{r['batch_time_s']:.1f}{BUSY_MARK if r.get('busy') else ''}" for r in runs),
-            f"{flat[where]['batch_time_s']:.1f}",
-            f"{flat[where]['error_pct']:+.1f}%",
+            f"{flat[point]['batch_time_s']:.1f}",
+            f"{flat[point]['error_pct']:+.1f}%",
         )
     return table
 
 
 def measured_tables(rows: Sequence[dict[str, Any]], failures: Sequence[Record]) -> Iterator[Table]:
-    """Measured times on this machine, with the spread of the repeats and the ratio to our engine; a table for each
-    other machine that has small points."""
-    mine = [r for r in failures if r.machine.name == THIS_MACHINE]
-    yield _measured_table("On this machine", [r for r in rows if here(r)], mine)
-    for (machine, batch), own in elsewhere(rows).items():
-        yield _measured_table(f"On {machine} ({device_of(own)}), batch {batch}", own, [])
+    """Yield the table of measured times on this machine, with the spread of the repeats and the ratio to our engine,
+    and one for each other machine that has small points."""
+    local_failures = [r for r in failures if r.machine.name == THIS_MACHINE]
+    yield _measured_table("On this machine", [r for r in rows if here(r)], local_failures)
+    for (machine, batch), machine_rows in elsewhere(rows).items():
+        yield _measured_table(f"On {machine} ({device_of(machine_rows)}), batch {batch}", machine_rows, [])
 
 
-def _measured_table(where: str, mine: Sequence[dict[str, Any]], failures: Sequence[Record]) -> Table:
+def _measured_table(where: str, rows: Sequence[dict[str, Any]], failures: Sequence[Record]) -> Table:
     table = _table(f"{where}: seconds per batch (ratio to AxoNN; GFLOP/s per rank)", "model", "ranks", "framework")
     for name in ("median", "least", "most", "ratio", "loss", "GFLOP/s"):
         table.add_column(name, justify="right")
-    ours = {(r["model"], r["gpus"]): r for r in mine if r["framework"] == "AxoNN"}
-    for row in sorted(mine, key=lambda r: (r["gpus"], r["framework"])):
+    ours = {(r["model"], r["gpus"]): r for r in rows if r["framework"] == "AxoNN"}
+    for row in sorted(rows, key=lambda r: (r["gpus"], r["framework"])):
         reference = ours.get((row["model"], row["gpus"]))
         table.add_row(
             str(row["model"]),
@@ -343,7 +359,7 @@ def _measured_table(where: str, mine: Sequence[dict[str, Any]], failures: Sequen
 
 
 def failed(failures: Iterable[Record]) -> list[str]:
-    """A line for each run that failed."""
+    """Return a line for each run that failed."""
     return [
         f"failed: {r.point} {r.ran.framework}{_on(r)}: {r.failure.cause}, {r.failure.detail}"
         for r in failures
@@ -356,7 +372,7 @@ def _on(record: Record) -> str:
 
 
 def not_run(failures: Sequence[Record]) -> list[str]:
-    """A line for each framework that was not run, with the numbers of ranks and the reason."""
+    """Return a line for each framework that was not run, with the numbers of ranks and the reason."""
     ranks: dict[tuple[str, str], set[int]] = {}
     for record in failures:
         if record.failure is not None and record.failure.cause == "unavailable":

@@ -1,10 +1,10 @@
-"""Spans as a picture: what each rank computes and communicates when, and which collectives are hidden under compute."""
+"""Spans as a picture: when each rank computes and communicates, and which collectives are hidden under compute."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from axonn.observability.perfetto_events import disjoint_lanes
 from axonn.spans import COMPUTE, Span, SpanKind
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_RANKS = 4
-"""So many ranks are drawn, if nobody says which."""
+"""Number of ranks that are drawn by default."""
 LEAST_SEEN = 1e-3
-"""Of the width of a picture: a row that has less is left out."""
+"""Share of a picture's width below which a row is left out."""
 ROW_IN = 0.17
-"""Height of a row."""
+"""Height of a row, inches."""
 _BACKWARD = {
     SpanKind.BACKWARD: "////",
     SpanKind.BACKWARD_INPUT: "////",
@@ -40,12 +40,12 @@ _NAMES = {
     SpanKind.IDLE: "waiting otherwise",
 }
 HIDDEN = ("hidden under compute", "exposed")
-"""What becomes of a collective."""
+"""The two fates of a collective."""
 Interval = tuple[float, float]
 
 
 class Style(NamedTuple):
-    """How a bar looks; and what it is, for the legend."""
+    """The look of a bar, and its name in the legend."""
 
     name: str
     colour: tuple[float, float, float]
@@ -53,6 +53,8 @@ class Style(NamedTuple):
 
 
 class Bar(NamedTuple):
+    """A span as it is drawn. Seconds."""
+
     start: float
     end: float
     style: Style
@@ -61,10 +63,10 @@ class Bar(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """What of some spans is drawn: a window of time (seconds on their clock), and the ranks.
+    """The part of some spans that is drawn: a window of time (seconds on their clock), and the ranks.
 
-    `zero`: where the time axis is 0, by default the beginning of the window; `layers`: what bars say of their layer,
-    which predicted spans know; otherwise they say their microbatch.
+    `zero`: the time at which the time axis is 0, by default the beginning of the window. `layers`: the labels of bars
+    by layer, for predicted spans, which know it; other bars are labelled with their microbatch.
     """
 
     begin: float
@@ -74,80 +76,80 @@ class View:
     layers: Mapping[int, str] = field(default_factory=dict)
 
     def of(self, spans: Iterable[Span], rank: int) -> list[Span]:
-        """Those of a rank that the window meets."""
+        """Return a rank's spans that overlap the window."""
         return [s for s in spans if s.rank == rank and s.start < self.end and s.end > self.begin]
 
     def rows(self, spans: Iterable[Span], rank: int) -> dict[str, list[Bar]]:
-        """`rows_of_rank` of them, without what the window does not meet, and without rows too empty to be seen."""
-        found = rows_of_rank(self.of(spans, rank), layers=self.layers)
-        inside = {name: [b for b in bars if b.start < self.end and b.end > self.begin] for name, bars in found.items()}
+        """Return `rows_of_rank` of a rank's spans, without bars outside the window and rows too empty to be seen."""
+        rows = rows_of_rank(self.of(spans, rank), layers=self.layers)
+        inside = {name: [b for b in bars if b.start < self.end and b.end > self.begin] for name, bars in rows.items()}
         least = LEAST_SEEN * (self.end - self.begin)
         return {name: bars for name, bars in inside.items() if sum(b.end - b.start for b in bars) > least}
 
 
 @dataclass
 class Legend:
-    """The styles that were drawn, in order."""
+    """The legend of the styles that were drawn, which it collects in order."""
 
     styles: dict[Style, None] = field(default_factory=dict)
 
-    def draw(self, figure: Figure, **options: Any) -> None:
-        """Below everything."""
+    def draw(self, figure: Figure, *, columns: int = 4) -> None:
+        """Draw the legend below everything."""
         from matplotlib.patches import Patch
 
-        # Those of compute first, sub-shard by sub-shard; then what may be hidden; then the rest.
+        # Compute first, sub-shard by sub-shard; then what may be hidden; then the rest.
         order = [*_NAMES.values(), *HIDDEN]
         styles = sorted(self.styles, key=lambda s: (order.index(s.name.partition(", sub-shard")[0]), s.name))
         handles = [
             Patch(facecolor=s.colour, edgecolor="white", hatch=s.hatch, linewidth=0, label=s.name) for s in styles
         ]
-        figure.legend(
-            handles=handles,
-            **{"loc": "outside lower center", "ncols": 4, "fontsize": 6.5, "frameon": False} | options,
-        )
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=6.5, frameon=False)
 
 
-def whole(spans: Sequence[Span], *, ranks: Sequence[int] | None = None) -> View:
-    """All of the spans' time, of these ranks or of the first few."""
-    found = sorted({s.rank for s in spans})
+def full_view(spans: Sequence[Span], *, ranks: Sequence[int] | None = None) -> View:
+    """Return the view of all of the spans' time, on these ranks or the first few."""
+    all_ranks = sorted({s.rank for s in spans})
     return View(
         begin=min(s.start for s in spans),
         end=max(s.end for s in spans),
-        ranks=tuple(found[:MOST_RANKS] if ranks is None else ranks),
+        ranks=tuple(all_ranks[:MOST_RANKS] if ranks is None else ranks),
     )
 
 
 def hidden_and_exposed(spans: Iterable[Span]) -> tuple[list[Interval], list[Interval]]:
-    """When a collective of the tensor axes was under way on one rank while it computed, and when while it did not.
+    """Return the times at which a collective of the tensor axes was under way on one rank while it computed, and those
+    at which it did not compute.
 
     Over a whole run their lengths are `hidden`, and `collective` less `hidden`, of `axonn.spans.overlap`.
     """
-    # Changes of how many collectives are under way, and of how many tasks are computed.
+    # Time, change of the number of collectives under way, change of the number of tasks computed.
     changes: list[tuple[float, int, int]] = []
     for s in spans:
         if s.kind == SpanKind.TENSOR:
             changes += [(s.start, 1, 0), (s.end, -1, 0)]
         elif s.kind in COMPUTE:
             changes += [(s.start, 0, 1), (s.end, 0, -1)]
-    found: dict[bool, list[Interval]] = {True: [], False: []}
+    intervals: dict[bool, list[Interval]] = {True: [], False: []}
     collectives = tasks = 0
     before = 0.0
     for at, collective, task in sorted(changes):
         if collectives and at > before:
-            own = found[tasks > 0]
-            if own and own[-1][1] == before:
-                own[-1] = (own[-1][0], at)
+            current = intervals[tasks > 0]
+            if current and current[-1][1] == before:
+                current[-1] = (current[-1][0], at)
             else:
-                own.append((before, at))
+                current.append((before, at))
         before = at
         collectives += collective
         tasks += task
-    return found[True], found[False]
+    return intervals[True], intervals[False]
 
 
 def rows_of_rank(spans: Sequence[Span], *, layers: Mapping[int, str]) -> dict[str, list[Bar]]:
-    """The rows of one rank by name, from top to bottom: what computes, collectives of each sub-shard, whether these are
-    hidden, messages, and waiting; only those that have something."""
+    """Return the rows of one rank by name, without empty ones.
+
+    From top to bottom: compute, collectives of each sub-shard, whether these are hidden, messages, and waiting.
+    """
     palette = colours(10)
     shard_colours = [palette[i] for i in (0, 1, 4, 2)]
     rows: dict[str, list[Bar]] = {"compute": []}
@@ -159,15 +161,15 @@ def rows_of_rank(spans: Sequence[Span], *, layers: Mapping[int, str]) -> dict[st
     for s in sorted(spans, key=lambda s: (s.start, s.end)):
         colour = shard_colours[max(s.shard, 0) % len(shard_colours)]
         name = _NAMES[s.kind]
-        own = f"{name}, sub-shard {s.shard}" if s.shard >= 0 else name
+        shard_name = f"{name}, sub-shard {s.shard}" if s.shard >= 0 else name
         label = layers.get(s.layer, "")
         if s.kind in COMPUTE:
             label = label or (str(s.microbatch) if several and not layers else "")
-            rows["compute"].append(Bar(s.start, s.end, Style(own, colour, _BACKWARD.get(s.kind, "")), label))
+            rows["compute"].append(Bar(s.start, s.end, Style(shard_name, colour, _BACKWARD.get(s.kind, "")), label))
         elif s.kind == SpanKind.TENSOR:
             row = "collectives" if s.shard < 0 else f"collectives of sub-shard {s.shard}"
-            lighter = tuple(0.45 + 0.55 * part for part in colour)
-            rows[row].append(Bar(s.start, s.end, Style(own, lighter), label))  # type: ignore[arg-type]
+            red, green, blue = (0.45 + 0.55 * part for part in colour)
+            rows[row].append(Bar(s.start, s.end, Style(shard_name, (red, green, blue)), label))
         elif s.kind in (SpanKind.OPTIMIZER, SpanKind.COPY):
             rows["compute"].append(Bar(s.start, s.end, Style(name, palette[4 if s.kind == SpanKind.COPY else 2])))
         elif s.kind == SpanKind.ALL_REDUCE:
@@ -184,7 +186,7 @@ def rows_of_rank(spans: Sequence[Span], *, layers: Mapping[int, str]) -> dict[st
 
 
 def draw_rank(axes: Axes, spans: Iterable[Span], view: View, rank: int, legend: Legend) -> int:
-    """One rank's rows within the view; returns how many there are. Times are milliseconds."""
+    """Draw one rank's rows within the view, in milliseconds, and return their number."""
     import matplotlib.pyplot as plt
 
     zero = view.begin if view.zero is None else view.zero
@@ -197,8 +199,8 @@ def draw_rank(axes: Axes, spans: Iterable[Span], view: View, rank: int, legend: 
         for lane, bar in placed:
             legend.styles[bar.style] = None
             by_style.setdefault((bar.style, lane), []).append(bar)
-        for (style, lane), own in by_style.items():
-            pieces = [(max(b.start, view.begin), min(b.end, view.end)) for b in own]
+        for (style, lane), styled_bars in by_style.items():
+            pieces = [(max(b.start, view.begin), min(b.end, view.end)) for b in styled_bars]
             with plt.rc_context({"hatch.linewidth": 0.35}):
                 axes.broken_barh(
                     [(1e3 * (start - zero), 1e3 * (end - start)) for start, end in pieces],
@@ -219,7 +221,7 @@ def draw_rank(axes: Axes, spans: Iterable[Span], view: View, rank: int, legend: 
 
 
 def _label(axes: Axes, bars: Iterable[Bar], row: int, view: View, zero: float) -> None:
-    """Write into the bars what they are, where they are wide enough."""
+    """Write their labels into the bars that are wide enough."""
     per_point = (view.end - view.begin) / (0.8 * axes.figure.get_figwidth() * 72)  # type: ignore[union-attr]
     for bar in bars:
         start, end = max(bar.start, view.begin), min(bar.end, view.end)
@@ -230,12 +232,12 @@ def _label(axes: Axes, bars: Iterable[Bar], row: int, view: View, zero: float) -
                 color="white" if dark else "black",
                 bbox={"boxstyle": "square,pad=0.08", "facecolor": bar.style.colour, "linewidth": 0},
             )  # fmt: skip
-            # It is inside of its bar: the layout need not measure it.
+            # It lies inside its bar: the layout need not measure it.
             text.set_in_layout(False)
 
 
 def draw_timeline(spans: Sequence[Span], view: View, *, title: str, names: dict[int, str], foot: str) -> Figure:
-    """The ranks of a view one below another. `names`: of ranks; `foot`: what is shown, and what is not."""
+    """Draw the ranks of a view one below another. `names`: of ranks; `foot`: a note on what is and is not shown."""
     import matplotlib.pyplot as plt
 
     legend = Legend()

@@ -56,7 +56,7 @@ def parts_of(grid: ProcessGrid, rank: int, *, seed: int, dtype: torch.dtype = to
     views = [part.view(shape) for part, shape in zip(flat.split([prod(s) for s in shapes]), shapes, strict=True)]
     for (name, placement), view in zip(placements.items(), views, strict=True):
         if seed:
-            fill(view, Normal(1.0), name=name, seed=seed, placement=placement, grid=grid, here=here)
+            fill(view, Normal(1.0), name=name, seed=seed, placement=placement, grid=grid, coordinates=here)
     return {n: LocalShard.placed(v, p, grid, here) for (n, p), v in zip(placements.items(), views, strict=True)}
 
 

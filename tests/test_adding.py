@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from axonn import schedules, tensor
 from axonn.autoparallel.layer_kinds import KINDS, Place
 from axonn.autoparallel.layer_kinds.linear_kind import LinearKind
+from axonn.config import model_config
+from axonn.config.model_config import validate_model
+from axonn.config.train_config import PrecisionConfig, TrainConfig, load_yaml, validate
+from axonn.distributed.transport import InProcessCollectives, InProcessTransport, InProcessWorld
+from axonn.engine import Engine
 from axonn.errors import ConfigError, LaunchError
+from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.models.registry import make_model, outline_of
+from axonn.observability.records import read_records
 from axonn.perf.pipeline.simulator import simulate
 from axonn.perf.planner.closed_form import Candidate, ClosedForm, Shape
 from axonn.perf.planner.planner import plan
@@ -26,10 +36,13 @@ from axonn.schedules import ScheduleSpec, StaticOrder, Task, make_schedule
 from axonn.schedules.base import Kind
 from axonn.training import framework
 from axonn.training.framework import Adapter, Capabilities, Framework, adapter_names, load_adapter, load_framework
+from experiments import predictor
 from experiments.cluster_work import ClusterWork
 from experiments.definition import find_machine
 from experiments.planning.planning import plannable
 from jobscripts import launchers, schedulers
+from tests.command_line import CommandLine
+from tests.outside.residual_mlp.residual_mlp_config import ResidualMLPConfig
 from tests.parallelizing import check
 
 # --- a schedule
@@ -85,6 +98,110 @@ def test_a_schedule_is_planned() -> None:
         assert estimate.needs >= prediction.memory.total
     found = plan(plannable(model), machine, replace(space, schedule=spec), shown=3)
     assert {choice.strategy.schedule for choice in found.best} == {spec}
+
+
+# --- an architecture
+
+MLP_FILE = "kind: residual-mlp\nname: mlp\nblocks: 4\nhidden: 16\ninner: 32\nseq_len: 8\nvocab: 64\n"
+FIGURE = """
+name: mlps
+title: Perceptrons
+predicted:
+  machine: summit
+  batch_size: 64
+  precision: float16
+  frameworks: {AxoNN: {microbatch_size: 2}}
+  points: [{framework: AxoNN, model: mlp.yaml, gpus: 4, strategy: {grid: {inter: 2, col: 2}, recompute: none}}]
+"""
+
+
+@pytest.fixture
+def mlp(monkeypatch: pytest.MonkeyPatch) -> Iterator[ResidualMLPConfig]:
+    """The configuration of an architecture that is registered for the test, by its entry point."""
+    known = list(entry_points(group=model_config.ENTRY_POINTS))
+    value = "tests.outside.residual_mlp:ResidualMLPArchitecture"
+    added = EntryPoint(name="residual-mlp", value=value, group=model_config.ENTRY_POINTS)
+    monkeypatch.setattr(model_config, "entry_points", lambda group: [*known, added])
+    config = validate_model(yaml.safe_load(MLP_FILE), where="mlp.yaml")
+    assert isinstance(config, ResidualMLPConfig)
+    yield config
+    model_config.registered.cache_clear()
+
+
+def tokens_of(config: ResidualMLPConfig, step: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, config.vocab, (rows, config.seq_len + 1), generator=generator)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def mlp_losses(config: ResidualMLPConfig, grid: ProcessGrid) -> list[list[float]]:
+    """Losses of three steps, as each rank of the grid sees them."""
+    world = InProcessWorld(grid.size)
+
+    def losses(rank: int) -> list[float]:
+        engine = Engine(
+            make_model(config),
+            grid=grid,
+            rank=rank,
+            batch_size=8,
+            microbatch_size=2,
+            transport=InProcessTransport(world, rank),
+            collectives=InProcessCollectives(world, grid, rank),
+            precision=PrecisionConfig(compute="float64"),
+            activation_checkpointing=1,
+        )
+        return [engine.train_batch(*tokens_of(config, step, 8)).loss for step in range(3)]
+
+    return world.run(losses)
+
+
+def test_an_architecture_trains_on_a_grid_as_on_one_rank(mlp: ResidualMLPConfig) -> None:
+    (serial,) = mlp_losses(mlp, ProcessGrid())
+    for losses in mlp_losses(mlp, ProcessGrid(inter=2, col=2)):
+        assert losses == pytest.approx(serial, rel=1e-12)
+    assert len(set(serial)) == 3
+
+
+def test_the_parameters_of_an_architecture_are_those_of_its_outline(mlp: ResidualMLPConfig) -> None:
+    outline = outline_of(mlp)
+    counted = outline.parameters([range(len(outline.links))], ProcessGrid())
+    context = tensor.TensorContext.serial()
+    built = {
+        f"{layer.name}.{name}": parameter.numel()
+        for layer in make_model(mlp).layers
+        for name, parameter in layer.build(context).named_parameters()
+    }
+    assert sum(counted.values()) == sum(built.values()) == mlp.parameters
+
+
+@pytest.mark.usefixtures("mlp")
+def test_an_architecture_is_planned_and_predicted(axonn: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictor, "PREDICTED", axonn.root / "predicted")
+    (axonn.root / "mlp.yaml").write_text(MLP_FILE)
+    code, _, error = axonn(
+        *("plan", "--model", "mlp.yaml", "--machine", "summit", "--gpus", "4", "--batch", "64", "--out", "plan.yaml")
+    )
+    assert code == 0, error
+    planned = load_yaml(axonn.root / "plan.yaml", TrainConfig)
+    assert isinstance(planned.model, ResidualMLPConfig)
+    (axonn.root / "mlps.yaml").write_text(FIGURE)
+    code, output, error = axonn("predict", "mlps.yaml")
+    assert code == 0, error
+    assert "1 points predicted" in output
+    (record,) = read_records(axonn.root / "predicted" / "mlps.json")
+    assert record.settings["model.blocks"] == 4
+    assert record.asked.forward_flops is not None
+
+
+@pytest.mark.usefixtures("mlp")
+def test_a_mistake_in_the_file_of_an_architecture_is_explained() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'blocs'; did you mean 'blocks'\?"):
+        validate_model(yaml.safe_load(MLP_FILE) | {"blocs": 1}, where="mlp.yaml")
+    train = {"model": yaml.safe_load(MLP_FILE) | {"heads": 1}, "batch_size": 1, "microbatch_size": 1}
+    with pytest.raises(ConfigError, match=r"unknown key 'model.heads'; it belongs to a model of kind 'gpt'"):
+        validate(train, TrainConfig, where="mine.yaml")
+    with pytest.raises(ConfigError, match=r"kind being 'gpt' \(the default\) or 'residual-mlp' or 'unet'"):
+        validate_model({"kind": "mlp"}, where="mlp.yaml")
 
 
 # --- a layer

@@ -17,7 +17,7 @@ from axonn.distributed.runtime import connect
 from axonn.distributed.transport import Address, Decision, Decisions, Message, SentMessage, Transport
 from axonn.errors import DeadlockError, TransportError
 from axonn.grid import Axis, ProcessGrid
-from axonn.inter_layer.stage_leader import Agreement
+from axonn.inter_layer.stage_leader import StageCoordinator
 from axonn.schedules import ChunkLayout, Direction, Forwards, MessageDriven, ScheduleSpec, StageSchedule, Task
 from tests.comparing import check_every_rank, check_same_bits
 from tests.rank_pool import RankPool
@@ -75,10 +75,10 @@ class Wire:
         assert self.left == 0
         self._leader, self.left = peer, count
 
-    def tell(self, peer: int, decision: Decision) -> None:
+    def send_decision(self, peer: int, decision: Decision) -> None:
         self._decisions.setdefault((self._rank, peer), deque()).append(decision)
 
-    def told(self) -> list[Decision]:
+    def poll_decisions(self) -> list[Decision]:
         waiting = self._decisions.setdefault((self._leader, self._rank), deque())
         heard = [waiting.popleft() for _ in range(self._rng.randint(0, len(waiting)))]
         self.left -= len(heard)
@@ -99,7 +99,7 @@ class Stages:
         self.transports = [Wire(rank, self.decisions, self.rng) for rank in range(grid.size)]
         apart = ProcessGrid(inter=grid.inter)
         self.agreements = [
-            Agreement(grid, rank, wire) if agree else Agreement(apart, 0, None)  # type: ignore[arg-type]
+            StageCoordinator(grid, rank, wire) if agree else StageCoordinator(apart, 0, None)  # type: ignore[arg-type]
             for rank, wire in enumerate(self.transports)
         ]
         self.schedules = [a.begin(s) for a, s in zip(self.agreements, schedules, strict=True)]
@@ -338,8 +338,8 @@ def test_the_leader_tells_each_task_to_each_other_rank_once(grid: dict[str, int]
     for rank, outcome in enumerate(train_in_process(case)):
         here = case.grid.coordinates(rank)
         leads = here.row == here.col == 0
-        told = (case.grid.tensor - 1) * tasks if leads else 0
-        assert outcome.decisions == Decisions(messages=told, bytes=24 * told), rank
+        poll_decisions = (case.grid.tensor - 1) * tasks if leads else 0
+        assert outcome.decisions == Decisions(messages=poll_decisions, bytes=24 * poll_decisions), rank
 
 
 def test_messages_are_counted_by_peer_and_direction() -> None:

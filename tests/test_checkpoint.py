@@ -144,7 +144,7 @@ class Crash(BaseException):
     pass
 
 
-STEPS_OF_A_SAVE = ["write_parts", "_describe_all", "write_durably", "sync", "_prune", "_remove"]
+STEPS_OF_A_SAVE = ["write_shards", "_describe_all", "write_durably", "sync", "_prune", "_remove"]
 
 
 @pytest.mark.parametrize("point", STEPS_OF_A_SAVE)

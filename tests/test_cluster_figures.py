@@ -18,7 +18,8 @@ from experiments import runner
 from experiments.definition import ROOT, Experiment, load_experiment
 from experiments.published_points import published_records
 from experiments.runner import measured_work
-from plots.figure import FigureKind, gather, make_figure, say_missing, summarise
+from plots.figure import FigureKind, make_figure, say_missing, summarise
+from plots.figure_records import gather
 from plots.figures import fig3, fig5, fig6, fig7
 from plots.report import point_tables
 from plots.summary import elsewhere as other_machines

@@ -451,8 +451,8 @@ def test_rates_make_messages_take_their_share_of_the_compute(ranks: int) -> None
 def test_options_that_contradict_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in (["--rounds", "3"], ["--link", "--no-link"], ["--workloads", "huge"], ["--kinds", "depth"]):
         with pytest.raises(SystemExit) as ended:
-            compare.options(wrong)
+            compare.parse_options(wrong)
         assert ended.value.code == 2
     assert f"at least {LEAST_ROUNDS}" in capsys.readouterr().err
-    assert compare.options(["--quick"]).workloads == ["tiny"]
+    assert compare.parse_options(["--quick"]).workloads == ["tiny"]
     assert contenders.FILE.exists()

@@ -102,9 +102,9 @@ class Neighbour(Transport):
 
     def expect_decisions(self, peer: int, count: int) -> None: ...
 
-    def _tell(self, peer: int, decision: Decision) -> None: ...
+    def _send_decision(self, peer: int, decision: Decision) -> None: ...
 
-    def told(self) -> list[Decision]:
+    def poll_decisions(self) -> list[Decision]:
         return []
 
 

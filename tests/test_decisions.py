@@ -48,7 +48,7 @@ def hear(transport: Transport, count: int) -> list[Decision]:
     heard: list[Decision] = []
     while len(heard) < count:
         assert transport.wait() == []
-        heard += transport.told()
+        heard += transport.poll_decisions()
     return heard
 
 
@@ -61,14 +61,14 @@ def tells(transport: Transport, count: int) -> list[Decision]:
     leader = transport.rank & ~1
     if transport.rank == leader:
         for i in range(2 * count):
-            transport.tell(leader + 1, decision(i))
+            transport.send_decision(leader + 1, decision(i))
         transport.flush()
         return []
     heard = []
     for _ in range(2):
         transport.expect_decisions(leader, count)
         heard += hear(transport, count)
-        assert transport.told() == []
+        assert transport.poll_decisions() == []
     return heard
 
 
@@ -92,13 +92,13 @@ def tells_amid_messages(
         transport.expect_decisions(2 * stage, count)
     for i in range(count):
         if not member:
-            transport.tell(2 * stage + 1, decision(i))
+            transport.send_decision(2 * stage + 1, decision(i))
         transport.send(peer, Address(way, 0, i), (torch.full((3,), float(i), dtype=torch.float64),))
     heard: list[Decision] = []
     messages: list[int] = []
     while len(heard) < count * member or len(messages) < count:
         found = transport.wait()
-        told = transport.told()
+        told = transport.poll_decisions()
         assert found or told
         heard += told
         messages += [m.address.microbatch for m in found]
@@ -121,7 +121,7 @@ def test_decisions_and_messages_leave_each_other_alone_and_are_counted_apart(run
 def tells_one_who_listens_to_messages(transport: Transport) -> list[int]:
     """Decisions that are not expected yet neither arrive nor keep messages from arriving."""
     if transport.rank == 2:
-        transport.tell(3, decision(1))
+        transport.send_decision(3, decision(1))
         transport.flush()
     elif transport.rank == 1:
         transport.send(3, Address(Direction.FORWARD, 0, 8), (torch.zeros(1, dtype=torch.float64),))
@@ -129,7 +129,7 @@ def tells_one_who_listens_to_messages(transport: Transport) -> list[int]:
     elif transport.rank == 3:
         transport.expect(edge(1, Direction.FORWARD, (1,)), 1)
         (message,) = receive(transport, 1)
-        assert transport.told() == []
+        assert transport.poll_decisions() == []
         with pytest.raises(TransportError, match="rank 3 waits for a message, but none is expected"):
             transport.wait()
         transport.expect_decisions(2, 1)
@@ -161,7 +161,7 @@ def aborts(transport: Transport) -> set[int]:
     if transport.rank == 1:
         transport.expect_decisions(0, 5)
     if transport.rank == 2:
-        transport.tell(3, decision(0))
+        transport.send_decision(3, decision(0))
     return own_threads(transport)
 
 
@@ -177,11 +177,11 @@ def test_closing_after_an_aborted_batch_ends_at_once(run_ranks: RunsRanks) -> No
 
 
 def has_heard(transport: Transport, count: int) -> bool:
-    """A glance at the queue; `told` would make progress and prove nothing."""
+    """A glance at the queue; `poll_decisions` would make progress and prove nothing."""
     if isinstance(transport, MPITransport):
-        return len(transport._decided.told) == count
+        return len(transport._decisions.arrived) == count
     assert isinstance(transport, TorchTransport)
-    return len(transport._hearers[0].told) == count
+    return len(transport._decision_receivers[0].arrived) == count
 
 
 def computes_while_it_is_told(comm: MPI.Intracomm, name: Any, flag: str) -> list[Decision]:
@@ -195,12 +195,12 @@ def computes_while_it_is_told(comm: MPI.Intracomm, name: Any, flag: str) -> list
         told: list[Decision] = []
         if runtime.rank == 0:
             for i in range(3):
-                transport.tell(1, decision(i))
+                transport.send_decision(1, decision(i))
             assert compute_until(Path(flag).exists)
         elif runtime.rank == 1:
             assert compute_until(lambda: has_heard(transport, 3))
             Path(flag).touch()
-            told = transport.told()
+            told = transport.poll_decisions()
         comm.Barrier()
         transport.flush()
     return told
@@ -240,7 +240,7 @@ def test_every_stage_finds_its_channels(grid: ProcessGrid) -> None:
 def strangers(transport: Transport) -> list[str]:
     told = []
     peer = 3 - transport.rank
-    for call in (lambda: transport.tell(peer, decision(0)), lambda: transport.expect_decisions(peer, 1)):
+    for call in (lambda: transport.send_decision(peer, decision(0)), lambda: transport.expect_decisions(peer, 1)):
         with pytest.raises(TransportError) as error:
             call()
         told.append(str(error.value))
@@ -264,7 +264,7 @@ def test_a_deadlock_says_who_waits_to_be_told() -> None:
             transport.expect_decisions(0, 4)
             transport.wait()
 
-    with pytest.raises(DeadlockError, match=r"rank 1 waits for messages \(4 told by 0\)"):
+    with pytest.raises(DeadlockError, match=r"rank 1 waits for messages \(4 decisions from 0\)"):
         world.run(body)
 
 

@@ -16,7 +16,8 @@ from axonn.training.run_outcome import Outcome
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment
 from experiments.runner import MeasuredPoint, points_of
-from plots.figure import gather, make_figure, summarise
+from plots.figure import make_figure, summarise
+from plots.figure_records import gather
 from plots.figures import fig3
 
 FIG3 = ROOT / "experiments" / "fig3.yaml"

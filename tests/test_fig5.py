@@ -10,14 +10,15 @@ import pytest
 from axonn.config.train_config import TrainConfig
 from axonn.grid import ProcessGrid
 from axonn.models.registry import outline_of
-from axonn.perf.timing.tensor_grid import best_tensor_grid, widths_of
 from axonn.spans import Overlap, SpanKind, SpanRecorder, overlap, read_spans, span_files
 from axonn.training.run_outcome import Outcome
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment, load_model
 from experiments.runner import points_of
-from plots.figure import gather, make_figure
+from plots.figure import make_figure
+from plots.figure_records import gather
 from plots.figures import fig5
+from tests.tensor_volume import best_tensor_grid, widths_of
 
 FIG5 = ROOT / "experiments" / "fig5.yaml"
 

@@ -19,7 +19,8 @@ from experiments.planning import planned_points
 from experiments.published_points import published_ratios, published_records
 from experiments.runner import points_of
 from experiments.validation.published_sets import FOLDER, load_data_set
-from plots.figure import gather, make_figure
+from plots.figure import make_figure
+from plots.figure_records import gather
 from plots.figures import fig7
 from plots.figures.fig7 import modelled_bytes
 from plots.figures.fig7_panels import SCHEME

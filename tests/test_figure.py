@@ -22,13 +22,14 @@ from axonn.training.run_record import configuration_of
 from experiments import predictor, runner
 from experiments.definition import ROOT, Experiment, load_experiment
 from experiments.runner import MeasuredPoint, points_of
-from plots.figure import FigureKind, gather, load_summary, main, make_figure, summary_file
+from plots.figure import FigureKind, load_summary, main, make_figure, summary_file
+from plots.figure_records import gather
 from plots.summary import here, rows_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from plots.figure import Content
+    from plots.figure_records import Content
 
 # An experiment with published, predicted and measured points, each measured three times.
 FIG3 = ROOT / "experiments" / "fig3.yaml"

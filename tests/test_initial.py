@@ -33,7 +33,7 @@ def test_a_part_is_filled_like_the_slice_of_the_whole(case: tuple[Placement, Pro
         for rank in range(grid.size):
             here = grid.coordinates(rank)
             part = torch.full(placement.local_shape(grid), float("nan"), dtype=torch.float64)
-            fill(part, Normal(0.5), name="w", seed=3, placement=placement, grid=grid, here=here)
+            fill(part, Normal(0.5), name="w", seed=3, placement=placement, grid=grid, coordinates=here)
             assert torch.equal(part, part_of(whole, placement, grid, here))
 
 
@@ -48,7 +48,7 @@ def test_parts_in_half_precision_are_the_rounded_whole() -> None:
     placement = Placement(shape=(12, 4), cuts=(Cut(0, "col", (6, 6)), Cut(1, "row", (4,))))
     here = grid.coordinates(5)
     part = torch.empty(placement.local_shape(grid), dtype=torch.bfloat16)
-    fill(part, Normal(0.5), name="w", seed=3, placement=placement, grid=grid, here=here)
+    fill(part, Normal(0.5), name="w", seed=3, placement=placement, grid=grid, coordinates=here)
     assert torch.equal(part, part_of(whole_of(12, 4, dtype=torch.bfloat16), placement, grid, here))
 
 
@@ -64,7 +64,7 @@ def test_a_constant_is_the_same_everywhere() -> None:
     grid = ProcessGrid(row=2)
     placement = Placement(shape=(6,), cuts=(Cut(0, "row", (6,)),))
     part = torch.zeros(3)
-    fill(part, Constant(1.5), name="w", seed=3, placement=placement, grid=grid, here=grid.coordinates(1))
+    fill(part, Constant(1.5), name="w", seed=3, placement=placement, grid=grid, coordinates=grid.coordinates(1))
     assert part.tolist() == [1.5] * 3
 
 
@@ -86,7 +86,7 @@ def test_the_part_of_a_huge_parameter_costs_only_itself(block: int, monkeypatch:
     assert placement.local_shape(grid) == (4, 256)
     here = grid.coordinates(grid.rank(row=17, col=(1 << 18) - 1))
     part = torch.empty(4, 256, dtype=torch.float64)
-    fill(part, Normal(1.0), name="w", seed=3, placement=placement, grid=grid, here=here)
+    fill(part, Normal(1.0), name="w", seed=3, placement=placement, grid=grid, coordinates=here)
     rows = torch.tensor([half - 2, half - 1, size - 2, size - 1]).view(4, 1)
     index = rows * size + torch.arange(17 * 256, 18 * 256)
     assert torch.equal(part, normal(stream_key(3, "w"), index))

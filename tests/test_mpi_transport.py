@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 from axonn.cli.main import app
 from axonn.distributed.tensor_spec import TensorSpec
 from axonn.distributed.transport import Address, Message
-from axonn.distributed.transport.diagnostics import Finding, survey
+from axonn.distributed.transport.diagnostics import Finding, diagnose
 from axonn.distributed.transport.gpu_aware import gpu_aware_mpi, judge
 from axonn.distributed.transport.mpi import MPITransport
-from axonn.distributed.transport.staging import DevicePath, HostPath, Landed, StagedPath, Tensors, path_for
+from axonn.distributed.transport.staging import DevicePath, HostPath, ReceivedTensors, StagedPath, Tensors, path_for
 from axonn.schedules import Direction
 from tests.rank_pool import RankPool
 from tests.transports import CPU, compute_until, edge, receive
@@ -104,7 +104,7 @@ class Slow(StagedPath):
         self.asked += 1
         return memory, lambda: next(looks, True)
 
-    def hand_over(self, landed: Landed) -> Tensors:
+    def hand_over(self, landed: ReceivedTensors) -> Tensors:
         self.consumers.append(threading.get_ident())
         return super().hand_over(landed)
 
@@ -207,12 +207,12 @@ def asks(comm: MPI.Intracomm) -> bool | str:
 
 
 def test_both_transports_work_where_these_tests_run() -> None:
-    assert [(finding.transport, finding.works) for finding in survey()] == [("mpi", True), ("torch", True)]
+    assert [(finding.transport, finding.works) for finding in diagnose()] == [("mpi", True), ("torch", True)]
 
 
 def test_doctor_says_which_transports_work(monkeypatch: pytest.MonkeyPatch) -> None:
     findings = [Finding("smoke", True, "from hill to hill"), Finding("pigeons", False, "they are [all] on strike")]
-    monkeypatch.setattr("axonn.distributed.transport.diagnostics.survey", lambda: findings)
+    monkeypatch.setattr("axonn.distributed.transport.diagnostics.diagnose", lambda: findings)
     outcome = CliRunner().invoke(app, ["doctor"])
     assert outcome.exit_code == 0, outcome.output
     assert re.search("transport smoke +from hill to hill", outcome.output)
@@ -235,7 +235,7 @@ def test_an_mpi_that_does_not_start_is_found_out(
         return subprocess.CompletedProcess(list(command), 7, stdout, stderr)
 
     monkeypatch.setattr(subprocess, "run", ends)
-    mpi, torch_distributed = survey()
+    mpi, torch_distributed = diagnose()
     assert not mpi.works
     assert told in mpi.text
     assert torch_distributed.works

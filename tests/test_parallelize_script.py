@@ -283,7 +283,7 @@ def test_grad_scaler(overflows: bool) -> None:
             rank.average()
             cut = isinstance(rank.model, axonn.ParallelModule)
             # One value of one gradient, which one rank holds.
-            if overflows and not (cut and (rank.model.context.here.row or rank.model.context.here.col)):
+            if overflows and not (cut and (rank.model.context.coordinates.row or rank.model.context.coordinates.col)):
                 rank.model.get_parameter("module.mix.0.weight" if cut else "mix.0.weight").grad[0, 0] = float("inf")
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(rank.model.parameters(), 0.1)
@@ -604,7 +604,7 @@ def pickled(comm: MPI.Intracomm, grid: ProcessGrid) -> Any:
     train(expected)
     with connect(grid, comm=comm):
         parallel = axonn.parallelize(net(), grid, example_inputs=(IMAGES, WORDS))
-        here = parallel.context.here.data, grid.data
+        here = parallel.context.coordinates.data, grid.data
         train(Rank(parallel, *here))
         file = io.BytesIO()
         torch.save(parallel, file)

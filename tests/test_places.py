@@ -243,7 +243,7 @@ def test_experiments_and_figures_lie_where_one_stands(clone: Path, here: Path) -
         (COMMAND, ("collect", "jobs/mine-perlmutter"), 0),
         ("plots.figures.schematics", ("my.yaml",), 0),
         ("plots.figures.ginter", ("--fresh",), 1),
-        ("plots.report.report_page", (), 0),
+        ("plots.report", (), 0),
         ("plots.reproduce", ("reproduce-fig6",), 2),
     )
     assert files_in(clone) == before

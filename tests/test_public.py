@@ -14,8 +14,23 @@ from types import FunctionType, ModuleType
 import pytest
 
 import axonn
-from experiments.definition import ROOT
+from axonn.training.places import ROOT
 
+INTERFACE = [
+    "GPT",
+    "AxonnError",
+    "Engine",
+    "GPTConfig",
+    "ParallelModule",
+    "ProcessGrid",
+    "TrainConfig",
+    "UNet",
+    "UNetConfig",
+    "make_schedule",
+    "parallelize",
+    "read_spans",
+]
+WITHOUT_TORCH = ["AxonnError", "GPTConfig", "ProcessGrid", "TrainConfig", "UNetConfig", "make_schedule", "read_spans"]
 MODULES = sorted(
     found.name
     for found in pkgutil.walk_packages(axonn.__path__, "axonn.")
@@ -56,12 +71,30 @@ def test_everything_public_says_what_it_is(name: str) -> None:
     assert [where for where in silent if not implemented.get(where.rpartition(".")[2])] == []
 
 
+def test_the_package_offers_the_interface() -> None:
+    assert axonn.__all__ == INTERFACE
+    assert set(dir(axonn)) >= set(INTERFACE)
+    for name in INTERFACE:
+        assert getattr(axonn, name).__name__ == name
+        assert f"`{name}`" in (axonn.__doc__ or ""), f"{name} is not in the package's docstring"
+    with pytest.raises(AttributeError, match="no_such_name"):
+        getattr(axonn, "no_such_name")  # noqa: B009
+
+
+def test_the_interface_imports_torch_only_where_it_computes() -> None:
+    code = (
+        f"import sys, axonn\nfor name in {WITHOUT_TORCH}:\n    getattr(axonn, name)\n"
+        "assert 'torch' not in sys.modules\naxonn.Engine\nassert 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_reference_renders(tmp_path: Path) -> None:
     """`make docs`."""
     out = tmp_path / "reference"
     subprocess.run([sys.executable, "-m", "tools.reference", str(out)], cwd=ROOT, check=True, timeout=250)
     assert (out / "index.html").is_file()
-    page = (out / "axonn" / "tensor" / "parallelize.html").read_text(encoding="utf-8")
+    page = (out / "axonn" / "autoparallel" / "parallelize.html").read_text(encoding="utf-8")
     assert "example_inputs" in page
     assert "example_inputs" in (out / "axonn.html").read_text(encoding="utf-8")
     assert {path.relative_to(out).with_suffix("").as_posix().replace("/", ".") for path in out.rglob("*.html")} >= {

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from axonn.errors import ConfigError
 from axonn.perf.pipeline.simulator import Simulation, simulate
 from axonn.schedules import ScheduleSpec, make_schedule
-from axonn.schedules.timeline import read_orders, timeline, write_orders
+from axonn.schedules.timeline import timeline, write_orders
 
 GOLDENS = Path(__file__).parent / "goldens"
 SPECS = {
@@ -52,24 +51,8 @@ def test_no_golden_is_left_over() -> None:
     assert {file.stem for file in GOLDENS.iterdir() if file.is_file()} == set(SPECS)
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_orders_survive_the_round_trip(name: str) -> None:
-    orders = run(name).orders()
-    text = write_orders(orders)
-    assert read_orders(text) == orders
-    assert write_orders(read_orders(text)) == text
-
-
 def test_the_csv_is_what_one_would_write_by_hand() -> None:
     assert write_orders(run("1f1b").orders()).splitlines()[3] == "3,0F0,0B0,0F1,0B1,0F2,0B2,0F3,0B3,0F4,0B4,0F5,0B5"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"), [("0,0F0,0X1\n", "line 1: '0X1' is not a task"), ("0,0F0\n2,0F0\n", "line 2: .*stage 1")]
-)
-def test_a_damaged_csv_names_the_place(text: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        read_orders(text)
 
 
 def test_a_timeline_can_begin_late_and_stop_early() -> None:

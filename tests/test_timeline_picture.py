@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from axonn.spans import Span, SpanKind, overlap
 from plots import style
-from plots.timeline_picture import View, draw_timeline, hidden_and_exposed, rows_of_rank, whole
+from plots.timeline_picture import View, draw_timeline, full_view, hidden_and_exposed, rows_of_rank
 
 
 def span(kind: SpanKind, start: float, end: float, *, rank: int = 0, shard: int = -1, microbatch: int = 0) -> Span:
@@ -75,14 +75,16 @@ def test_a_window_leaves_out_what_it_does_not_meet(spans: list[Span]) -> None:
     view = View(begin=4.5, end=7, ranks=(1,))
     assert {s.rank for s in view.of(spans, 1)} == {1}
     assert list(view.rows(spans, 1)) == ["compute", "waiting", "gradient all-reduce"]
-    assert whole(spans).ranks == (0, 1)
-    assert whole(spans, ranks=[1]) == View(begin=0, end=7, ranks=(1,))
+    assert full_view(spans).ranks == (0, 1)
+    assert full_view(spans, ranks=[1]) == View(begin=0, end=7, ranks=(1,))
 
 
 def test_a_picture_has_the_same_bytes_again_and_says_what_it_shows(spans: list[Span], tmp_path: Path) -> None:
     def draw(folder: Path) -> list[bytes]:
         with style.styled("timeline"):
-            figure = draw_timeline(spans, whole(spans), title="T", names={0: "rank 0 (col 0)"}, foot="first 2 ranks")
+            figure = draw_timeline(
+                spans, full_view(spans), title="T", names={0: "rank 0 (col 0)"}, foot="first 2 ranks"
+            )
             assert [a.get_title(loc="left") for a in figure.axes] == ["rank 0 (col 0)", "rank 1"]
             assert "first 2 ranks" in figure.axes[-1].get_xlabel()
             names = [t.get_text() for t in figure.legends[0].get_texts()]

@@ -229,7 +229,7 @@ def test_looking_costs_no_batch_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
         now += 100.0
         return False, 1
 
-    monkeypatch.setattr(TrainingLoop, "_told_to_stop", look)
+    monkeypatch.setattr(TrainingLoop, "_stop_requested", look)
     monkeypatch.setattr("axonn.training.loop.time.perf_counter", lambda: now + 1e-3)
     trainer = OneNumber()
     trained = trainer.train_batch

@@ -14,13 +14,13 @@ import axonn
 
 
 def main(folder: Path) -> None:
-    """HTML of `axonn` and all that is in it, with the sources."""
-    # It is imported when it is first asked for, which is too late to be seen.
+    """Write HTML of `axonn` and all that is in it, with the sources."""
+    # These names are imported lazily, too late for pdoc to see them.
     vars(axonn).update({name: getattr(axonn, name) for name in axonn.__all__})
-    # Packages bring their modules, and dataclasses constructors whose annotations nobody can see.
+    # pdoc warns about packages' modules and dataclasses' constructors whose annotations it cannot resolve.
     warnings.simplefilter("ignore", UserWarning)
-    names = (found.name for found in pkgutil.walk_packages(axonn.__path__, "axonn."))
-    # What is run as a command has no interface.
+    names = (module.name for module in pkgutil.walk_packages(axonn.__path__, "axonn."))
+    # Modules that run as commands have no interface.
     modules = [name for name in names if not name.endswith(".__main__")]
     pdoc.render.configure(docformat="google", math=False, search=True)
     pdoc.pdoc("axonn", *modules, output_directory=folder)

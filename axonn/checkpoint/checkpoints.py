@@ -1,11 +1,12 @@
-"""Checkpoints: folders `step-00000120` that any grid can go on from, whichever grid wrote them.
+"""Checkpoints: folders `step-00000120` that a run on any grid can resume from, whichever grid wrote them.
 
-Tensors lie in safetensors files (`axonn.checkpoint.sharded_files`) whole, under names that are global over the job, whoever holds
-which part: what replicas share is written once, and each rank reads only what it asks for. `state.json` beside them
-holds the rest, and checksums. Nothing of it is a program, so the checkpoint of a stranger runs nothing.
+Tensors are stored in safetensors files (`axonn.checkpoint.sharded_files`) under names that are global over the job,
+independent of how they were sharded: data that replicas share is written once, and each rank reads only what it needs.
+`state.json` beside them holds everything else, and the checksums. None of it is executable, so loading an untrusted
+checkpoint runs no code of its author.
 
-A checkpoint is written under a hidden name and renamed when all of it is on disk, so a crash at any moment keeps the
-one before.
+A checkpoint is written under a hidden name and renamed once all of it is on disk, so a crash at any moment leaves the
+previous one intact.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pydantic import Field, ValidationError
 
 from axonn.checkpoint.local_shard import LocalShard, compare_shapes
 from axonn.checkpoint.rank_group import RankGroup
-from axonn.checkpoint.sharded_files import INDEX, FileName, read_parts, stored_tensors, write_parts
+from axonn.checkpoint.sharded_files import INDEX, FileName, read_shards, stored_tensors, write_shards
 from axonn.config.train_config import StrictModel
 from axonn.durable_files import reason_of, regular_file, sync, write_durably
 from axonn.errors import CheckpointError, ConfigError
@@ -37,14 +38,14 @@ _READERS = 8
 
 
 class StoredFile(StrictModel):
-    """What a file of a checkpoint must be like."""
+    """Expected size and checksum of one file of a checkpoint."""
 
     bytes: int
     crc32: int
 
 
 class CheckpointState(StrictModel):
-    """Everything of a training run but its tensors.
+    """State of a training run, except its tensors.
 
     All randomness is counter-based, so `seed` and `batches` are the state of every random generator, and `batches` the
     position in the data.
@@ -52,15 +53,15 @@ class CheckpointState(StrictModel):
 
     schema_: Literal["axonn-checkpoint/2"] = Field(default="axonn-checkpoint/2", alias="schema")
     batches: int = Field(ge=0)
-    """Batches done."""
+    """Batches trained on so far."""
     samples: int = Field(ge=0)
-    """Samples seen."""
+    """Samples trained on so far."""
     seed: int
     progress: dict[str, Any]
-    """The engine's own: optimizer updates, loss scale and the like."""
+    """State of the engine: optimizer updates, loss scale and the like."""
     config: dict[str, Any]
     grid: dict[str, int]
-    """Extents of the grid that wrote it."""
+    """Extents of the grid that wrote the checkpoint."""
     data_digest: str | None = None
     versions: dict[str, str] = {}
     created: str | None = None
@@ -76,7 +77,7 @@ class Checkpoint:
 
 
 def checkpoint_name(batches: int) -> str:
-    """Name of the folder of a checkpoint after so many batches."""
+    """Return the name of the folder of the checkpoint taken after `batches` batches."""
     return f"step-{batches:08d}"
 
 
@@ -88,11 +89,11 @@ def save(
     keep: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write a checkpoint of all ranks of `group` into `folder`, and remove all but the `keep` newest.
+    """Write a checkpoint of all ranks of `group` into `folder`, remove all but the `keep` newest, return its folder.
 
-    `tensors`: what this rank holds, by global name; where parts of several ranks overlap, they hold equal values.
-    Collective. Returns the checkpoint's own folder. Raises `CheckpointError` when it cannot be written, naming what the
-    ranks do not have all of.
+    `tensors`: this rank's shards by global name; where shards of several ranks overlap, they hold equal values.
+    Collective. Raises `CheckpointError` when it cannot be written, naming the tensors of which the ranks together hold
+    only a part.
     """
     folder = Path(folder)
     ranks = RankGroup(group)
@@ -100,11 +101,12 @@ def save(
     temporary = folder / f".{final.name}.writing"
     ranks.agree(lambda: _make_empty(temporary), f"{folder}: cannot be written")
     try:
-        mine = write_parts(temporary, tensors, ranks)
+        written = write_shards(temporary, tensors, ranks)
     except CheckpointError:
         _discard(temporary, ranks)
         raise
-    files = {name: file for found in ranks.gather(_describe_all(temporary, mine)) for name, file in found.items()}
+    described = ranks.gather(_describe_all(temporary, written))
+    files = {name: file for of_rank in described for name, file in of_rank.items()}
     created = datetime.now(UTC).isoformat(timespec="seconds")
     complete = state.model_copy(update={"files": files, "created": created, "versions": _versions() | state.versions})
 
@@ -112,7 +114,7 @@ def save(
         write_durably(temporary / _STATE, complete.model_dump_json(by_alias=True, indent=1) + "\n")
         sync(temporary)
         if final.exists():
-            _remove(final)  # A damaged one, from which nothing could be loaded.
+            _remove(final)  # It is damaged: nothing could be loaded from it.
         temporary.rename(final)
         sync(folder)
         if keep is not None:
@@ -129,10 +131,11 @@ def save(
 def load(
     checkpoint: Path | str, tensors: Mapping[str, LocalShard], *, group: dist.ProcessGroup | None = None
 ) -> CheckpointState:
-    """Fill this rank's parts of tensors from a checkpoint, converting to their types. Collective over `group`.
+    """Fill this rank's shards from a checkpoint, converting to their types. Collective over `group`.
 
-    Raises `ConfigError` naming the tensors when the ranks' names or whole shapes are not those of the checkpoint, and
-    `CheckpointError` when it cannot be read. Check it with `verify` first: a damaged one may be found half way.
+    Raises `ConfigError` naming the tensors when the ranks' names or global shapes differ from those of the checkpoint,
+    and `CheckpointError` when it cannot be read. Call `verify` first: otherwise damage may show only after some tensors
+    have been overwritten.
     """
     checkpoint = Path(checkpoint)
     ranks = RankGroup(group)
@@ -141,29 +144,29 @@ def load(
     differences = compare_shapes(stored, ranks.shapes(tensors), have="the checkpoint", want="the model")
     if differences:
         raise ConfigError(f"{checkpoint}: is of another model: {differences}")
-    read_parts(checkpoint, tensors, ranks)
+    read_shards(checkpoint, tensors, ranks)
     return state
 
 
 def load_whole(checkpoint: Path | str, prefix: str) -> dict[str, torch.Tensor]:
-    """The whole tensors whose names begin with `prefix`, in host memory, for one process alone.
+    """Return the full tensors whose names begin with `prefix`, in host memory. Not collective.
 
     Raises `CheckpointError` when the checkpoint cannot be read.
     """
     targets = {
         n: torch.empty_like(t, device="cpu") for n, t in stored_tensors(checkpoint).items() if n.startswith(prefix)
     }
-    read_parts(checkpoint, {name: LocalShard.whole(tensor) for name, tensor in targets.items()}, None)
+    read_shards(checkpoint, {name: LocalShard.whole(tensor) for name, tensor in targets.items()}, None)
     return targets
 
 
 def latest(
     folder: Path | str, *, warn: Callable[[str], None] = lambda message: None, read_all: bool = True
 ) -> Checkpoint | None:
-    """The newest good checkpoint in `folder`, or None. Of each damaged one that is skipped `warn` is told.
+    """Return the newest intact checkpoint in `folder`, or None. Calls `warn` for each damaged one that it skips.
 
-    Without `read_all` only `state.json` is looked at, and damage elsewhere goes unnoticed. Raises `ConfigError` for one
-    that another version of the suite wrote.
+    Without `read_all` only `state.json` is read, and damage elsewhere goes unnoticed. Raises `ConfigError` for a
+    checkpoint that another version of the suite wrote.
     """
     for path in sorted(_checkpoints(folder), reverse=True):
         try:
@@ -174,19 +177,19 @@ def latest(
 
 
 def verify(checkpoint: Path | str) -> CheckpointState:
-    """Compare every file with its checksum. Raises `CheckpointError` naming what is damaged."""
+    """Compare every file with its checksum and return the state. Raises `CheckpointError` naming the damaged files."""
     checkpoint = Path(checkpoint)
     state = read_state(checkpoint)
 
     def problem(name: str) -> str | None:
         try:
-            found = _describe(checkpoint / name)
+            actual = _describe(checkpoint / name)
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
         wanted = state.files[name]
-        if found.bytes != wanted.bytes:
-            return f"{name} has {found.bytes} bytes instead of {wanted.bytes}"
-        return None if found == wanted else f"{name} has another checksum than when it was written"
+        if actual.bytes != wanted.bytes:
+            return f"{name} has {actual.bytes} bytes instead of {wanted.bytes}"
+        return None if actual == wanted else f"{name} has another checksum than when it was written"
 
     with ThreadPoolExecutor(_READERS) as readers:
         problems = [p for p in readers.map(problem, state.files) if p is not None]
@@ -198,7 +201,7 @@ def verify(checkpoint: Path | str) -> CheckpointState:
 
 
 def read_state(checkpoint: Path | str) -> CheckpointState:
-    """`state.json` of a checkpoint. Raises `CheckpointError`, or `ConfigError` when another version wrote it."""
+    """Read `state.json` of a checkpoint. Raises `CheckpointError`, or `ConfigError` when another version wrote it."""
     path = Path(checkpoint) / _STATE
     try:
         text = regular_file(path).read_text(encoding="utf-8")
@@ -220,7 +223,7 @@ def read_state(checkpoint: Path | str) -> CheckpointState:
 
 
 def clean(folder: Path | str) -> None:
-    """Remove what a crash left of checkpoints that were being written or removed. Nobody may be writing now."""
+    """Remove the remains of checkpoints whose writing or removal a crash cut short. No process may be writing now."""
     for path in Path(folder).glob(".step-*"):
         shutil.rmtree(path)
 
@@ -237,9 +240,9 @@ def _checkpoints(folder: Path | str) -> list[Path]:
 
 
 def _prune(folder: Path, newest: int, keep: int) -> None:
-    # Those behind `newest` were skipped as damaged and do not count.
-    mine = sorted(p for p in _checkpoints(folder) if p.name <= checkpoint_name(newest))
-    for path in mine[:-keep]:
+    # Checkpoints after `newest` were skipped as damaged and do not count.
+    intact = sorted(p for p in _checkpoints(folder) if p.name <= checkpoint_name(newest))
+    for path in intact[:-keep]:
         _remove(path)
 
 
@@ -253,7 +256,7 @@ def _remove(path: Path) -> None:
 
 
 def _discard(temporary: Path, ranks: RankGroup) -> None:
-    """Free the space of what could not be finished; the rest is removed at the next start."""
+    """Free the space of a checkpoint that could not be finished; any remains are removed at the next start."""
     if ranks.rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
 

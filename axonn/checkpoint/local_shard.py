@@ -1,4 +1,4 @@
-"""What a rank holds of the tensors of the whole job: its part of each, and where in the whole that lies."""
+"""Shards that a rank holds of the job's tensors, each with its position in the full tensor."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class LocalShard:
-    """One rank's part of a tensor.
+    """One rank's shard of a tensor.
 
-    `tensor`: the part, where it lies. `shape`: of the whole. `pieces`: the boxes that the part consists of. Raises
-    `ValueError` when they are not all of `tensor`.
+    `tensor`: its values, on the rank's device. `shape`: of the full tensor. `pieces`: the boxes that the shard consists
+    of. Raises `ValueError` when they do not cover all of `tensor`.
     """
 
     tensor: torch.Tensor
@@ -35,40 +35,45 @@ class LocalShard:
             )
 
     @classmethod
-    def placed(cls, tensor: torch.Tensor, placement: Placement, grid: ProcessGrid, here: Coordinates) -> LocalShard:
-        """`tensor` as what the rank at `here` holds of something placed so."""
-        return cls(tensor, placement.shape, tuple(placement.pieces(grid, here)))
+    def placed(
+        cls, tensor: torch.Tensor, placement: Placement, grid: ProcessGrid, coordinates: Coordinates
+    ) -> LocalShard:
+        """Return `tensor` as the shard that the rank at `coordinates` holds under `placement`."""
+        return cls(tensor, placement.shape, tuple(placement.pieces(grid, coordinates)))
 
     @classmethod
     def whole(cls, tensor: torch.Tensor) -> LocalShard:
-        """A tensor that is all here."""
+        """Return a full tensor as its only shard."""
         return cls.placed(tensor, Placement(shape=tuple(tensor.shape)), ProcessGrid(), Coordinates(0, 0, 0, 0))
 
     def view(self, piece: ParameterBox) -> torch.Tensor:
-        """The elements of one box, as a view of the part."""
+        """Return the elements of one box as a view of the shard."""
         return self.tensor[piece.local]
 
 
 def box_elements(box: tuple[slice, ...]) -> int:
-    """How many elements a box has; one without dims is a scalar."""
+    """Return the number of elements in a box; a box without dims is a scalar."""
     return prod(along.stop - along.start for along in box)
 
 
-def compare_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], *, have: str, want: str) -> str:
-    """What differs between two sets of named shapes, in words; empty when nothing does."""
+def compare_shapes(actual: Mapping[str, Shape], wanted: Mapping[str, Shape], *, have: str, want: str) -> str:
+    """Describe how two sets of named shapes differ; return an empty string when they are equal.
+
+    `have`, `want`: what to call the sources of `actual` and `wanted`.
+    """
     differences = {
-        f"not in {have}": [n for n in wanted if n not in found],
-        f"not in {want}": [n for n in found if n not in wanted],
+        f"not in {have}": [n for n in wanted if n not in actual],
+        f"not in {want}": [n for n in actual if n not in wanted],
         "of another shape": [
-            f"{n} ({list(found[n])} in {have}, {list(wanted[n])} in {want})"
+            f"{n} ({list(actual[n])} in {have}, {list(wanted[n])} in {want})"
             for n in wanted
-            if n in found and tuple(found[n]) != tuple(wanted[n])
+            if n in actual and tuple(actual[n]) != tuple(wanted[n])
         ],
     }
-    return "; ".join(f"{what}: {some_names(names)}" for what, names in differences.items() if names)
+    return "; ".join(f"{difference}: {some_names(names)}" for difference, names in differences.items() if names)
 
 
 def some_names(names: list[str]) -> str:
-    """The first few of them, and how many more there are."""
+    """Return the first few names, and how many more there are."""
     more = len(names) - _SHOWN
     return ", ".join(sorted(names)[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

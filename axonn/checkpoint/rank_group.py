@@ -1,4 +1,4 @@
-"""The ranks that read or write files together."""
+"""Group of ranks that read or write the same files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from axonn.placement import Shape
 
 
 class RankGroup:
-    """The ranks that save or load together: a process group, by default all ranks, or one alone without any."""
+    """The ranks that save or load together: a process group (default: all ranks), or one process without any group."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
@@ -22,15 +22,15 @@ class RankGroup:
         self.size = 1 if self.alone else dist.get_world_size(group)
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, on every rank; no rank goes on before all are here."""
+        """Return the values of all ranks, on every rank; blocks until all ranks have called it."""
         if self.alone:
             return [value]
         values = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def agree(self, act: Callable[[], None], what: str) -> None:
-        """Do something on rank 0; an error there is one on every rank. Raises `CheckpointError`."""
+    def agree(self, act: Callable[[], None], failure: str) -> None:
+        """Run `act` on rank 0. An error there raises `CheckpointError`, which begins with `failure`, on every rank."""
         problem = None
         if self.rank == 0:
             try:
@@ -39,18 +39,18 @@ class RankGroup:
                 problem = str(error)
         problem = self.gather(problem)[0]
         if problem is not None:
-            raise CheckpointError(f"{what}: {problem}")
+            raise CheckpointError(f"{failure}: {problem}")
 
-    def shapes(self, parts: Mapping[str, LocalShard]) -> dict[str, Shape]:
-        """Names and whole shapes of what all ranks hold. Raises `ConfigError` naming what they disagree on."""
+    def shapes(self, shards: Mapping[str, LocalShard]) -> dict[str, Shape]:
+        """Return the names and global shapes of the tensors of all ranks. Raises `ConfigError` naming conflicts."""
         shapes: dict[str, Shape] = {}
-        others: dict[str, Shape] = {}
-        for one in self.gather({name: part.shape for name, part in parts.items()}):
-            for name, shape in one.items():
+        conflicts: dict[str, Shape] = {}
+        for of_rank in self.gather({name: shard.shape for name, shard in shards.items()}):
+            for name, shape in of_rank.items():
                 if shapes.setdefault(name, shape) != shape:
-                    others[name] = shape
-        if others:
-            named = [f"{name} ({list(shapes[name])} or {list(shape)})" for name, shape in others.items()]
+                    conflicts[name] = shape
+        if conflicts:
+            named = [f"{name} ({list(shapes[name])} or {list(shape)})" for name, shape in conflicts.items()]
             raise ConfigError(
                 f"the ranks give whole tensors of different shapes: {some_names(named)}; build the same model on all"
             )

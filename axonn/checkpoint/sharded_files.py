@@ -1,8 +1,8 @@
-"""Parts of tensors in safetensors files, whole by name there, whoever holds what.
+"""Sharded tensors in safetensors files, stored by global name and independent of the grid.
 
-What is stored is boxes: each of a rank's pieces is one, a piece that several ranks hold is written by one of them, and
-a rank reads the boxes that overlap its own. `index.json` says which box lies in which file. Nothing here is a program:
-reading the files of a stranger runs nothing of theirs.
+The unit of storage is a box: each piece of a rank's shard is one. A box that several ranks hold is written by one of
+them, and a rank reads the boxes that overlap its own. `index.json` says which box lies in which file. No file is
+executable: reading untrusted files runs no code of their author.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from axonn.durable_files import reason_of, regular_file, sync, write_durably
 from axonn.errors import CheckpointError
 from axonn.placement import ParameterBox, Shape
 
-Parts = Mapping[str, LocalShard]
+Shards = Mapping[str, LocalShard]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
-"""Of a file in the checkpoint's own folder."""
+"""Name of a file in the folder of the checkpoint, without a path."""
 Extent = Annotated[int, Field(ge=0)]
 INDEX = "index.json"
 SHARD_BYTES = 512 << 20
-"""A rank writes files of about this size, one after the other: so much of its state is in memory twice."""
+"""Approximate size of one file. A rank writes its files one after the other, and copies only one at a time."""
 _TYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -61,7 +61,7 @@ class StoredBox(StrictModel):
 
 
 class StoredTensor(StrictModel):
-    """A whole tensor, and the boxes that it consists of."""
+    """A full tensor, and the boxes that it consists of."""
 
     dtype: str
     shape: list[Extent]
@@ -69,14 +69,14 @@ class StoredTensor(StrictModel):
 
 
 class Index(StrictModel):
-    """What `index.json` holds."""
+    """Content of `index.json`."""
 
     tensors: dict[str, StoredTensor]
 
 
 @dataclass(frozen=True)
 class _Box:
-    """One of a tensor's boxes, with the place of its values in the rank that asks."""
+    """One box of the tensor called `name`: `sizes` elements from `offsets` on."""
 
     name: str
     offsets: Shape
@@ -87,52 +87,52 @@ class _Box:
         return f"{self.name}[{','.join(f'{o}:{o + n}' for o, n in zip(self.offsets, self.sizes, strict=True))}]"
 
 
-def write_parts(folder: Path, parts: Parts, ranks: RankGroup) -> list[str]:
-    """Write the parts of all ranks into `folder`; the names of the files that this rank wrote.
+def write_shards(folder: Path, shards: Shards, ranks: RankGroup) -> list[str]:
+    """Write the shards of all ranks into `folder` and return the names of the files that this rank wrote.
 
-    Collective. Raises `CheckpointError` on all ranks, naming those that could not write, or what is not all there.
+    Collective. Raises `CheckpointError` on all ranks, naming the ranks that could not write, or the incomplete tensors.
     """
-    held = ranks.gather(_description(parts))
+    held = ranks.gather(_description(shards))
     writers = _writers(held)
     _check_complete(held, writers, folder)
-    views = {_box(name, piece): part.view(piece) for name, part in parts.items() for piece in part.pieces}
+    views = {_box(name, piece): shard.view(piece) for name, shard in shards.items() for piece in shard.pieces}
     files = {box: name for rank in range(ranks.size) for name, box in _files(rank, held, writers)}
-    mine: list[str] = []
+    written: list[str] = []
 
     def write() -> None:
-        own = list(_files(ranks.rank, held, writers))
-        for name in dict.fromkeys(name for name, _ in own):
-            # Copies: what is saved may be strided, or share its memory with others.
+        assigned = list(_files(ranks.rank, held, writers))
+        for name in dict.fromkeys(name for name, _ in assigned):
+            # Copies, because the tensors may be strided or share their memory with others.
             values = {
                 box.key: torch.empty(box.sizes, dtype=views[box].dtype).copy_(views[box].detach())
-                for file, box in own
+                for file, box in assigned
                 if file == name
             }
             save_file(values, folder / name)
             sync(folder / name)
-            mine.append(name)
+            written.append(name)
         if ranks.rank == 0:
             write_durably(folder / INDEX, _index(held, files).model_dump_json(indent=0) + "\n")
-            mine.append(INDEX)
+            written.append(INDEX)
 
-    _together(write, f"{folder}: cannot be written", ranks)
-    return mine
+    _on_every_rank(write, f"{folder}: cannot be written", ranks)
+    return written
 
 
-def read_parts(folder: Path | str, parts: Parts, ranks: RankGroup | None) -> None:
-    """Fill `parts`, converting to their types, with all of `ranks` or for this process alone.
+def read_shards(folder: Path | str, shards: Shards, ranks: RankGroup | None) -> None:
+    """Fill `shards`, converting to their types. Collective over `ranks`; None: this process alone.
 
-    Names and shapes are those that are stored. Raises `CheckpointError`, on all ranks.
+    Names and global shapes must be those that are stored. Raises `CheckpointError`, on all ranks.
     """
     folder = Path(folder)
 
     def read() -> None:
         index = read_index(folder)
-        overlaps = [found for name, part in parts.items() for found in _overlaps(name, part, index)]
-        complete = {name: 0 for name in parts}
+        overlaps = [overlap for name, shard in shards.items() for overlap in _overlaps(name, shard, index)]
+        stored_elements = {name: 0 for name in shards}
         for overlap in overlaps:
-            complete[overlap.name] += overlap.elements
-        if incomplete := [name for name, part in parts.items() if complete[name] != part.tensor.numel()]:
+            stored_elements[overlap.name] += overlap.elements
+        if incomplete := [n for n, shard in shards.items() if stored_elements[n] != shard.tensor.numel()]:
             raise CheckpointError(f"not all of it is stored: {some_names(incomplete)}")
         with ExitStack() as opened, torch.no_grad():
             files: dict[str, Any] = {}
@@ -145,11 +145,11 @@ def read_parts(folder: Path | str, parts: Parts, ranks: RankGroup | None) -> Non
                     raise CheckpointError(f"{name}: {overlap.box.key} has another shape than {INDEX} says")
                 overlap.target.copy_(stored[overlap.inside])
 
-    _together(read, f"{folder}: cannot be read", ranks)
+    _on_every_rank(read, f"{folder}: cannot be read", ranks)
 
 
 def stored_tensors(folder: Path | str) -> dict[str, torch.Tensor]:
-    """All whole tensors by name, without their values (device "meta"). Raises `CheckpointError`."""
+    """Return the full tensors by name, without their values (device "meta"). Raises `CheckpointError`."""
     return {
         name: torch.empty(stored.shape, dtype=_TYPES[stored.dtype], device="meta")
         for name, stored in read_index(Path(folder)).tensors.items()
@@ -157,7 +157,7 @@ def stored_tensors(folder: Path | str) -> dict[str, torch.Tensor]:
 
 
 def read_index(folder: Path) -> Index:
-    """What is stored in `folder`, with no more elements than its files have bytes. Raises `CheckpointError`."""
+    """Read the index of `folder`. Raises `CheckpointError`, also when it lists more elements than its files hold."""
     path = folder / INDEX
     try:
         index = Index.model_validate(json.loads(regular_file(path).read_text(encoding="utf-8")))
@@ -179,21 +179,21 @@ def read_index(folder: Path) -> Index:
     return index
 
 
-# --- who writes what: each rank works out the same
+# --- assignment of boxes to ranks: every rank computes the same
 
 
 _Description = Mapping[str, tuple[str, Shape, Sequence[_Box]]]
-"""Of what one rank holds: type, whole shape and boxes by name."""
+"""Shards of one rank: type, global shape and boxes by name."""
 
 
-def _description(parts: Parts) -> _Description:
+def _description(shards: Shards) -> _Description:
     return {
         name: (
-            str(part.tensor.dtype).removeprefix("torch."),
-            part.shape,
-            [_box(name, piece) for piece in part.pieces],
+            str(shard.tensor.dtype).removeprefix("torch."),
+            shard.shape,
+            [_box(name, piece) for piece in shard.pieces],
         )
-        for name, part in parts.items()
+        for name, shard in shards.items()
     }
 
 
@@ -206,7 +206,7 @@ def _bytes(box: _Box, dtype: str) -> int:
 
 
 def _writers(held: Sequence[_Description]) -> dict[_Box, int]:
-    """Which rank writes each box: of those that hold it the one that has the least to write so far."""
+    """Assign each box to the rank, among those that hold it, with the least to write so far."""
     holders: dict[_Box, list[int]] = {}
     sizes: dict[_Box, int] = {}
     for rank, description in enumerate(held):
@@ -216,7 +216,7 @@ def _writers(held: Sequence[_Description]) -> dict[_Box, int]:
                 sizes[box] = _bytes(box, dtype)
     load = [0] * len(held)
     writers = {}
-    # What one rank alone holds is its own in any case, so it comes first.
+    # Boxes that a single rank holds leave no choice, so they are assigned first.
     for box in sorted(holders, key=lambda box: (len(holders[box]), box.name, box.offsets)):
         writer = min(holders[box], key=lambda rank: (load[rank], rank))
         load[writer] += sizes[box]
@@ -225,7 +225,7 @@ def _writers(held: Sequence[_Description]) -> dict[_Box, int]:
 
 
 def _files(rank: int, held: Sequence[_Description], writers: Mapping[_Box, int]) -> Iterator[tuple[str, _Box]]:
-    """The boxes that `rank` writes, each with the name of its file."""
+    """Yield the boxes that `rank` writes, each with the name of its file."""
     number = filled = 0
     for dtype, _, boxes in held[rank].values():
         for box in boxes:
@@ -240,13 +240,13 @@ def _files(rank: int, held: Sequence[_Description], writers: Mapping[_Box, int])
 
 def _check_complete(held: Sequence[_Description], writers: Mapping[_Box, int], folder: Path) -> None:
     shapes = {name: shape for description in held for name, (_, shape, _) in description.items()}
-    have = dict.fromkeys(shapes, 0)
+    elements = dict.fromkeys(shapes, 0)
     for box in writers:
-        have[box.name] += prod(box.sizes)
+        elements[box.name] += prod(box.sizes)
     incomplete = [
-        f"{name} ({have[name]} of {prod(shape)} elements)"
+        f"{name} ({elements[name]} of {prod(shape)} elements)"
         for name, shape in shapes.items()
-        if have[name] != prod(shape)
+        if elements[name] != prod(shape)
     ]
     if incomplete:
         raise CheckpointError(
@@ -265,50 +265,51 @@ def _index(held: Sequence[_Description], files: Mapping[_Box, str]) -> Index:
     return Index(tensors=tensors)
 
 
-# --- what a rank reads
+# --- boxes that a rank reads
 
 
 @dataclass(frozen=True)
 class _Overlap:
-    """What a stored box has of one of a rank's pieces."""
+    """The intersection of a stored box and one piece of a rank's shard."""
 
     name: str
     box: StoredBox
     inside: tuple[slice, ...]
-    """In the box."""
+    """Position in the box."""
     target: torch.Tensor
+    """View of the shard."""
 
     @property
     def elements(self) -> int:
         return prod(along.stop - along.start for along in self.inside)
 
 
-def _overlaps(name: str, part: LocalShard, index: Index) -> Iterator[_Overlap]:
+def _overlaps(name: str, shard: LocalShard, index: Index) -> Iterator[_Overlap]:
     stored = index.tensors.get(name)
-    if stored is None or tuple(stored.shape) != part.shape:
+    if stored is None or tuple(stored.shape) != shard.shape:
         return
-    for piece in part.pieces:
-        view = part.view(piece)
+    for piece in shard.pieces:
+        view = shard.view(piece)
         for box in stored.boxes:
-            inside, here = [], []
+            in_box, in_piece = [], []
             for wanted, offset, size in zip(piece.whole, box.offsets, box.sizes, strict=True):
                 start, stop = max(wanted.start, offset), min(wanted.stop, offset + size)
-                inside.append(slice(start - offset, stop - offset))
-                here.append(slice(start - wanted.start, stop - wanted.start))
-            if all(along.start < along.stop for along in inside):
-                yield _Overlap(name, box, tuple(inside), view[tuple(here)])
+                in_box.append(slice(start - offset, stop - offset))
+                in_piece.append(slice(start - wanted.start, stop - wanted.start))
+            if all(along.start < along.stop for along in in_box):
+                yield _Overlap(name, box, tuple(in_box), view[tuple(in_piece)])
 
 
-def _together(act: Callable[[], None], what: str, ranks: RankGroup | None) -> None:
-    """Do something on every rank; what fails on one is a `CheckpointError` on all, by rank."""
+def _on_every_rank(act: Callable[[], None], failure: str, ranks: RankGroup | None) -> None:
+    """Run `act` on every rank. A failure on any raises `CheckpointError` on all: `failure`, then reasons by rank."""
     problem: Exception | None = None
     try:
         act()
     except (OSError, SafetensorError, CheckpointError) as error:
         problem = error
-    said = [None if problem is None else str(problem)]
+    problems = [None if problem is None else str(problem)]
     if ranks is not None:
-        said = ranks.gather(said[0])
-    reasons = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(said) if text is not None)
+        problems = ranks.gather(problems[0])
+    reasons = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(problems) if text is not None)
     if reasons:
-        raise CheckpointError(f"{what}: {reasons}") from problem
+        raise CheckpointError(f"{failure}: {reasons}") from problem

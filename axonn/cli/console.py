@@ -1,4 +1,4 @@
-"""What the commands of `axonn` share: how they print, show progress, and refuse to be launched several times."""
+"""Shared parts of the commands: printing, progress, defaults, and the refusal to be launched several times."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from axonn.training.supervision.interruption import Interrupted, to_nowhere
 
 FORCING = ("FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
-"""Variables by which programs are told to colour what they print, whatever it goes to."""
+"""Environment variables that make programs colour their output even where it is not a terminal."""
 
 
 class CommandConsole(Console):
-    """A console that ends its command when nobody reads its output any more (`axonn ... | head -1`)."""
+    """A console that ends its command once nobody reads its output any more (`axonn ... | head -1`)."""
 
     def on_broken_pipe(self) -> None:
-        """Raise `Interrupted`, once: what is printed afterwards goes nowhere."""
+        """Raise `Interrupted`, once; later output is discarded."""
         self.quiet = True
         to_nowhere((sys.stderr if self.stderr else sys.stdout).fileno())
         raise Interrupted(signal.SIGPIPE)
 
 
 def make_console(*, stderr: bool = False, width: int | None = None) -> Console:
-    """Return a console that writes escape codes and lines that move on a real terminal alone, whatever `FORCING` says:
-    in a file or a log they are rubbish. `width`: of what goes elsewhere."""
+    """Return a console that writes escape codes and moving lines only to a real terminal, whatever `FORCING` says: in a
+    file or a log they are unreadable. `width`: columns of output that does not go to a terminal."""
     stream = sys.stderr if stderr else sys.stdout
     if stream.isatty():
         return CommandConsole(stderr=stderr)
@@ -41,7 +41,7 @@ def make_console(*, stderr: bool = False, width: int | None = None) -> Console:
 
 
 def unforced() -> None:
-    """Forget `FORCING` where standard output is no terminal, for libraries that print by themselves."""
+    """Unset `FORCING` where standard output is not a terminal, for libraries that print by themselves."""
     if not sys.stdout.isatty():
         for name in FORCING:
             os.environ.pop(name, None)
@@ -52,12 +52,12 @@ ExperimentFile = Annotated[Path, typer.Argument(help="Experiment file, for insta
 
 
 def command_line() -> str:
-    """What the user typed."""
+    """Return the command as the user typed it."""
     return shlex.join(["axonn", *sys.argv[1:]])
 
 
 def progress_bar(*, transient: bool = False) -> Progress:
-    """Description, bar, count and time; `transient`: it goes away at its end."""
+    """Return a progress bar with description, count and time; a `transient` one disappears at its end."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -69,16 +69,16 @@ def progress_bar(*, transient: bool = False) -> Progress:
 
 
 def say_defaults(taken: Iterable[str]) -> None:
-    """Print, in one line, what an answer hangs on that nobody said."""
-    said = ", ".join(taken)
-    if said:
-        console.print(f"[dim]by default: {escape(said)}[/dim]", soft_wrap=True, highlight=False)
+    """Print, in one line, the defaults that an answer depends on."""
+    defaults = ", ".join(taken)
+    if defaults:
+        console.print(f"[dim]by default: {escape(defaults)}[/dim]", soft_wrap=True, highlight=False)
 
 
 def options_left(context: typer.Context) -> set[str]:
-    """Names of the parameters of a command that were not given."""
-    source = context.get_parameter_source
-    return {name for name in context.params if (found := source(name)) is not None and found.name == "DEFAULT"}
+    """Return the names of the command's parameters that were not given."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "DEFAULT"}
 
 
 def warn(message: str) -> None:
@@ -87,11 +87,11 @@ def warn(message: str) -> None:
 
 
 def launched_once() -> None:
-    """Raise `LaunchError` when a launcher started this command several times: it starts the ranks itself."""
+    """Raise `LaunchError` when a launcher started this command several times; the command starts its ranks itself."""
     from axonn.distributed.runtime import launched_as
     from axonn.errors import LaunchError
 
-    # A batch script under Slurm has the variables of its whole job, and is run once all the same.
+    # A batch script under Slurm sees the variables of its whole job, yet runs once.
     copies = launched_as({k: v for k, v in os.environ.items() if not k.startswith("SLURM_")})[1]
     if copies > 1:
         raise LaunchError(

@@ -15,7 +15,7 @@ from axonn.cli.doc_links import documented
 def doctor() -> None:
     """Say what this machine has: ranks, MPI, GPUs, frameworks; what will not work, and why."""
     from axonn.distributed.launch import find_mpiexec
-    from axonn.distributed.transport.diagnostics import survey
+    from axonn.distributed.transport.diagnostics import diagnose
     from axonn.errors import LaunchError
     from axonn.training.framework import adapter_names, load_adapter
     from axonn.training.provenance import this_machine
@@ -32,7 +32,7 @@ def doctor() -> None:
         table.add_row("mpi4py", mpi4py.__version__)
     except (LaunchError, ImportError) as error:
         problems.append(f"more than one rank: {error}")
-    for finding in survey():
+    for finding in diagnose():
         if finding.works:
             table.add_row(f"transport {finding.transport}", escape(finding.text))
         else:
@@ -40,20 +40,20 @@ def doctor() -> None:
     for name, value in _gpus():
         table.add_row(name, value)
     for name in adapter_names():
-        found = load_adapter(name).capabilities()
-        if found.version is None:
-            problems.append(f"framework {name}: {found.reason}")
+        capabilities = load_adapter(name).capabilities()
+        if capabilities.version is None:
+            problems.append(f"framework {name}: {capabilities.reason}")
             continue
-        table.add_row(f"framework {name}", escape(found.version))
-    for what, place in _places():
-        table.add_row(what, escape(str(place)))
+        table.add_row(f"framework {name}", escape(capabilities.version))
+    for label, place in _places():
+        table.add_row(label, escape(str(place)))
     console.print(table)
     for problem in problems:
         console.print(f"[yellow]will not work: {escape(problem)}[/yellow]", soft_wrap=True)
 
 
 def _places() -> list[tuple[str, Path]]:
-    """Where commands look, and where they write if nothing else is said."""
+    """Return the folders that commands read from, and write to by default."""
     from axonn.training import places
 
     return [
@@ -68,19 +68,19 @@ def _places() -> list[tuple[str, Path]]:
 
 
 def _gpus() -> list[tuple[str, str]]:
-    """What there is to say of the GPUs."""
+    """Return the rows of the table about the GPUs."""
     import torch
 
     from axonn.training.provenance import this_machine
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    said = [("GPUs", str(count))]
+    rows = [("GPUs", str(count))]
     for number in range(count):
         properties = torch.cuda.get_device_properties(number)
-        said.append((f"GPU {number}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
+        rows.append((f"GPU {number}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
     if count:
         driver = this_machine(device="cuda").driver or "unknown"
-        said.append(("CUDA", f"{torch.version.cuda or torch.version.hip}, driver {driver}"))
+        rows.append(("CUDA", f"{torch.version.cuda or torch.version.hip}, driver {driver}"))
         nccl = "over NCCL" if torch.distributed.is_nccl_available() else "over host memory, since there is no NCCL"
-        said.append(("ranks on GPUs", f"up to {count} with a GPU each {nccl}; more share them, over host memory"))
-    return said
+        rows.append(("ranks on GPUs", f"up to {count} with a GPU each {nccl}; more share them, over host memory"))
+    return rows

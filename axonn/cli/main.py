@@ -24,14 +24,14 @@ app = typer.Typer(
 
 
 def commands() -> dict[str, Callable[..., None]]:
-    """Return all commands by name: those of the engine, and those that the floors above it register."""
-    ours = {command.__name__: command for command in (train, export, doctor)}
-    found = sorted(entry_points(group="axonn.commands"), key=lambda entry: entry.name)
-    return ours | {entry.name: entry.load() for entry in found}
+    """Return all commands by name: those of the engine, and those that the packages above it register."""
+    engine_commands = {command.__name__: command for command in (train, export, doctor)}
+    registered = sorted(entry_points(group="axonn.commands"), key=lambda entry: entry.name)
+    return engine_commands | {entry.name: entry.load() for entry in registered}
 
 
 def _explained(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` with its errors and interruptions explained: typer would end every interruption with 130."""
+    """Wrap `command` so that errors and interruptions are explained: typer would end every interruption with 130."""
 
     @wraps(command)
     def run(*arguments: object, **options: object) -> None:
@@ -46,8 +46,8 @@ for name, command in commands().items():
 
 
 def main() -> None:
-    """Entry point: errors of the suite become one message and its page and exit code 2, an interruption 128 + the
-    number of its signal."""
+    """Run the command: an error of the suite becomes one message with its page and exit status 2, an interruption
+    128 + the number of its signal."""
     unforced()
     with explained():
         app()

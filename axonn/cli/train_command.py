@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,11 @@ from axonn.errors import RunFailed
 from axonn.training.places import check_owner, find_run, recorded, run_folder
 from axonn.training.run_folder import STOPPED
 from axonn.training.supervision.interruption import exit_status
+
+if TYPE_CHECKING:
+    from axonn.config.train_config import TrainConfig
+    from axonn.observability.records import Record
+    from axonn.training.trainer import Session
 
 
 @documented("docs/train-a-gpt.md")
@@ -36,22 +41,32 @@ def train(
     from axonn.config.train_config import TrainConfig, load_yaml
     from axonn.training.capacity import check_capacity
 
-    given = load_yaml(config_file, TrainConfig)
+    written = load_yaml(config_file, TrainConfig)
     if not force:
         # Before PyTorch is loaded, which takes longer.
-        check_capacity(given, device)
-    from axonn.cli.training_progress import TrainingProgress
+        check_capacity(written, device)
+    session = _prepare(written, config_file, out=out, fresh=fresh, device=device)
+    if session.resume is not None:
+        if session.first >= session.config.steps:
+            console.print(f"nothing to do: {session.first} batches are done; raise steps, or start anew with --fresh")
+            return
+        console.print(f"going on after batch {session.first} from {session.resume.folder}", soft_wrap=True)
+    _print_result(_train(session, fresh=fresh), session.folder)
+
+
+def _prepare(written: TrainConfig, config_file: Path, *, out: Path | None, fresh: bool, device: str) -> Session:
+    """Return the session that the options ask for, and print what it trains. Raises for every mistake that can be found
+    before ranks start."""
     from axonn.device.devices import device_type, ranks_on
     from axonn.engine import microbatches_of
     from axonn.models.registry import make_data
     from axonn.training import trainer
     from axonn.training.engine_framework import layers_of_chunks
 
-    config = trainer.resolved(given)
+    config = trainer.resolved(written)
     grid = config.grid
-    # Everything that can be wrong is found here, before ranks start.
     launched_once()
-    chosen = device_type(device)
+    chosen_device = device_type(device)
     stages = layers_of_chunks(config)
     count = microbatches_of(batch_size=config.batch_size, microbatch_size=config.microbatch_size, grid=grid)
     data = make_data(config)
@@ -65,19 +80,23 @@ def train(
         command=command_line(),
         fresh=fresh,
         warn=warn,
-        device=chosen,
+        device=chosen_device,
         config_file=recorded(config_file, folder),
     )
     console.print(
-        f"{config.model.parameters / 1e6:.1f}M parameters, {ranks_on(chosen, grid.size)} ({grid}), "
+        f"{config.model.parameters / 1e6:.1f}M parameters, {ranks_on(chosen_device, grid.size)} ({grid}), "
         f"{count} microbatch(es) per pipeline, layers per chunk {[len(s) for s in stages]}, {data.summary}"
     )
-    say_defaults(f"{key} {value}" for key, value in trainer.taken_by_default(given).items())
-    if session.resume is not None:
-        if session.first >= config.steps:
-            console.print(f"nothing to do: {session.first} batches are done; raise steps, or start anew with --fresh")
-            return
-        console.print(f"going on after batch {session.first} from {session.resume.folder}", soft_wrap=True)
+    say_defaults(f"{key} {value}" for key, value in trainer.taken_by_default(written).items())
+    return session
+
+
+def _train(session: Session, *, fresh: bool) -> Record:
+    """Train with progress on the console. Raises `typer.Exit` for an interruption and `RunFailed` for a failure."""
+    from axonn.cli.training_progress import TrainingProgress
+    from axonn.training import trainer
+
+    config, folder = session.config, session.folder
     unit = config.model.sample_unit
     try:
         with TrainingProgress(console, folder, first=session.first, steps=config.steps, unit=unit) as progress:
@@ -91,6 +110,10 @@ def train(
             console.print(record.failure.detail, soft_wrap=True)
             raise typer.Exit(STOPPED)
         raise RunFailed(f"{record.failure.detail}; {len(record.losses)} batches are kept in {folder}")
+    return record
+
+
+def _print_result(record: Record, folder: Path) -> None:
     console.print(f"loss {record.losses[0]:.4f} -> {record.losses[-1]:.4f} in {len(record.losses)} batches; {folder}")
     console.print(_time_of(record.batch_time_s, record.parts_s), soft_wrap=True)
     if len(record.bytes_per_batch) > 1:
@@ -115,14 +138,14 @@ def _say_how_to_go_on(folder: Path) -> None:
 
 
 def _time_of(seconds: float | None, parts: Mapping[str, float]) -> str:
-    """Where the time of a batch went, in one line."""
+    """Return one line on where the time of a batch went."""
     total = sum(parts.values())
     shares = ", ".join(f"{name.replace('_', '-')} {part / total:.0%}" for name, part in parts.items() if part > 0)
     return f"{seconds:.3f} s per batch" + (f": {shares}" if shares else "")
 
 
 def _sent_by_axis(sizes: Mapping[str, int]) -> str:
-    """What a rank sends for a batch, in one line."""
+    """Return one line on the bytes that a rank sends for a batch."""
     parts = ", ".join(f"{axis} {size:,}" for axis, size in sorted(sizes.items(), key=lambda item: -item[1]))
     return f"bytes sent per batch by a rank, at most: {parts}"
 
@@ -147,9 +170,9 @@ def export(
 
     checkpoint = run = find_run(source)
     if not (run / "state.json").exists():
-        found = latest(run / CHECKPOINTS, warn=warn)
-        if found is None:
+        newest = latest(run / CHECKPOINTS, warn=warn)
+        if newest is None:
             raise CheckpointError(f"{run}: is neither a checkpoint nor a run folder with a good one")
-        checkpoint = found.folder
+        checkpoint = newest.folder
     count = export_weights(checkpoint, out)
     console.print(f"{count} parameters of {checkpoint} written to {out}", soft_wrap=True)

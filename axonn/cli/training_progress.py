@@ -1,4 +1,4 @@
-"""What a long training says while it runs: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a long training run: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from axonn.training.metrics import BATCHES, EVALUATIONS, Row, Tail
 
 _LINE_EVERY_S = 10.0
 _SPEED_OVER = 20
-"""Batches over which speed is averaged."""
+"""Last batches over which speed is averaged."""
 
 
 class TrainingProgress:
-    """Shows loss, `unit`s per second, TFLOP/s per device, time left and the last evaluation of the run in `folder`.
+    """Display of loss, `unit`s per second, TFLOP/s per device, time left and last evaluation of the run in `folder`.
 
     A context manager; call it with the number of finished batches.
     """
@@ -33,7 +33,7 @@ class TrainingProgress:
         self._unit = unit
         self._last: deque[Row] = deque(maxlen=_SPEED_OVER)
         self._evaluation: Row | None = None
-        self._said = 0.0
+        self._printed_at = 0.0
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         if console.is_interactive:
@@ -66,12 +66,12 @@ class TrainingProgress:
         text = self._text(done)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, description=text)
-        elif time.monotonic() - self._said >= _LINE_EVERY_S or done == self._steps:
-            self._said = time.monotonic()
+        elif time.monotonic() - self._printed_at >= _LINE_EVERY_S or done == self._steps:
+            self._printed_at = time.monotonic()
             self._console.print(f"batch {done}/{self._steps}: {text}", soft_wrap=True, highlight=False)
 
     def _text(self, done: int) -> str:
-        # Without a session's first batch, which is slow, once there are others.
+        # A session's first batch is slow: it counts only while there is no other.
         timed = list(self._last)[1:] or list(self._last)
         seconds = sum(row["seconds"] for row in timed) / len(timed)
         newest = self._last[-1]

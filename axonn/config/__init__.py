@@ -1,1 +1,1 @@
-"""What a YAML file may say, and how it is read: strict, with the line and the nearest key in every error."""
+"""Configuration: the keys that a YAML file may have, and a strict reader that names the nearest key in every error."""

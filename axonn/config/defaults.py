@@ -1,4 +1,4 @@
-"""What the engine chooses where a configuration leaves it open; plain arithmetic, so that plans choose the same."""
+"""Choices of the engine for what a configuration leaves open; plain arithmetic, so that plans choose the same."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from axonn.grid import ProcessGrid
 
 
 def sub_shards(overdecomposition: int | None, *, microbatch_size: int, grid: ProcessGrid) -> int:
-    """Into how many parts a microbatch is cut: `overdecomposition`, by default 2 where that is possible and useful.
+    """Return the number of sub-shards of a microbatch: `overdecomposition`, by default 2 where possible and useful.
 
-    Raises `GridError` when a microbatch has fewer rows.
+    Raises `GridError` when a microbatch has fewer rows than sub-shards.
     """
     if overdecomposition is None:
         return 2 if grid.tensor > 1 and microbatch_size > 1 else 1
@@ -26,11 +26,12 @@ def sub_shards(overdecomposition: int | None, *, microbatch_size: int, grid: Pro
 
 
 def default_checkpoint_blocks(blocks: int, *, limit: int, chunks: int = 1) -> int:
-    """Blocks per checkpoint that need the least memory, for a chunk of `blocks` blocks on a stage of `chunks` such.
+    """Return the blocks per checkpoint that need the least memory.
 
-    With `limit` microbatches in flight a stage of n blocks keeps limit x n / ac inputs and recomputes ac blocks at
-    once: least at ac = sqrt(limit n), which is sqrt(N) for N blocks in the network at the published limit, one
-    microbatch per stage (Singh & Bhatele, IPDPS 2022, section V-C). Of the divisors of `blocks` the nearest is taken.
+    `blocks`: blocks of one chunk; `chunks`: chunks of that size on a stage. With `limit` microbatches in flight a stage
+    of n blocks keeps limit x n / ac inputs and recomputes ac blocks at once: least at ac = sqrt(limit n), which is
+    sqrt(N) for N blocks in the network at the published limit, one microbatch per stage (Singh & Bhatele, IPDPS 2022,
+    section V-C). The divisor of `blocks` nearest to that is taken.
     """
     best = math.sqrt(limit * blocks * chunks)
     return min((d for d in range(1, blocks + 1) if blocks % d == 0), key=lambda d: (abs(d - best), d), default=1)
@@ -39,9 +40,10 @@ def default_checkpoint_blocks(blocks: int, *, limit: int, chunks: int = 1) -> in
 def checkpoint_blocks(
     asked: int | Literal["auto"] | None, blocks: Sequence[int | None], *, limit: int, chunks: int
 ) -> int | None:
-    """Blocks per checkpoint of a chunk of layers, `blocks` being the block of each; None: nothing is recomputed.
+    """Return the blocks per checkpoint of a chunk of layers; None where nothing is recomputed.
 
-    `asked`: `TrainConfig.activation_checkpointing`. `limit`: microbatches in flight on a stage of `chunks` chunks.
+    `asked`: `TrainConfig.activation_checkpointing`. `blocks`: the block of each layer. `limit`: microbatches in flight
+    on a stage of `chunks` chunks.
     """
     if asked != "auto":
         return asked

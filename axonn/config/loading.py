@@ -28,26 +28,26 @@ from axonn.durable_files import parse_json, read_bytes, reason_of
 from axonn.errors import AxonnError, ConfigError, RecordError
 
 LARGEST_YAML = 2**21
-"""Bytes. A machine that was measured has some 50 thousand."""
+"""Bytes of a YAML file; the file of a measured machine has some 50 thousand."""
 _MOST_VALUES = 100_000
-"""In a YAML file, every value counted as often as aliases and merge keys repeat it."""
+"""Values in a YAML file, each counted as often as aliases and merge keys repeat it."""
 _LONGEST_NUMBER = 40
 """Characters of a whole number."""
 _MOST_ERRORS = 20
-"""Of one file, told one by one."""
+"""Mistakes of one file that are reported one by one."""
 LONGEST_NAME = 100
-"""Characters of a name that is to be a file or folder."""
+"""Characters of a name that becomes a file or folder."""
 
 
 class StrictModel(BaseModel):
-    """Base of all configuration and records: immutable, no unknown keys, no silent conversion of types, no number that
-    is none or infinite (but where a field says so)."""
+    """Base of all configuration and records: immutable, no unknown keys, no silent conversion of types, only finite
+    numbers unless a field says otherwise."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     @classmethod
     def alternatives(cls) -> list[type[StrictModel]]:
-        """Return the models that a field of this type can hold: itself, but where a base stands for others."""
+        """Return the models that a field of this type can hold: this one, or those that a base class stands for."""
         return [cls]
 
     @classmethod
@@ -97,7 +97,7 @@ M = TypeVar("M", bound=StrictModel)
 
 
 def is_plain(name: str) -> bool:
-    """Whether it can be the name of a file or folder, here and in every shell."""
+    """Return whether `name` can be the name of a file or folder, in every shell too."""
     return (
         re.fullmatch(r"[A-Za-z0-9._-]+", name) is not None
         and name not in {".", ".."}
@@ -116,11 +116,11 @@ def _checked_name(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_checked_name)]
-"""What becomes a name of a file or folder: it leads nowhere else."""
+"""A name that becomes a file or folder, and so cannot lead to another folder."""
 
 
 Loss = Annotated[float, Field(allow_inf_nan=True)]
-"""Or a difference of losses; of a run that diverged it is infinite, or no number."""
+"""A loss or a difference of losses; infinite or NaN for a run that diverged."""
 
 
 def _checked_line(text: str) -> str:
@@ -130,7 +130,7 @@ def _checked_line(text: str) -> str:
 
 
 Line = Annotated[str, AfterValidator(_checked_line)]
-"""What is shown, or written into a file of lines."""
+"""A text that is shown, or written into a file of lines: printable, on one line."""
 
 
 def _checked_inside(path: str) -> str:
@@ -140,11 +140,11 @@ def _checked_inside(path: str) -> str:
 
 
 Inside = Annotated[str, AfterValidator(_checked_inside)]
-"""A path relative to the repository, which does not lead out of it."""
+"""A path relative to the repository that does not lead out of it."""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """A YAML loader to which a key given twice is an error."""
+    """A YAML loader that refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -171,7 +171,7 @@ _UniqueKeyLoader.add_implicit_resolver(
 
 
 def read_yaml(path: Path | str) -> Any:
-    """The plain content of a YAML file. Raises `ConfigError` naming the file and the place."""
+    """Return the plain content of a YAML file. Raises `ConfigError` naming the file and the place."""
     try:
         return parse_yaml(read_bytes(path, most=LARGEST_YAML).decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -183,7 +183,10 @@ def read_yaml(path: Path | str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """Plain data. Raises `yaml.YAMLError`, `ValueError` for values that no file of ours has, and `RecursionError`."""
+    """Return the plain data of a YAML text.
+
+    Raises `yaml.YAMLError`, `ValueError` for values that no file of the suite has, and `RecursionError`.
+    """
     loader = _UniqueKeyLoader(text)
     try:
         node = loader.get_single_node()
@@ -192,19 +195,19 @@ def parse_yaml(text: str) -> Any:
         _count(node, {})
         return loader.construct_document(node)
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        # What a constructor of PyYAML does with the tag of another type.
+        # PyYAML's constructors raise these for the tag of another type.
         raise ValueError(f"a value is not of the type that it claims: {type(error).__name__}: {error}") from error
     finally:
         loader.dispose()
 
 
 def _count(node: yaml.Node, known: dict[int, int | None]) -> int:
-    """Values in a node, all aliases followed. Raises `ValueError` where they are too many, or one is too long."""
+    """Return the values in a node, all aliases followed. Raises `ValueError` for too many, or one that is too long."""
     if id(node) in known:
-        found = known[id(node)]
-        if found is None:
+        counted = known[id(node)]
+        if counted is None:
             raise ValueError(f"line {node.start_mark.line + 1}: an alias stands inside of what it stands for")
-        return found
+        return counted
     known[id(node)] = None
     total = 1
     if isinstance(node, yaml.MappingNode):
@@ -228,10 +231,10 @@ def load_yaml(path: Path | str, model: type[M]) -> M:
 
 
 def load_json(path: Path | str, model: type[M], *, otherwise: str, error: type[AxonnError] = RecordError) -> M:
-    """Read a JSON file into `model`. Raises `error` naming file and place, and `otherwise`, what to do."""
+    """Read a JSON file into `model`. Raises `error` naming file and place, with `otherwise`, the advice, at its end."""
     try:
         content = read_bytes(path)
-        # So that what pydantic's own parser takes, and nothing else could read, is refused.
+        # Refuses what pydantic's own parser accepts and no other parser could read.
         parse_json(content)
         return model.model_validate_json(content)
     except OSError as problem:
@@ -243,7 +246,7 @@ def load_json(path: Path | str, model: type[M], *, otherwise: str, error: type[A
 
 
 def first_of(error: ValidationError) -> str:
-    """The first of all mistakes, with its place."""
+    """Return the first mistake, with its place."""
     first = error.errors(include_url=False)[0]
     return f"'{'.'.join(shortened(part, plain=True) for part in first['loc'])}': {_mistake(first)}"
 
@@ -265,7 +268,7 @@ def validate(data: Any, model: type[M], *, where: str) -> M:
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Values that are no mappings themselves, with the keys that lead to them joined by dots."""
+    """Yield all values that are not mappings, each with the keys that lead to it joined by dots."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from dotted(value, f"{prefix}{key}.")
@@ -274,7 +277,7 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def shortened(value: Any, *, plain: bool = False) -> str:
-    """A value of a file for a message, which it does not fill: as Python writes it, or `plain`."""
+    """Return a file's value for a message, cut short: as Python writes it, or without quotes if `plain`."""
     shown = _SHORT.repr(value)
     return shown[1:-1] if plain and isinstance(value, str) else shown
 
@@ -295,7 +298,7 @@ def _explain(item: Any, model: type[StrictModel], data: Any) -> str:
 
 
 def _mistake(item: Any) -> str:
-    """What is wrong with a value, in the words of a file."""
+    """Return the mistake in a value, in terms of the file."""
     if item["type"] in ("model_type", "model_attributes_type", "dataclass_type"):
         # Pydantic names the class.
         return "expected keys and values"
@@ -303,14 +306,14 @@ def _mistake(item: Any) -> str:
 
 
 def _found(value: Any) -> str:
-    """A value as whoever wrote the file knows it."""
+    """Return a value as the author of the file wrote it."""
     if isinstance(value, bool):
         return str(value).lower()
     return "nothing" if value is None else shortened(value)
 
 
 def _hint(key: str, chosen: list[type[StrictModel]], others: list[type[StrictModel]]) -> str:
-    belongs = [str(other.model_fields["kind"].default) for other in others if key in other.model_fields]
+    belongs = [str(m.model_fields["kind"].default) for m in others if key in m.model_fields]
     if belongs:
         return f"it belongs to a model of kind '{belongs[0]}'"
     known = list(dict.fromkeys(name for m in chosen for name in m.model_fields))
@@ -321,8 +324,8 @@ def _hint(key: str, chosen: list[type[StrictModel]], others: list[type[StrictMod
 def _follow(
     model: type[StrictModel], location: tuple[Any, ...], data: Any
 ) -> tuple[list[str], list[type[StrictModel]], list[type[StrictModel]]]:
-    """The keys of an error's location as the file has them, the models that have the last of them, and those that
-    could have been in their place. Which of several models a value is of, its `kind` tells."""
+    """Follow an error's location: return its keys as the file has them, the models that the last key belongs to, and
+    the models that could have been there instead. The `kind` of a value tells which of several models it is."""
     keys: list[str] = []
     models, left = [model], list[type[StrictModel]]()
     holders, others = models, left
@@ -335,16 +338,16 @@ def _follow(
             data = None
         if not isinstance(part, int):
             fields = [m.model_fields[part] for m in models if part in m.model_fields]
-            possible = [found for field in fields for found in _models(field.annotation)]
+            possible = [alternative for field in fields for alternative in _models(field.annotation)]
             models = [one for one in possible if len(possible) == 1 or one.is_kind_of(data)]
             left = [one for one in possible if one not in models]
     return keys, holders, others
 
 
 def _models(annotation: Any) -> list[type[StrictModel]]:
-    """All models that a value of this type can be, or contain."""
+    """Return all models that a value of this type can be or contain."""
     if isinstance(annotation, type) and issubclass(annotation, FileValue):
         return [annotation.file_keys()]
     if isinstance(annotation, type) and issubclass(annotation, StrictModel):
         return annotation.alternatives()
-    return [found for argument in get_args(annotation) for found in _models(argument)]
+    return [model for argument in get_args(annotation) for model in _models(argument)]

@@ -1,4 +1,4 @@
-"""The configuration of a model, whatever its architecture; `kind` names one of the registered architectures."""
+"""Configuration of a model of any registered architecture, which its `kind` names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Annotated, Any, ClassVar
 
-from pydantic import SerializeAsAny, WrapValidator
+from pydantic import SerializeAsAny, SerializerFunctionWrapHandler, WrapValidator, model_serializer
 from pydantic_core import PydanticCustomError
 
 from axonn.config.loading import Line, StrictModel, shortened, validate
@@ -30,7 +30,7 @@ class ModelConfig(StrictModel, ABC):
     default_data: ClassVar[str]
     """Name of the data that is trained on where a configuration gives no `data.path`."""
     predicted_when_uneven: ClassVar[bool] = False
-    """Whether the performance model takes grids that the layers do not divide, as if they were cut evenly."""
+    """True where the performance model also takes grids that do not divide the layers, as if they were cut evenly."""
 
     @property
     @abstractmethod
@@ -44,7 +44,7 @@ class ModelConfig(StrictModel, ABC):
 
     @property
     def token_vocab(self) -> int | None:
-        """Number of different tokens that it trains on; None where it trains on something else."""
+        """Vocabulary size of the tokens that it trains on; None where it trains on something else."""
         return None
 
     @abstractmethod
@@ -57,7 +57,13 @@ class ModelConfig(StrictModel, ABC):
 
     @abstractmethod
     def workload(self) -> dict[str, int]:
-        """Return the sizes by which records tell the model's work: fields of `axonn.observability.records.Asked`."""
+        """Return the sizes by which records describe the model: fields of `axonn.observability.records.Workload`."""
+
+    @model_serializer(mode="wrap")
+    def _with_kind(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Also where defaults are left out: it says what the other keys mean.
+        content: dict[str, Any] = serialized(self)
+        return content if self.kind == DEFAULT_KIND else {"kind": self.kind, **content}
 
     @classmethod
     def alternatives(cls) -> list[type[StrictModel]]:
@@ -71,7 +77,7 @@ class ModelConfig(StrictModel, ABC):
         return isinstance(data, dict) and data.get("kind", DEFAULT_KIND) == kind
 
     def check_tensor_axes(self, *, row: int, col: int) -> None:
-        """Raise `ConfigError` when the performance model cannot cut the layers so; by default it can."""
+        """Raise `ConfigError` when the performance model cannot cut the layers this way; by default it can."""
 
 
 def architecture_kinds() -> list[str]:

@@ -1,4 +1,4 @@
-"""Strict configuration: YAML files are read into typed models; an unknown key is an error with a suggestion."""
+"""Configuration of a training run, as typed models; an unknown key is an error with a suggestion."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ __all__ = [
 
 
 class LearningRateConfig(StrictModel):
-    """How the learning rate goes: up to `optimizer.lr` over `warmup` batches, then on as `name` says.
+    """Learning-rate schedule: up to `optimizer.lr` over `warmup` batches, then on as `name` says.
 
-    linear and cosine come down to `final` x lr at batch number `decay_until` (default: the end of the run) and stay.
+    linear and cosine decay to `final` x lr at batch number `decay_until` (default: the end of the run) and stay there.
     """
 
     name: Literal["constant", "linear", "cosine"] = "constant"
@@ -48,8 +48,8 @@ class OptimizerConfig(StrictModel):
 
     With placement "offloaded" (the memory optimisation) master weights and moments lie in host memory, and the step
     streams them through `buckets_resident` buckets of `bsize` elements on the device. Gradients are all-reduced in
-    chunks of `k` buckets, the optimizer running on one chunk while the next is reduced; `k: null` makes one chunk of
-    all. `clip_norm` is the largest allowed norm of the gradient of the whole model.
+    chunks of `k` buckets, and the optimizer runs on one chunk while the next is reduced; `k: null` makes all buckets
+    one chunk. `clip_norm` is the largest allowed norm of the gradient of the whole model.
     """
 
     lr: float = Field(default=1e-3, gt=0)
@@ -65,7 +65,7 @@ class OptimizerConfig(StrictModel):
 
 
 class DataConfig(StrictModel):
-    """What to train on; the last `held_out` of it is kept for evaluation, 0.05 where there is evaluation and this is 0.
+    """Training data; the share `held_out` at its end is kept for evaluation (0 stands for 0.05 where there is some).
 
     `path` for a GPT: any text file (as bytes) or a `.bin` file of uint16 tokens; by default Python's own sources. For a
     U-Net: a folder of images, an `.npy` or `.npz` file of them, or a CIFAR-10 or CIFAR-100 archive (or its folder); by
@@ -83,9 +83,9 @@ class PrecisionConfig(StrictModel):
     """Number formats; the name of a type alone stands for `compute`.
 
     `compute`: parameters, activations and messages. `master`: weights and moments of the optimizer; by default float32
-    where `compute` is a half type, else `compute` itself. `gradients`: what microbatches accumulate and all-reduces
-    sum, by default `compute`. `loss_scale`: a number, or "dynamic", the default of float16 (1 otherwise), which doubles
-    after `growth_interval` steps without overflow.
+    where `compute` is a half type, else `compute` itself. `gradients`: the type in which microbatches accumulate and
+    all-reduces sum, by default `compute`. `loss_scale`: a number, or "dynamic", the default of float16 (1 otherwise),
+    which doubles after `growth_interval` steps without overflow.
     """
 
     compute: FloatType = "float32"
@@ -101,29 +101,29 @@ class PrecisionConfig(StrictModel):
 
     @property
     def master_type(self) -> str:
-        """Of the weights that the optimizer keeps."""
+        """Type of the master weights, which the optimizer keeps."""
         return self.master or ("float64" if self.compute == "float64" else "float32")
 
     @property
     def gradient_type(self) -> str:
-        """In which gradients are added and reduced."""
+        """Type in which gradients are accumulated and reduced."""
         return self.gradients or self.compute
 
     @property
     def scaling(self) -> float | Literal["dynamic"]:
-        """How the loss is scaled: a number, "dynamic", or not at all (None)."""
+        """Loss scale: a number (1.0 leaves the loss as it is) or "dynamic"."""
         return self.loss_scale or ("dynamic" if self.compute == "float16" else 1.0)
 
 
 class EvaluationConfig(StrictModel):
-    """Evaluate on `batches` held-out batches after `every` batches of training."""
+    """Evaluation on `batches` held-out batches, after every `every` batches of training."""
 
     every: int = Field(ge=1)
     batches: int = Field(default=1, ge=1)
 
 
 class CheckpointConfig(StrictModel):
-    """Save a checkpoint after `every` batches and at the end, and keep the last `keep` of them."""
+    """Checkpoints, saved after every `every` batches and at the end; the last `keep` of them stay."""
 
     every: int = Field(ge=1)
     keep: int = Field(default=2, ge=1)
@@ -133,12 +133,12 @@ class TrainConfig(StrictModel):
     """One training run. `batch_size` counts sequences (or images) over all ranks, `microbatch_size` those of one
     microbatch.
 
-    `activation_checkpointing`: keep only the input of every that many transformer layers (or residual blocks) and
-    recompute the rest in the backward; "auto" takes the number that needs the least memory. `overdecomposition`: into
-    how many sub-shards a microbatch is cut, so that one computes while collectives of another are under way; by default
-    2 where layers are cut and a microbatch has 2 rows. `compile`: whether losses, masks and norms of images go through
+    `activation_checkpointing`: keep only the input of every so many transformer layers (or residual blocks) and
+    recompute the rest in the backward; "auto" takes the number that needs the least memory. `overdecomposition`: number
+    of sub-shards of a microbatch, of which one computes while collectives of another are under way; by default 2 where
+    layers are cut and a microbatch has 2 rows. `compile`: whether losses, masks and norms of images go through
     `torch.compile`; "auto" does so on GPUs. `initial_weights`: a safetensors file to start from. `stall_limit_s`: a run
-    of which no rank finishes anything for so many seconds, not a task, not a message, is ended.
+    is ended once no rank has finished anything, neither a task nor a message, for so many seconds.
     """
 
     model: AnyModel

@@ -1,4 +1,4 @@
-"""Data that models train on: samples that are a function of the seed and their number alone."""
+"""Training data: every sample is a function of the seed and its number alone."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ class Dataset(Protocol):
 
     @property
     def summary(self) -> str:
-        """How much there is, for people."""
+        """Amount of data, as text for people."""
         ...
 
     @property
     def digest(self) -> str:
-        """Hash of all of it."""
+        """Hash of the data."""
         ...
 
     def batch(self, numbers: range) -> tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor]:
-        """Inputs and targets of the global samples `numbers`, one a row."""
+        """Return inputs and targets of the global samples `numbers`, one per row."""
         ...
 
     def held_out_batch(self, numbers: range) -> tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor]:
-        """As `batch`, of samples that are kept from training."""
+        """Return what `batch` does, for samples that are held out from training."""
         ...

@@ -1,6 +1,6 @@
-"""Noise for a diffusion model: how much of it each time step has, and which noise a sample gets.
+"""Noise for a diffusion model: its variance at each time step, and the noise of each sample.
 
-Noise and time step of a sample are values of counter-based streams: functions of the seed and of its global number.
+Noise and time step of a sample are values of counter-based random streams: functions of the seed and its global number.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from axonn.models.unet.unet_config import NoiseSchedule
 from axonn.tensor.counter_random import normal, random_bits, stream_key
 
 _LARGEST = 0.999
-"""No step replaces more of the image than this share of its variance."""
+"""Upper bound on the share of the image's variance that one step replaces."""
 
 
 def signal_variances(schedule: NoiseSchedule, steps: int) -> torch.Tensor:
-    """[steps] float64: how much of the image's variance is left after step t, the rest being noise (alpha-bar).
+    """Return the share of the image's variance that is left after each step, the rest being noise (alpha-bar).
 
-    linear: Ho, Jain & Abbeel, arXiv 2006.11239, whose 1000 steps replace 1e-4 to 0.02 of the variance, each step more
-    where there are fewer of them. cosine: Nichol & Dhariwal, arXiv 2102.09672.
+    [steps] float64. linear: Ho, Jain & Abbeel, arXiv 2006.11239, where 1000 steps replace 1e-4 to 0.02 of the variance;
+    with fewer steps each replaces proportionally more. cosine: Nichol & Dhariwal, arXiv 2102.09672.
     """
     if schedule == "linear":
         replaced = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64) * (1000 / steps)
@@ -34,7 +34,7 @@ def signal_variances(schedule: NoiseSchedule, steps: int) -> torch.Tensor:
 
 
 class Noising:
-    """Adds noise to images. Samples of another `stream` get other noise."""
+    """Adds noise to images. Samples of different streams get different noise."""
 
     def __init__(self, schedule: NoiseSchedule, steps: int, *, seed: int) -> None:
         self._signal = signal_variances(schedule, steps)
@@ -43,9 +43,9 @@ class Noising:
     def __call__(
         self, images: torch.Tensor, numbers: Sequence[int], *, stream: str
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Noisy images, time steps [batch] int64, and the noise, of the global samples `numbers`.
+        """Return noisy images, time steps [batch] int64, and the noise, for the global samples `numbers`.
 
-        `images`: [batch, channels, height, width], of variance 1 or so; what comes back has its type.
+        `images`: [batch, channels, height, width], with a variance of about 1. Images and noise returned have its type.
         """
         number = torch.tensor(list(numbers), dtype=torch.int64)
         steps = random_bits(stream_key(self._seed, f"{stream} timestep"), number) % len(self._signal)

@@ -1,4 +1,4 @@
-"""Images as files hold them: a folder, an array, a CIFAR archive, or scikit-learn's digits."""
+"""Readers of image files: a folder, an array, a CIFAR archive, or scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -24,35 +24,36 @@ from axonn.errors import DataError
 Pixels = npt.NDArray[np.uint8]
 _ARRAYS = (".npy", ".npz")
 _LARGEST_BATCH = 2**29
-"""Bytes of one file of a CIFAR archive; the largest has 155 million."""
+"""Upper bound in bytes of one file of a CIFAR archive; the largest has 155 million."""
 _LARGEST_ARCHIVE = 2**32
-"""Bytes of all that is packed in it."""
+"""Upper bound in bytes of all files of a CIFAR archive together, unpacked."""
 _LARGEST_ARRAY = 2**36
-"""Bytes of an array that is packed: who has more gives it as it is, in an .npy file."""
+"""Upper bound in bytes of an array in an .npz file; larger arrays must be given as .npy files."""
 _FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
-"""Of image files: those that Pillow itself decodes. Others start programs, as EPS does, or are no pictures."""
+"""Image formats that Pillow decodes by itself. Others start external programs, as EPS does, or are no raster images."""
 _CIFAR_TRAINING = {"train", *(f"data_batch_{i}" for i in range(1, 6))}
 """Names of the files with the training images of CIFAR-100 and of CIFAR-10."""
 
 
 class Images(Protocol):
-    """Images of any sizes: number i is uint8 [channels, height, width], with 1 channel (grey) or 3."""
+    """A sequence of images of any sizes: image i is uint8 [channels, height, width], with 1 channel (grey) or 3."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, number: int) -> Pixels: ...
 
     def digest(self) -> str:
-        """Hash of all of them."""
+        """Return a hash of all images."""
         ...
 
 
 def read_images(path: Path | str | None) -> Images:
-    """The images at `path`, or scikit-learn's digits from None.
+    """Read the images at `path`, or scikit-learn's digits if it is None.
 
-    A folder (also of folders) of image files, in the order of their paths; an `.npy` or `.npz` file of one uint8 array
-    [images, height, width], [images, height, width, channels] or [images, channels, height, width]; the python version
-    of the CIFAR-10 or CIFAR-100 archive, packed or not, of which the training images are read. Raises `DataError`.
+    `path` is one of: a folder, possibly nested, of image files, read in the order of their paths; an `.npy` or `.npz`
+    file with one uint8 array [images, height, width], [images, height, width, channels] or [images, channels, height,
+    width]; the Python version of the CIFAR-10 or CIFAR-100 archive, packed or unpacked, whose training images are read.
+    Raises `DataError`.
     """
     if path is None:
         return ImageArray(_digits())
@@ -74,7 +75,7 @@ def read_images(path: Path | str | None) -> Images:
 
 
 class ImageArray:
-    """Images of one size in memory: uint8 [images, channels, height, width]."""
+    """Images of equal size in memory: uint8 [images, channels, height, width]."""
 
     def __init__(self, pixels: Pixels) -> None:
         self._pixels = pixels
@@ -91,7 +92,7 @@ class ImageArray:
 
 
 class ImageFolder:
-    """Files in whatever formats Pillow reads, each opened when it is needed. Raises `DataError` where that fails."""
+    """A folder of image files, each decoded by Pillow when it is needed. Raises `DataError` when that fails."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -119,16 +120,16 @@ class ImageFolder:
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
     def digest(self) -> str:
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for path in self._files:
-            found.update(str(path.relative_to(self._folder)).encode() + b"\0")
+            digest.update(str(path.relative_to(self._folder)).encode() + b"\0")
             with opened(path) as file:
-                found.update(hashlib.file_digest(file, "sha256").digest())
-        return found.hexdigest()[:16]
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()[:16]
 
 
 def _digits() -> Pixels:
-    """1797 handwritten digits of 8x8 pixels, [1797, 1, 8, 8]: the test set of Alpaydin & Kaynak, UCI repository."""
+    """Return 1797 handwritten digits of 8x8 pixels, [1797, 1, 8, 8]: the test set of Alpaydin & Kaynak (UCI)."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -145,7 +146,7 @@ def _array(path: Path, file: IO[bytes]) -> Pixels:
         arrays = _packed(path, file) if zipfile.is_zipfile(file) else {"": _stored(path, file, path.stat().st_size)}
     except DataError:
         raise
-    except Exception as error:  # Damaged headers are parsed as Python's numbers, and raise what they do.
+    except Exception as error:  # Headers are parsed as Python literals: damaged ones raise anything.
         raise DataError(f"{path}: is not an array that can be read: {error}") from error
     if len(arrays) != 1:
         raise DataError(f"{path}: holds {len(arrays)} arrays ({', '.join(arrays)}); give a file with the images alone")
@@ -163,21 +164,21 @@ def _array(path: Path, file: IO[bytes]) -> Pixels:
 
 
 def _packed(path: Path, file: IO[bytes]) -> dict[str, Pixels]:
-    """The arrays of an `.npz` file by name."""
+    """Read the arrays of an `.npz` file, by name."""
     file.seek(0)
     with zipfile.ZipFile(file) as archive:
         members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
-        found = {}
+        arrays = {}
         for member in members[:2]:
             if member.file_size > _LARGEST_ARRAY:
                 raise DataError(f"{path}: unpacks to {member.file_size} bytes; give it as an .npy file")
             with archive.open(member) as one:
-                found[member.filename.removesuffix(".npy")] = _stored(path, one, member.file_size)
-    return found
+                arrays[member.filename.removesuffix(".npy")] = _stored(path, one, member.file_size)
+    return arrays
 
 
 def _stored(path: Path, file: IO[bytes], size: int) -> Pixels:
-    """An array in a file of so many bytes, which its header has to agree with."""
+    """Read the array in a file of `size` bytes. Raises `ValueError` when the header does not fit that size."""
     file.seek(0)
     read = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -197,7 +198,7 @@ def _stored(path: Path, file: IO[bytes], size: int) -> Pixels:
 
 
 def _members(path: Path, packed: IO[bytes]) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the training batches in a CIFAR archive."""
+    """Yield (name, content) of each training batch in a CIFAR archive."""
     packed.seek(0)
     total = 0
     with tarfile.open(fileobj=packed) as archive:
@@ -212,30 +213,32 @@ def _members(path: Path, packed: IO[bytes]) -> Iterator[tuple[str, bytes]]:
 
 
 def _cifar(batches: Iterable[tuple[str, bytes]], where: str = "") -> Pixels:
-    """[images, 3, 32, 32]. Krizhevsky, Learning multiple layers of features from tiny images, 2009: rows of 3072 bytes,
-    the red plane first."""
-    parts = []
+    """Decode CIFAR batches into [images, 3, 32, 32].
+
+    Krizhevsky, Learning multiple layers of features from tiny images, 2009: rows of 3072 bytes, the red plane first.
+    """
+    images = []
     for name, content in sorted(batches):
         try:
             _check_memo(content)
             batch = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
-        except Exception as error:  # What a damaged pickle puts on the stack, anything may refuse.
+        except Exception as error:  # A damaged pickle can raise any exception.
             raise DataError(f"{name}: is not a CIFAR batch: {error}") from error
         data = batch.get(b"data") if isinstance(batch, dict) else None
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * 32**2:
             raise DataError(f"{name}: is not a CIFAR batch: it has no uint8 array [images, 3072] called data")
-        parts.append(data.reshape(-1, 3, 32, 32))
-    if not parts:
+        images.append(data.reshape(-1, 3, 32, 32))
+    if not images:
         raise DataError(f"{where}: holds no training images of CIFAR-10 or CIFAR-100 (its python version)")
-    return np.concatenate(parts)
+    return np.concatenate(images)
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Makes numbers, strings, lists, dicts and numpy arrays, and refuses to call anything else."""
+    """Unpickler of numbers, strings, lists, dicts and numpy arrays; it refuses to call anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed: dict[tuple[str, str], Callable[..., Any] | str] = {
-            # Only a name in the arguments of `_reconstruct`: called, it would make an array of whatever is in memory.
+            # Only a name in the arguments of `_reconstruct`: calling it would make an array of uninitialised memory.
             ("numpy", "ndarray"): _NDARRAY,
             ("numpy", "dtype"): np.dtype,
             ("_codecs", "encode"): _latin1,
@@ -248,7 +251,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _check_memo(content: bytes) -> None:
-    """Raises `ValueError` for a pickle that is cut, or that would have a memory of more places than it has bytes."""
+    """Raise `ValueError` for a truncated pickle, or one whose memo index exceeds its size and would exhaust memory."""
     for operation, argument, _ in pickletools.genops(content):
         if "PUT" in operation.name and argument is not None and argument > len(content):
             raise ValueError(f"it keeps something at place {argument}")
@@ -258,12 +261,12 @@ _NDARRAY = "numpy.ndarray"
 
 
 def _empty_array(kind: Any, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-    """What the state of a pickled array is put into."""
+    """Return the empty array that unpickling fills with the state of a pickled array."""
     if kind is not _NDARRAY or shape != (0,):
         raise pickle.UnpicklingError("it has an array that is not made as numpy makes them")
     return np.empty(shape, np.dtype(dtype))
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """How protocol 2 pickles bytes."""
+    """Return the bytes that pickle protocol 2 stores as a latin-1 string."""
     return text.encode("latin-1")

@@ -1,8 +1,8 @@
-"""Images to train a diffusion model on: what the network sees is an image with noise, what it is to find is the noise.
+"""Images to train a diffusion model on: the input is a noisy image, the target is the noise.
 
-Which image and which noise are sample number g of a run depends on the seed and g alone (`axonn.data.order`,
-`axonn.data.diffusion`). The last images can be held out: training never reads them, evaluation reads only them, in
-their order and each time with the same noise.
+The image and the noise of sample g depend on the seed and g alone (`axonn.data.order`, `axonn.data.diffusion`). The
+last images can be held out: training never reads them; evaluation reads only them, in order and each time with the same
+noise.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from axonn.models.unet.unet_config import NoiseSchedule
 
 Batch = tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]
 _LUMINANCE = (0.299, 0.587, 0.114)
-"""What red, green and blue are to the eye (ITU-R BT.601)."""
+"""Weights of red, green and blue in the luminance (ITU-R BT.601)."""
 
 
 class ImageData:
-    """Images of `channels` (1 or 3) x `image_size` x `image_size`, noisy, from `path` (see `read_images`).
+    """Noisy images of `channels` (1 or 3) x `image_size` x `image_size`, from `path` (see `read_images`).
 
-    The largest square in the middle of each is taken, and resized. `held_out`: the part of the images, rounded up and
-    taken from the end, that is only evaluated on. Raises `DataError` when there are no images.
+    Each image is cropped to the largest square in its middle, and resized. `held_out`: the share of the images, rounded
+    up and taken from the end, that is used for evaluation only. Raises `DataError` when there are no images.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ImageData:
 
     @property
     def summary(self) -> str:
-        """How much there is."""
+        """Number of images, as text."""
         return f"{len(self.images)} images"
 
     @property
@@ -65,16 +65,19 @@ class ImageData:
         return self.images.digest()
 
     def image(self, item: int) -> torch.Tensor:
-        """Image number `item` of the data, float32 [channels, image_size, image_size] from -1 to 1."""
+        """Return image `item` of the data, float32 [channels, image_size, image_size] from -1 to 1."""
         return fitted(self.images[item], size=self._size, channels=self._channels)
 
     def batch(self, numbers: Sequence[int]) -> Batch:
-        """Inputs (noisy images [samples, channels, size, size] float32, time steps [samples] int64) and targets (the
-        noise, as the images) of the given global samples."""
+        """Return inputs and targets of the global samples `numbers`.
+
+        Inputs: noisy images [samples, channels, size, size] float32, and time steps [samples] int64. Targets: the
+        noise, shaped like the images.
+        """
         return self._batch(numbers, self._order.item, stream="training")
 
     def held_out_batch(self, numbers: Sequence[int]) -> Batch:
-        """As `batch`, of held-out samples."""
+        """Return what `batch` does, for held-out samples."""
         return self._batch(numbers, self._order.held_out_item, stream="held out")
 
     def _batch(self, numbers: Sequence[int], item: Callable[[int], int], *, stream: str) -> Batch:
@@ -84,7 +87,7 @@ class ImageData:
 
 
 def fitted(pixels: Pixels, *, size: int, channels: int) -> torch.Tensor:
-    """An image, uint8 [1 or 3, height, width], as float32 [channels, size, size] from -1 to 1: cropped and resized."""
+    """Crop and resize an image, uint8 [1 or 3, height, width], to float32 [channels, size, size] from -1 to 1."""
     image = torch.from_numpy(pixels.copy()).to(torch.float32) / 127.5 - 1
     if channels == 1 and len(image) == 3:
         image = (image * torch.tensor(_LUMINANCE).view(3, 1, 1)).sum(0, keepdim=True)

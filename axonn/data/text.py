@@ -1,7 +1,7 @@
 """Text as tokens: any text file read as bytes, a `.bin` file of uint16 tokens, or the sources of the standard library.
 
 Samples are windows of the text, in the order of `axonn.data.order`. The last windows can be held out: training never
-reads them, evaluation reads only them, in their order.
+reads them; evaluation reads only them, in order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LEFT_OUT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__py
 
 
 def standard_library_text() -> bytes:
-    """The sources of Python's standard library, concatenated by path: real text that every machine has."""
+    """Return the sources of Python's standard library, concatenated by path: real text that every machine has."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(p for p in root.rglob("*.py") if not _LEFT_OUT & set(p.relative_to(root).parts[:-1]))
     if not files:
@@ -32,9 +32,9 @@ def standard_library_text() -> bytes:
 
 
 def read_tokens(path: Path | str | None) -> npt.NDArray[np.integer]:
-    """Tokens of a file: uint16 from `.bin`, bytes from anything else, the standard library's sources from None.
+    """Read tokens: uint16 from a `.bin` file, bytes from any other, the standard library's sources if `path` is None.
 
-    Raises `DataError` when the file cannot be read or holds half a token.
+    Raises `DataError` when the file cannot be read or ends within a token.
     """
     if path is None:
         return np.frombuffer(standard_library_text(), dtype=np.uint8)
@@ -54,7 +54,7 @@ def read_tokens(path: Path | str | None) -> npt.NDArray[np.integer]:
 class TextData:
     """Windows of `seq_len + 1` tokens in an order shuffled anew each epoch.
 
-    `held_out`: the part of the windows, rounded up and taken from the end, that is only evaluated on. Raises
+    `held_out`: the share of the windows, rounded up and taken from the end, that is used for evaluation only. Raises
     `DataError` when the text is too short or holds a token outside the vocabulary.
     """
 
@@ -70,14 +70,14 @@ class TextData:
         )
         self.held_out_windows = self._order.held_out
         self.windows = self._order.trained
-        """Windows to train on."""
+        """Number of windows to train on."""
         largest = int(self.tokens.max())
         if largest >= vocab:
             raise DataError(f"{where}: token {largest} is outside the vocabulary of {vocab}; raise model.vocab")
 
     @property
     def summary(self) -> str:
-        """How much there is."""
+        """Number of tokens, as text."""
         return f"{len(self.tokens)} tokens"
 
     @property
@@ -86,19 +86,19 @@ class TextData:
         return hashlib.sha256(np.ascontiguousarray(self.tokens).data).hexdigest()[:16]
 
     def sample(self, number: int) -> npt.NDArray[np.int64]:
-        """Window of global sample `number`: [seq_len + 1] int64."""
+        """Return the window of global sample `number`: [seq_len + 1] int64."""
         return self._window(self._order.item(number))
 
     def held_out_sample(self, number: int) -> npt.NDArray[np.int64]:
-        """Held-out window `number`, from the first again after the last: [seq_len + 1] int64."""
+        """Return held-out window `number`, [seq_len + 1] int64; after the last the first follows again."""
         return self._window(self._order.held_out_item(number))
 
     def batch(self, numbers: range) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of the given global samples, each [samples, seq_len] int64."""
+        """Return inputs and targets of the global samples `numbers`, each [samples, seq_len] int64."""
         return _inputs_and_targets([self.sample(n) for n in numbers])
 
     def held_out_batch(self, numbers: range) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `batch`, of held-out samples."""
+        """Return what `batch` does, for held-out samples."""
         return _inputs_and_targets([self.held_out_sample(n) for n in numbers])
 
     def _window(self, number: int) -> npt.NDArray[np.int64]:

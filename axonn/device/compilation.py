@@ -1,8 +1,8 @@
-"""Small pure functions compiled by `torch.compile` where that helps, which is on GPUs.
+"""Compilation of small pure functions by `torch.compile` where it pays, which is on GPUs.
 
-A block as a whole cannot be compiled: gradients of weights are added in place, and collectives and the turns of lanes
-lie between its operations. What remains is where a chain of elementwise operations passes over large tensors: the loss,
-the masks of dropout, norms of images.
+A whole block cannot be compiled: weight gradients are added in place, and collectives and the switches between lanes
+lie between its operations. Compilation pays where a chain of elementwise operations passes over large tensors: the
+loss, the masks of dropout, norms of images.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ T = TypeVar("T")
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what a failing compiler logs, which is pages."""
+    """Silence the pages that a failing compiler logs inside the block."""
     loggers = [logging.getLogger(name) for name in ("torch._inductor", "torch._dynamo")]
-    before = [logger.level for logger in loggers]
+    levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
 
 class Compiler:
-    """Compiles functions for one engine, each at its first call. "auto": where their tensors lie on a GPU.
+    """Compiler of one engine's functions, each at its first call. "auto": only for tensors on a GPU.
 
-    What cannot be compiled, for want of a compiler for instance, is said in a warning and goes on as it is.
+    A function that cannot be compiled, for instance because there is no C compiler, runs uncompiled after a warning.
     """
 
     def __init__(self, mode: CompileMode = "auto") -> None:
         self._mode = mode
         self._compiled: dict[Callable[..., Any], Callable[..., Any] | None] = {}
-        """None where it has failed."""
+        """Compiled functions; None where compilation has failed."""
 
     def wanted(self, function: Callable[..., Any], like: torch.Tensor) -> bool:
-        """Whether a call with `like` among its tensors would be compiled."""
-        on = self._mode == "always" or (self._mode == "auto" and like.device.type == "cuda")
-        return on and self._compiled.get(function, function) is not None
+        """Return True if a call with `like` among its tensors would be compiled."""
+        enabled = self._mode == "always" or (self._mode == "auto" and like.device.type == "cuda")
+        return enabled and self._compiled.get(function, function) is not None
 
     def run(self, function: Callable[..., T], *arguments: Any, like: torch.Tensor) -> T:
-        """`function(*arguments)`. It must be pure, and the same object at every call; `like`: see `wanted`."""
+        """Return `function(*arguments)`. It must be pure and the same object at every call; `like`: see `wanted`."""
         if not self.wanted(function, like):
             return function(*arguments)
         compiled = self._compiled.get(function)
@@ -65,6 +65,6 @@ class Compiler:
             self._compiled[function] = None
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             warnings.warn(f"{function.__name__} runs uncompiled, since compiling it failed: {reason}", stacklevel=2)
-            # What is wrong with its arguments is said once more, by the function itself.
+            # If the arguments are wrong, the function itself raises the error again.
             return function(*arguments)
         return result

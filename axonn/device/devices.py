@@ -1,4 +1,4 @@
-"""Which device a rank computes on, and whether ranks have one to themselves."""
+"""Choice of the device a rank computes on, and whether ranks share one."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ DeviceType = Literal["cpu", "cuda"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
 
-def device_type(asked: str) -> DeviceType:
-    """What "auto" (the GPUs where there are any), "cpu" or "cuda" means on this machine.
+def device_type(choice: str) -> DeviceType:
+    """Resolve "auto" (GPUs if there are any), "cpu" or "cuda" to the type of device on this machine.
 
     Raises `ConfigError` for another name, and for "cuda" where PyTorch finds no GPU.
     """
-    if asked not in get_args(DeviceChoice):
-        raise ConfigError(f"unknown device '{asked}'; known are {', '.join(get_args(DeviceChoice))}")
-    if asked == "cpu":
+    if choice not in get_args(DeviceChoice):
+        raise ConfigError(f"unknown device '{choice}'; known are {', '.join(get_args(DeviceChoice))}")
+    if choice == "cpu":
         return "cpu"
     if torch.cuda.is_available():
         return "cuda"
-    if asked == "auto":
+    if choice == "auto":
         return "cpu"
-    why = "it sees none" if torch.version.cuda or torch.version.hip else "this build of it is for processors alone"
+    reason = "it sees none" if torch.version.cuda or torch.version.hip else "this build of it is for processors alone"
     raise ConfigError(
-        f"device 'cuda' needs a GPU that PyTorch {torch.__version__} can use, and {why}; take device 'cpu', or see "
+        f"device 'cuda' needs a GPU that PyTorch {torch.__version__} can use, and {reason}; take device 'cpu', or see "
         "axonn doctor"
     )
 
 
 def ranks_on(device: DeviceType, ranks: int) -> str:
-    """In words, where the ranks of a job on this machine compute."""
-    said = f"{ranks} rank{'' if ranks == 1 else 's'}"
+    """Describe where the ranks of a job on this machine compute, for instance "2 ranks on the CPU"."""
+    count = f"{ranks} rank{'' if ranks == 1 else 's'}"
     if device == "cpu":
-        return f"{said} on the CPU"
+        return f"{count} on the CPU"
     gpus = min(ranks, torch.cuda.device_count())
     sharing = f", which they share ({-(-ranks // gpus)} on one)" if ranks > gpus else ""
-    return f"{said} on {gpus} GPU{'' if gpus == 1 else 's'} {torch.cuda.get_device_name(0)}{sharing}"
+    return f"{count} on {gpus} GPU{'' if gpus == 1 else 's'} {torch.cuda.get_device_name(0)}{sharing}"
 
 
 def usable(device: torch.device | None) -> torch.device:
-    """`device` (default: the CPU) with its number. Raises `ConfigError` where it cannot be had."""
+    """Return `device` (default: the CPU) with its index. Raises `ConfigError` when it is not available."""
     if device is None or device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda":
@@ -55,16 +55,19 @@ def usable(device: torch.device | None) -> torch.device:
     return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
-def rank_device(asked: str, environment: Mapping[str, str] | None = None) -> torch.device:
-    """The device of this rank: the ranks of a node take its GPUs in turn, so that several share one where there are
-    more ranks. A launcher that shows each rank one GPU alone is met as well. Raises `ConfigError` as `device_type`."""
-    if device_type(asked) == "cpu":
+def rank_device(choice: str, environment: Mapping[str, str] | None = None) -> torch.device:
+    """Return the device of this rank.
+
+    The ranks of a node take its GPUs in turn, and share them if there are more ranks than GPUs. This also works with
+    launchers that show each rank a single GPU. Raises `ConfigError` as `device_type`.
+    """
+    if device_type(choice) == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", local_rank(environment) % torch.cuda.device_count())
 
 
 def identity(device: torch.device) -> str:
-    """A name of the device that no other device of the job has; of a CPU, that of its host."""
+    """Return a name that no other device of the job has; for a CPU the name of its host."""
     host = socket.gethostname()
     if device.type != "cuda":
         return host
@@ -73,20 +76,20 @@ def identity(device: torch.device) -> str:
 
 
 def are_shared(identities: Sequence[str]) -> bool:
-    """Whether two ranks have the same device, given `identity` of all of them."""
+    """Return True if two ranks have the same device, given the `identity` of each."""
     return len(set(identities)) < len(identities)
 
 
 def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor`, on its way to `device` if it is not there; the host does not wait."""
+    """Return `tensor` on `device`, copied there if need be without making the host wait."""
     if tensor.device.type == device.type:
         return tensor
-    # From memory that can be paged out a copy would have the host wait.
+    # A copy from pageable memory would make the host wait.
     return (tensor.pin_memory() if tensor.is_cpu else tensor).to(device, non_blocking=True)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most bytes that this process has had allocated on a GPU, or resident on a CPU."""
+    """Return the peak bytes that this process has had allocated on a GPU, or resident on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     import resource

@@ -1,4 +1,4 @@
-"""Host memory that a GPU copies from and to by itself."""
+"""Page-locked (pinned) host memory, which a GPU can copy from and to by itself."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 def pinned_zeros(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros [elements] in page-locked host memory, of no more bytes than they need.
+    """Return zeros [elements] in page-locked host memory, without wasting any of it.
 
-    PyTorch's own pinned memory comes in powers of two, which for the state of a large model is up to twice as much: so
-    ordinary memory is locked where it lies. PyTorch's is taken where that is refused, for instance by a limit.
+    PyTorch's own pinned memory comes in powers of two, up to twice what the state of a large model needs; so ordinary
+    memory is locked in place. Where that is refused, for instance by a limit, PyTorch's is used.
     """
     zeros = torch.zeros(elements, dtype=dtype, device="cpu")
     if not zeros.nbytes:
@@ -24,6 +24,6 @@ def pinned_zeros(elements: int, dtype: torch.dtype) -> torch.Tensor:
     if not locked:
         del zeros
         return torch.zeros(elements, dtype=dtype, device="cpu", pin_memory=True)
-    # Of the storage, since views of it outlive the tensor.
+    # Tied to the storage, since views of it outlive the tensor.
     weakref.finalize(zeros.untyped_storage(), cuda.cudaHostUnregister, zeros.data_ptr()).atexit = False
     return zeros

@@ -1,8 +1,8 @@
-"""What a device was given to do, in which order, and when it did it.
+"""Streams and events of a device: the order of the work it was given, and when it ran.
 
-Under CUDA work runs later than its call, on streams that events order and time. On a CPU each call has done its work
-when it returns: the same code runs there with streams that are none and moments that are readings of the clock. Nothing
-here waits for a whole device.
+Under CUDA, work runs after the call that launches it, on streams that events order and time. On a CPU the work is done
+when the call returns: the same code runs there with empty streams and with events that are clock readings. Nothing here
+synchronises a whole device.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from axonn.spans import SpanKind, SpanRecorder
 
 
 class Completion(Protocol):
-    """Work of other threads or devices that ends by itself, as collectives do."""
+    """Work of other threads or devices that completes by itself, as collectives do."""
 
     @property
     def finished_at(self) -> float | None:
-        """When it was complete, in seconds of `time.perf_counter`; None before that and where nobody can tell."""
+        """Time of completion in seconds of `time.perf_counter`; None before that, or if it is unknown."""
         ...
 
     def wait(self) -> None:
-        """Return when the result is there."""
+        """Wait until the result is available."""
         ...
 
 
 class DeviceEvent:
-    """The point in the current stream's work at which it was made, or the instant `at` on a CPU's clock."""
+    """A point in the work of the stream that is current when it is made; on a CPU, the instant `at` of its clock."""
 
     def __init__(self, device: torch.device, *, timed: bool, at: float | None = None) -> None:
         self._device = device
@@ -44,22 +44,22 @@ class DeviceEvent:
 
     @property
     def passed(self) -> bool:
-        """Whether the device has come to it."""
+        """True once the device has reached this event."""
         return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
-        """Let what the current stream is given from now on run after this moment. The host does not wait."""
+        """Make later work of the current stream run after this event. The host does not wait."""
         if self.event is not None:
             torch.cuda.current_stream(self._device).wait_event(self.event)
 
     def synchronize(self) -> None:
-        """Let the host wait for this moment, and for nothing that the device does after it."""
+        """Make the host wait for this event, but for no later work of the device."""
         if self.event is not None:
             self.event.synchronize()
 
 
 class SideStream:
-    """A second stream; `with` it, it is the current one."""
+    """A second stream; it is the current one inside a `with` block. Without effect on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream: torch.cuda.Stream | None = None
@@ -77,15 +77,15 @@ class SideStream:
         self._entered.close()
 
     def synchronize(self) -> None:
-        """Let the host wait until everything on this stream is done."""
+        """Make the host wait until all work of this stream is done."""
         if self._stream is not None:
             self._stream.synchronize()
 
 
 class DeviceToHostCopy:
-    """A few numbers on their way from the device to the host, which does not wait before `wait`.
+    """Asynchronous copy of a few numbers from the device to the host, which waits only in `wait`.
 
-    `values` [n], which must stay as they are until then.
+    `values` [n] must not change until then.
     """
 
     def __init__(self, values: torch.Tensor) -> None:
@@ -97,7 +97,7 @@ class DeviceToHostCopy:
             self._copied = torch.cuda.current_stream(values.device).record_event()
 
     def wait(self) -> list[float]:
-        """The numbers."""
+        """Return the numbers once they have arrived."""
         if self._copied is not None:
             self._copied.synchronize()
         numbers: list[float] = self._host.tolist()
@@ -112,7 +112,7 @@ class _Pending(NamedTuple):
 
 
 class Timeline:
-    """Moments and streams of `device`, and the spans between moments."""
+    """Events and streams of `device`, and the spans between events."""
 
     def __init__(self, device: torch.device, spans: SpanRecorder | None) -> None:
         self.device = device
@@ -122,31 +122,31 @@ class Timeline:
 
     @property
     def timed(self) -> bool:
-        """Whether spans are taken."""
+        """True if spans are recorded."""
         return self.spans is not None
 
     def now(self) -> DeviceEvent:
-        """This moment, in the order of what the device was given."""
+        """Return an event after all work that the current stream was given so far."""
         return DeviceEvent(self.device, timed=self.timed)
 
     def at(self, seconds: float | None) -> DeviceEvent:
-        """The instant at which a clock showed `seconds`; `now` where nobody has looked."""
+        """Return the event at clock reading `seconds`; the same as `now` if that is None, and under CUDA."""
         return DeviceEvent(self.device, timed=self.timed, at=seconds)
 
     @staticmethod
-    def later(one: DeviceEvent, other: DeviceEvent) -> DeviceEvent:
-        """The later of two moments; under CUDA, where only the device knows, the second."""
-        return one if one.event is None and one.at > other.at else other
+    def later(first: DeviceEvent, second: DeviceEvent) -> DeviceEvent:
+        """Return the later of two events; under CUDA, where only the device knows, the second."""
+        return first if first.event is None and first.at > second.at else second
 
     def side_stream(self) -> SideStream:
-        """Another queue of work of the same device."""
+        """Return another stream of the same device."""
         return SideStream(self.device)
 
     def result_of(self, work: Completion) -> DeviceEvent:
-        """Let the current stream go on when the result of a collective is there; when that is.
+        """Make the current stream wait for the result of a collective; return the event at which it was complete.
 
-        The end of a collective is a moment of a stream that does nothing else: that of the current stream would come no
-        sooner than what it still computes.
+        The end of a collective is an event of a stream that does nothing else: an event of the current stream would
+        come only after the work that is still queued on it.
         """
         with self._wire:
             work.wait()
@@ -155,7 +155,7 @@ class Timeline:
         return finished
 
     def span(self, kind: SpanKind, start: DeviceEvent, end: DeviceEvent, **where: int) -> None:
-        """Note a span, `where` as of `SpanRecorder.add`. Under CUDA it is recorded by the next `flush`."""
+        """Record a span with the fields `where` of `SpanRecorder.add`; under CUDA at the next `flush`."""
         if self.spans is None or not self.spans.recording:
             return
         if end.event is None:
@@ -164,7 +164,7 @@ class Timeline:
             self._pending.append(_Pending(kind, start, end, where))
 
     def flush(self) -> None:
-        """Record what was noted. Under CUDA the host waits for the end of it, so it is called where that is anyway."""
+        """Record the pending spans. Under CUDA the host waits for their ends, so call it where it waits anyway."""
         if self.spans is None or not self._pending:
             return
         for pending in self._pending:

@@ -1,1 +1,1 @@
-"""Ranks that work together: launch, runtime, collectives over the axes of the grid, and messages between stages."""
+"""Distributed runtime: launch of ranks, collectives over the axes of the grid, and messages between stages."""

@@ -1,4 +1,4 @@
-"""Asynchronous collectives over groups of the grid. Every call is counted."""
+"""Asynchronous collectives over groups of the grid; every call is counted."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ class CollectiveHandle(ABC):
 
     @property
     def finished_at(self) -> float | None:
-        """When it was complete, in seconds of `time.perf_counter`; None before that and where nobody can tell."""
+        """Time of completion in seconds of `time.perf_counter`; None before that, or if it is unknown."""
         return None
 
     @abstractmethod
     def wait(self) -> None:
-        """Return when the result is in the tensor."""
+        """Wait until the result is in the tensor."""
 
 
 @dataclass(frozen=True)
 class CollectiveGroup:
-    """Ranks that take part in a collective, with the implementation's own handle. `axes`: of the grid, along which they
-    differ; some of them may have one rank only."""
+    """Ranks that take part in a collective, with the implementation's handle of the group.
+
+    `axes`: axes of the grid along which the ranks differ; some of them may have one rank only.
+    """
 
     ranks: tuple[int, ...]
     axes: tuple[Axis, ...]
@@ -48,25 +50,25 @@ class Call(NamedTuple):
 
     kind: CallKind
     axes: tuple[Axis, ...]
-    """Of the grid, along which `ranks` differ, in the order of `AXES`."""
+    """Axes of the grid along which `ranks` differ, in the order of `AXES`."""
     ranks: tuple[int, ...]
     elements: int
-    """Of the tensor that this rank contributes."""
+    """Elements of the tensor that this rank contributes."""
     dtype: str
     element_size: int
-    """Bytes."""
+    """Bytes per element."""
 
     @property
     def bytes(self) -> int:
-        """Handed to the collective by this rank."""
+        """Bytes that this rank contributes to the collective."""
         return self.elements * self.element_size
 
 
 class Collectives(ABC):
-    """Collectives of one rank. Groups are made once, by all ranks in the same order.
+    """Collectives of one rank. Groups are created once, by all ranks in the same order.
 
-    `calls`: how often this rank has issued each collective so far. A group of one rank sends nothing, which counts
-    nothing.
+    `calls`: how often this rank has issued each collective so far. Collectives in a group of one rank send nothing and
+    are not counted.
     """
 
     device_type = "cpu"
@@ -78,39 +80,41 @@ class Collectives(ABC):
         self.calls: Counter[Call] = Counter()
 
     def __deepcopy__(self, memo: object) -> Collectives:
-        """The same object: groups belong to the job and are not copied."""
+        """Return the same object: groups belong to the job and are not copied."""
         return self
 
     def axis_group(self, axes: Sequence[Axis]) -> CollectiveGroup:
-        """The ranks that differ from this one along `axes` only."""
+        """Return the group of ranks that differ from this one along `axes` only."""
         ranks = self.grid.group(self.rank, axes)
         return CollectiveGroup(ranks, tuple(axis for axis in AXES if axis in axes), self._group(ranks, axes))
 
     def stage_group(self, stages: tuple[int, ...]) -> CollectiveGroup | None:
-        """The ranks of this rank's pipeline on `stages`; None where this rank is on another stage.
+        """Return the group of the ranks of this rank's pipeline on `stages`; None if this rank is on another stage.
 
-        Every rank of the grid calls it, with the same stages in the same order.
+        Every rank of the grid must call it with the same stages in the same order.
         """
-        mine = None
+        group = None
         for pipeline in self.grid.groups(["inter"]):
             ranks = tuple(pipeline[stage] for stage in stages)
             handle = self._group(ranks, None)
             if self.rank in ranks:
-                mine = CollectiveGroup(ranks, ("inter",), handle)
-        return mine
+                group = CollectiveGroup(ranks, ("inter",), handle)
+        return group
 
     def all_reduce(
         self, tensor: torch.Tensor, group: CollectiveGroup, operation: Operation = "sum"
     ) -> CollectiveHandle:
-        """Start reducing `tensor` in place over `group`. It must not be touched before `wait`."""
+        """Start an all-reduce of `tensor` in place over `group`. It must not be touched before `wait`."""
         if len(group.ranks) == 1:
             return _NothingToDo()
         self._count(_KINDS[operation], tensor, group)
         return self._all_reduce(tensor, group, operation)
 
     def all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: CollectiveGroup) -> CollectiveHandle:
-        """Start filling contiguous `output` [ranks, *shape] with the contiguous `tensor` [*shape] of every rank of
-        `group`, in the order of `group.ranks`. Neither must be touched before `wait`."""
+        """Start an all-gather of contiguous `tensor` [*shape] into contiguous `output` [ranks, *shape].
+
+        The order is that of `group.ranks`. Neither tensor may be touched before `wait`.
+        """
         if len(group.ranks) == 1:
             output[0] = tensor
             return _NothingToDo()
@@ -136,7 +140,7 @@ class _TorchWork(CollectiveHandle):
         self._work = work
         self._finished_at: float | None = None
         if tensor.device.type == "cpu":
-            # Runs in the backend's thread, also while this one computes. (NCCL's would run when its work is queued.)
+            # Runs in the backend's thread, also while this one computes. (NCCL would call it when the work is queued.)
             work.get_future().add_done_callback(self._stamp)
 
     def _stamp(self, _: Any) -> None:
@@ -151,7 +155,7 @@ class _TorchWork(CollectiveHandle):
 
 
 class TorchCollectives(Collectives):
-    """Collectives of `torch.distributed` (NCCL or Gloo), which must be initialised with as many ranks as the grid."""
+    """Collectives over `torch.distributed` (NCCL or Gloo), which must be initialised with as many ranks as the grid."""
 
     def __init__(self, grid: ProcessGrid, rank: int, *, device_type: str = "cpu") -> None:
         super().__init__(grid, rank)
@@ -163,7 +167,7 @@ class TorchCollectives(Collectives):
             return self._mesh.get_group(axes[0])
         if axes is not None and set(axes) == set(AXES):
             return dist.group.WORLD
-        # Members alone may make a group that every rank is in one of; its name counts the groups each has made.
+        # If every rank is in one such group, its members alone create it; its name counts the groups each has made.
         return dist.new_group(list(ranks), use_local_synchronization=axes is not None)
 
     def _all_reduce(self, tensor: torch.Tensor, group: CollectiveGroup, operation: Operation) -> CollectiveHandle:
@@ -171,13 +175,13 @@ class TorchCollectives(Collectives):
         return _TorchWork(dist.all_reduce(tensor, op=op, group=group.handle, async_op=True), tensor)
 
     def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, group: CollectiveGroup) -> CollectiveHandle:
-        # Backends differ in which shapes of output they take; all take flat ones.
+        # Backends differ in the output shapes they accept; all accept flat ones.
         work = dist.all_gather_into_tensor(output.view(-1), tensor.view(-1), group=group.handle, async_op=True)
         return _TorchWork(work, tensor)
 
 
 class _StagedWork(CollectiveHandle):
-    """A collective of Gloo on `staged`, host memory, that belongs into `tensor`."""
+    """A Gloo collective on `staged`, in host memory, whose result is copied to `tensor`."""
 
     def __init__(self, work: Any, staged: torch.Tensor, tensor: torch.Tensor) -> None:
         self._work: Any = work
@@ -194,8 +198,8 @@ class _StagedWork(CollectiveHandle):
 class StagedCollectives(TorchCollectives):
     """Collectives of GPU tensors through host memory, over Gloo: for ranks that share a GPU, which NCCL refuses.
 
-    A collective starts once its tensor has been computed, for which the host waits, and runs beside what is computed
-    next. With tensors of a CPU, which are staged all the same, it can be tested anywhere.
+    The host waits until the tensor has been computed; the collective then overlaps with later compute. CPU tensors are
+    staged as well, so that it can be tested anywhere.
     """
 
     def _all_reduce(self, tensor: torch.Tensor, group: CollectiveGroup, operation: Operation) -> CollectiveHandle:
@@ -212,7 +216,7 @@ class StagedCollectives(TorchCollectives):
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in host memory, complete; under CUDA the host waits for this copy and what is before it, no more."""
+    """Return a complete copy in host memory; under CUDA the host waits for the copy and earlier work of the stream."""
     staged = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=not tensor.is_cpu)
     staged.copy_(tensor, non_blocking=True)
     if not tensor.is_cpu:
@@ -221,7 +225,7 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class SerialCollectives(Collectives):
-    """The only rank there is: nothing to reduce, nothing to count."""
+    """Collectives of a single rank: nothing to reduce, nothing to count."""
 
     def _group(self, ranks: tuple[int, ...], axes: Sequence[Axis] | None) -> Any:
         return None
@@ -234,9 +238,10 @@ class SerialCollectives(Collectives):
 
 
 def job_collectives(grid: ProcessGrid, rank: int | None, device_type: str) -> Collectives:
-    """Connect the ranks of the running job, of which this is `rank` (default: whichever it is); all ranks call it.
+    """Return the collectives of the running job on this rank; all ranks call it.
 
-    Raises `GridError` when the grid does not fit the job, or this is another rank.
+    `rank`: the expected rank of this process, if any. Raises `GridError` when the grid does not fit the job or this is
+    another rank.
     """
     if grid.size == 1:
         return SerialCollectives(grid, 0)
@@ -245,10 +250,10 @@ def job_collectives(grid: ProcessGrid, rank: int | None, device_type: str) -> Co
             f"the grid {grid} needs {grid.size} ranks, but torch.distributed is not initialised; start the job "
             "(torchrun, mpiexec) and call torch.distributed.init_process_group, or give collectives"
         )
-    here = dist.get_rank()
-    if rank not in (None, here):
-        raise GridError(f"these are the parts of rank {rank}, but this is rank {here}; each rank has its own")
-    return TorchCollectives(grid, here, device_type=device_type)
+    actual = dist.get_rank()
+    if rank not in (None, actual):
+        raise GridError(f"these are the parts of rank {rank}, but this is rank {actual}; each rank has its own")
+    return TorchCollectives(grid, actual, device_type=device_type)
 
 
 class _NothingToDo(CollectiveHandle):

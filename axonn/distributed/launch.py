@@ -1,4 +1,4 @@
-"""How the ranks of a job are started on one machine: the MPI launcher's command line and the ranks' environment."""
+"""Launch of ranks on one machine: the command line of mpiexec and the environment of the ranks."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ LAUNCHERS = (
     ("SLURM_PROCID", "SLURM_NTASKS"),
     ("RANK", "WORLD_SIZE"),
 )
-"""Variables in which launchers tell a process its rank and the number of ranks."""
+"""Environment variables in which launchers give a process its rank and the number of ranks."""
 
 
 def find_mpiexec() -> str:
-    """The mpiexec beside the running Python, or the first on the path. Raises `LaunchError` when there is none."""
-    beside = Path(sys.executable).parent / "mpiexec"
-    found = str(beside) if beside.exists() else shutil.which("mpiexec")
-    if found is None:
+    """Return the mpiexec beside the running Python, or the first on the path. Raises `LaunchError` if there is none."""
+    sibling = Path(sys.executable).parent / "mpiexec"
+    mpiexec = str(sibling) if sibling.exists() else shutil.which("mpiexec")
+    if mpiexec is None:
         raise LaunchError(
             "there is no mpiexec: several ranks need MPI; install it with pip install 'axonn-reproduction[mpi]', "
             "or load your site's MPI module"
         )
-    return found
+    return mpiexec
 
 
 def mpiexec_command(
@@ -40,11 +40,11 @@ def mpiexec_command(
     own_cores: bool = False,
     mpiexec: str | None = None,
 ) -> list[str]:
-    """Command that starts `command` on `ranks` ranks of this machine.
+    """Return the command line that starts `command` on `ranks` ranks of this machine.
 
     `link_only` keeps MPI off shared memory, so that all messages cross the loopback interface (to emulate a slow link).
-    `own_cores` keeps each rank on a core of its own, for timings: two jobs that do so share the first cores. `mpiexec`:
-    another launcher than `find_mpiexec`.
+    `own_cores` binds each rank to a core, for timings; two such jobs would share the first cores. `mpiexec`: launcher
+    to use instead of `find_mpiexec`.
     """
     options = ["--bind-to", "core" if own_cores else "none"]
     if link_only:
@@ -56,10 +56,10 @@ _FORCING_COLOURS = ("FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS", "PYTHON_COLORS
 
 
 def rank_environment(base: Mapping[str, str], *, threads: int = 1) -> dict[str, str]:
-    """Environment for ranks that share this machine's cores: `threads` each, and Open MPI that yields when idle.
+    """Return the environment of ranks that share this machine's cores: `threads` each; Open MPI yields when idle.
 
-    What an outer launcher says about this process is left out: the ranks are those of their own launcher. So is what
-    asks for colours: what ranks print goes to a file.
+    Variables of an outer launcher are removed, since the ranks get theirs from their own launcher, and so are requests
+    for colours, since the output of ranks goes to a file.
     """
     outer = {name for names in LAUNCHERS for name in names} | set(LOCAL_RANKS) | set(_FORCING_COLOURS)
     env = {name: value for name, value in base.items() if name not in outer}

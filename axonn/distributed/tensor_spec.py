@@ -1,4 +1,4 @@
-"""What a tensor is like, without the tensor."""
+"""Shape and type of a tensor, without the tensor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class TensorSpec(NamedTuple):
-    """Shape and type of a tensor."""
+    """Shape and type of a tensor; as text for instance "float32[4,10]"."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

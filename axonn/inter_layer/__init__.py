@@ -1,1 +1,1 @@
-"""One stage of the pipeline at work: what it computes, keeps, sends and hears."""
+"""One stage of the pipeline: its layers, its compute and activations, and the messages it sends and receives."""

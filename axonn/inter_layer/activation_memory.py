@@ -1,4 +1,4 @@
-"""Memory between forward and backward: how much of it there is."""
+"""Measurement of the activation memory that a forward keeps for its backward."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 
 class SavedBytes:
-    """Adds up the bytes that autograd keeps for the backward, each storage once."""
+    """Counter of the bytes that autograd saves for the backward, each storage once; those of `without` do not count."""
 
     def __init__(self, without: Iterable[torch.Tensor]) -> None:
         self._seen = {t.untyped_storage().data_ptr() for t in without}
         self.bytes = 0
 
     def add(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's storage, once."""
+        """Count the storage of a tensor, unless it has been counted."""
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
@@ -24,11 +24,11 @@ class SavedBytes:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count what is saved inside of the block."""
+        """Count the tensors that autograd saves inside the block."""
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             self.add(tensor)
-            # Kept as it is, an output that its own node saves would keep itself alive.
+            # Detached, since an output saved by its own node would keep itself alive.
             return tensor.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

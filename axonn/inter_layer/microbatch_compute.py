@@ -1,4 +1,4 @@
-"""Forward and backward of microbatches through one chunk, each cut into sub-shards whose lanes take turns."""
+"""Forward and backward of microbatches through one chunk, each cut into sub-shards that run in lanes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from axonn.tensor.in_place import accumulate_in_place
 
 
 class ChunkCompute:
-    """A chunk with what it holds of each microbatch, by sub-shard.
+    """A chunk with the tensors it holds for each microbatch, by sub-shard.
 
-    `source`: the network begins with it; `sink`: it ends with it, so the loss is computed here.
+    `source`: it is the first chunk of the network; `sink`: it is the last, so the loss is computed here.
     """
 
     def __init__(
@@ -46,20 +46,20 @@ class ChunkCompute:
         accumulate_in_place(module, self._queue)
         self._inputs: dict[int, list[Tensors]] = {}
         self._outputs: dict[int, list[list[GradientEdge | None]]] = {}
-        """Of each floating-point output; None where it depends on no parameter and no input."""
+        """Gradient edge of each floating-point output; None if it depends on no parameter and no input."""
         self._gradients: dict[int, list[Tensors]] = {}
         self._weights: dict[int, Callable[[], None]] = {}
-        """Second halves of split backwards."""
+        """Weight halves of split backwards."""
         self.saved_bytes: int | None = None
-        """Bytes that one microbatch keeps from its forward to its backward, once known."""
+        """Bytes that one microbatch keeps from its forward to its backward; None before the first forward."""
 
     @property
     def held(self) -> set[int]:
-        """Microbatches of which something is held."""
+        """Microbatches with tensors held."""
         return set().union(self._inputs, self._outputs, self._gradients, self._weights)
 
     def put(self, direction: Direction, microbatch: int, tensors: Tensors) -> None:
-        """Take the activations, or the gradients, of a microbatch."""
+        """Store the received activations or gradients of a microbatch."""
         parts = [tuple(t[rows.start : rows.stop] for t in tensors) for rows in self._sub_shards]
         if direction == Direction.FORWARD:
             for part in parts:
@@ -70,14 +70,14 @@ class ChunkCompute:
             self._gradients[microbatch] = parts
 
     def forward(self, microbatch: int, batch: Batch) -> Tensors:
-        """The activations to hand on; nothing where the network ends."""
+        """Run the forward of a microbatch; return the activations to pass on, none from the last chunk."""
         saved = SavedBytes(without=self.module.parameters()) if self.saved_bytes is None else None
         outputs = self._context.lanes.run(
             [partial(self._forward, microbatch, lane, batch, saved) for lane in range(len(self._sub_shards))]
         )
         if saved is not None:
             self.saved_bytes = saved.bytes
-        # The graph is held, the outputs themselves only as long as their message is under way.
+        # The graph is kept; the outputs themselves live only as long as their message is under way.
         self._outputs[microbatch] = [
             [get_gradient_edge(t) if t.requires_grad else None for t in output if t.dtype.is_floating_point]
             for output in outputs
@@ -86,7 +86,7 @@ class ChunkCompute:
 
     @torch.no_grad()
     def evaluate(self, microbatch: int, batch: Batch) -> Tensors:
-        """As `forward`, keeping nothing; what only training does, such as dropout, is left out."""
+        """Run the forward in evaluation mode (no dropout), keeping nothing; return the same as `forward`."""
         lanes = range(len(self._sub_shards))
         with _evaluating(self.module):
             outputs = self._context.lanes.run([partial(self._forward, microbatch, lane, batch, None) for lane in lanes])
@@ -94,17 +94,17 @@ class ChunkCompute:
         return () if self.sink else _joined(outputs)
 
     def backward(self, microbatch: int, batch: Batch, *, loss_scale: float) -> Tensors:
-        """The gradients to hand on; nothing where the network begins."""
+        """Run the backward of a microbatch; return the gradients to pass on, none from the first chunk."""
         outputs = self._outputs.pop(microbatch)
         gradients = self._gradients.pop(microbatch, None)
 
         def backward(lane: int) -> None:
             self._context.begin_sub_shard()
             if gradients is None:
-                given: Tensors = (torch.full_like(batch.losses[microbatch], loss_scale * self._share(lane)),)
+                grad_outputs: Tensors = (torch.full_like(batch.losses[microbatch], loss_scale * self._share(lane)),)
             else:
-                given = gradients[lane]
-            pairs = [(edge, g) for edge, g in zip(outputs[lane], given, strict=True) if edge is not None]
+                grad_outputs = gradients[lane]
+            pairs = [(edge, g) for edge, g in zip(outputs[lane], grad_outputs, strict=True) if edge is not None]
             with self._context.positions.at(batch.step, batch.samples(self._global_rows(microbatch, lane))):
                 torch.autograd.backward([edge for edge, _ in pairs], [g for _, g in pairs])
 
@@ -115,7 +115,7 @@ class ChunkCompute:
         return _joined([_gradients(part) for part in inputs])
 
     def backward_input(self, microbatch: int, batch: Batch, *, loss_scale: float) -> Tensors:
-        """As `backward`, but the gradients of the weights are left to `backward_weight`."""
+        """Run the backward but for the weight gradients, which are left to `backward_weight`."""
         self._queue.deferring = True
         gradients = self.backward(microbatch, batch, loss_scale=loss_scale)
         self._queue.deferring = False
@@ -123,7 +123,7 @@ class ChunkCompute:
         return gradients
 
     def backward_weight(self, microbatch: int) -> None:
-        """The gradients of the weights, whose input gradients were computed before."""
+        """Accumulate the weight gradients that `backward_input` of this microbatch left."""
         self._weights.pop(microbatch)()
 
     def _forward(self, microbatch: int, lane: int, batch: Batch, saved: SavedBytes | None) -> Tensors:
@@ -149,7 +149,7 @@ class ChunkCompute:
         return (loss,)
 
     def _global_rows(self, microbatch: int, lane: int) -> range:
-        """Rows of a sub-shard, counted in the whole shard of the batch."""
+        """Return the rows of a sub-shard, numbered in the batch shard."""
         rows, first = self._sub_shards[lane], microbatch * self._rows
         return range(first + rows.start, first + rows.stop)
 
@@ -159,15 +159,15 @@ class ChunkCompute:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Inside of the block no part of `module` is in training."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
+    """Put all submodules of `module` into evaluation mode inside the block."""
+    training = [submodule for submodule in module.modules() if submodule.training]
+    for submodule in training:
+        submodule.training = False
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        for submodule in training:
+            submodule.training = True
 
 
 def _gradients(inputs: Tensors) -> Tensors:
@@ -175,7 +175,7 @@ def _gradients(inputs: Tensors) -> Tensors:
 
 
 def _joined(parts: list[Tensors]) -> Tensors:
-    """Tensors of the sub-shards as those of the microbatch, contiguous."""
+    """Concatenate the tensors of the sub-shards to those of the microbatch, contiguous."""
     if len(parts) == 1:
         return tuple(t.contiguous() for t in parts[0])
     return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))

@@ -1,4 +1,4 @@
-"""Where the first value of a batch came from that is not finite, without a look at every value while all goes well."""
+"""Detection of the first non-finite value of a batch, without inspecting every value while all goes well."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from axonn.schedules import Direction
 
 @dataclass(frozen=True, order=True)
 class NotFinite:
-    """What a task handed on that is not finite; the least of several is the one that came first in the network.
+    """A non-finite value that a task passed on; the least of several is the one that came first in the network.
 
-    `backwards`: a gradient. `distance`: chunks that the values had passed, from the beginning of the network forwards,
-    from its end backwards. `layers`: those of the chunk, the first and the last.
+    `backwards`: it is a gradient. `distance`: chunks that the value had passed, counted from the beginning of the
+    network for activations and from its end for gradients. `layers`: first and last layer of the chunk.
     """
 
     backwards: bool
@@ -27,15 +27,16 @@ class NotFinite:
 
     def __str__(self) -> str:
         first, last = self.layers
-        where = f"layer {first}" if first == last else f"layers {first} to {last}"
-        what = "gradients that come out of" if self.backwards else "what comes out of"
-        return f"{what} {where} for microbatch {self.microbatch}"
+        location = f"layer {first}" if first == last else f"layers {first} to {last}"
+        value = "gradients that come out of" if self.backwards else "what comes out of"
+        return f"{value} {location} for microbatch {self.microbatch}"
 
 
 class NonFiniteDetector:
-    """A number for each task of a batch, finite where all that the task handed on is: its sum, kept on the device.
+    """Detector of non-finite values: keeps, on the device, the sum of the tensors that each task of a batch passes on.
 
-    `distances`: of each chunk of this rank, forwards; `layers`: its first and last layer; `chunks`: of all stages.
+    A sum is finite if and only if all values are. `distances`: distance of each chunk of this rank from the beginning
+    of the network, in chunks; `layers`: first and last layer of each; `chunks`: number of chunks of all stages.
     """
 
     def __init__(
@@ -56,21 +57,21 @@ class NonFiniteDetector:
         self._sums = torch.zeros(len(Direction), len(layers), microbatches, dtype=torch.float64, device=device)
 
     def note(self, direction: Direction, chunk: int, microbatch: int, tensors: Tensors) -> None:
-        """What a task hands on."""
+        """Add up the tensors that a task passes on."""
         for tensor in tensors:
             if tensor.dtype.is_floating_point:
                 self._sums[direction, chunk, microbatch] += tensor.detach().sum(dtype=torch.float64)
 
-    def poison(self) -> torch.Tensor:
-        """A scalar on the device: 0, or not a number where a gradient was not finite."""
+    def nan_flag(self) -> torch.Tensor:
+        """Return a scalar on the device: 0, or NaN if a gradient was non-finite."""
         return self._sums[Direction.BACKWARD].sum() * 0.0
 
-    def found(self) -> list[NotFinite]:
-        """Everything that was not finite. Waits for the device."""
-        found = []
+    def non_finite(self) -> list[NotFinite]:
+        """Return all non-finite values that were passed on. Waits for the device."""
+        values = []
         for direction, chunk, microbatch in (~self._sums.isfinite()).nonzero().tolist():
             backwards = direction == Direction.BACKWARD
             passed = self._distances[chunk]
             distance = self._chunks - 1 - passed if backwards else passed
-            found.append(NotFinite(backwards, distance, microbatch, self._rank, self._layers[chunk]))
-        return found
+            values.append(NotFinite(backwards, distance, microbatch, self._rank, self._layers[chunk]))
+        return values

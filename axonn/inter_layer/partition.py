@@ -1,4 +1,4 @@
-"""Cuts a chain of layers into stages, or into the chunks of stages, of nearly equal cost."""
+"""Partition of a chain of layers into stages, or into the chunks of stages, of nearly equal cost."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from axonn.errors import GridError
 from axonn.schedules import ChunkLayout
 
 _FAR, _FEW = 4, 12
-"""How many layers a cut moves at once, where there are at most so many virtual stages; with more, one layer."""
+"""Layers by which the local search moves a cut, with at most `_FEW` virtual stages; with more, one layer."""
 
 
 def partition(costs: Sequence[float], stages: int) -> list[range]:
-    """Contiguous ranges of layers, one per stage and none empty, whose largest total cost is the least possible.
+    """Return contiguous ranges of layers, one per stage and none empty, with the least possible largest stage cost.
 
-    Among equally good cuts the one with the smallest sum of squared stage costs is taken, so no stage is left fuller
+    Among equally good cuts the one with the smallest sum of squared stage costs is taken, so that no stage is fuller
     than it must be. Raises `GridError` when there are more stages than layers.
     """
     layers = len(costs)
@@ -30,7 +30,7 @@ def partition(costs: Sequence[float], stages: int) -> list[range]:
         return total[end] - total[first]
 
     def enough(bound: float) -> bool:
-        """Whether stages that are filled one after the other up to `bound` hold all layers."""
+        """Return True if stages filled one after the other up to `bound` hold all layers."""
         first = 0
         for _ in range(stages):
             # The largest end within the bound; sums grow with the end.
@@ -45,15 +45,15 @@ def partition(costs: Sequence[float], stages: int) -> list[range]:
 
     @cache
     def best(first: int, left: int) -> tuple[float, int]:
-        """(least sum of squares, end of the first stage) of the layers from `first` on, no stage above the bound."""
+        """Return (least sum of squares, end of the first stage) for the layers from `first` on within the bound."""
         if left == 1:
             return (cost(first, layers) ** 2 if cost(first, layers) <= bound else inf), layers
-        found = inf, first + 1
+        least = inf, first + 1
         for end in range(first + 1, layers - left + 2):
             if cost(first, end) > bound:
                 break
-            found = min(found, (cost(first, end) ** 2 + best(end, left - 1)[0], end))
-        return found
+            least = min(least, (cost(first, end) ** 2 + best(end, left - 1)[0], end))
+        return least
 
     ranges = []
     first = 0
@@ -69,12 +69,12 @@ def _since(before: float, total: float) -> float:
 
 
 def partition_chunks(costs: Sequence[float], layout: ChunkLayout) -> list[range]:
-    """Contiguous ranges of layers, one per virtual stage and none empty, such that the fullest *stage* is least full.
+    """Return contiguous ranges of layers, one per virtual stage and none empty, that minimise the largest *stage* cost.
 
-    What a stage computes in all bounds the batch time, so its chunks may differ if their sums do not. Starts from equal
-    chunks and moves cuts, one or two at a time, while that improves (largest stage, spread of the stages, spread of the
-    chunks), to a local optimum; for one chunk per stage the start is the optimum. Raises `GridError` when there are
-    too few layers.
+    The total cost of a stage bounds the batch time, so its chunks may differ as long as the stages do not. Starts from
+    equal chunks and moves cuts, one or two at a time, while that improves (largest stage, spread of the stages, spread
+    of the chunks), to a local optimum; with one chunk per stage the start is the optimum. Raises `GridError` when there
+    are too few layers.
     """
     spans = partition(costs, layout.virtual_stages)
     if layout.chunks == 1 or layout.stages == 1:
@@ -82,7 +82,7 @@ def partition_chunks(costs: Sequence[float], layout: ChunkLayout) -> list[range]
     total = (0.0, *accumulate(costs))
     stage_of = [layout.place(v)[0] for v in range(layout.virtual_stages)]
     # Sums of floats differ in their last digits by the order of addition; equal cuts must compare equal.
-    grain = (total[-1] or 1.0) * 1e-9
+    resolution = (total[-1] or 1.0) * 1e-9
 
     def value(cuts: Sequence[int]) -> tuple[int, int, int]:
         chunks = [total[b] - total[a] for a, b in pairwise(cuts)]
@@ -90,7 +90,11 @@ def partition_chunks(costs: Sequence[float], layout: ChunkLayout) -> list[range]
         for stage, cost in zip(stage_of, chunks, strict=True):
             stages[stage] += cost
         spread = (sum(s * s for s in stages), sum(c * c for c in chunks))
-        return (round(max(stages) / grain), round(spread[0] / grain**2 * 1e-9), round(spread[1] / grain**2 * 1e-9))
+        return (
+            round(max(stages) / resolution),
+            round(spread[0] / resolution**2 * 1e-9),
+            round(spread[1] / resolution**2 * 1e-9),
+        )
 
     cuts = [0, *(span.stop for span in spans)]
     best = value(cuts)
@@ -102,8 +106,11 @@ def partition_chunks(costs: Sequence[float], layout: ChunkLayout) -> list[range]
             moved = list(cuts)
             for cut, by in step:
                 moved[cut] += by
-            if all(moved[cut - 1] < moved[cut] < moved[cut + 1] for cut, _ in step) and (found := value(moved)) < best:
-                best, cuts = found, moved
+            if (
+                all(moved[cut - 1] < moved[cut] < moved[cut + 1] for cut, _ in step)
+                and (moved_value := value(moved)) < best
+            ):
+                best, cuts = moved_value, moved
                 break
         else:
             return [range(a, b) for a, b in pairwise(cuts)]

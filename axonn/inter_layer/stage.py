@@ -1,4 +1,4 @@
-"""One pipeline stage: its chunks of layers, built, and where their parameters lie."""
+"""One pipeline stage: its chunks of layers, built, and the placements of their parameters."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from axonn.tensor import TensorContext, placements
 class ParameterSpec:
     """A parameter, its full name ("layer.parameter") and its placement.
 
-    A tied parameter is called by the first name of its tie wherever it lies. `shared_with`: other parameters of this
-    stage that are the same one (a head tied to an embedding, where both lie here). They use its memory, but each has a
-    gradient of its own, which is added to the parameter's at the end of a batch: in the order in which stages add
-    theirs, where the two lie apart.
+    A tied parameter has the first name of its tie on every stage. `shared_with`: parameters of this stage that are the
+    same one (a head tied to an embedding, if both are on this stage). They share its memory, but each has a gradient of
+    its own, which is added to the parameter's at the end of a batch, in the same order as if the two were on different
+    stages.
     """
 
     name: str
@@ -36,9 +36,10 @@ class ParameterSpec:
 
 
 class StageChunk(nn.Module):
-    """A rank's part of the consecutive layers `span` of a model, their parameters allocated but not initialised.
+    """A rank's shard of the consecutive layers `span` of a model, with uninitialised parameters.
 
-    `recompute`: keep only the input of every so many blocks for the backward, and recompute what is inside.
+    `recompute`: activation checkpointing; keep only the input of every `recompute` blocks, and recompute the rest in
+    the backward. Raises `ConfigError` for layers with buffers.
     """
 
     def __init__(
@@ -70,12 +71,12 @@ class StageChunk(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> Tensors:
         modules = list(self.chain.values())
         for first, stop, recomputed in self._segments:
-            part = modules[first:stop]
+            segment = modules[first:stop]
             if recomputed and torch.is_grad_enabled():
                 # All randomness is counter-based: there is no generator state to keep.
-                tensors = checkpoint(_run, part, *tensors, use_reentrant=False, preserve_rng_state=False)
+                tensors = checkpoint(_run, segment, *tensors, use_reentrant=False, preserve_rng_state=False)
             else:
-                tensors = _run(part, *tensors)
+                tensors = _run(segment, *tensors)
         return tensors
 
 
@@ -87,22 +88,22 @@ def _run(modules: Sequence[nn.Module], *tensors: torch.Tensor) -> Tensors:
 
 
 def segments(layers: Sequence[Layer], recompute: int | None) -> list[tuple[int, int, bool]]:
-    """(first, stop, recomputed) of consecutive layers: every `recompute` blocks together, what is in no block kept."""
+    """Return runs of layers as (first, stop, recomputed): `recompute` blocks each; layers outside blocks are kept."""
     if recompute is None:
         return [(0, len(layers), False)]
-    found: list[tuple[int, int, bool]] = []
+    runs: list[tuple[int, int, bool]] = []
     blocks: list[int] = []
     for i, layer in enumerate(layers):
         inside = layer.block is not None
         if layer.block is not None and layer.block not in blocks:
             blocks.append(layer.block)
-        begins = inside and (len(blocks) > recompute or not (found and found[-1][2]))
-        if not found or begins or inside != found[-1][2]:
+        begins = inside and (len(blocks) > recompute or not (runs and runs[-1][2]))
+        if not runs or begins or inside != runs[-1][2]:
             blocks = [layer.block] if layer.block is not None else []
-            found.append((i, i + 1, inside))
+            runs.append((i, i + 1, inside))
         else:
-            found[-1] = (found[-1][0], i + 1, inside)
-    return found
+            runs[-1] = (runs[-1][0], i + 1, inside)
+    return runs
 
 
 def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -111,27 +112,30 @@ def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> Non
 
 
 def virtual_spans(model: PipelineModel, layout: ChunkLayout) -> list[range]:
-    """Layers of each virtual stage, such that the stages are balanced by cost."""
+    """Return the layers of each virtual stage, such that the stages are balanced by cost."""
     return partition_chunks([layer.cost for layer in model.layers], layout)
 
 
 def initialise(model: PipelineModel, chunk: StageChunk, *, seed: int) -> None:
-    """Fill the parameters of a chunk that stands by itself, and make one of two that are tied: autograd adds up its
-    gradients."""
+    """Initialise the parameters of a chunk used without an engine.
+
+    Tied parameters become one object, whose gradients autograd adds up.
+    """
     aliases = {second: first for first, second in model.ties}
     names = dict(chunk.chain.named_parameters())
     for first, second in model.ties:
         if first in names and second in names:
             _set_parameter(chunk.chain, second, names[first])
-    grid, here = chunk.context.grid, chunk.context.here
-    for own, parameter in chunk.chain.named_parameters():
-        name = aliases.get(own, own)
-        placement = chunk.placements[own]
-        fill(parameter, model.initial(name), name=name, seed=seed, placement=placement, grid=grid, here=here)
+    grid, coordinates = chunk.context.grid, chunk.context.coordinates
+    for alias, parameter in chunk.chain.named_parameters():
+        name = aliases.get(alias, alias)
+        placement = chunk.placements[alias]
+        initial = model.initial(name)
+        fill(parameter, initial, name=name, seed=seed, placement=placement, grid=grid, coordinates=coordinates)
 
 
 def tied_stages(model: PipelineModel, spans: Sequence[range], layout: ChunkLayout) -> dict[str, tuple[int, ...]]:
-    """The stages that hold each tied parameter, of those that lie on several stages."""
+    """Return the stages that hold each tied parameter, for parameters that are on several stages."""
     stage_of = {model.layers[i].name: layout.place(v)[0] for v, span in enumerate(spans) for i in span}
     holders: dict[str, set[int]] = {}
     for first, second in model.ties:
@@ -142,18 +146,18 @@ def tied_stages(model: PipelineModel, spans: Sequence[range], layout: ChunkLayou
 def parameter_specs(
     model: PipelineModel, chunks: Sequence[StageChunk], spans: Sequence[range], layout: ChunkLayout
 ) -> list[ParameterSpec]:
-    """Every parameter of a stage's `chunks` with its placement, in the order of the layers."""
+    """Return every parameter of a stage's `chunks` with its placement, in the order of the layers."""
     aliases = {second: first for first, second in model.ties}
     tied = tied_stages(model, spans, layout)
-    found: dict[str, list[nn.Parameter]] = {}
+    parameters: dict[str, list[nn.Parameter]] = {}
     placed: dict[str, Placement] = {}
     for chunk in sorted(chunks, key=lambda c: c.span.start):
-        for own, parameter in chunk.chain.named_parameters():
-            name = aliases.get(own, own)
-            found.setdefault(name, []).append(parameter)
-            placed.setdefault(name, chunk.placements[own])
+        for alias, parameter in chunk.chain.named_parameters():
+            name = aliases.get(alias, alias)
+            parameters.setdefault(name, []).append(parameter)
+            placed.setdefault(name, chunk.placements[alias])
     specs = []
-    for name, (parameter, *others) in found.items():
+    for name, (parameter, *others) in parameters.items():
         placement = replace(placed[name], tied_stages=tied.get(name, ()))
         specs.append(ParameterSpec(name=name, parameter=parameter, placement=placement, shared_with=tuple(others)))
     return specs

@@ -1,1 +1,1 @@
-"""Architectures, one folder each, and what the engine and the performance model ask of every one."""
+"""Architectures, one folder each, and the interface that the engine and the performance model need of each."""

@@ -1,4 +1,4 @@
-"""What the engine needs to know of a model: a chain of layers, each built on the stage that owns it."""
+"""The model as the engine sees it: a chain of layers, each built on the stage that owns it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from axonn.tensor.context import TensorContext
 class Layer:
     """One link of the chain, not yet built.
 
-    `build` makes the module, or a rank's part of it (its parameters uninitialised); `cost` is the forward work of one
-    sequence in FLOPs, for the partitioner. `block` is the number of the block (a transformer layer) that the link is
-    part of: activation checkpointing counts blocks, and recomputes only what is part of one.
+    `build` makes the module, or a rank's shard of it, with uninitialised parameters. `cost` is the forward work of one
+    sample in FLOPs, for the partitioner. `block` is the number of the block (a transformer layer) that the link belongs
+    to: activation checkpointing counts blocks, and recomputes only layers that belong to one.
     """
 
     name: str
@@ -35,12 +35,12 @@ class PipelineModel(Protocol):
 
     @property
     def layers(self) -> Sequence[Layer]:
-        """The chain, first to last. Each layer maps the tensors of the one before to a tensor or a tuple of them."""
+        """The chain, first to last. Each layer maps the outputs of the previous one to a tensor or a tuple of them."""
         ...
 
     @property
     def ties(self) -> Sequence[tuple[str, str]]:
-        """Pairs of full parameter names ("layer.parameter") that are one parameter."""
+        """Pairs of full parameter names ("layer.parameter") that share one parameter."""
         ...
 
     def check(self, grid: ProcessGrid) -> None:
@@ -48,18 +48,18 @@ class PipelineModel(Protocol):
         ...
 
     def initial(self, name: str) -> Initial:
-        """What the parameter called `name` ("layer.parameter") begins with."""
+        """Return the initialization of the parameter called `name` ("layer.parameter")."""
         ...
 
     def activation(
         self, layer: int, microbatch_size: int, dtype: torch.dtype, context: TensorContext
     ) -> tuple[TensorSpec, ...]:
-        """The tensors that layer number `layer` hands to the next one on one rank, computing in `dtype`.
+        """Return the specs of the tensors that layer number `layer` passes to the next one on one rank, in `dtype`.
 
-        The first dim of each is that of the rows of the microbatch.
+        The first dim of each is the microbatch's.
         """
         ...
 
     def loss(self, output: Any, targets: torch.Tensor, context: TensorContext) -> torch.Tensor:
-        """Mean loss of a microbatch, a scalar, the same on all ranks of row x col. `output`: of the last layer."""
+        """Return the mean loss of a microbatch, equal on all ranks of row x col. `output`: of the last layer."""
         ...

@@ -1,4 +1,4 @@
-"""Architectures: for each, one object that finds its model, its outline for the performance model, and its data.
+"""Registry of architectures: one object each that makes its model, its outline for the performance model, and its data.
 
 An architecture is a folder with its configuration, model and outline. It is registered under the `kind` of its
 configuration by one line, an entry point of the group `axonn.architectures`. Nothing here imports torch: the planner
@@ -22,18 +22,18 @@ C = TypeVar("C", bound=ModelConfig)
 
 
 class Architecture(ABC, Generic[C]):
-    """One architecture. Its modules that need torch are imported by the methods that need them."""
+    """One architecture. Modules that need torch are imported only inside the methods that need them."""
 
     config: ClassVar[type[ModelConfig]]
-    """Class of its configurations, whose default `kind` is the name under which this is registered."""
+    """Class of its configurations; the default of `kind` is the name under which the architecture is registered."""
 
     @abstractmethod
     def model(self, config: C) -> PipelineModel:
-        """Return the model that `config` describes: its chain of layers, not yet built."""
+        """Return the model that `config` describes, its layers not yet built."""
 
     @abstractmethod
     def outline(self, config: C) -> ModelOutline:
-        """Return what each layer of the chain computes, keeps and sends, for the performance model."""
+        """Return the outline for the performance model: what each layer of the chain computes, keeps and sends."""
 
     @abstractmethod
     def data(self, config: TrainConfig) -> Dataset:
@@ -41,7 +41,7 @@ class Architecture(ABC, Generic[C]):
 
 
 def architecture_of(config: ModelConfig) -> Architecture[ModelConfig]:
-    """Return the architecture that a configuration is of."""
+    """Return the architecture of a configuration."""
     architecture: Architecture[ModelConfig] = registered(config.kind)
     return architecture
 
@@ -57,5 +57,5 @@ def outline_of(config: ModelConfig) -> ModelOutline:
 
 
 def make_data(config: TrainConfig) -> Dataset:
-    """Return the data of a training run, of the kind that its model trains on. Raises `DataError`."""
+    """Return the data of a training run, as its model needs it. Raises `DataError`."""
     return architecture_of(config.model).data(config)

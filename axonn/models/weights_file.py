@@ -1,4 +1,4 @@
-"""A model as one plain file: safetensors with "<layer>.<parameter>" -> value, a tied parameter once."""
+"""Weights of a model in one safetensors file: "<layer>.<parameter>" -> value, a tied parameter once."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from axonn.placement import Shape
 from axonn.tensor import TensorContext
 
 _TYPES = ("F64", "F32", "F16", "BF16")
-"""Of weights, as safetensors calls them."""
+"""Types of weights, by their names in safetensors."""
 MASTER = "master."
-"""What the names of the weights begin with among the tensors of an engine's state."""
+"""Prefix of the master weights among the tensors of an engine's state."""
 
 
 def export_weights(checkpoint: Path | str, out: Path | str) -> int:
-    """Write the master weights of a checkpoint to the file `out`, atomically; returns how many parameters there are.
+    """Write the master weights of a checkpoint to the file `out`, atomically; return the number of parameters.
 
     Raises `CheckpointError` when the checkpoint is damaged or `out` cannot be written.
     """
@@ -45,7 +45,7 @@ def export_weights(checkpoint: Path | str, out: Path | str) -> int:
 
 
 def read_weights(checkpoint: Path | str) -> dict[str, torch.Tensor]:
-    """The whole master weights of a checkpoint in host memory, by parameter name. Raises `CheckpointError`."""
+    """Read the full master weights of a checkpoint into host memory, by parameter name. Raises `CheckpointError`."""
     weights = load_whole(checkpoint, MASTER)
     if not weights:
         raise CheckpointError(f"{checkpoint}: holds no master weights")
@@ -55,13 +55,13 @@ def read_weights(checkpoint: Path | str) -> dict[str, torch.Tensor]:
 def import_weights(
     path: Path | str, tensors: Mapping[str, LocalShard], *, group: dist.ProcessGroup | None = None
 ) -> None:
-    """Fill this rank's parts of master weights from a safetensors file, converting to their type.
+    """Fill this rank's shards of the master weights from a safetensors file, converting to their type.
 
-    Collective over `group`; a rank reads only its parts. `tensors`: the state of an engine; what does not begin with
-    `MASTER` is left alone. Raises `ConfigError` naming the parameters that the file lacks, has too many or has in
-    another shape; nothing is changed then.
+    Collective over `group`; a rank reads only its shards. `tensors`: the state of an engine; tensors whose names do not
+    begin with `MASTER` are left alone. Raises `ConfigError`, before anything is changed, naming the parameters that are
+    missing from the file, unknown to the model, or of another shape.
     """
-    weights = {name.removeprefix(MASTER): part for name, part in tensors.items() if name.startswith(MASTER)}
+    weights = {name.removeprefix(MASTER): shard for name, shard in tensors.items() if name.startswith(MASTER)}
     wanted = RankGroup(group).shapes(weights)
     with _opened(path) as file:
         _compare(path, file, wanted)
@@ -70,14 +70,14 @@ def import_weights(
 
 
 def check_weights(path: Path | str, model: PipelineModel) -> None:
-    """Raise `ConfigError` unless the file holds the weights of `model`. Reads names and shapes alone."""
+    """Raise `ConfigError` unless the file holds the weights of `model`. Reads only names and shapes."""
     tied = {second for _, second in model.ties}
-    whole = TensorContext.serial()
+    serial = TensorContext.serial()
     with torch.device("meta"):
         wanted = {
             f"{layer.name}.{name}": tuple(parameter.shape)
             for layer in model.layers
-            for name, parameter in layer.build(whole).named_parameters()
+            for name, parameter in layer.build(serial).named_parameters()
             if f"{layer.name}.{name}" not in tied
         }
     with _opened(path) as file:
@@ -88,7 +88,7 @@ def check_weights(path: Path | str, model: PipelineModel) -> None:
 def _opened(path: Path | str) -> Iterator[Any]:
     try:
         with opened(path):
-            pass  # A regular file, which the library does not ask.
+            pass  # Refuses what is no regular file; the library would not.
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
@@ -96,8 +96,8 @@ def _opened(path: Path | str) -> Iterator[Any]:
 
 
 def _compare(path: Path | str, file: Any, wanted: Mapping[str, Shape]) -> None:
-    found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    differences = compare_shapes(found, wanted, have="the file", want="the model")
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    differences = compare_shapes(shapes, wanted, have="the file", want="the model")
     if differences:
         raise ConfigError(f"{path}: holds the weights of another model: {differences}")
     for name in wanted:

@@ -1,1 +1,1 @@
-"""Observations of a run: spans by phase, trace events, traffic, how busy the machine was, records and their provenance."""
+"""Observations of a run: phases and traces from spans, traffic, load of the machine, and records."""

@@ -1,4 +1,4 @@
-"""What all ranks noted of their processors and machines (`axonn.observability.rank_usage`), put together batch by batch."""
+"""Processor usage of each batch, combined from the logs of all ranks (`axonn.observability.rank_usage`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Seconds = Annotated[float, Field(ge=0, le=1e9)]
 
 
 class _Row(StrictModel):
-    """A line of `usage-K.jsonl`."""
+    """One line of `usage-K.jsonl`: one batch of one rank."""
 
     step: int
     host: str
@@ -29,14 +29,14 @@ class _Row(StrictModel):
 
 
 def batch_usage(folder: Path, ranks: int, batches: int, *, first: int = 0) -> list[BatchUsage]:
-    """Return the usage of the batches from `first` to before `batches`, up to the first that a rank said nothing of."""
-    rows = [_rows(usage_file(folder, rank)) for rank in range(ranks)]
-    found: list[BatchUsage] = []
+    """Return the usage of batches `first` to `batches` - 1, up to the first that is missing from the log of a rank."""
+    logs = [_rows(usage_file(folder, rank)) for rank in range(ranks)]
+    usage: list[BatchUsage] = []
     for step in range(first, batches):
-        if not all(step in own for own in rows):
+        if not all(step in rows for rows in logs):
             break
-        found.append(combined([own[step] for own in rows]))
-    return found
+        usage.append(combined([rows[step] for rows in logs]))
+    return usage
 
 
 def combined(rows: Sequence[_Row]) -> BatchUsage:
@@ -44,7 +44,7 @@ def combined(rows: Sequence[_Row]) -> BatchUsage:
     hosts: dict[str, list[_Row]] = {}
     for row in rows:
         hosts.setdefault(row.host, []).append(row)
-    worst = max((_of_host(own) for own in hosts.values()), key=lambda one: (one.others_s + one.stolen_s) / one.cores)
+    worst = max(map(_of_host, hosts.values()), key=lambda usage: (usage.others_s + usage.stolen_s) / usage.cores)
     delays = [row.delay_s for row in rows if row.delay_s is not None]
     return worst.model_copy(
         update={
@@ -55,23 +55,23 @@ def combined(rows: Sequence[_Row]) -> BatchUsage:
 
 
 def _of_host(rows: Sequence[_Row]) -> BatchUsage:
-    """Of the ranks of one host, which may share cores or have some each: every core counts once."""
+    """Return the usage of one host from the rows of its ranks. Ranks may share cores: each core counts once."""
     cores: dict[int, tuple[float, float]] = {}
     for row in rows:
         cores = {**row.cores, **cores}
-    own = sum(row.processor_s for row in rows)
+    processor_s = sum(row.processor_s for row in rows)
     return BatchUsage(
         seconds=sum(row.seconds for row in rows) / len(rows),
-        processor_s=own,
+        processor_s=processor_s,
         load=max(row.load for row in rows),
         cores=max(1, len(cores)),
-        others_s=round(sum(busy for busy, _ in cores.values()) - own, 6),
+        others_s=round(sum(busy for busy, _ in cores.values()) - processor_s, 6),
         stolen_s=round(sum(stolen for _, stolen in cores.values()), 6),
     )
 
 
 def _rows(path: Path) -> dict[int, _Row]:
-    """The rows of a rank by batch, the last of each; what cannot be read is as if it was not there."""
+    """Return the rows of one rank by batch, the last one of each; unreadable rows are left out."""
     return {row.step: row for row in _readable(path)}
 
 

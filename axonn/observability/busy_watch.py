@@ -1,4 +1,4 @@
-"""Whether the machine was busy with other work while this process and its children measured something."""
+"""Detection of other work on the machine while this process and its children measure something."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from axonn.observability.procfs import read_cores, read_machine
 
 
 class BusyWatch:
-    """Reads the processors when it is made, and again when it is asked. Children count once they have been waited for.
+    """Processor usage since this object was made. Child processes count once they have been waited for.
 
-    For what has no records with the usage of each batch: calibrations and benchmarks.
+    For measurements without records of each batch: calibrations and benchmarks.
     """
 
     def __init__(self) -> None:
         self._began = time.monotonic()
-        self._own = _own_s()
+        self._processor_s = _processor_s()
         self._cores = read_cores()
 
     def usage(self) -> BatchUsage | None:
-        """Return what the processors did meanwhile; None on a system without /proc."""
+        """Return the processor usage so far; None on a system without /proc."""
         machine, now = read_machine(), read_cores()
         cores = [number for number in self._cores.keys() & now.keys() if number in os.sched_getaffinity(0)]
         if machine is None or not cores:
             return None
-        own = _own_s() - self._own
+        processor_s = _processor_s() - self._processor_s
         busy = sum(now[number].busy_s - self._cores[number].busy_s for number in cores)
         stolen = sum(now[number].stolen_s - self._cores[number].stolen_s for number in cores)
         return BatchUsage(
             seconds=time.monotonic() - self._began,
-            processor_s=own,
+            processor_s=processor_s,
             load=machine.load,
             cores=len(cores),
-            others_s=busy - own,
+            others_s=busy - processor_s,
             stolen_s=max(0.0, stolen),
         )
 
     def share(self) -> float | None:
-        """Return the share of the core seconds that went to others; None where nobody knows."""
+        """Return the share of the core seconds that other processes took; None if unknown."""
         usage = self.usage()
         return None if usage is None else busy_share([usage])
 
     def warning(self) -> str | None:
-        """Return a line that says that the machine was busy and what to do, or None where it was not."""
+        """Return a line that says that the machine was busy and what to do; None if it was idle or this is unknown."""
         usage = self.usage()
         if usage is None or not is_busy([usage]):
             return None
@@ -55,7 +55,7 @@ class BusyWatch:
         )
 
 
-def _own_s() -> float:
-    """Processor seconds of this process and of its children."""
-    found = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(one.ru_utime + one.ru_stime for one in found)
+def _processor_s() -> float:
+    """Return the processor seconds of this process and its children."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)

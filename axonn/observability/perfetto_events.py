@@ -1,9 +1,9 @@
-"""Spans as a trace that chrome://tracing and ui.perfetto.dev open.
+"""Export of spans as a trace that chrome://tracing and ui.perfetto.dev open.
 
 The format is the Trace Event Format of Chromium (document "Trace Event Format" by N. Duca and D. Sinclair), as far as
 Perfetto reads it (its documentation, "Visualizing external trace formats"): complete events, metadata, flow events.
-A rank is a process and each kind of work a lane (thread) of it. Events of one lane must nest or be disjoint, or
-Perfetto drops them; here they are disjoint, since what overlaps goes to lanes of its own.
+A rank is a process, and each kind of work is a lane (thread) of it. Events of one lane must nest or be disjoint, or
+Perfetto drops them; here they are disjoint, since overlapping spans go to separate lanes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LANES: Mapping[str, tuple[SpanKind, ...]] = {
     "work with messages": (SpanKind.MESSAGES,),
     "waiting": (SpanKind.RECEIVE_WAIT, SpanKind.IDLE),
 }
-"""Lanes of a rank by name, in the order in which they are shown."""
+"""Span kinds of each lane of a rank, by name, in display order."""
 _DIRECTIONS = ("activations", "gradients")
 _CHUNK = 10_000
 _Message = tuple[int, int, int, int, int]
@@ -38,21 +38,21 @@ _Message = tuple[int, int, int, int, int]
 
 
 def disjoint_lanes(items: Iterable[T], bounds: Callable[[T], tuple[float, float]]) -> list[tuple[int, T]]:
-    """(lane, item) in order of their start, so that those of one lane do not overlap; `bounds`: (start, end).
+    """Return (lane, item) in order of start, such that the items of one lane do not overlap; `bounds`: (start, end).
 
-    Greedy interval colouring: as few lanes as items ever overlap at once.
+    Greedy interval colouring: the number of lanes is the largest number of items that overlap at once.
     """
     ordered = sorted(((*bounds(item), number, item) for number, item in enumerate(items)), key=lambda row: row[:3])
-    busy: list[tuple[float, int]] = []  # When which lane is free again.
+    busy: list[tuple[float, int]] = []  # (end of its last item, lane).
     free: list[int] = []
-    found = []
+    placed = []
     for start, end, _, item in ordered:
         while busy and busy[0][0] <= start:
             heappush(free, heappop(busy)[1])
         lane = heappop(free) if free else len(busy)
         heappush(busy, (end, lane))
-        found.append((lane, item))
-    return found
+        placed.append((lane, item))
+    return placed
 
 
 def write_trace(
@@ -62,11 +62,10 @@ def write_trace(
     names: Mapping[int, str] | None = None,
     about: Mapping[str, str] | None = None,
 ) -> int:
-    """Write a trace, atomically, compressed when the name ends in .gz; returns the number of its events.
+    """Write a trace, atomically, compressed when the name ends in .gz; return the number of its events.
 
-    `names`: of the ranks, default "rank R". `about`: what a viewer shows as information on the trace. The same spans
-    give the same bytes. A million spans take about 25 s, compressed 45 s. Raises `RecordError` when there is nothing to
-    write.
+    `names`: of the ranks (default: "rank R"). `about`: metadata that a viewer shows about the trace. Equal spans give
+    equal bytes. A million spans take about 25 s, compressed 45 s. Raises `RecordError` when there are no spans.
     """
     path = Path(path)
     if not spans:
@@ -95,7 +94,7 @@ def write_trace(
 
 
 def trace_events(spans: Sequence[Span], *, names: Mapping[int, str]) -> Iterator[str]:
-    """Each event as JSON; the first span starts at 0."""
+    """Yield each event as JSON; the first span starts at 0."""
     origin = min(s.start for s in spans)
     by_rank: dict[int, list[Span]] = {}
     for span in spans:
@@ -127,8 +126,10 @@ def trace_events(spans: Sequence[Span], *, names: Mapping[int, str]) -> Iterator
 
 
 def _arrows(spans: Iterable[Span], origin: float) -> dict[_Message, tuple[int, int, int]]:
-    """Number, start and end of the arrow of each message that was waited for: from the beginning of its sending to the
-    last moment of waiting for it."""
+    """Return number, start and end of the flow arrow of each message that a rank waited for.
+
+    It leads from the start of the send to the end of the wait.
+    """
     sent: dict[_Message, int] = {}
     received: dict[_Message, int] = {}
     for s in spans:
@@ -142,7 +143,7 @@ def _arrows(spans: Iterable[Span], origin: float) -> dict[_Message, tuple[int, i
 
 
 def _message(span: Span) -> _Message:
-    """What a send span and the receive-wait span of its message have in common."""
+    """Return the key that a send span and the receive-wait span of the same message share."""
     receiver = span.peer if span.kind == SpanKind.SEND else span.rank
     return receiver, span.direction, span.chunk, span.step, span.microbatch
 
@@ -152,13 +153,13 @@ def _nanoseconds(seconds: float) -> int:
 
 
 def _microseconds(nanoseconds: int) -> str:
-    """Exact: neighbours stay disjoint."""
+    """Format without rounding, so that adjacent events stay disjoint."""
     return f"{nanoseconds // 1000}.{nanoseconds % 1000:03d}"
 
 
-def _named(what: str, pid: int, tid: int, name: str, order: int) -> Iterator[str]:
-    yield f'{{"ph": "M", "name": "{what}_name", "pid": {pid}, "tid": {tid}, "args": {{"name": {json.dumps(name)}}}}}'
-    yield f'{{"ph": "M", "name": "{what}_sort_index", "pid": {pid}, "tid": {tid}, "args": {{"sort_index": {order}}}}}'
+def _named(kind: str, pid: int, tid: int, name: str, order: int) -> Iterator[str]:
+    yield f'{{"ph": "M", "name": "{kind}_name", "pid": {pid}, "tid": {tid}, "args": {{"name": {json.dumps(name)}}}}}'
+    yield f'{{"ph": "M", "name": "{kind}_sort_index", "pid": {pid}, "tid": {tid}, "args": {{"sort_index": {order}}}}}'
 
 
 def _complete(span: Span, tid: int, start: int, end: int) -> str:
@@ -167,17 +168,17 @@ def _complete(span: Span, tid: int, start: int, end: int) -> str:
         name += f" m{span.microbatch}"
     if span.shard >= 0:
         name += f" s{span.shard}"
-    args = {
+    fields = {
         key: value
         for key in ("step", "microbatch", "chunk", "layer", "shard", "peer")
         if (value := getattr(span, key)) >= 0
     }
-    said = ", ".join(f'"{key}": {value}' for key, value in args.items())
+    arguments = ", ".join(f'"{key}": {value}' for key, value in fields.items())
     if span.direction >= 0:
-        said += f', "direction": "{_DIRECTIONS[span.direction]}"'
+        arguments += f', "direction": "{_DIRECTIONS[span.direction]}"'
     return (
         f'{{"ph": "X", "name": "{name}", "cat": "{span.kind.value}", "pid": {span.rank}, "tid": {tid}, '
-        f'"ts": {_microseconds(start)}, "dur": {_microseconds(end - start)}, "args": {{{said}}}}}'
+        f'"ts": {_microseconds(start)}, "dur": {_microseconds(end - start)}, "args": {{{arguments}}}}}'
     )
 
 

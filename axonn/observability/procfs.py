@@ -1,7 +1,7 @@
-"""Readings of Linux's /proc: how long processes computed and waited for a core, and how busy the machine is.
+"""Readings of Linux's /proc: processor time and run-queue delay of processes, and load of the machine.
 
-The standard library alone, since ranks of any framework use it, also where this suite is not installed. A reading that
-the system does not have (another system than Linux, a process that has ended) is None.
+Uses only the standard library, because ranks of any framework load it, also where this suite is not installed. A
+reading that is not available (another system than Linux, a process that has ended) is None.
 """
 
 from __future__ import annotations
@@ -15,42 +15,42 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
 class ProcessReading(NamedTuple):
-    """One process at one instant, all of its threads together."""
+    """State and counters of one process, summed over its threads."""
 
     state: str
-    """Letter of its main thread's state: R runs or is runnable, S and D sleep, T is stopped, Z has ended."""
+    """State of its main thread: R running or runnable, S or D asleep, T stopped, Z ended."""
     processor_s: float
-    """Seconds that its threads computed since it began, in user and system mode, to the tick (10 ms)."""
+    """Processor seconds of its threads since it started, user and system mode, to the tick (10 ms)."""
     delay_s: float | None
-    """Seconds that its living threads were runnable and waited for a core (run-queue delay)."""
+    """Seconds that its live threads were runnable but waited for a core (run-queue delay)."""
 
 
 class MachineReading(NamedTuple):
-    """The machine at one instant."""
+    """Load and stolen time of the machine."""
 
     load: float
-    """Processes that run or want to, mean over the last minute."""
+    """Load average: runnable processes, mean over the last minute."""
     stolen_s: float
-    """Seconds, summed over the cores, that the host of this virtual machine gave to others since it started."""
+    """Seconds since it started, summed over cores, that the host of this virtual machine gave to other guests."""
 
 
 class CoreReading(NamedTuple):
-    """One core at one instant, since the machine started."""
+    """Counters of one core since the machine started."""
 
     busy_s: float
-    """Seconds that it computed for processes, in user and system mode; interrupts are nobody's and left out."""
+    """Seconds that it ran processes, in user and system mode; interrupts belong to no process and are left out."""
     stolen_s: float
-    """Seconds that the host of this virtual machine gave to others while the core had something to do."""
+    """Seconds that the host of this virtual machine gave to other guests while the core had work to do."""
 
 
 TICK_S = 1 / _TICKS_PER_S
-"""Step of the counters of `CoreReading`."""
+"""Resolution of the counters of `CoreReading`, in seconds."""
 
 
 def read_process(pid: int) -> ProcessReading | None:
-    """Return what /proc says of the process `pid`, or None."""
+    """Return a reading of the process `pid`, or None."""
     try:
-        # The name, in parentheses, may hold blanks and parentheses.
+        # The process name, in parentheses, may contain spaces and parentheses.
         fields = (PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
         return ProcessReading(fields[0], (int(fields[11]) + int(fields[12])) / _TICKS_PER_S, _delay_s(pid))
     except (OSError, ValueError, IndexError):
@@ -79,7 +79,7 @@ def read_machine() -> MachineReading | None:
 
 
 def read_cores() -> dict[int, CoreReading]:
-    """Return a reading of every core that is on, by its number; nothing where there is none to be had."""
+    """Return a reading of every core that is online, by its number; empty if there is none."""
     try:
         lines = [line.split() for line in (PROC / "stat").read_text().splitlines()]
         return {
@@ -94,5 +94,5 @@ def read_cores() -> dict[int, CoreReading]:
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

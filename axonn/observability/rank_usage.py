@@ -1,10 +1,10 @@
-"""What the ranks of a run note of each batch beside its time: their processor time, and what else the machine did.
+"""Log of the processor usage of one rank and its machine, one row per batch.
 
-Every rank writes `usage-K.jsonl` into the run folder, one JSON object a line and batch: `step`; `host`; `seconds`
-between its two readings; `processor_s` and `delay_s`, which its own threads computed and waited for a core; `load` of
-the machine; and `cores`, by the number of each core that the rank may run on, the seconds that it computed for anybody
-and that the host of the virtual machine gave to others. `axonn.observability.batch_usage` puts them
-together. The standard library alone: ranks of other frameworks load this by its path.
+Every rank writes `usage-K.jsonl` into the run folder, one JSON object per line and batch: `step`; `host`; `seconds`
+between its two readings; `processor_s` and `delay_s`, the seconds that its threads computed and waited for a core;
+`load` of the machine; and `cores`: for each core that the rank may run on, by number, the seconds that it was busy for
+any process, and that the host of the virtual machine gave to other guests. `axonn.observability.batch_usage` combines
+the logs. Uses only the standard library: ranks of other frameworks load this module by its path.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import time
 from pathlib import Path
 from typing import IO, NamedTuple
 
-# Relative, so that this can be loaded without the package `axonn`.
+# Relative, so that the module can be loaded without the package `axonn`.
 from .procfs import CoreReading, read_cores, read_machine, read_process
 
 USAGE = "usage-*.jsonl"
-"""Pattern of the files of all ranks."""
+"""Pattern of the names of all ranks' files."""
 
 
 def usage_file(folder: Path, rank: int) -> Path:
-    """File of one rank."""
+    """Return the path of the log of one rank."""
     return folder / f"usage-{rank}.jsonl"
 
 
@@ -36,28 +36,28 @@ class _Reading(NamedTuple):
 
 
 def _read() -> _Reading | None:
-    mine, cores = read_process(os.getpid()), read_cores()
-    if mine is None or not cores:
+    process, cores = read_process(os.getpid()), read_cores()
+    if process is None or not cores:
         return None
     allowed = os.sched_getaffinity(0)
-    own = {number: reading for number, reading in cores.items() if number in allowed}
-    # The clock of the process counts nanoseconds, where /proc counts ticks.
-    return _Reading(time.perf_counter(), time.process_time(), mine.delay_s, own)
+    usable = {number: reading for number, reading in cores.items() if number in allowed}
+    # The process clock counts nanoseconds, /proc counts ticks.
+    return _Reading(time.perf_counter(), time.process_time(), process.delay_s, usable)
 
 
 class UsageLog:
-    """Writes what this rank and its machine did in each batch; nothing on a system without /proc."""
+    """Writer of the usage log of this rank; it writes nothing on a system without /proc."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._file: IO[str] = open(usage_file(folder, rank), "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         self._before = _read()
 
     def begin(self) -> None:
-        """Begin a batch now, where it does not begin with the end of the one before."""
+        """Start a batch now instead of at the end of the previous one."""
         self._before = _read()
 
     def note(self, step: int) -> None:
-        """Write the row of batch number `step`, which ends now. Raises `OSError` where the disk is full."""
+        """Write the row of batch `step`, which ends now. Raises `OSError` when the disk is full."""
         before, self._before = self._before, _read()
         after, machine = self._before, read_machine()
         if before is None or after is None or machine is None:
@@ -72,7 +72,7 @@ class UsageLog:
             "host": platform.node(),
             "seconds": round(after.at - before.at, 6),
             "processor_s": round(after.processor_s - before.processor_s, 6),
-            # Of threads that ended meanwhile nothing is left.
+            # Threads that ended meanwhile are missing from the sum, which may thus shrink.
             "delay_s": None if delay is None else max(0.0, round(delay, 6)),
             "load": machine.load,
             "cores": cores,

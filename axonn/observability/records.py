@@ -1,4 +1,4 @@
-"""Records: one per run, published, predicted or measured, all in one versioned schema, checked on read and on write."""
+"""Records: one per run, published, predicted or measured, in one versioned schema, validated on read and on write."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ RecordKind = Literal["published", "predicted", "measured"]
 
 
 class Workload(StrictModel):
-    """The work: what was to be computed."""
+    """The work that was asked for: model, batch and devices."""
 
     model: Line
     parameters: int
     gpus: int
-    """Devices (GPUs, or ranks on a machine without)."""
+    """Number of devices (GPUs, or ranks on a machine without GPUs)."""
     batch_size: int
     precision: str
     seq_len: int | None = None
-    """This and the next three: of a GPT."""
+    """Size of a GPT, as are the next three."""
     layers: int | None = None
     hidden: int | None = None
     vocab: int | None = None
     forward_flops: int | None = None
-    """Of one sample, of a model that is none."""
+    """FLOPs of the forward of one sample, for any other model."""
 
     @classmethod
     def of(cls, model: ModelConfig, *, gpus: int, batch_size: int, precision: str) -> Workload:
-        """Training `model` on batches of `batch_size` sequences or images."""
+        """Return the workload of training `model` on batches of `batch_size` sequences or images."""
         return cls(
             model=model.name,
             parameters=model.parameters,
@@ -57,8 +57,10 @@ class Workload(StrictModel):
             raise ValueError("work has either seq_len, layers, hidden and vocab, or forward_flops")
 
     def flops(self, *, recompute: bool) -> float:
-        """Floating-point operations of one batch: by `gpt_flops`, or else 3 forwards (a backward is two), 4 with
-        recompute."""
+        """Return the floating-point operations of one batch.
+
+        For a GPT by `gpt_flops`, for other models 3 forwards (a backward counts as two), or 4 with recomputation.
+        """
         if self.seq_len is None or self.layers is None or self.hidden is None or self.vocab is None:
             return (4.0 if recompute else 3.0) * self.batch_size * (self.forward_flops or 0)
         return gpt_flops(
@@ -72,34 +74,34 @@ class Workload(StrictModel):
 
 
 class Execution(StrictModel):
-    """The strategy: how it was computed."""
+    """The execution: framework and parallel strategy."""
 
     framework: Line
     version: str
     grid: ProcessGrid
     microbatch_size: int | None = None
-    """None where a publication does not say."""
+    """None if the publication does not state it."""
     overdecomposition: int | None = None
-    """Sub-shards of a microbatch; None where it is not known."""
+    """Sub-shards per microbatch; None if unknown."""
     schedule: ScheduleSpec | None = None
     microbatches: int | None = None
-    """Per pipeline."""
+    """Number per pipeline."""
 
 
 class Machine(StrictModel):
-    """Where it ran (or, for a prediction, was meant to run)."""
+    """The machine that it ran on, or that a prediction is for."""
 
     name: Line
     host: str | None = None
     cpu: str | None = None
     cores: int | None = None
     device: str | None = None
-    """What the ranks computed on: "cpu", or the name of the GPU. This and the next three are as the driver says."""
+    """Device of the ranks: "cpu", or the name of the GPU. This and the next three are as the driver reports them."""
     driver: str | None = None
     cuda: str | None = None
-    """Version of CUDA that PyTorch was built with."""
+    """CUDA version that PyTorch was built with."""
     clocks: dict[str, float] | None = None
-    """Of the GPU: sm_mhz and sm_max_mhz, and power_limit_w."""
+    """Clocks and power limit of the GPU: sm_mhz, sm_max_mhz and power_limit_w."""
     python: str | None = None
     torch: str | None = None
     mpi: str | None = None
@@ -108,69 +110,69 @@ class Machine(StrictModel):
 
 
 class Failure(StrictModel):
-    """Why there is no result. `rank` is None when the cause is not one rank's."""
+    """The reason why there is no result. `rank` is None when the failure is not that of a single rank."""
 
     cause: Literal[
         "out-of-memory", "timeout", "nan", "dead-rank", "error", "interrupted", "not-comparable", "unavailable"
     ]
-    """The last two: other losses than those of the same work elsewhere; not run, since the framework is not installed
-    or cannot do this."""
+    """not-comparable: the losses differ from those of the same work elsewhere; unavailable: not run, because the
+    framework is not installed or does not support this."""
     detail: str
     rank: int | None = None
 
 
 class Record(StrictModel):
-    """One run. Either `batch_time_s` or `failure` is given, or `phases_s` of a published one."""
+    """One run. It has either `batch_time_s` or `failure`; a published one may have `phases_s` instead."""
 
     kind: RecordKind
     experiment: Line
     point: Line
-    """Name of the point in the experiment, the same for its published, predicted and measured record."""
+    """Name of the point in the experiment, shared by its published, predicted and measured records."""
     asked: Workload
     ran: Execution
     settings: dict[str, Any] = {}
-    """Every setting with which it ran, or was predicted, by its dotted name: those of a `TrainConfig`, or of the model
-    (`model.` before them) and of a `Strategy`. Empty of published runs, whose settings are not all known."""
+    """All settings of the run or prediction by dotted name: those of a `TrainConfig`, or those of the model (prefixed
+    with `model.`) and of a `Strategy`. Empty for published runs, whose settings are not all known."""
     machine: Machine
     source: str
-    """Publication, or the command that measured or computed it."""
+    """Publication, or the command that measured or predicted it."""
     batch_time_s: float | None = Field(default=None, gt=0)
     batch_times_s: list[Annotated[float, Field(ge=0)]] = []
-    """Every batch, the warm-up ones included."""
+    """Time of every batch, including warm-up."""
     warmup_batches: int | None = None
-    """Leading batches that `batch_time_s`, a mean over the others, leaves out."""
+    """Number of leading batches that `batch_time_s`, the mean over the rest, leaves out."""
     losses: list[Loss] = []
-    """Of every batch."""
+    """Loss of every batch."""
     parts_s: dict[str, float] = {}
-    """Seconds of a batch by part (`axonn.spans.Parts`), where spans were taken."""
+    """Seconds of a batch by part (`axonn.spans.TimeBreakdown`), if spans were recorded."""
     phases_s: dict[str, float] = {}
     """Seconds of inter_layer (from the first forward to the last backward), all_reduce and optimizer, on the stage that
-    ends last, where they follow each other (`axonn.observability.phases.Phases`). A published record may have these, or some of them,
-    and no batch time."""
+    ends last, where they follow each other (`axonn.observability.phases.Phases`). A published record may have all or
+    some of these and no batch time."""
     overlap_s: dict[str, float] = {}
-    """How much of the tensor axes' collectives ran under compute (`axonn.spans.Overlap`), where spans were taken."""
+    """Overlap of the tensor axes' collectives with compute (`axonn.spans.Overlap`), if spans were recorded."""
     memory_bytes: int | None = None
-    """Peak over ranks: device memory, or resident memory of the process on a CPU."""
+    """Peak over ranks: device memory, or on a CPU the resident memory of the process."""
     memory_parts: dict[str, int] = {}
-    """Bytes by part, each of the rank that has most of it. Of a prediction model_state, checkpoints and working
-    (`axonn.perf.timing.memory_model.Memory`); of our engine parameters, gradients, optimizer_state, buckets and activations on the
-    device, and host (`Engine.memory`)."""
+    """Bytes by part, each of the rank that has most of it. For a prediction: model_state, checkpoints and working
+    (`axonn.perf.timing.memory_model.Memory`); for our engine: parameters, gradients, optimizer_state, buckets and
+    activations on the device, and host (`Engine.memory`)."""
     memory_of_all: dict[str, int] = {}
     """The same parts, summed over all ranks."""
     bytes_per_batch: dict[str, int] = {}
-    """Bytes that a rank sends for a batch, by axis of the grid, from the rank that sends most along it; all-reduces and
-    gathers as over rings (`axonn.observability.traffic.Traffic`). Of the last batch, where it was counted."""
+    """Bytes that a rank sends per batch, by axis of the grid, for the rank that sends most along it; all-reduces and
+    all-gathers count as over rings (`axonn.observability.traffic.Traffic`). Measured on the last batch, if counted."""
     usage: list[BatchUsage] = []
-    """What the processors did in the batches of `batch_times_s`, as far as all ranks said it; empty where they did not,
-    as in records of before there was this field: nobody knows then whether the machine was busy."""
+    """Processor usage in the batches of `batch_times_s`, up to the first that a rank did not log. Empty, as in records
+    that predate this field: unknown, and so is whether the machine was busy."""
     tflops_per_gpu: float | None = None
     tflops_formula: str | None = None
     tflops_per_gpu_without_recompute: float | None = None
     pct_peak: float | None = None
     configuration: str | None = None
-    """Hash of the configuration that was run, where it was one of `axonn train`."""
+    """Hash of the configuration, if it was run by `axonn train`."""
     fingerprint: str | None = None
-    """Hash of everything that the result depends on; a point is measured anew when it changes."""
+    """Hash of everything that the result depends on; a point is measured again when it changes."""
     created: str | None = None
     run_folder: Line | None = None
     failure: Failure | None = None
@@ -183,13 +185,15 @@ class Record(StrictModel):
 
     @property
     def counted_usage(self) -> list[BatchUsage]:
-        """Of the batches after the warm-up ones."""
+        """Usage of the batches after warm-up."""
         return self.usage[self.warmup_batches or 0 :]
 
     @property
     def busy(self) -> bool | None:
-        """Whether the machine was busy with other work while this was measured (`axonn.observability.machine_usage`); None where nobody
-        knows."""
+        """True if the machine was busy with other work during the measurement; None if unknown.
+
+        See `axonn.observability.machine_usage`.
+        """
         return is_busy(self.counted_usage)
 
     @property
@@ -204,10 +208,10 @@ class _File(StrictModel):
 
 
 def gpt_flops(*, batch: int, seq_len: int, layers: int, hidden: int, vocab: int, recompute: bool = True) -> float:
-    """Floating-point operations of one batch: 96 b s l h^2 (1 + s/6h + V/16lh), with full activation recompute.
+    """Return the floating-point operations of one batch: 96 b s l h^2 (1 + s/6h + V/16lh), with full recomputation.
 
-    Narayanan et al., SC 2021, equation 3; used by IPDPS 2022. Without recompute three passes instead of four count, and
-    the head's three passes stay: 72 b s l h^2 (1 + s/6h) + 6 b s h V.
+    Narayanan et al., SC 2021, equation 3; used by IPDPS 2022. Without recomputation the layers count three passes
+    instead of four, and the head three as before: 72 b s l h^2 (1 + s/6h) + 6 b s h V.
     """
     passes = 96 if recompute else 72
     return passes * batch * seq_len * layers * hidden**2 * (1 + seq_len / (6 * hidden)) + (
@@ -216,8 +220,8 @@ def gpt_flops(*, batch: int, seq_len: int, layers: int, hidden: int, vocab: int,
 
 
 def settings_of(run: StrictModel, **others: Any) -> dict[str, Any]:
-    """What `Record.settings` says of a run: the fields of its configuration or strategy by their dotted names, and
-    `others` by theirs."""
+    """Return the content of `Record.settings`: the fields of the configuration or strategy `run` by dotted name, and
+    those of `others`, each under its keyword."""
     plain = {name: v.model_dump(mode="json") if isinstance(v, StrictModel) else v for name, v in others.items()}
     return dict(dotted(run.model_dump(mode="json") | plain))
 
@@ -233,19 +237,19 @@ def write_records(path: Path | str, records: Sequence[Record]) -> None:
 
 
 def read_records(path: Path | str) -> list[Record]:
-    """Read a record file. Raises `RecordError` naming file and key when its schema is not ours."""
+    """Read a record file. Raises `RecordError` naming file and key when it does not match the schema."""
     try:
         data = read_json(path)
     except (OSError, ValueError) as error:
         raise RecordError(f"{path}: is not a record file: {reason_of(error)}") from error
-    found = data.get("schema") if isinstance(data, dict) else None
-    if found != SCHEMA:
-        shown = shortened(found, plain=True)
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        shown = shortened(schema, plain=True)
         raise RecordError(f"{path}: has schema '{shown}', expected '{SCHEMA}'; remove it or write it anew")
     return load_json(path, _File, otherwise="remove it or write it anew").records
 
 
 def read_all(folder: Path | str) -> list[Record]:
-    """Records of every `*.json` file in a folder, sorted by file name."""
+    """Read the records of every `*.json` file in a folder, sorted by file name."""
     files: Iterable[Path] = sorted(Path(folder).glob("*.json"))
     return [record for file in files for record in read_records(file)]

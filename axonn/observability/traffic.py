@@ -1,4 +1,4 @@
-"""What a rank has sent, by axis of the grid and by operation: collectives, messages between stages, decisions."""
+"""Traffic that a rank has sent, by grid axis and operation: collectives, messages between stages, decisions."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from axonn.grid import AXES, Axis
 
 TrafficKind = Literal[CallKind, "message", "decision"]
 _NUMBERS = 3
-"""That a decision consists of."""
+"""Integers that make up a decision."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """All that one rank has sent along `axis` with one kind of operation.
+    """Total that one rank has sent along `axis` with one kind of operation.
 
-    `axis`: "data", "inter", "row" or "col", several joined by "+", or "all". `elements` and `bytes` are those that this
-    rank handed to the operation. `sent_bytes` is what it has to send where ranks form a ring: 2 (n - 1) / n of the
-    bytes of an all-reduce, n - 1 times its own part in an all-gather; a message or a decision once.
+    `axis`: "data", "inter", "row" or "col", several joined by "+", or "all". `elements`, `bytes`: inputs of the
+    operations on this rank. `sent_bytes`: bytes that the rank sends if the ranks form a ring: 2 (n - 1) / n of
+    the bytes of an all-reduce, n - 1 times its own shard in an all-gather; a message or a decision counts once.
     """
 
     axis: str
@@ -34,7 +34,7 @@ class Traffic:
 
 
 class TrafficMeter:
-    """Counts what one rank sends through `collectives` and `transport` between `start` and `stop`."""
+    """Counter of what one rank sends through `collectives` and `transport` between `start` and `stop`."""
 
     def __init__(self, collectives: Collectives, transport: Transport | None = None) -> None:
         self._collectives = collectives
@@ -44,11 +44,11 @@ class TrafficMeter:
         self._decisions = Decisions()
 
     def start(self) -> None:
-        """Count from here."""
+        """Start counting from zero."""
         self._calls, self._messages, self._decisions = self._now()
 
     def stop(self) -> None:
-        """Count no further."""
+        """Stop counting."""
         calls, messages, decisions = self._now()
         self._calls = calls - self._calls
         self._messages = messages - self._messages
@@ -56,7 +56,7 @@ class TrafficMeter:
         self._decisions = Decisions(decisions.messages - before.messages, decisions.bytes - before.bytes)
 
     def read(self) -> list[Traffic]:
-        """What has been counted."""
+        """Return the traffic that was counted."""
         return summary(self._calls, self._messages, self._decisions)
 
     def _now(self) -> tuple[Counter[Call], Counter[SentMessage], Decisions]:
@@ -67,13 +67,13 @@ class TrafficMeter:
 
 
 def axis_name(axes: Iterable[Axis]) -> str:
-    """`axes` as `Traffic` and records call them."""
-    found = tuple(axes)
-    return "all" if set(found) == set(AXES) else "+".join(found)
+    """Return the name of `axes` in `Traffic` and records."""
+    names = tuple(axes)
+    return "all" if set(names) == set(AXES) else "+".join(names)
 
 
 def ring_bytes(call: Call) -> float:
-    """Bytes that a rank sends in one collective over a ring."""
+    """Return the bytes that a rank sends in one collective over a ring."""
     ranks = len(call.ranks)
     if call.kind == "all-gather":
         return float((ranks - 1) * call.bytes)
@@ -83,8 +83,10 @@ def ring_bytes(call: Call) -> float:
 def summary(
     calls: Mapping[Call, int], messages: Mapping[SentMessage, int] | None = None, decisions: Decisions | None = None
 ) -> list[Traffic]:
-    """`calls` and `messages`, each with how often there was one, and `decisions`, by axis and kind, in alphabetical
-    order. Decisions are told to the other ranks of a stage, along row and col."""
+    """Return the traffic of `calls` and `messages` (with their counts) and `decisions`, sorted by axis and kind.
+
+    Decisions go to the other ranks of a stage, along row and col.
+    """
     parts: dict[tuple[str, TrafficKind], list[tuple[int, int, int, float]]] = {}
     for call, count in calls.items():
         part = count, count * call.elements, count * call.bytes, count * ring_bytes(call)
@@ -95,19 +97,19 @@ def summary(
     if decisions is not None and decisions.messages:
         part = decisions.messages, _NUMBERS * decisions.messages, decisions.bytes, float(decisions.bytes)
         parts["row+col", "decision"] = [part]
-    found = []
+    traffic = []
     for (axis, kind), rows in sorted(parts.items()):
         counts, elements, sizes, sent = zip(*rows, strict=True)
-        found.append(
+        traffic.append(
             Traffic(
                 axis=axis, kind=kind, count=sum(counts), elements=sum(elements), bytes=sum(sizes), sent_bytes=sum(sent)
             )
         )
-    return found
+    return traffic
 
 
 def sent_by_axis(traffic: Iterable[Traffic]) -> dict[str, int]:
-    """`sent_bytes` by axis, rounded to whole bytes."""
+    """Return the sum of `sent_bytes` by axis, rounded to whole bytes."""
     total: dict[str, float] = {}
     for part in traffic:
         total[part.axis] = total.get(part.axis, 0.0) + part.sent_bytes

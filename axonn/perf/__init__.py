@@ -1,1 +1,1 @@
-"""Performance model: machine, kernels, network, memory, simulator; `predict` puts them together."""
+"""Performance model: machine, kernels, network, memory and simulator; `predict` combines them."""

@@ -1,9 +1,9 @@
-"""Batch time, its parts, and memory of a strategy on a machine.
+"""Prediction of batch time, its breakdown, and memory of a strategy on a machine.
 
-Kernel times give each stage its forward and backward, network times its messages and all-reduces, and the simulator
+Kernel times give the forward and backward of each stage, network times its messages and all-reduces, and the simulator
 runs the schedule. After its last task each stage reduces its gradients over its replicas and updates its parameters
-(`axonn.perf.timing.step_times`); the batch ends with the last of them.
-No number in here belongs to a framework, a model or a point (DESIGN section 6).
+(`axonn.perf.timing.step_times`); the batch ends when the last stage is done.
+There is no constant per framework, model or point: one set of machine constants serves them all.
 """
 
 from __future__ import annotations
@@ -33,46 +33,46 @@ from axonn.spans import Span, SpanKind
 
 @dataclass(frozen=True, kw_only=True)
 class PredictedBreakdown:
-    """Seconds of a batch, mean over the stages; they add up to the batch time."""
+    """Breakdown of a predicted batch in seconds, mean over the stages; the parts add up to the batch time."""
 
     compute: float
     tensor_all_reduce: float
     point_to_point: float
     bubble: float
-    """Idle otherwise, at the end of the batch too."""
+    """Other idle time, including the end of the batch."""
     all_reduce: float
     optimizer: float
     host: float = 0.0
-    """Between batches, where the device waits for its host."""
+    """Time between batches in which the device waits for its host."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What the model says about one strategy. Times in seconds."""
+    """Prediction for one strategy. Times are in seconds."""
 
     batch_time_s: float
     parts: PredictedBreakdown
     pipeline_s: float
-    """The pipeline phase: from the first forward to the last backward."""
+    """Duration of the pipeline phase, from the first forward to the last backward."""
     memories: list[Memory]
-    """Of a rank of each stage."""
+    """Memory of a rank of each stage."""
     tflops_per_gpu: float
-    """By `axonn.observability.records.gpt_flops`, full recomputation counted where it happens; selective is not, as in the MFU of
-    Korthikanti et al. (arXiv 2205.05198)."""
+    """Rate by the FLOPs of the outline, for a GPT `axonn.observability.records.gpt_flops`. Full recomputation counts if
+    it happens; selective does not, as in the MFU of Korthikanti et al. (arXiv 2205.05198)."""
     pct_peak: float
     microbatches: int
     stages: list[StageTimes]
     simulation: Simulation
     ends: list[StageEnd]
-    """What each stage does after its last task."""
+    """Reduction and update of each stage after its last task."""
     first_layers: list[list[int]]
-    """By stage and chunk."""
+    """First layer of each chunk, by stage."""
     spread: JitterSpread | None = None
-    """With `jitter`; everything else is without."""
+    """Batch times with `jitter`; all other fields are without it."""
 
     @property
     def memory(self) -> Memory:
-        """Of the stage that needs most."""
+        """Memory of the stage that needs most."""
         return max(self.memories, key=lambda memory: memory.total)
 
     @property
@@ -81,37 +81,36 @@ class Prediction:
         return {part: max(m.parts[part] for m in self.memories) for part in self.memory.parts}
 
     def memory_of_all(self, gpus: int) -> dict[str, int]:
-        """Bytes of all `gpus` together, by part."""
+        """Return the bytes of all `gpus` together, by part."""
         each = gpus // len(self.memories)
         return {part: each * sum(m.parts[part] for m in self.memories) for part in self.memory.parts}
 
     @property
     def last(self) -> StageEnd:
-        """Of the stage that ends last, whose phases follow each other up to the end of the batch."""
+        """End of the stage that finishes last; its phases follow each other without gaps up to the end of the batch."""
         return max(self.ends, key=lambda end: end.optimizer[1])
 
     @property
     def fits(self) -> bool:
-        """Whether every stage fits into the device's memory."""
+        """True if every stage fits into the device's memory."""
         return self.memory.fits
 
     def spans(self, *, only: int | None = None) -> list[Span]:
-        """Spans as a traced run of one replica writes them, the rank being the stage (needs `record`); or those of the
-        stage `only`, for there may be millions.
+        """Return spans like those of a traced run of one replica (needs `record`); the rank is the stage.
 
-        `axonn.spans.breakdown` of them gives the parts.
+        `only`: return those of one stage, since there may be millions. `axonn.spans.breakdown` of them gives `parts`.
         """
 
         def inside(stage: int, task: Task) -> TaskTime:
             return self.stages[stage].chunks[task.chunk].tasks[task.kind]
 
-        found = self.simulation.spans(first_layers=lambda s, c: self.first_layers[s][c], inside=inside, only=only)
-        found = [span for span in found if span.kind != SpanKind.IDLE]
+        spans = self.simulation.spans(first_layers=lambda s, c: self.first_layers[s][c], inside=inside, only=only)
+        spans = [span for span in spans if span.kind != SpanKind.IDLE]
         last_tasks = {stage: end for stage, _, _, end in self.simulation.tasks}
         for stage, end in enumerate(self.ends):
             if only in (None, stage):
-                found += end.spans(stage, last_tasks[stage], self.batch_time_s)
-        return found
+                spans += end.spans(stage, last_tasks[stage], self.batch_time_s)
+        return spans
 
 
 def predict(
@@ -123,11 +122,11 @@ def predict(
     record: bool = False,
     jitter: Jitter | None = None,
 ) -> Prediction:
-    """Predict one batch of `batch_size` sequences; `record` keeps what `Prediction.spans` needs, and `jitter` asks for
-    the spread.
+    """Predict one batch of `batch_size` sequences or images.
 
-    Raises `ConfigError` when batch, layers or tensor axes do not divide. A strategy that does not fit is predicted all
-    the same: see `Prediction.memory` and `Memory.check`.
+    `record`: keep what `Prediction.spans` needs. `jitter`: predict the spread of batch times too. Raises `ConfigError`
+    when batch, layers or tensor axes do not divide. A strategy that does not fit into memory is predicted nevertheless:
+    see `Prediction.memory` and `Memory.check`.
     """
     if not isinstance(model, ModelOutline):
         strategy.check(model)
@@ -195,13 +194,14 @@ def _spread(
     *,
     replicas: int,
 ) -> JitterSpread:
-    """Each replica has a pipeline of its own; a stage reduces once it is done in all of them."""
+    """Return batch times under jitter. Each replica has its own pipeline; a stage reduces once it is done in all."""
     times = []
     for repeat in range(jitter.repeats):
         runs = [pipeline(noise=jitter.noise(repeat, replica)).ends for replica in range(replicas)]
         noise = jitter.noise(repeat)
-        own = [StepTime(step.reduction * noise(), step.optimizer * noise()) for step in steps]
-        times.append(max(end.optimizer[1] for end in finished([max(stage) for stage in zip(*runs, strict=True)], own)))
+        noisy_steps = [StepTime(step.reduction * noise(), step.optimizer * noise()) for step in steps]
+        slowest = [max(ends) for ends in zip(*runs, strict=True)]
+        times.append(max(end.optimizer[1] for end in finished(slowest, noisy_steps)))
     return JitterSpread(tuple(times))
 
 
@@ -215,14 +215,16 @@ def simulate_pipeline(
     record: bool = False,
     noise: Callable[[], float] | None = None,
 ) -> Simulation:
-    """The pipeline phase of one replica; all replicas are alike, but for `noise`. `record` keeps the messages, for
-    spans."""
+    """Simulate the pipeline phase of one replica; replicas differ only by `noise`.
+
+    `record`: keep the messages, which spans need.
+    """
     count = len(stages)
     spec = strategy.schedule
-    of_host = _of_pipelining(outline, machine, strategy)
+    host_seconds = _host_seconds(outline, machine, strategy)
     times = [
-        [[chunk.of(kind) + of_host(stage, kind, c) for c, chunk in enumerate(own.chunks)] for kind in Kind]
-        for stage, own in enumerate(stages)
+        [[chunk.of(kind) + host_seconds(index, kind, c) for c, chunk in enumerate(stage.chunks)] for kind in Kind]
+        for index, stage in enumerate(stages)
     ]
 
     def seconds(stage: int, task: Task) -> float:
@@ -238,42 +240,47 @@ def simulate_pipeline(
     )
 
 
-def _of_pipelining(
-    outline: ModelOutline, machine: MachineFile, strategy: Strategy
-) -> Callable[[int, Kind, int], float]:
-    """Seconds of a task of a stage's chunk in which its core chooses it, and sends and receives messages; none where
-    the device does not wait for its host."""
+def _host_seconds(outline: ModelOutline, machine: MachineFile, strategy: Strategy) -> Callable[[int, Kind, int], float]:
+    """Return a function of (stage, kind, chunk): the host time of a task, to choose it and for its messages.
+
+    It is 0 if the device does not wait for its host.
+    """
     layout = strategy.schedule.layout(strategy.grid.inter)
     host = machine.gpu.host
     curve = None if host is None else host.messages.get(strategy.message_library)
-    one = 0.0 if curve is None else curve.seconds(message_bytes(outline, strategy))
-    between = 0.0 if host is None or host.pipelined is None or layout.stages == 1 else host.pipelined.si
+    per_message = 0.0 if curve is None else curve.seconds(message_bytes(outline, strategy))
+    per_task = 0.0 if host is None or host.pipelined is None or layout.stages == 1 else host.pipelined.si
 
     def seconds(stage: int, kind: Kind, chunk: int) -> float:
         sends = kind.sends
-        # What a forward receives comes from where backwards send to, and the other way round.
+        # A forward receives from the stage that backwards send to, and vice versa.
         receives = {Kind.FORWARD: Direction.BACKWARD, Kind.BACKWARD: Direction.FORWARD, Kind.INPUT: Direction.FORWARD}
-        ways = [sends, receives.get(kind)]
-        targets = [layout.target(stage, chunk, way) for way in ways if way is not None]
-        return between + one * sum(target is not None and target[0] != stage for target in targets)
+        directions = [sends, receives.get(kind)]
+        peers = [layout.target(stage, chunk, direction) for direction in directions if direction is not None]
+        return per_task + per_message * sum(peer is not None and peer[0] != stage for peer in peers)
 
     return seconds
 
 
 def messages(outline: ModelOutline, machine: MachineFile, strategy: Strategy) -> Callable[[int, int], MessageTime]:
-    """Time of a message from one stage to another, the largest of the chain; activations and gradients are equal."""
+    """Return a function of (sender, receiver): the time of a message between two stages.
+
+    All messages have the size of the largest of the chain; activations and gradients are equally large.
+    """
     grid = strategy.process_grid(machine)
     nbytes = message_bytes(outline, strategy)
 
     def time(sender: int, receiver: int) -> MessageTime:
-        way = edge(grid, min(sender, receiver), max(sender, receiver))
-        return message_time(machine, nbytes, library=strategy.message_library, same_node=way.same_node, flows=way.flows)
+        between = edge(grid, min(sender, receiver), max(sender, receiver))
+        return message_time(
+            machine, nbytes, library=strategy.message_library, same_node=between.same_node, flows=between.flows
+        )
 
     return time
 
 
 def message_bytes(outline: ModelOutline, strategy: Strategy) -> float:
-    """Of a message from a rank to the next stage, the largest of the chain."""
+    """Return the bytes of a message from a rank to the next stage, the largest of the chain."""
     grid = strategy.logical_grid
     largest = max(link.message(grid, strategy.microbatch_size) for link in outline.links)
     return BYTES[strategy.compute] * largest / strategy.message_parts

@@ -1,4 +1,4 @@
-"""How a batch is computed, in terms that are the same for every framework."""
+"""Parallel strategies: how a batch is computed, in terms common to all frameworks."""
 
 from __future__ import annotations
 
@@ -17,62 +17,63 @@ from axonn.perf.machine.machine_file import Library, MachineFile
 from axonn.schedules import ChunkLayout, ScheduleSpec
 
 OptimizerPlacement = Literal["device", "offloaded", "sharded"]
-"""device: 20 bytes per parameter; offloaded: the memory optimisation (DESIGN section 5); sharded: ZeRO stage 1."""
+"""device: 20 bytes per parameter; offloaded: streamed from host memory in buckets (IPDPS 2022, section V-B); sharded:
+ZeRO stage 1."""
 
 
 Recompute = Literal["full", "selective", "none"]
-"""Activation checkpointing. full: only the input of every `checkpoint_layers` layers is kept, the rest recomputed;
-selective: only the attention's scores are recomputed (Korthikanti et al., arXiv 2205.05198, section 5)."""
+"""Activation checkpointing. full: only the input of every `checkpoint_layers` layers is saved and the rest recomputed;
+selective: only the attention scores are recomputed (Korthikanti et al., arXiv 2205.05198, section 5)."""
 
 
 class Strategy(StrictModel):
-    """A parallel strategy. What a framework does differently is one of these fields, never a number of its own."""
+    """A parallel strategy. Frameworks differ only in these fields, never in constants of their own."""
 
     grid: ProcessGrid
     order: tuple[Axis, ...] = Field(default=AXES, strict=False)
-    """Placement on nodes: axes from the slowest to the fastest varying one (`ProcessGrid.order`)."""
+    """Placement on nodes: the axes from the slowest to the fastest varying one (`ProcessGrid.order`)."""
     microbatch_size: int = Field(ge=1)
     schedule: ScheduleSpec = ScheduleSpec()
     blocking_messages: bool = False
-    """True when sending and receiving occupies the stream that computes, so that no computation runs meanwhile."""
+    """True if sends and receives occupy the compute stream, so that no computation overlaps them."""
     message_library: Library = "mpi"
     partition_messages: bool = True
-    """Each tensor-parallel rank sends its own part of an activation and the parts are gathered by the receivers
-    (Narayanan et al., SC 2021, section 4.1; DeepSpeed's pipeline does so too). No effect without tensor parallelism."""
+    """True if each tensor-parallel rank sends its shard of an activation, and the receivers all-gather the shards
+    (Narayanan et al., SC 2021, section 4.1; also in DeepSpeed's pipeline). No effect without tensor parallelism."""
     optimizer: OptimizerPlacement = "device"
     bsize: int = Field(default=4_000_000, ge=1)
-    """Bucket of the offloaded optimizer, in elements."""
+    """Bucket size of the offloaded optimizer, in elements."""
     k: int = Field(default=4, ge=1)
-    """Coarsening factor: the gradients are all-reduced in chunks of `k` buckets."""
+    """Coarsening factor: gradients are all-reduced in chunks of `k` buckets."""
     buckets_resident: int = Field(default=1, ge=1)
     recompute: Recompute = "full"
     checkpoint_layers: int = Field(default=1, ge=1)
     compute: FloatType = "float16"
     """Type of parameters, activations, gradients and messages."""
     partition: Literal["layers", "work"] = "layers"
-    """layers: as many for each stage, the embedding with the first and the head with the last; work: stages of nearly
-    equal work, as our engine cuts them."""
+    """layers: equal numbers of layers per stage, with the embedding in the first stage and the head in the last; work:
+    stages of nearly equal work, as in our engine."""
     overdecomposition: int = Field(default=1, ge=1)
-    """Sub-shards of a microbatch, one of which computes while a collective of another is under way."""
+    """Number of sub-shards of a microbatch; one computes while the collectives of another run."""
     overlap_input_gradients: bool = False
-    """Whether the collective of an input's gradient runs beside the product that gives the weight's."""
+    """True if the collective of the input gradient overlaps the computation of the weight gradient."""
     sequence_parallel: bool = False
-    """Norms, dropout and residuals are cut along the sequence among the ranks of col, all-reduces become
-    reduce-scatters and all-gathers (same source, section 4.2.2). Messages between stages are then cut, too."""
+    """True if norms, dropout and residuals are cut along the sequence among the ranks of col; all-reduces then become
+    reduce-scatters and all-gathers (Korthikanti et al., section 4.2.2), and messages between stages are cut too."""
     reduce_type: FloatType | None = None
-    """Type in which the gradients are all-reduced over the replicas (default: `compute`)."""
+    """Type in which gradients are all-reduced over the replicas (default: `compute`)."""
     overlap_reduction: bool = False
-    """Whether that all-reduce runs beside the last microbatch's backward (PyTorch's DistributedDataParallel)."""
+    """True if that all-reduce overlaps the backward of the last microbatch (PyTorch's DistributedDataParallel)."""
     optimizer_kernels: Literal["fused", "separate"] = "fused"
-    """fused: Adam is one kernel, as in Apex; separate: one kernel for each of its operations, as in plain PyTorch."""
+    """fused: Adam is one kernel, as in Apex; separate: one kernel per operation, as in plain PyTorch."""
     clip_norm: bool = False
-    """Whether the gradient is clipped by its norm, which two more passes over it cost."""
+    """True if the gradient is clipped by its norm, at the cost of two more passes over it."""
     agree_on_overflow: Literal["before", "after", "never"] | None = None
-    """When all ranks agree whether gradients overflowed, and so wait for the last of them: before the reduction over
-    the replicas (as our engine does), after it, or never. Default: before in float16, whose loss is scaled, else never.
-    """
+    """Point at which all ranks agree whether gradients overflowed, waiting for the last of them: before the reduction
+    over the replicas (as in our engine), after it, or never. Default: before in float16, whose loss is scaled, else
+    never."""
     accumulate: Literal["in-place", "separate"] = "separate"
-    """in-place: the product that gives a weight's gradient adds it to that of the microbatches before."""
+    """in-place: the product that computes a weight gradient adds it to that of the previous microbatches."""
 
     def model_post_init(self, context: Any) -> None:
         if sorted(self.order) != sorted(AXES):
@@ -80,26 +81,26 @@ class Strategy(StrictModel):
 
     @property
     def tensor(self) -> int:
-        """G_tensor."""
+        """G_tensor, the number of tensor-parallel ranks."""
         return self.grid.tensor
 
     @property
     def gradient_type(self) -> FloatType:
-        """Type in which gradients are reduced."""
+        """Type in which gradients are all-reduced."""
         return self.reduce_type or self.compute
 
     @property
     def agreement(self) -> Literal["before", "after", "never"]:
-        """`agree_on_overflow`, or what follows from the type."""
+        """`agree_on_overflow`, or its default for the compute type."""
         return self.agree_on_overflow or ("before" if self.compute == "float16" else "never")
 
     @property
     def logical_grid(self) -> ProcessGrid:
-        """The grid by its extents alone."""
+        """The grid without placement on nodes."""
         return ProcessGrid(data=self.grid.data, inter=self.grid.inter, row=self.grid.row, col=self.grid.col)
 
     def process_grid(self, machine: MachineFile) -> ProcessGrid:
-        """The grid, placed on the machine's nodes."""
+        """Return the grid placed on the nodes of `machine`."""
         g = self.grid
         return ProcessGrid(
             data=g.data,
@@ -111,16 +112,16 @@ class Strategy(StrictModel):
         )
 
     def laid_out(self, outline: ModelOutline) -> ModelOutline:
-        """The model as its ranks compute it. Raises `ConfigError` when its layers cannot be cut so."""
+        """Return the outline, with sequence parallelism if set. Raises `ConfigError` if a layer does not support it."""
         return with_sequence_parallelism(outline) if self.sequence_parallel else outline
 
     @property
     def message_parts(self) -> int:
-        """Into how many parts the ranks of col cut what they hand on."""
+        """Number of shards, among the ranks of col, of a message to the next stage."""
         return self.grid.col if self.partition_messages or self.sequence_parallel else 1
 
     def microbatches(self, batch_size: int) -> int:
-        """Microbatches per pipeline. Raises `ConfigError` when the batch does not divide."""
+        """Return the microbatches per pipeline. Raises `ConfigError` when the batch does not divide."""
         unit = self.grid.data * self.microbatch_size
         if batch_size < 1 or batch_size % unit:
             raise ConfigError(
@@ -130,7 +131,7 @@ class Strategy(StrictModel):
         return batch_size // unit
 
     def virtual_spans(self, outline: ModelOutline) -> list[range]:
-        """Links of the chain of each virtual stage. Raises `ConfigError` when the model has too few layers."""
+        """Return the links of each virtual stage. Raises `ConfigError` when the model has too few layers."""
         layout = self.schedule.layout(self.grid.inter)
         if self.partition == "work":
             return list(_cut(tuple(link.cost for link in outline.links), layout))
@@ -150,20 +151,13 @@ class Strategy(StrictModel):
         return [range(first, end) for first, end in zip([0, *ends], ends, strict=False)]
 
     def spans_of_stages(self, outline: ModelOutline) -> list[list[range]]:
-        """Links of the chunks of each stage."""
+        """Return the links of each chunk of each stage."""
         spans = self.virtual_spans(outline)
         layout = self.schedule.layout(self.grid.inter)
         return [[spans[layout.virtual(s, c)] for c in range(layout.chunks)] for s in range(layout.stages)]
 
-    def blocks_of_stages(self, outline: ModelOutline) -> list[int]:
-        """Blocks (transformer layers) that each stage has a part of."""
-        return [
-            len({outline.links[i].block for span in spans for i in span} - {None})
-            for spans in self.spans_of_stages(outline)
-        ]
-
     def check(self, model: ModelConfig) -> None:
-        """Raise `ConfigError` when the performance model cannot cut the layers of `model` along the tensor axes."""
+        """Raise `ConfigError` when the tensor axes cannot cut the layers of `model`."""
         model.check_tensor_axes(row=self.grid.row, col=self.grid.col)
 
 

@@ -19,10 +19,10 @@ class ScheduleDefinition(ABC):
     """
 
     most_held: Callable[[ScheduleSpec, int, int], list[int]] | None = None
-    """Microbatches that each stage holds at most, whatever the order in which messages arrive, all chunks together
-    counted as one."""
+    """The most microbatches that each stage can hold, in any order of arriving messages. A microbatch that all chunks
+    of a stage hold counts as one."""
     in_flight: Callable[[ScheduleSpec, int, int], float] | None = None
-    """Microbatches that can be under way at once, in the pipeline."""
+    """Microbatches that can be in flight at once in the pipeline."""
     weights_in_bubble: Callable[[ScheduleSpec], int] | None = None
     """Weight halves that run on each stage while the pipeline fills or drains, in microbatches; 0 where backwards are
     whole."""

@@ -16,7 +16,7 @@ class ScheduleSpec(FileValue):
     """A schedule by name, with its options.
 
     `in_flight_limit` and `pick` are those of the message-driven schedules. The limit defaults to twice the number of
-    stages: at the published limit, one per stage, a stage waits whenever a message takes time (DESIGN section 5). With
+    stages: at the published limit, one per stage, a stage waits whenever a message takes time (`docs/design.md`). With
     split backwards it limits the activations that a stage holds, in whole microbatches (`MessageDriven`). `pick` says
     which of several ready tasks runs; with the name of a static schedule it is the one that comes first in its order.
     `chunks` of layers lie on each stage, placed in loops or in a V (`ChunkLayout`).
@@ -32,7 +32,7 @@ class ScheduleSpec(FileValue):
         return " ".join(f"{key}={value!r}" for key, value in asdict(self).items())
 
     def layout(self, stages: int) -> ChunkLayout:
-        """Where this schedule's chunks lie on so many stages."""
+        """Return where this schedule's chunks lie on so many stages."""
         return ChunkLayout(stages=stages, chunks=self.chunks, placement=self.placement)
 
     def limit_on(self, stages: int) -> int:

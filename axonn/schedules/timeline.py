@@ -1,4 +1,4 @@
-"""Schedules to look at: a text timeline of the tasks of all stages, and CSV of each stage's order, both ways."""
+"""Schedules as text: a timeline of the tasks of all stages, and CSV of each stage's task order."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 
-from axonn.errors import ConfigError
 from axonn.schedules.base import Task
 
 _IDLE, _GOES_ON = ".", "="
@@ -52,16 +51,3 @@ def write_orders(orders: Sequence[Sequence[Task]]) -> str:
     for stage, order in enumerate(orders):
         writer.writerow([stage, *(str(task) for task in order)])
     return out.getvalue()
-
-
-def read_orders(text: str) -> list[list[Task]]:
-    """Inverse of `write_orders`. Raises `ConfigError` naming line and field."""
-    orders: list[list[Task]] = []
-    for number, row in enumerate(csv.reader(io.StringIO(text)), start=1):
-        if not row or row[0] != str(len(orders)):
-            raise ConfigError(f"line {number}: expected it to begin with stage {len(orders)}")
-        try:
-            orders.append([Task.parse(field) for field in row[1:]])
-        except ValueError as error:
-            raise ConfigError(f"line {number}: {error}") from error
-    return orders

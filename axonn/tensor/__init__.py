@@ -1,4 +1,4 @@
-"""Tensor parallelism in two dimensions: layers whose weights are cut along row and col (DESIGN section 5)."""
+"""Two-dimensional tensor parallelism: layers whose weights are cut along row and col (docs/design.md, section 5)."""
 
 from axonn.tensor.context import Position, Positions, TensorAxis, TensorContext
 from axonn.tensor.divisibility import Requirement, check_fit

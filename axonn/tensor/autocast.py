@@ -1,4 +1,4 @@
-"""`torch.autocast` for layers that are autograd functions of their own, with the types that torch's own layers have."""
+"""`torch.autocast` for layers that are custom autograd functions, with the types that torch's own layers use."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import torch
 
 
 def product_inputs(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Cast the operands of a product or a convolution as `F.linear` and `F.conv2d` do: to autocast's type where it is
-    on, all but float64. Autograd sees the casts, so gradients come back in the operands' own types."""
+    """Cast the operands of a product or a convolution as `F.linear` and `F.conv2d` do under autocast.
+
+    All but float64 are cast to autocast's type. Autograd sees the casts, so gradients have the operands' own types.
+    """
     kind = next(t.device.type for t in tensors if t is not None)
     if not _enabled(kind):
         return tensors
@@ -18,13 +20,13 @@ def product_inputs(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, 
 
 
 def norm_input(x: torch.Tensor) -> torch.Tensor:
-    """Cast the input of a norm as torch's own do: to float32 where autocast is on, but for a CPU's, which take any."""
+    """Cast the input of a norm as torch's norms do under autocast: to float32 on a GPU, not at all on a CPU."""
     narrow = x.dtype in (torch.float16, torch.bfloat16)
     return x.float() if narrow and not x.is_cpu and _enabled(x.device.type) else x
 
 
 def without_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
-    """Inside of the block, what has been cast is not cast again."""
+    """Switch autocast off inside the block, so that operands are not cast twice."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if _enabled(kind) else nullcontext()
 

@@ -1,5 +1,5 @@
-"""What the layers of one rank know of the grid: their place in it, collectives along row and col, and the samples that
-are being computed."""
+"""Context of the layers of one rank: its place on the grid, collectives along row and col, and the samples being
+computed."""
 
 from __future__ import annotations
 
@@ -31,55 +31,55 @@ TensorAxis = Literal["row", "col"]
 
 
 class Position(NamedTuple):
-    """Where in a training a forward is: what counter-based randomness depends on beside seed and name."""
+    """Position of a forward in training, on which counter-based randomness depends beside seed and name."""
 
     step: int
     samples: Sequence[int]
-    """Global numbers of the rows that are being computed."""
+    """Global numbers of the samples being computed."""
 
 
 class Positions:
-    """The position of the thread that asks."""
+    """Position in training, separately for each thread."""
 
     def __init__(self) -> None:
-        self._mine = threading.local()
+        self._local = threading.local()
 
     @property
     def now(self) -> Position:
-        """Raises `ConfigError` when nobody has said it."""
-        position: Position | None = getattr(self._mine, "position", None)
+        """Position of the calling thread. Raises `ConfigError` outside of `at`."""
+        position: Position | None = getattr(self._local, "position", None)
         if position is None:
             raise ConfigError("random layers need the position in training; call them inside of `positions.at(...)`")
         return position
 
     @contextmanager
     def at(self, step: int, samples: Sequence[int]) -> Iterator[None]:
-        """Inside of the block, forwards and recomputations are of these samples in batch number `step`."""
-        before = getattr(self._mine, "position", None)
-        self._mine.position = Position(step, samples)
+        """Set the position to these samples in batch number `step` for forwards and recomputations inside the block."""
+        previous = getattr(self._local, "position", None)
+        self._local.position = Position(step, samples)
         try:
             yield
         finally:
-            self._mine.position = before
+            self._local.position = previous
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSpans:
-    """The task of a schedule whose collectives are recorded."""
+    """Record of the collectives and compute turns of one task of a schedule."""
 
     microbatch: int
     layer: int
     """First layer of the chunk."""
     chunk: int
     blocked: list[tuple[DeviceEvent, DeviceEvent]] = field(default_factory=list)
-    """When this rank waited for a collective with nothing else to compute, in order; nothing without spans. Of no
-    length where the next sub-shard began without."""
+    """Intervals in which this rank waited for a collective with nothing else to compute, in order; empty without spans.
+    An interval of length zero marks that the next sub-shard began without a wait."""
     turns: list[int] = field(default_factory=list)
-    """The sub-shard that computed first, and those that went on after each of these; -1 where there is only one."""
+    """Sub-shard that computed first, and the one that went on after each interval; -1 if there is only one."""
 
 
 class AsyncCollective:
-    """A collective along a tensor axis, under way once `issue` has been called; None: there is none."""
+    """A collective along a tensor axis, started by calling `issue`; with None there is nothing to do."""
 
     def __init__(self, issue: Callable[[], CollectiveHandle] | None, context: TensorContext) -> None:
         self._context = context
@@ -87,7 +87,7 @@ class AsyncCollective:
         self._work = None if issue is None else issue()
 
     def wait(self) -> None:
-        """Let the other lanes compute, then return when the result is in the tensor."""
+        """Let the other lanes compute, then wait until the result is in the tensor."""
         if self._work is not None:
             self._context.lanes.switch()
             self._context._finish(self._work, self._started)
@@ -95,9 +95,9 @@ class AsyncCollective:
 
 
 class TensorContext:
-    """One rank's means of tensor parallelism. `collectives` is needed when G_tensor > 1.
+    """Context of tensor parallelism on one rank. `collectives` is needed when G_tensor > 1.
 
-    An axis of None means "not cut": extent 1.
+    An axis of None means "not cut": its extent is 1. Raises `ConfigError` without the collectives it needs.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class TensorContext:
                 raise ConfigError(f"tensor parallelism on {grid} needs collectives")
             collectives = SerialCollectives(grid, rank)
         self.grid = grid
-        self.here = grid.coordinates(rank)
+        self.coordinates = grid.coordinates(rank)
         self.seed = seed
         self.timeline = timeline or Timeline(torch.device("cpu"), None)
         self.lanes = Lanes(self.timeline.device)
@@ -129,40 +129,40 @@ class TensorContext:
                 self._groups[axis] = collectives.axis_group([axis])
 
     def __deepcopy__(self, memo: object) -> TensorContext:
-        """The same object: a rank has one place in its job, whatever copies of its layers there are."""
+        """Return the same object: copies of a layer stay on the same rank of the job."""
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        rank = self.grid.rank(**self.here._asdict())
+        rank = self.grid.rank(**self.coordinates._asdict())
         return _in_running_job, (self.grid, rank, self.seed, self.collectives.device_type)
 
     @classmethod
     def serial(cls, *, seed: int = 0) -> TensorContext:
-        """That of a process by itself."""
+        """Return the context of a single process."""
         return cls(ProcessGrid(), seed=seed)
 
     def extent(self, axis: TensorAxis | None) -> int:
-        """Number of ranks along `axis`."""
+        """Return the number of ranks along `axis`."""
         return 1 if axis is None else self.grid.extent(axis)
 
     def index(self, axis: TensorAxis | None) -> int:
-        """This rank's number along `axis`."""
-        return 0 if axis is None else int(getattr(self.here, axis))
+        """Return this rank's index along `axis`."""
+        return 0 if axis is None else int(getattr(self.coordinates, axis))
 
-    def part(self, size: int, axis: TensorAxis | None, what: str) -> int:
-        """A rank's part of `size`. Raises `GridError` when it does not divide; `what` says of what it is the size."""
+    def part(self, size: int, axis: TensorAxis | None, label: str) -> int:
+        """Return a rank's part of `size`, which is called `label`. Raises `GridError` when it does not divide."""
         extent = self.extent(axis)
         if size % extent:
             divisors = [n for n in range(1, min(size, self.grid.size) + 1) if size % n == 0]
             raise GridError(
-                f"{what} ({size}) cannot be cut along {axis} = {extent}; set G_{axis} to one of {divisors}, "
-                f"or {what} to a multiple of {extent}"
+                f"{label} ({size}) cannot be cut along {axis} = {extent}; set G_{axis} to one of {divisors}, "
+                f"or {label} to a multiple of {extent}"
             )
         return size // extent
 
     @contextmanager
     def task(self, *, microbatch: int, layer: int, chunk: int) -> Iterator[TaskSpans]:
-        """Inside of the block, collectives are those of this task; outside of any, they are not recorded."""
+        """Record collectives as those of this task inside the block; outside of any task they are not recorded."""
         self._task = TaskSpans(microbatch=microbatch, layer=layer, chunk=chunk)
         try:
             yield self._task
@@ -170,7 +170,7 @@ class TensorContext:
             self._task = None
 
     def begin_sub_shard(self) -> None:
-        """Say that the calling lane begins to compute its sub-shard of the task."""
+        """Note that the calling lane begins to compute its sub-shard of the task."""
         task, lane = self._task, self.lanes.lane
         if self.timed and task is not None and lane is not None:
             if task.turns:
@@ -181,19 +181,19 @@ class TensorContext:
     def start_all_reduce(
         self, tensor: torch.Tensor, axis: TensorAxis | None, operation: Operation = "sum"
     ) -> AsyncCollective:
-        """Start reducing contiguous `tensor` in place along `axis`."""
+        """Start an all-reduce of contiguous `tensor` in place along `axis`."""
         group = self._group(axis)
         return AsyncCollective(
             None if group is None else partial(self.collectives.all_reduce, tensor, group, operation), self
         )
 
     def all_reduce(self, tensor: torch.Tensor, axis: TensorAxis | None, operation: Operation = "sum") -> torch.Tensor:
-        """Reduce contiguous `tensor` in place along `axis`, other lanes computing meanwhile; returns it."""
+        """All-reduce contiguous `tensor` in place along `axis`, while other lanes compute; return it."""
         self.start_all_reduce(tensor, axis, operation).wait()
         return tensor
 
     def all_gather(self, tensor: torch.Tensor, axis: TensorAxis | None) -> torch.Tensor:
-        """[extent of `axis`, *shape]: the tensors of all ranks along it, in their order."""
+        """Return the tensors of all ranks along `axis`, in their order: [extent, *shape]."""
         group = self._group(axis)
         if group is None:
             return tensor.unsqueeze(0)
@@ -206,7 +206,7 @@ class TensorContext:
 
     @property
     def timed(self) -> bool:
-        """Whether collectives are recorded now."""
+        """True while collectives are recorded."""
         return self.timeline.timed and self._task is not None
 
     def _finish(self, work: CollectiveHandle, started: DeviceEvent | None) -> None:
@@ -214,18 +214,18 @@ class TensorContext:
         if task is None or started is None:
             work.wait()
             return
-        before = timeline.now()
+        begin = timeline.now()
         finished = timeline.result_of(work)
-        after = timeline.now()
+        end = timeline.now()
         lane = self.lanes.lane
         shard = -1 if lane is None else lane
         if not task.turns:
             task.turns.append(shard)
-        task.blocked.append((before, after))
+        task.blocked.append((begin, end))
         task.turns.append(shard)
-        # The backend's thread may say a moment later than this one that it is done.
-        if finished.event is None and finished.at > after.at:
-            finished = after
+        # The backend's thread may stamp the completion later than this thread sees it.
+        if finished.event is None and finished.at > end.at:
+            finished = end
         timeline.span(
             SpanKind.TENSOR,
             started,
@@ -238,5 +238,5 @@ class TensorContext:
 
 
 def _in_running_job(grid: ProcessGrid, rank: int, seed: int, device_type: str) -> TensorContext:
-    """The context of `rank` where its layers are loaded from a file; all ranks load theirs together."""
+    """Return the context of `rank` for layers that are unpickled; all ranks unpickle theirs together."""
     return TensorContext(grid, rank, job_collectives(grid, rank, device_type), seed=seed)

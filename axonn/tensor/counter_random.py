@@ -1,6 +1,6 @@
 """Counter-based randomness: a value is a function of (seed, name, step, sample, index) and of nothing else.
 
-So every grid starts from the same model, whoever computes which part of it, and a serial run is the reference for all.
+Every grid therefore starts from the same model, whichever rank computes which part, and a serial run is the reference.
 The generator is the SplitMix64 finaliser (Steele, Lea and Flood, OOPSLA 2014) over a keyed counter: integer arithmetic
 that gives the same bits on every device.
 """
@@ -14,7 +14,7 @@ from math import prod
 import torch
 
 AT_ONCE = 1 << 20
-"""Values that are drawn at once where there are many: they take several times 8 bytes each."""
+"""Most values drawn at once: they take several times 8 bytes each."""
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -22,23 +22,23 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def stream_key(seed: int, name: str, *counters: int) -> int:
-    """A signed 64-bit key for the stream of values called `name` (at `counters`, for instance the step)."""
+    """Return a signed 64-bit key of the stream of values called `name` (at `counters`, for instance the step)."""
     text = "\x1f".join([str(seed), name, *map(str, counters)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift of int64, of which torch only has the arithmetic one."""
+    """Shift int64 right logically; torch has only the arithmetic shift."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def random_bits(key: int, index: torch.Tensor) -> torch.Tensor:
-    """63 random bits (non-negative int64) for each int64 `index`; same shape as `index`."""
+    """Return 63 random bits (non-negative int64) for each int64 `index`; same shape as `index`."""
     return _shift_right(_words(key, index), 1)
 
 
 def _words(key: int, index: torch.Tensor) -> torch.Tensor:
-    """64 random bits for each int64 `index`."""
+    """Return 64 random bits for each int64 `index`."""
     x = index * _GOLDEN
     x += key
     for bits, factor in ((30, _MIX_1), (27, _MIX_2)):
@@ -49,13 +49,13 @@ def _words(key: int, index: torch.Tensor) -> torch.Tensor:
 
 
 def uniform(key: int, index: torch.Tensor) -> torch.Tensor:
-    """float64 values in the open interval (0, 1), one for each `index`."""
+    """Return float64 values in the open interval (0, 1), one for each `index`."""
     # 52 bits: the half added to more of them would round the largest value up to 1.
     return (_shift_right(random_bits(key, index), 11).to(torch.float64) + 0.5) * 2.0**-52
 
 
 def normal(key: int, index: torch.Tensor) -> torch.Tensor:
-    """float64 standard normal values, one for each `index` (by the inverse of the distribution function)."""
+    """Return float64 standard normal values, one for each `index`, by the inverse distribution function."""
     values: torch.Tensor = torch.special.ndtri(uniform(key, index))
     return values
 
@@ -63,11 +63,11 @@ def normal(key: int, index: torch.Tensor) -> torch.Tensor:
 def keep_mask(
     keys: Sequence[int], p: float, *, shape: Sequence[int], box: Sequence[slice], device: torch.device | None = None
 ) -> torch.Tensor:
-    """Which elements dropout of probability `p` keeps: bool [len(keys), *sizes of `box`].
+    """Return the mask of elements that dropout of probability `p` keeps: bool [len(keys), *sizes of `box`].
 
-    `box`: a part of a tensor of `shape`, which there is one of for each key. Each element has 32 bits of its own (its
-    probability is that near to `p`), half a word of the stream, by its place in the whole tensor: any other part of it
-    is kept or dropped in the same way.
+    `box`: a part of a tensor of `shape`; there is one such tensor for each key. Each element has 32 random bits (so its
+    probability is that close to `p`), half a word of the stream, by its place in the whole tensor: the mask of an
+    element does not depend on the box.
     """
     shape, box = [1, *shape][-max(2, len(shape)) :], [slice(0, 1), *box][-max(2, len(box)) :]
     *_, last = box
@@ -89,9 +89,11 @@ def keep_mask(
 def keep_elements(
     keys: torch.Tensor, threshold: int, shape: tuple[int, ...], box: tuple[tuple[int, int], ...]
 ) -> torch.Tensor:
-    """The same mask as `keep_mask`, in operations that a compiler makes one kernel of: without one they take 8 bytes
-    for each element several times. `keys` [n + 1] as `packed_keys` makes them; `threshold` as `keep_threshold` says;
-    `box`: starts and stops."""
+    """Return the same mask as `keep_mask`, in operations that a compiler fuses into one kernel.
+
+    Uncompiled they take 8 bytes per element several times. `keys` [n + 1] as from `packed_keys`; `threshold` as from
+    `keep_threshold`; `box`: starts and stops.
+    """
     keys, golden = keys[:-1], keys[-1]
     words = (shape[-1] + 1) // 2
     *_, (first, last) = box
@@ -111,18 +113,20 @@ def keep_elements(
 
 
 def packed_keys(keys: Sequence[int]) -> torch.Tensor:
-    """[n + 1] int64: the keys, and the step of the generator: as a constant of the code, compilers multiply it with
-    numbers of elements beyond 64 bits."""
+    """Return the keys followed by the generator's increment: int64 [n + 1].
+
+    As a constant in the code, compilers would multiply the increment with numbers of elements beyond 64 bits.
+    """
     return torch.tensor([*keys, _GOLDEN], dtype=torch.int64, device="cpu")
 
 
 def keep_threshold(p: float) -> int:
-    """Of 32 random bits, as a signed number, those from here on keep an element."""
+    """Return the threshold for dropout `p`: an element is kept if its 32 random bits, as signed, are at least this."""
     return min(round(p * 2**32), 2**32 - 1) - 2**31
 
 
 class Indices:
-    """Numbers of the elements of a box of a tensor, counted through the whole tensor."""
+    """Row-major indices, in the whole tensor, of the elements of a box of it."""
 
     def __init__(self, shape: Sequence[int], box: Sequence[slice], *, device: torch.device | None = None) -> None:
         self._device = device
@@ -134,6 +138,6 @@ class Indices:
             self._within = self._within.unsqueeze(-1) + along
 
     def block(self, start: int, stop: int) -> torch.Tensor:
-        """Those of rows `start` to `stop` of the box."""
+        """Return the indices of rows `start` to `stop` of the box."""
         rows = torch.arange(self._first + start, self._first + stop, device=self._device) * self._row
         return rows.view(-1, *[1] * self._within.dim()) + self._within

@@ -1,4 +1,4 @@
-"""Whether a model's layers can be cut as a grid asks, and which grids near it can hold them."""
+"""Divisibility of a model's layers by the tensor axes of a grid, and the nearest grids that can hold them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class Requirement:
-    """`size`, which is `what` of `layer`, is cut along `axis`."""
+    """Requirement that `size`, the `quantity` of `layer`, is divisible by the extent of `axis`."""
 
     layer: str
-    what: str
+    quantity: str
     size: int
     axis: TensorAxis
 
@@ -25,7 +25,7 @@ class Requirement:
 def check_fit(grid: ProcessGrid, *requirements: Requirement) -> None:
     """Raise `GridError` naming each layer whose size the grid does not divide, and the nearest grids that fit all."""
     problems = [
-        f"{r.what} ({r.size}) of {r.layer} cannot be cut along {r.axis} = {grid.extent(r.axis)}"
+        f"{r.quantity} ({r.size}) of {r.layer} cannot be cut along {r.axis} = {grid.extent(r.axis)}"
         for r in requirements
         if r.size % grid.extent(r.axis)
     ]
@@ -35,7 +35,7 @@ def check_fit(grid: ProcessGrid, *requirements: Requirement) -> None:
 
 
 def _nearest(grid: ProcessGrid, requirements: tuple[Requirement, ...]) -> list[tuple[int, int]]:
-    """(row, col) that fit, nearest first: by the number of ranks, then by the extents, in powers of two."""
+    """Return the (row, col) that fit, nearest first: by number of ranks, then by extents, in powers of two."""
     reach = 2 * grid.tensor
     fitting = [
         (row, col)

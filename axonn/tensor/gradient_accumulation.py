@@ -1,10 +1,10 @@
-"""Weight gradients accumulated where they lie: the product of a microbatch is added to `.grad` as it is computed.
+"""In-place accumulation of weight gradients: the gradient of a microbatch is added to `.grad` as it is computed.
 
-Autograd computes each microbatch's weight gradient into new memory and then adds it to `.grad`: for a Linear one write
-and one read of the whole gradient too many, for an Embedding a dense gradient of which few rows are not zero.
+Autograd would compute each microbatch's weight gradient into new memory and then add it to `.grad`: for a Linear one
+write and one read of the whole gradient too many, for an Embedding a dense gradient with few non-zero rows.
 
-It also lets a backward be split (zero-bubble schedules: Qi et al., arXiv 2401.10241): the gradients of the weights can
-wait in a queue while the gradient of the input is already on its way.
+This also allows a split backward (zero-bubble schedules: Qi et al., arXiv 2401.10241): the weight gradients can wait in
+a queue while the input gradient is already on its way.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from torch import nn
 
 
 class WeightGradients:
-    """The weight gradients of a chunk: computed at once, or kept for later while `deferring` is set."""
+    """Queue of a chunk's weight gradients: computed at once, or deferred while `deferring` is set."""
 
     def __init__(self) -> None:
         self.deferring = False
-        self._waiting: list[Callable[[], None]] = []
+        self._deferred: list[Callable[[], None]] = []
 
     def add(self, accumulate: Callable[[], None]) -> None:
-        """Call `accumulate`, which adds to gradients, now or later."""
+        """Call `accumulate`, which adds to gradients, now or, while deferring, later."""
         if self.deferring:
-            self._waiting.append(accumulate)
+            self._deferred.append(accumulate)
         else:
             accumulate()
 
     def take(self) -> Callable[[], None]:
-        """The second half of the backwards since the last call: adds what has been kept, in the order it came."""
-        waiting, self._waiting = self._waiting, []
+        """Return the weight half of the backwards since the last call: it runs what was deferred, in order."""
+        deferred, self._deferred = self._deferred, []
 
         @torch.no_grad()
-        def second_half() -> None:
-            for accumulate in waiting:
+        def weight_half() -> None:
+            for accumulate in deferred:
                 accumulate()
 
-        return second_half
+        return weight_half
 
 
 def add_product(parameter: nn.Parameter, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -53,7 +53,7 @@ def add_product(parameter: nn.Parameter, a: torch.Tensor, b: torch.Tensor) -> No
 
 
 def add_gradient(parameter: nn.Parameter, gradient: torch.Tensor) -> None:
-    """Add `gradient` to the parameter's."""
+    """Add `gradient` to the parameter's gradient."""
     if parameter.grad is None:
         parameter.grad = gradient
     else:
@@ -61,7 +61,7 @@ def add_gradient(parameter: nn.Parameter, gradient: torch.Tensor) -> None:
 
 
 def add_rows(parameter: nn.Parameter, accumulate: Callable[[torch.Tensor], Any]) -> None:
-    """Call `accumulate` with the parameter's gradient, to which it adds; zeros if there was none."""
+    """Call `accumulate`, which adds rows, with the parameter's gradient; it starts as zeros if there is none."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     accumulate(parameter.grad)

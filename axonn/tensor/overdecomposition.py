@@ -1,11 +1,11 @@
-"""Lanes: functions that take turns on one rank, so that one computes while another's collective is under way.
+"""Overdecomposition in lanes: functions that take turns on one rank, one computing during another's collective.
 
 Overdecomposition (Singh & Bhatele, arXiv 2305.13525) cuts the rows of a microbatch into sub-shards and runs each in a
-lane. A lane gives its turn away where it would wait for a collective. Turns go round in a fixed order, whatever has
+lane. A lane gives up its turn where it would wait for a collective. Turns go round in a fixed order, whatever has
 finished by then, so every rank of a group issues its collectives in the same order.
 
-Lanes are threads of which one runs at a time: a lane may so be suspended in the midst of a forward, of autograd's
-backward, or of a recomputation inside of it, which is written as if it were alone.
+Lanes are threads of which one runs at a time, so a lane can be suspended in the middle of a forward, of autograd's
+backward or of a recomputation in it, whose code needs no knowledge of lanes.
 """
 
 from __future__ import annotations
@@ -22,36 +22,38 @@ T = TypeVar("T")
 
 
 class _Stopped(BaseException):
-    """Another lane has failed; this one ends quietly."""
+    """Raised in a lane when another one has failed, to end it quietly."""
 
 
 class Lanes:
-    """Runs functions in turns, on `device` (default: the CPU). One object per rank, used by one thread at a time;
-    `close` ends its threads."""
+    """Lanes of one rank, which run functions in turns on `device` (default: the CPU).
+
+    There is one object per rank, used by one thread at a time; `close` ends its threads.
+    """
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device or torch.device("cpu")
         self._workers: list[_Worker] = []
         weakref.finalize(self, _close, self._workers)
         self._turns: list[threading.Lock] = []
-        """Held, but for a moment when the lane's turn begins."""
+        """Lock of each lane, held except for the moment when its turn begins."""
         self._live: list[bool] = []
-        self._mine = threading.local()
+        self._local = threading.local()
         self._failure: BaseException | None = None
 
     @property
     def lane(self) -> int | None:
-        """Number of the lane that asks; None outside of `run`."""
-        return getattr(self._mine, "lane", None)
+        """Number of the calling lane; None outside of `run`."""
+        return getattr(self._local, "lane", None)
 
     def run(self, functions: Sequence[Callable[[], T]]) -> list[T]:
-        """Results of the functions, in order; the first runs in the calling thread. Raises what the first failing
-        function raised, after the others have ended.
+        """Run the functions in turns and return their results in order; the first runs in the calling thread.
 
-        Whether gradients are recorded, inference mode and autocast are as in the calling thread.
+        Gradient mode, inference mode and autocast are those of the calling thread. Raises what the first failing
+        function raised, after the others have ended.
         """
         if len(functions) == 1 or self.lane is not None:
-            with _own_thread():
+            with _backward_in_calling_thread():
                 return [function() for function in functions]
         lanes = len(functions)
         self._turns = [_held() for _ in range(lanes)]
@@ -59,26 +61,26 @@ class Lanes:
         self._failure = None
         results: list[Any] = [None] * lanes
         modes = _Modes(self._device)
-        # All lanes give their work to the caller's stream: its order is that of the turns.
+        # All lanes launch their work on the caller's stream, in the order of the turns.
         stream = None if self._device.type == "cpu" else torch.cuda.current_stream(self._device)
 
         def body(lane: int) -> None:
             if lane:
                 self._turns[lane].acquire()
-            self._mine.lane = lane
+            self._local.lane = lane
             try:
                 if self._failure is None:
                     same_stream = nullcontext() if stream is None else torch.cuda.stream(stream)
-                    with modes.again() if lane else nullcontext(), _own_thread(), same_stream:
+                    with modes.restored() if lane else nullcontext(), _backward_in_calling_thread(), same_stream:
                         results[lane] = functions[lane]()
             except _Stopped:
                 pass
             except BaseException as error:
                 self._failure = self._failure or error
             finally:
-                self._mine.lane = None
+                self._local.lane = None
                 self._live[lane] = False
-                following = self._next(lane)
+                following = self._following(lane)
                 if following is not None:
                     self._turns[following].release()
 
@@ -95,11 +97,11 @@ class Lanes:
         return results
 
     def switch(self) -> None:
-        """Let the other lanes go on, each up to its next switch or its end; nothing outside of `run`."""
+        """Let the other lanes go on, each to its next switch or its end. Without effect outside of `run`."""
         lane = self.lane
         if lane is None:
             return
-        following = self._next(lane)
+        following = self._following(lane)
         if following is not None:
             self._turns[following].release()
             self._turns[lane].acquire()
@@ -107,16 +109,16 @@ class Lanes:
             raise _Stopped
 
     def close(self) -> None:
-        """End the threads; a later `run` starts new ones. Also done when nobody refers to the lanes any more."""
+        """End the threads; a later `run` starts new ones. Also happens when the object is garbage-collected."""
         _close(self._workers)
 
-    def _next(self, lane: int) -> int | None:
+    def _following(self, lane: int) -> int | None:
         lanes = len(self._live)
         return next((n for i in range(1, lanes) if self._live[n := (lane + i) % lanes]), None)
 
 
 class _Modes:
-    """What a thread has set for the operations that it runs, to be set in another one."""
+    """The calling thread's gradient mode, inference mode and autocast, to be restored in another thread."""
 
     def __init__(self, device: torch.device) -> None:
         self._gradients = torch.is_grad_enabled()
@@ -128,7 +130,7 @@ class _Modes:
         ]
 
     @contextmanager
-    def again(self) -> Iterator[None]:
+    def restored(self) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(self._inference))
             stack.enter_context(torch.set_grad_enabled(self._gradients))
@@ -143,9 +145,11 @@ def _close(workers: list[_Worker]) -> None:
     workers.clear()
 
 
-def _own_thread() -> AbstractContextManager[object]:
-    """Inside of the block a backward runs in the thread that calls it, which knows its lane and its position, and not
-    in autograd's thread of a GPU, which a waiting lane would stop."""
+def _backward_in_calling_thread() -> AbstractContextManager[object]:
+    """Make a backward inside the block run in the calling thread, which has the lane and the position in training.
+
+    In autograd's own thread for a GPU, a waiting lane would block all backwards.
+    """
     return torch.autograd.set_multithreading_enabled(False)
 
 
@@ -182,6 +186,6 @@ class _Worker:
             if work is None:
                 return
             work()
-            # What it refers to, such as the lanes themselves, must not live as long as this thread.
+            # Objects it refers to, such as the lanes themselves, must not live as long as this thread.
             del work
             self._end.release()

@@ -1,7 +1,7 @@
-"""Activations laid out another way: cut what is whole, gather what is cut, or cut along the other axis.
+"""Redistribution of activations: split a whole one, gather a cut one, or move the cut to the other axis.
 
-Normal and transposed layers alternate, so that a path needs none of this as long as its layers come in pairs. Where it
-does not, these functions change the layout, forward and backward, by collectives that are counted like all others.
+Normal and transposed layers alternate, so a path whose layers come in pairs needs no redistribution. Elsewhere these
+functions change the layout, forward and backward, by collectives that are counted like all others.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def split(
     context: TensorContext,
     segments: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """This rank's part along `axis` of dim `dim` of `x`, which is whole on every rank. The gradients are gathered.
+    """Return this rank's part, along `axis`, of dim `dim` of `x`, which is whole on every rank; gather the gradient.
 
     `segments`: lengths of the segments of the dim that are each cut by themselves, as in `Placement`. Raises
-    `GridError` when one cannot be cut so.
+    `GridError` when one is not divisible.
     """
     lengths = _lengths(x, dim, 1, segments, context, (axis,))
     return _apply(x, dim, None, axis, context, lengths)
@@ -40,9 +40,9 @@ def gather(
     context: TensorContext,
     segments: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """The whole, on every rank, of what is cut along `axis` in dim `dim`. Its gradient is cut.
+    """Return the whole of `x`, which is cut along `axis` in dim `dim`, on every rank; split the gradient.
 
-    `segments`: of the whole dim.
+    `segments`: lengths of the segments of the whole dim.
     """
     lengths = _lengths(x, dim, context.extent(axis), segments, context, (axis,))
     return _apply(x, dim, axis, None, context, lengths)
@@ -57,10 +57,10 @@ def redistribute(
     context: TensorContext,
     segments: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """What is cut along `source` and repeated along `target`, cut along `target` and repeated along `source`.
+    """Return `x`, cut along `source` and repeated along `target`, cut along `target` and repeated along `source`.
 
-    The gradient goes back the same way. `segments`: of the whole dim. Raises `GridError` when it cannot be cut along
-    `target`.
+    The gradient is redistributed the other way. `segments`: lengths of the segments of the whole dim. Raises
+    `GridError` when one is not divisible by `target`.
     """
     lengths = _lengths(x, dim, context.extent(source), segments, context, (source, target))
     return _apply(x, dim, source, target, context, lengths)
@@ -74,12 +74,12 @@ def _lengths(
     context: TensorContext,
     axes: tuple[TensorAxis | None, ...],
 ) -> tuple[int, ...]:
-    """Lengths of the whole segments."""
+    """Return the lengths of the whole segments, checked against `axes`."""
     size = x.shape[dim] * parts
-    found: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
     for axis in axes:
-        found = segments_of(size, segments, context, axis, f"dim {dim} of a tensor {list(x.shape)}")
-    return found
+        lengths = segments_of(size, segments, context, axis, f"dim {dim} of a tensor {list(x.shape)}")
+    return lengths
 
 
 def _apply(
@@ -107,16 +107,16 @@ class _Redistribute(torch.autograd.Function):
         context: TensorContext,
         segments: tuple[int, ...],
     ) -> torch.Tensor:
-        ctx.how = dim, source, target, context, segments
-        return _moved(x, dim, source, target, context, segments)
+        ctx.arguments = dim, source, target, context, segments
+        return _redistributed(x, dim, source, target, context, segments)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dim, source, target, context, segments = ctx.how
-        return _moved(gradient, dim, target, source, context, segments), None, None, None, None, None
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        dim, source, target, context, segments = ctx.arguments
+        return _redistributed(grad_output, dim, target, source, context, segments), None, None, None, None, None
 
 
-def _moved(
+def _redistributed(
     x: torch.Tensor,
     dim: int,
     source: TensorAxis | None,
@@ -124,16 +124,19 @@ def _moved(
     context: TensorContext,
     segments: tuple[int, ...],
 ) -> torch.Tensor:
-    """Of n elements in the whole, s ranks along `source` and t along `target`, a gather moves (s - 1) / s n to each
-    rank, all of which but n / t is dropped again. All ranks of the gather want the same part of it, so for t > 2 a sum
-    of what each has of that part moves less: 2 (s - 1) / s n / t."""
+    """Move the cut of `x` from `source` to `target` with the collective that sends less.
+
+    With n elements in the whole, s ranks along `source` and t along `target`, an all-gather moves (s - 1) / s n to each
+    rank, of which all but n / t is dropped again. All ranks of the all-gather keep the same part, so for t > 2 an
+    all-reduce of that part, to which each rank contributes what it has, moves less: 2 (s - 1) / s n / t.
+    """
     if context.extent(source) > 1 and context.extent(target) > 2:
-        return _collected(x, dim, source, target, context, segments)
-    whole = _gathered(x, dim, source, context, segments)
-    return _cut(whole, dim, target, context, segments)
+        return _summed_part(x, dim, source, target, context, segments)
+    gathered = _gathered(x, dim, source, context, segments)
+    return _cut(gathered, dim, target, context, segments)
 
 
-def _collected(
+def _summed_part(
     x: torch.Tensor,
     dim: int,
     source: TensorAxis | None,
@@ -141,20 +144,20 @@ def _collected(
     context: TensorContext,
     segments: tuple[int, ...],
 ) -> torch.Tensor:
-    """The part along `target`, to which each rank along `source` contributes what it has of it."""
+    """Return the part along `target` as a sum, to which each rank along `source` contributes what it has of it."""
     shape = list(x.shape)
     shape[dim] = sum(segments) // context.extent(target)
-    wanted = x.new_zeros(shape)
-    here = there = 0
+    target_part = x.new_zeros(shape)
+    source_start = target_start = 0
     for segment in segments:
-        has, wants = (segment // context.extent(axis) for axis in (source, target))
-        first, start = context.index(source) * has, context.index(target) * wants
-        begin, end = max(first, start), min(first + has, start + wants)
+        source_length, target_length = (segment // context.extent(axis) for axis in (source, target))
+        first, start = context.index(source) * source_length, context.index(target) * target_length
+        begin, end = max(first, start), min(first + source_length, start + target_length)
         if begin < end:
-            part = x.narrow(dim, here + begin - first, end - begin)
-            wanted.narrow(dim, there + begin - start, end - begin).copy_(part)
-        here, there = here + has, there + wants
-    return context.all_reduce(wanted, source)
+            overlap = x.narrow(dim, source_start + begin - first, end - begin)
+            target_part.narrow(dim, target_start + begin - start, end - begin).copy_(overlap)
+        source_start, target_start = source_start + source_length, target_start + target_length
+    return context.all_reduce(target_part, source)
 
 
 def _gathered(

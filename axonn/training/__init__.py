@@ -1,1 +1,1 @@
-"""Training runs, as `axonn train` does them: loop, run folder, records."""
+"""Training runs of `axonn train`: loop, run folder, records, supervision."""

@@ -1,6 +1,6 @@
-"""What this machine can run at once: cores and memory beside what a configuration needs by the performance model.
+"""Capacity check: the cores and memory of this machine against what a configuration needs by the performance model.
 
-Nothing here loads PyTorch, unless the ranks are to compute on a GPU: a run that cannot fit is refused at once.
+Nothing in this module loads PyTorch unless the ranks are to compute on a GPU: a run that cannot fit is refused at once.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from axonn.perf.planner.schedule_properties import most_held
 from axonn.perf.timing.memory_model import RankBytes, rank_bytes
 
 RANKS_PER_CORE = 4
-"""With more, ranks mostly wait for a core."""
+"""Most ranks on a core; with more, ranks mostly wait for one."""
 PROCESS_BYTES = 210_000_000
-"""Memory of a rank's process beside the model: measured as the private memory (Private_Dirty of /proc/PID/smaps_rollup)
-of 4 ranks of a GPT of 14,000 parameters on CPUs, 206 MB each; libraries are shared."""
+"""Memory of a rank's process without the model: measured as the private memory (Private_Dirty of
+/proc/PID/smaps_rollup) of 4 ranks of a GPT of 14,000 parameters on CPUs, 206 MB each; libraries are shared."""
 CGROUPS = Path("/sys/fs/cgroup")
 GPU_FILES = ("/dev/nvidia0", "/dev/kfd", "/dev/dxg")
-"""One of them is there where PyTorch can find a GPU: of NVIDIA's driver, AMD's, and Windows' subsystem for Linux."""
+"""Device files, one of which exists where PyTorch can find a GPU: NVIDIA's, AMD's, Windows Subsystem for Linux."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """This machine, as far as new processes may use it. `memory`, `gpus`: free bytes, of the host and of each GPU; None
-    where the host does not say."""
+    """Resources of this machine that new processes may use. `memory`, `gpus`: free bytes of the host and of each GPU;
+    `memory` is None where the host does not say."""
 
     cores: int
     memory: int | None
@@ -39,8 +39,8 @@ class Host:
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What a configuration needs: ranks, and bytes of the fullest rank and of all together on their device, and beside
-    that in host memory, where on a CPU device and host are one."""
+    """Needs of a configuration: ranks, bytes on the device of the fullest rank and of all ranks, and further bytes in
+    host memory. On a CPU, device and host share one memory."""
 
     ranks: int
     fullest: int
@@ -49,7 +49,7 @@ class Need:
 
 
 def this_host(device: str) -> Host:
-    """Look at this machine. `device`: "cpu" or "cuda"."""
+    """Return the free resources of this machine. `device`: "cpu" or "cuda"."""
     return Host(cores=available_cores(), memory=free_memory(), gpus=_free_on_gpus() if device == "cuda" else ())
 
 
@@ -60,7 +60,7 @@ def need_of(config: TrainConfig) -> Need:
     held = most_held(config.schedule, grid.inter, strategy.microbatches(config.batch_size))
     chunks = config.schedule.chunks
     stages: list[RankBytes] = [
-        # Whole microbatches, of all chunks.
+        # `held` counts whole microbatches, of all chunks.
         rank_bytes(outline, strategy, stage=stage, held=count * chunks)
         for stage, count in enumerate(held)
     ]
@@ -74,7 +74,7 @@ def need_of(config: TrainConfig) -> Need:
 
 
 def shortage(need: Need, host: Host, *, device: str) -> list[str]:
-    """Return what of `need` is more than `host` has, with the numbers; nothing where it fits. `device`: where the ranks
+    """Return the parts of `need` that exceed `host`, with the numbers; empty where it fits. `device`: where the ranks
     compute, "cpu" or "cuda"."""
     lacking = []
     if need.ranks > most_ranks(host):
@@ -94,13 +94,13 @@ def shortage(need: Need, host: Host, *, device: str) -> list[str]:
 
 
 def most_ranks(host: Host) -> int:
-    """Return how many ranks `host` takes."""
+    """Return the largest number of ranks that `host` takes."""
     return RANKS_PER_CORE * host.cores
 
 
 def lacking_here(config: TrainConfig, device: str) -> list[str]:
-    """Return what of `config` is more than this machine has; nothing for one that no machine runs, whose mistake the
-    engine names. `device`: "cpu", "cuda", or "auto"."""
+    """Return the needs of `config` that exceed this machine; empty for a configuration that no machine runs, whose
+    mistake the engine names. `device`: "cpu", "cuda", or "auto"."""
     try:
         need = need_of(config)
     except (ConfigError, GridError):
@@ -136,9 +136,11 @@ def _free_on_gpus() -> list[int]:
 
 
 def free_memory() -> int | None:
-    """Return the bytes that new processes can have without taking any from others: what the system calls available,
-    which counts its cache as free, and no more than the limits of this process's control groups leave; None where that
-    is not told."""
+    """Return the bytes that new processes can have without taking any from others; None where the system does not say.
+
+    That is what the system calls available, which counts its cache as free, but no more than the limits of this
+    process's control groups leave.
+    """
     return min((*_available(), *_left_by_groups()), default=None)
 
 
@@ -151,7 +153,7 @@ def _available() -> Iterator[int]:
 
 
 def _left_by_groups() -> Iterator[int]:
-    """Of version 1 and 2, each group of this process and those above it."""
+    """Yield the bytes left by each control group (version 1 or 2) of this process and by those above it."""
     try:
         entries = [line.split(":", 2) for line in (PROC / "self" / "cgroup").read_text().splitlines()]
     except OSError:

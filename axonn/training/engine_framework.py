@@ -1,4 +1,4 @@
-"""Our own engine behind the interface of all frameworks."""
+"""The suite's own engine behind the interface of all frameworks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from axonn.training.supervision.cluster_launch import data_of, launch_worker, re
 
 
 def layers_of_chunks(config: TrainConfig) -> list[range]:
-    """Layers of each virtual stage. Raises the error with which every rank would refuse the configuration."""
+    """Return the layers of each virtual stage. Raises the error with which every rank would refuse `config`."""
     grid = config.grid
     model = make_model(config.model)
     model.check(grid)
@@ -47,7 +47,7 @@ def layers_of_chunks(config: TrainConfig) -> list[range]:
 
 
 class EngineTrainer(ResumableTrainer):
-    """An `Engine` with its data."""
+    """An `Engine` together with its data."""
 
     def __init__(self, config: TrainConfig, runtime: Runtime, spans: SpanRecorder | None) -> None:
         self.data = make_data(config)
@@ -106,6 +106,8 @@ class EngineTrainer(ResumableTrainer):
 
 
 class EngineFramework(InProcessFramework):
+    """The engine as it trains on this machine."""
+
     label = "AxoNN"
 
     def version(self) -> str:
@@ -126,7 +128,7 @@ class EngineFramework(InProcessFramework):
         try:
             return sub_shards(config.overdecomposition, microbatch_size=config.microbatch_size, grid=grid)
         except AxonnError:
-            # It is not run at all: `unavailable` says why.
+            # The configuration does not run at all: `unavailable` says why.
             return config.overdecomposition or 1
 
     @contextmanager
@@ -135,7 +137,7 @@ class EngineFramework(InProcessFramework):
 
 
 class EngineAdapter(Adapter):
-    """This suite's own engine."""
+    """Adapter of the suite's own engine."""
 
     name = "axonn"
     label = EngineFramework.label
@@ -154,7 +156,7 @@ class EngineAdapter(Adapter):
         return EngineFramework()
 
     def launch(self, work: ClusterWork) -> Launch:
-        """Every rank runs the worker. Raises `LaunchError` for a strategy that the engine does not run."""
+        """Launch the worker on every rank. Raises `LaunchError` for a strategy that the engine cannot run."""
         strategy = work.strategy
         data, notes = data_of(work)
         try:
@@ -164,7 +166,7 @@ class EngineAdapter(Adapter):
                 batch_size=work.batch_size,
                 steps=work.steps,
             )
-            # No weights are made for this.
+            # Creates no weights.
             layers_of_chunks(config)
         except AxonnError as error:
             raise LaunchError(f"{work.name} cannot be launched with AxoNN: {error}") from error

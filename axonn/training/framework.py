@@ -1,7 +1,7 @@
-"""The one interface behind which our engine and every other framework run the same work.
+"""The interface behind which the suite's engine and every other framework run the same work.
 
-An `Adapter` stands for a framework: what it can do, here and on a cluster. A `Framework` is one way in which it can
-train on this machine: `deepspeed/zero-1` is DeepSpeed with the strategy `zero-1`.
+An `Adapter` stands for a framework and its capabilities, on this machine and on a cluster. A `Framework` is one way in
+which it can train on this machine: `deepspeed/zero-1` is DeepSpeed with the strategy `zero-1`.
 """
 
 from __future__ import annotations
@@ -37,35 +37,35 @@ class Trainer(Protocol):
     """A framework set up for one configuration, on one rank."""
 
     def train_batch(self, step: int) -> float:
-        """Train on batch number `step` of the configured data; the mean loss of the whole batch, on every rank."""
+        """Train on batch number `step` of the data; return the mean loss of the whole batch, on every rank."""
         ...
 
 
 class ResumableTrainer(ABC):
-    """A trainer that also evaluates, tells more of a batch than its loss, and goes on from a saved state."""
+    """A trainer that also evaluates, reports more about a batch than its loss, and resumes from a saved state."""
 
     result: BatchResult
-    """What came of the last batch."""
+    """Result of the last batch."""
 
     @abstractmethod
     def train_batch(self, step: int) -> float:
-        """As of every `Trainer`."""
+        """Train on batch number `step`, as every `Trainer` does."""
 
     @abstractmethod
     def evaluate(self, number: int) -> float:
-        """Mean loss of held-out batch `number`, on every rank, without changing anything."""
+        """Return the mean loss of held-out batch `number`, on every rank, without changing any state."""
 
     @abstractmethod
     def not_finite(self) -> Sequence[NotFinite]:
-        """What this rank handed on in the last batch that was not finite."""
+        """Return the non-finite values that this rank passed on in the last batch."""
 
     @abstractmethod
     def data_digest(self) -> str:
-        """Hash of the data that it trains on."""
+        """Return a hash of the training data."""
 
     @abstractmethod
     def state_tensors(self) -> Mapping[str, LocalShard]:
-        """This rank's part of the state, by names that are global over the job; call `state_loaded` after writing."""
+        """Return this rank's shards of the state, by job-wide names; call `state_loaded` after writing into them."""
 
     @abstractmethod
     def state_loaded(self) -> None:
@@ -73,54 +73,54 @@ class ResumableTrainer(ABC):
 
     @abstractmethod
     def progress(self) -> Mapping[str, Any]:
-        """The rest of the state, plain JSON, the same on every rank."""
+        """Return the rest of the state: plain JSON, the same on every rank."""
 
     @abstractmethod
     def load_progress(self, progress: Mapping[str, Any]) -> None:
-        """Inverse of `progress`."""
+        """Restore what `progress` returned."""
 
     @abstractmethod
     def memory(self) -> Mapping[str, int]:
-        """Bytes by category."""
+        """Return the bytes of memory by category."""
 
     def traffic(self) -> Sequence[Traffic]:
-        """What this rank sent for the last batch, where that is counted."""
+        """Return what this rank sent for the last batch, where that is counted."""
         return ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankProgram:
-    """What runs on every rank."""
+    """The program that runs on every rank."""
 
     command: Sequence[str]
     mpiexec: str | None = None
-    """The launcher of the program's own MPI, where that is another than ours."""
+    """The launcher of the program's own MPI, where that differs from the suite's."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """What its environment has beyond that of all ranks."""
+    """Environment variables beyond those of all ranks."""
 
 
 class Framework(ABC):
-    """What can train a `TrainConfig` on this machine."""
+    """One way to train a `TrainConfig` on this machine."""
 
     label: ClassVar[str]
     """Name in records and legends."""
     disclosure: ClassVar[str | None] = None
-    """What a reader of its figures has to know."""
+    """Remark that a reader of its figures needs."""
 
     @abstractmethod
     def version(self) -> str:
-        """Version of the framework, as it states it. Raises `LaunchError` when it is not installed."""
+        """Return the version that the framework states. Raises `LaunchError` when it is not installed."""
 
     @abstractmethod
     def unavailable(self, config: TrainConfig) -> str | None:
-        """Why this framework cannot run `config` here, or None when it can."""
+        """Return why this framework cannot run `config` on this machine; None when it can."""
 
     @abstractmethod
     def schedule(self, config: TrainConfig) -> ScheduleSpec | None:
-        """The pipeline schedule that runs `config`, for its record; None where there is no pipeline."""
+        """Return the pipeline schedule that runs `config`, for its record; None where there is no pipeline."""
 
     def sub_shards(self, config: TrainConfig) -> int:
-        """Into how many sub-shards it cuts a microbatch of `config`, for its record."""
+        """Return the number of sub-shards into which a microbatch of `config` is cut, for its record."""
         return 1
 
     @abstractmethod
@@ -129,18 +129,18 @@ class Framework(ABC):
 
     @abstractmethod
     def program(self, config: TrainConfig, folder: Path) -> AbstractContextManager[RankProgram]:
-        """What every rank runs to train in `folder` as its `spec.json` says; leaving the block removes what only the
-        ranks needed. The ranks leave the trail of `axonn.training.run_folder`."""
+        """Yield the program of every rank that trains in `folder` as its `spec.json` says; leaving the block removes
+        files that only the ranks needed. The ranks write the files of `axonn.training.run_folder`."""
 
 
 class InProcessFramework(Framework):
-    """A framework in this suite's own environment, run by our training loop."""
+    """A framework that lives in the suite's own environment and is run by its training loop."""
 
     @abstractmethod
     def trainer(
         self, config: TrainConfig, runtime: Runtime, spans: SpanRecorder | None
     ) -> AbstractContextManager[Trainer]:
-        """Set up, on every rank alike. `torch.distributed` is initialised when there is more than one rank."""
+        """Set up the trainer, on every rank alike. `torch.distributed` is initialised if there are several ranks."""
 
     def source_modules(self) -> list[str]:
         return ["axonn.training.worker", type(self).__module__]
@@ -152,21 +152,22 @@ class InProcessFramework(Framework):
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """What a framework can do on this machine."""
+    """Capabilities of a framework on this machine."""
 
     version: str | None
-    """As it states it; None when it is not there."""
+    """The version that it states; None when it is not installed."""
     reason: str | None = None
-    """Why it is not there, and what to do."""
+    """Why it is not installed, and what to do."""
     strategies: Mapping[str, str]
-    """What each strategy that runs here is, in a few words, by the name that comes after the slash."""
+    """A few words about each strategy that runs on this machine, by the name after the slash."""
     devices: Sequence[str] = ("cpu",)
     precisions: Sequence[FloatType] = ("float32",)
     disclosure: str | None = None
-    """What a reader of its figures has to know."""
+    """Remark that a reader of its figures needs."""
 
     @property
     def available(self) -> bool:
+        """True where the framework is installed."""
         return self.version is not None
 
 
@@ -185,11 +186,11 @@ class ClusterWork:
     data: str | None = None
     """Prefix of the tokenised data; None for synthetic tokens."""
     device: DeviceType = "cuda"
-    """What the ranks are to compute on."""
+    """Device that the ranks compute on."""
 
     @property
     def gpt(self) -> GPTConfig:
-        """The model. Raises `LaunchError` where it is no GPT, which is all that other frameworks train."""
+        """The model. Raises `LaunchError` where it is not a GPT, the only architecture that other frameworks train."""
         if not isinstance(self.model, GPTConfig):
             raise LaunchError(f"{self.name}: the baselines train GPTs, and {self.model.name} is none; take ours for it")
         return self.model
@@ -197,65 +198,65 @@ class ClusterWork:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How a framework is started on a cluster, without the scheduler's own part."""
+    """Start of a framework on a cluster, without the scheduler's own part."""
 
     command: Sequence[str]
-    """What every rank runs, where RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set."""
+    """Command of every rank, where RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """Contents of the files that it reads, by name; they lie where it is started."""
+    """Contents of the files that it reads, by name; they lie in the folder where it is started."""
     environment: Mapping[str, str] = field(default_factory=dict)
     stop_signal: str | None = None
-    """Signal at which the ranks save what they have and end, where they do not look for a file `stop` instead."""
+    """Signal at which the ranks save and end; None where they look for a file `stop` instead."""
     needs_data: bool = False
-    """Whether it has no synthetic data to do with."""
+    """True where it cannot train on synthetic data."""
     mpi_on_device: bool = False
-    """Whether MPI is given buffers that lie on GPUs."""
+    """True where MPI is given buffers that lie on GPUs."""
     notes: Sequence[str] = ()
-    """What differs from the work that was asked for, or must be provided."""
+    """Differences from the requested work, and requirements of the launch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrintedRun:
-    """What the output of a run says."""
+    """Results read from the output of a run."""
 
     seconds: Sequence[float] = ()
-    """Of each reported iteration."""
+    """Seconds of each reported iteration."""
     starts: Sequence[int] = ()
-    """Places in `seconds` of the first iteration of each start, where the run says it: they warm up as the first."""
+    """Indices in `seconds` of the first iteration of each start, where the run reports it: each warms up anew."""
     losses: Sequence[float] = ()
     memory_bytes: int | None = None
-    """Peak over the ranks that said it."""
+    """Peak over the ranks that reported it."""
     parameters: int | None = None
     finished: bool = False
-    """Whether it came to its own end."""
+    """True where the run came to its own end."""
     failure: Failure | None = None
 
 
 class Adapter(ABC):
-    """One framework."""
+    """A framework, with all of its strategies."""
 
     name: ClassVar[str]
-    """That of its entry point."""
+    """Name of its entry point."""
     label: ClassVar[str]
 
     @abstractmethod
     def capabilities(self) -> Capabilities:
-        """What it can do here. Never raises: what keeps it from running is said in it."""
+        """Return its capabilities on this machine. Never raises: `Capabilities.reason` says what is missing."""
 
     @abstractmethod
     def framework(self, strategy: str | None) -> Framework:
-        """One way to train here. Raises `LaunchError` for a strategy that is not among its capabilities."""
+        """Return one way to train on this machine. Raises `LaunchError` for a strategy outside of its capabilities."""
 
     @abstractmethod
     def launch(self, work: ClusterWork) -> Launch:
-        """How to run `work` on a cluster. Raises `LaunchError` when the framework cannot do it, and says why."""
+        """Return the launch of `work` on a cluster. Raises `LaunchError`, with the reason, when it cannot do that."""
 
     @abstractmethod
     def read(self, lines: Iterable[str]) -> PrintedRun:
-        """What the output of a run that was launched so says: of all ranks, perhaps interleaved or cut short."""
+        """Parse the output of a run that `launch` started: of all ranks, perhaps interleaved or cut short."""
 
     def pick(self, strategy: str | None, strategies: Mapping[str, type[Framework]]) -> Framework:
-        """The framework of that strategy. Raises `LaunchError` with those that there are."""
+        """Return the framework of a strategy. Raises `LaunchError` naming the known ones."""
         if strategy is not None and strategy in strategies:
             return strategies[strategy]()
         asked = f"no strategy '{strategy}'" if strategy is not None else "several strategies"
@@ -264,29 +265,29 @@ class Adapter(ABC):
 
 
 def adapter_names() -> list[str]:
-    """Names of all adapters."""
+    """Return the names of all adapters."""
     return sorted({entry.name for entry in entry_points(group="axonn.frameworks")})
 
 
 def load_adapter(name: str) -> Adapter:
-    """The framework's adapter. Raises `LaunchError` for an unknown name."""
+    """Return the adapter of a framework. Raises `LaunchError` for an unknown name."""
     for entry in entry_points(group="axonn.frameworks"):
         if entry.name == name:
-            made: Adapter = entry.load()()
-            return made
+            adapter: Adapter = entry.load()()
+            return adapter
     near = get_close_matches(name, adapter_names(), n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
     raise LaunchError(f"unknown framework '{name}'; {hint}known are {', '.join(adapter_names())}")
 
 
 def load_framework(name: str) -> Framework:
-    """A framework by `adapter/strategy`, or `adapter` where it has but one. Raises `LaunchError` for an unknown one."""
+    """Return a framework by `adapter/strategy`, or by `adapter` if it has only one. Raises `LaunchError` if unknown."""
     adapter, _, strategy = name.partition("/")
     return load_adapter(adapter).framework(strategy or None)
 
 
 def version_of(framework: Framework) -> str:
-    """Its version, or that it is not installed."""
+    """Return the framework's version, or "not installed"."""
     try:
         return framework.version()
     except LaunchError:
@@ -294,7 +295,7 @@ def version_of(framework: Framework) -> str:
 
 
 def ran_by(framework: Framework, config: TrainConfig) -> Execution:
-    """What `framework` makes of `config`, for a record."""
+    """Return how `framework` executes `config`, for a record."""
     return Execution(
         framework=framework.label,
         version=version_of(framework),
@@ -307,7 +308,7 @@ def ran_by(framework: Framework, config: TrainConfig) -> Execution:
 
 
 def settings_ran(config: TrainConfig, ran: Execution) -> dict[str, Any]:
-    """The settings of `config` for a record, what the framework chooses being as it `ran`."""
+    """Return the settings of `config` for a record, with those that the framework chose taken from `ran`."""
     settings = {name: value for name, value in settings_of(config).items() if not name.startswith("schedule.")}
     chosen = {} if ran.schedule is None else {"schedule": asdict(ran.schedule)}
     return settings | dict(dotted(chosen)) | {"overdecomposition": ran.overdecomposition}

@@ -1,4 +1,4 @@
-"""The training loop of one rank: batches, evaluations, checkpoints, and what is written of them."""
+"""The training loop of one rank: batches, evaluations, checkpoints, and the metrics of them."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from axonn.training.run_folder import STOP, Turns
 
 _SPANS_IN_MEMORY = 50_000
 _LOOK_S, _LOOK_BATCHES = 1.0, 16
-"""How often ranks look whether they are to stop: after so many seconds, but at most so many batches, which may become
-slower."""
+"""Interval at which ranks look for the stop file: seconds, but at most so many batches, since batches may slow down."""
 
 
 class TrainingLoop:
-    """Runs a trainer from one batch to another. Rank 0 writes the metrics.
+    """A trainer's run from one batch to another. Rank 0 writes the metrics.
 
-    A batch takes the seconds from the last finished batch to it, evaluations, checkpoints and metrics left out. With
-    `turns` it waits for its turn before each batch, and a batch begins and ends when all ranks do. With `stoppable` the
-    ranks look together for the file `STOP`, about once a second and between two batches, which costs no batch time,
-    and end when it is there; a trainer that can go on saves its state first. `on_progress` is called whenever something
-    is done that has no span. Raises `ConfigError` when the configuration asks for what the trainer cannot do.
+    The time of a batch is measured from the end of the previous batch to its own, without evaluations, checkpoints and
+    metrics. With `turns` the loop waits for its turn before each batch, and all ranks begin and end a batch at once.
+    With `stoppable` the ranks look for the file `STOP` together, about once a second and between two batches, which
+    costs no batch time, and end when it exists; a `ResumableTrainer` saves its state first. `on_progress` is called
+    whenever something without a span is finished. Raises `ConfigError` when the configuration asks for something that
+    the trainer cannot do.
     """
 
     def __init__(
@@ -66,15 +66,16 @@ class TrainingLoop:
         self._turns = turns
         self._stoppable = stoppable
         self._on_progress = on_progress
-        self._full = trainer if isinstance(trainer, ResumableTrainer) else None
-        asks = {
+        self._resumable = trainer if isinstance(trainer, ResumableTrainer) else None
+        optional = {
             "checkpoints": config.checkpoints,
             "evaluation": config.evaluation,
             "initial_weights": config.initial_weights,
         }
-        asked = [name for name, value in asks.items() if value is not None]
-        if asked and self._full is None:
-            raise ConfigError(f"this framework does not support {', '.join(asked)}; remove it from the configuration")
+        requested = [name for name, value in optional.items() if value is not None]
+        if requested and self._resumable is None:
+            names = ", ".join(requested)
+            raise ConfigError(f"this framework does not support {names}; remove it from the configuration")
         self._digest: str | None = None
         grid = config.grid
         ranks = grid.size
@@ -83,22 +84,22 @@ class TrainingLoop:
         self._tflop = {recompute: work.flops(recompute=recompute) / ranks / 1e12 for recompute in (False, True)}
 
     def start(self, checkpoint: Path | None) -> int:
-        """Go on from `checkpoint`, or start from the configured weights; returns the number of the next batch."""
-        if self._full is None or (checkpoint is None and self._config.initial_weights is None):
+        """Go on from `checkpoint`, or start from the configured weights; return the number of the next batch."""
+        if self._resumable is None or (checkpoint is None and self._config.initial_weights is None):
             return 0
-        tensors = self._full.state_tensors()
+        tensors = self._resumable.state_tensors()
         if checkpoint is None:
             assert self._config.initial_weights is not None
             import_weights(self._config.initial_weights, tensors)
-            self._full.state_loaded()
+            self._resumable.state_loaded()
             return 0
         state = load(checkpoint, tensors)
-        self._full.state_loaded()
-        self._full.load_progress(state.progress)
+        self._resumable.state_loaded()
+        self._resumable.load_progress(state.progress)
         return state.batches
 
     def run(self, first: int) -> bool:
-        """Train the batches from `first` to the end of the configuration; whether it was stopped before that."""
+        """Train the batches from `first` to the end of the configuration; return True if stopped before that."""
         stopped = False
         self._spans.step = first
         with ExitStack() as files:
@@ -119,7 +120,7 @@ class TrainingLoop:
                 loss = self._trainer.train_batch(step)
                 looks = self._stoppable and step == look_at
                 if self._turns is not None or looks:
-                    # What this rank would wait for others while they agree on stopping belongs to the batch.
+                    # Time spent waiting for slower ranks belongs to this batch, not to the agreement on stopping.
                     self._runtime.barrier()
                 now = time.perf_counter()
                 self._write(
@@ -130,10 +131,10 @@ class TrainingLoop:
                 self._check_finite(step, loss)
                 self._on_progress()
                 if looks:
-                    told, batches = self._told_to_stop(now - before)
-                    stopped = told and step + 1 < self._config.steps
+                    requested, batches = self._stop_requested(now - before)
+                    stopped = requested and step + 1 < self._config.steps
                     look_at += batches
-                interrupted = self._between(step + 1, stopped=stopped) or looks
+                interrupted = self._evaluate_and_save(step + 1, stopped=stopped) or looks
                 if interrupted:
                     usage.begin()
                 before = time.perf_counter() if interrupted else now
@@ -144,24 +145,27 @@ class TrainingLoop:
             self._flush()
         return stopped
 
-    def _told_to_stop(self, batch_s: float) -> tuple[bool, int]:
-        """Whether the ranks are to stop, and after how many batches to look again. Rank 0 looks, since others may see a
-        new file of a shared folder later, and its batch has taken `batch_s`."""
+    def _stop_requested(self, batch_s: float) -> tuple[bool, int]:
+        """Return True if the ranks are to stop, and the number of batches until the next look.
+
+        Rank 0, whose last batch took `batch_s` seconds, looks for all: other ranks may see a new file of a shared
+        folder later.
+        """
         answer = torch.zeros(2)
         if self._runtime.rank == 0:
             answer[0] = (self._folder / STOP).exists()
             answer[1] = max(1.0, min(_LOOK_BATCHES, _LOOK_S // max(batch_s, 1e-9)))
         collectives = self._runtime.collectives
         collectives.all_reduce(answer, collectives.axis_group(AXES)).wait()
-        told, batches = answer.tolist()
-        return bool(told), int(batches)
+        requested, batches = answer.tolist()
+        return bool(requested), int(batches)
 
-    def _between(self, done: int, *, stopped: bool) -> bool:
-        """What is to do after `done` batches; whether there was anything."""
+    def _evaluate_and_save(self, done: int, *, stopped: bool) -> bool:
+        """Do the work that is due after `done` batches; return True if there was any."""
         evaluation, checkpoints = self._config.evaluation, self._config.checkpoints
         evaluates = evaluation is not None and done % evaluation.every == 0
         saves = checkpoints is not None and (done % checkpoints.every == 0 or done == self._config.steps)
-        saves = saves or (stopped and self._full is not None)
+        saves = saves or (stopped and self._resumable is not None)
         if evaluates:
             assert evaluation is not None
             self._evaluate(done, evaluation)
@@ -172,51 +176,52 @@ class TrainingLoop:
         return evaluates or saves or flushed
 
     def _check_finite(self, step: int, loss: float) -> None:
-        """Raise `NotFiniteError` on every rank where the batch was none to go on from, naming where it began."""
-        norm = self._full.result.gradient_norm if self._full is not None else None
+        """Raise `NotFiniteError` on every rank if the loss or gradient norm of a batch is not finite, with the ranks
+        and the place where that began."""
+        norm = self._resumable.result.gradient_norm if self._resumable is not None else None
         if math.isfinite(loss) and (norm is None or math.isfinite(norm)):
             return
-        what = f"the loss of batch {step} is {loss}"
+        symptom = f"the loss of batch {step} is {loss}"
         if math.isfinite(loss):
-            what = f"the norm of the gradient of batch {step} is {norm}"
-        do = "lower optimizer.lr"
-        found = [] if self._full is None else self._full.not_finite()
-        everywhere = sorted(place for places in RankGroup(None).gather(found) for place in places)
-        if not everywhere:
-            raise NotFiniteError(f"{what}; {do}")
-        first = everywhere[0]
-        ranks = tuple(p.rank for p in everywhere if replace(p, rank=first.rank) == first)
-        named = "rank" if len(ranks) == 1 else "ranks"
-        raise NotFiniteError(
-            f"{what}: {first} on {named} {', '.join(map(str, ranks))} was the first that was not finite; {do}", ranks
-        )
+            symptom = f"the norm of the gradient of batch {step} is {norm}"
+        advice = "lower optimizer.lr"
+        own_places = [] if self._resumable is None else self._resumable.not_finite()
+        places = sorted(place for of_rank in RankGroup(None).gather(own_places) for place in of_rank)
+        if not places:
+            raise NotFiniteError(f"{symptom}; {advice}")
+        first = places[0]
+        ranks = tuple(place.rank for place in places if replace(place, rank=first.rank) == first)
+        named = f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"
+        raise NotFiniteError(f"{symptom}: {first} on {named} was the first that was not finite; {advice}", ranks)
 
     def _check_state(self, done: int, tensors: Mapping[str, LocalShard]) -> None:
-        """Raise `NotFiniteError` on every rank where there is something that nobody could go on from."""
+        """Raise `NotFiniteError` on every rank if a tensor of the state is not finite on any: no run could resume from
+        such a checkpoint."""
         bad = [n for n, p in tensors.items() if p.tensor.is_floating_point() and not p.tensor.isfinite().all()]
-        found = {rank: names for rank, names in enumerate(RankGroup(None).gather(bad)) if names}
-        if found:
-            said = "; ".join(f"rank {rank}: {some_names(names)}" for rank, names in found.items())
+        bad_by_rank = {rank: names for rank, names in enumerate(RankGroup(None).gather(bad)) if names}
+        if bad_by_rank:
+            tensors_by_rank = "; ".join(f"rank {rank}: {some_names(names)}" for rank, names in bad_by_rank.items())
             raise NotFiniteError(
-                f"after batch {done - 1} some values are no numbers: {said}; nothing was saved; lower optimizer.lr",
-                tuple(found),
+                f"after batch {done - 1} some values are no numbers: {tensors_by_rank}; nothing was saved; lower "
+                "optimizer.lr",
+                tuple(bad_by_rank),
             )
 
     def _evaluate(self, done: int, evaluation: EvaluationConfig) -> None:
-        assert self._full is not None
+        assert self._resumable is not None
         start = time.perf_counter()
         losses = []
         with self._spans.paused():
             for number in range(evaluation.batches):
-                losses.append(self._full.evaluate(number))
+                losses.append(self._resumable.evaluate(number))
                 self._on_progress()
         row = {"batches": done, "loss": sum(losses) / len(losses), "seconds": time.perf_counter() - start}
         self._write(self._evaluations, row)
 
     def _save(self, done: int) -> None:
-        assert self._full is not None
+        assert self._resumable is not None
         checkpoints = self._config.checkpoints
-        tensors = self._full.state_tensors()
+        tensors = self._resumable.state_tensors()
         self._check_state(done, tensors)
         # Metrics are never behind the checkpoint that they belong to.
         for file in (self._batches, self._evaluations):
@@ -229,20 +234,20 @@ class TrainingLoop:
                 batches=done,
                 samples=done * self._config.batch_size,
                 seed=self._config.seed,
-                progress=dict(self._full.progress()),
+                progress=dict(self._resumable.progress()),
                 config=self._config.model_dump(mode="json"),
                 grid=self._config.grid.extents(),
                 data_digest=self._data_digest(),
             ),
-            # One that was saved because the run was stopped takes the place of the one before.
+            # Without periodic checkpoints, the one saved for a stop replaces the one before.
             keep=1 if checkpoints is None else checkpoints.keep,
         )
         self._on_progress()
 
     def _data_digest(self) -> str | None:
         # Only rank 0's description of a checkpoint is written.
-        if self._digest is None and self._full is not None and self._runtime.rank == 0:
-            self._digest = self._full.data_digest()
+        if self._digest is None and self._resumable is not None and self._runtime.rank == 0:
+            self._digest = self._resumable.data_digest()
         return self._digest
 
     def _row(self, step: int, loss: float, seconds: float) -> Row:
@@ -252,13 +257,13 @@ class TrainingLoop:
             "loss": loss,
             "seconds": seconds,
             f"{model.sample_unit}_per_s": self._config.batch_size * model.units_per_sample / seconds,
-            # With the operations that are computed again, where that is configured: not comparable with the next.
+            # Counts recomputed operations where recompute is configured, so it is not comparable with the next one.
             "tflops_per_gpu": self._tflop[self._recompute] / seconds,
             "tflops_per_gpu_without_recompute": self._tflop[False] / seconds,
             "recompute": self._recompute,
         }
-        if self._full is not None:
-            result = self._full.result
+        if self._resumable is not None:
+            result = self._resumable.result
             row |= {
                 "learning_rate": result.learning_rate,
                 "gradient_norm": result.gradient_norm,
@@ -288,11 +293,11 @@ class TrainingLoop:
 
 
 @contextmanager
-def _writing(what: str) -> Iterator[None]:
+def _writing(place: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise RecordError(
-            f"{what} cannot be written: {error.strerror or error}; make room or let the folder be written, and start "
+            f"{place} cannot be written: {error.strerror or error}; make room or let the folder be written, and start "
             "again: the run goes on from its newest checkpoint"
         ) from error

@@ -1,8 +1,8 @@
-"""The metrics of a run: files of one JSON object a line, written while it trains and read while they grow.
+"""Metrics of a run: files of one JSON object per line, written while it trains and read while they grow.
 
 A run may have been started several times, each start going on from a checkpoint of the one before. The first row that
-a start writes into `BATCHES` has `"first": true`: that batch also warmed up what a new process warms up, so its time is
-none of the steady batches, wherever in the run it lies. No other row has the key.
+a start writes into `BATCHES` has `"first": true`: that batch includes the warm-up of a new process, so its time is not
+one of a steady batch, wherever in the run it lies. No other row has the key.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _COLUMNS = {BATCHES: ("step", "seconds", "loss"), EVALUATIONS: ("batches", "loss
 
 
 class Tail:
-    """Reads a file of lines from where it stopped the last time. The file need not be there yet."""
+    """A reader of a growing file of lines that goes on where it stopped. The file need not exist yet."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -30,7 +30,7 @@ class Tail:
         self._rest = b""
 
     def new(self) -> list[Row]:
-        """The complete lines that came since the last call. Raises `RecordError` for one that is no row."""
+        """Return the complete lines since the last call. Raises `RecordError` for one that is not a row."""
         if not self._path.exists():
             return []
         try:
@@ -66,11 +66,11 @@ def _shown(line: bytes) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All complete lines; a rank that died while it wrote leaves half a line, which is left out."""
+    """Return all complete lines; half a line, as a rank leaves that died while writing, is left out."""
     return Tail(path).new()
 
 
 def cut_rows(path: Path, keep: Callable[[Row], bool]) -> None:
-    """Remove the lines that are not to be kept, atomically."""
+    """Remove the rows for which `keep` is false, atomically."""
     if path.exists():
         replace_durably(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if keep(row)))

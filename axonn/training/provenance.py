@@ -1,4 +1,4 @@
-"""Where a result comes from: the machine, the versions, the commit, and a hash of everything it depends on."""
+"""Provenance of a result: machine, versions, commit, and a hash of everything that it depends on."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from axonn.observability.records import Machine
 from axonn.training.places import ROOT
 
 PACKAGES = ("axonn", "experiments", "baselines", "plots", "jobscripts")
-"""The suite's packages, of which results are made."""
+"""The suite's packages, whose code makes results."""
 THIS_MACHINE = "this machine"
-"""Name of the machine in records of runs that were not on a cluster."""
+"""Machine name in records of runs that were not on a cluster."""
 
 
 def _version(package: str) -> str | None:
@@ -33,9 +33,9 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Commit of the checkout, with '+' when it has local changes; None outside of a checkout."""
+    """Return the commit of the checkout, with '+' if it has local changes; None outside of a checkout."""
     if not (ROOT / ".git").exists():
-        return None  # Installed, maybe below a repository of somebody else's.
+        return None  # Installed, perhaps inside of an unrelated repository.
     try:
         revision = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -53,7 +53,7 @@ def commit() -> str | None:
 
 
 def cpu_name() -> str:
-    """Name of the processor."""
+    """Return the name of the processor."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -66,39 +66,39 @@ _CLOCKS = {"clocks.sm": "sm_mhz", "clocks.max.sm": "sm_max_mhz", "power.limit": 
 
 
 def gpu_facts() -> dict[str, Any]:
-    """Name, driver and clocks of the first GPU as nvidia-smi says, without those that it does not say."""
-    asked = ["name", "driver_version", *_CLOCKS]
-    command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader,nounits"]
+    """Return name, driver and clocks of the first GPU as nvidia-smi reports them, without those that it omits."""
+    queried = ["name", "driver_version", *_CLOCKS]
+    command = ["nvidia-smi", f"--query-gpu={','.join(queried)}", "--format=csv,noheader,nounits"]
     try:
         printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
     first = next(iter(printed.strip().splitlines()), "")
-    said = dict(zip(asked, (value.strip() for value in first.split(",")), strict=False))
+    values = dict(zip(queried, (value.strip() for value in first.split(",")), strict=False))
     facts: dict[str, Any] = {}
     for name, key in (("name", "device"), ("driver_version", "driver")):
-        if said.get(name) and "N/A" not in said[name]:
-            facts[key] = said[name]
+        if values.get(name) and "N/A" not in values[name]:
+            facts[key] = values[name]
     clocks = {}
     for name, key in _CLOCKS.items():
         try:
-            clocks[key] = float(said.get(name, ""))
+            clocks[key] = float(values.get(name, ""))
         except ValueError:
-            # "[N/A]", where the driver does not tell.
+            # "[N/A]", where the driver does not say.
             continue
     return facts | ({"clocks": clocks} if clocks else {})
 
 
 @cache
 def this_machine(*, device: Literal["cpu", "cuda"] = "cpu") -> Machine:
-    """The machine that this process runs on. `device`: what its ranks compute on, a GPU being told with its clocks."""
+    """Return the machine that this process runs on. `device`: that of its ranks; a GPU is described with its clocks."""
     gpu: dict[str, Any] = {}
     if device == "cuda":
         import torch
 
         gpu = gpu_facts()
         if "device" not in gpu:
-            # Only where the driver does not tell: asking PyTorch takes memory of the GPU for as long as this process.
+            # Only where the driver does not say: asking PyTorch takes GPU memory for the lifetime of this process.
             gpu["device"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cuda"
         gpu["cuda"] = torch.version.cuda
     openmpi, mpich = _version("openmpi"), _version("mpich")
@@ -120,7 +120,7 @@ def this_machine(*, device: Literal["cpu", "cuda"] = "cpu") -> Machine:
 
 
 def fingerprint(settings: Any, sources: Iterable[Path]) -> str:
-    """Hash of plain settings and of the content of source files."""
+    """Return a hash of plain settings and of the content of source files."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for path in sorted(sources):
         digest.update(path.name.encode() + path.read_bytes())
@@ -128,18 +128,18 @@ def fingerprint(settings: Any, sources: Iterable[Path]) -> str:
 
 
 def described_files(*patterns: str) -> list[Path]:
-    """Return the suite's files that match any of the patterns; none of its code (`source_files`)."""
+    """Return the suite's data files that match any of the patterns; code has `source_files`."""
     return sorted({path for pattern in patterns for path in ROOT.glob(pattern)})
 
 
 def source_files(*modules: str) -> list[Path]:
-    """Return the suite's files that running these modules can import, theirs included.
+    """Return the suite's files that running these modules can import, the modules themselves included.
 
-    Imports are followed wherever they stand in a file, but for those of type checkers alone, and those in functions of
-    a package's own file, which imports lazily what was asked of it. Registered architectures count for whoever reads a
-    model's configuration. `modules` may be those of somebody else. Raises `ValueError` for one that is not there.
+    Imports are followed wherever they stand in a file, except those for type checkers alone, and those in functions of
+    an `__init__.py`, which imports lazily. Registered architectures count for every module that reads a model's
+    configuration. `modules` may belong to other packages. Raises `ValueError` for one that does not exist.
     """
-    found: set[Path] = set()
+    reached: set[Path] = set()
     left: list[Path] = []
     for module in modules:
         spec = find_spec(module)
@@ -148,10 +148,10 @@ def source_files(*modules: str) -> list[Path]:
         left.append(Path(spec.origin))
     while left:
         file = left.pop()
-        if file not in found:
-            found.add(file)
+        if file not in reached:
+            reached.add(file)
             left += _imported_files(file)
-    return sorted(found)
+    return sorted(reached)
 
 
 @cache
@@ -160,15 +160,15 @@ def _imported_files(file: Path) -> tuple[Path, ...]:
     names = [name for statement in tree.body for name in _imports(statement, file)]
     if file == _file_of("axonn.config.model_config"):
         names += [entry.module for entry in entry_points(group=ENTRY_POINTS)]
-    # A package is imported before what it has.
+    # A package is imported before its modules.
     names += [".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 1)]
     # Scripts that run by their path import each other by their names alone.
-    beside = [file.parent / f"{name}.py" for name in names if "." not in name]
-    return tuple({path for path in (*map(_file_of, names), *beside) if path is not None and path.exists()})
+    siblings = [file.parent / f"{name}.py" for name in names if "." not in name]
+    return tuple({path for path in (*map(_file_of, names), *siblings) if path is not None and path.exists()})
 
 
 def _imports(node: ast.AST, file: Path) -> Iterator[str]:
-    """Full names of all that a statement imports: of `from a import b` both a and a.b."""
+    """Yield the full names of all that a statement imports: for `from a import b` both a and a.b."""
     lazy = isinstance(node, ast.FunctionDef) and file.name == "__init__.py" and file not in _architectures()
     if lazy or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
         return
@@ -189,8 +189,8 @@ def _architectures() -> frozenset[Path | None]:
 
 @cache
 def _file_of(module: str) -> Path | None:
-    """The suite's file of a module; None of one that is not the suite's, and of a name that is no module."""
+    """Return the suite's file of a module; None if it is not the suite's, or the name is not one of a module."""
     place = ROOT.joinpath(*module.split("."))
-    if module.split(".")[0] not in PACKAGES:
+    if module.partition(".")[0] not in PACKAGES:
         return None
     return next((file for file in (place / "__init__.py", place.with_suffix(".py")) if file.is_file()), None)

@@ -1,4 +1,4 @@
-"""How a run goes on in its folder: what earlier starts left of batches that are trained again is removed."""
+"""Resumption of a run in its folder: traces of batches that are trained again are removed first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHECKPOINTS = "checkpoints"
 
 
 def forget_batches(folder: Path, *, after: int) -> None:
-    """Remove what the folder says of all but the first `after` batches; checkpoints stay."""
+    """Remove metrics and spans of all but the first `after` batches; checkpoints stay."""
     if after == 0:
         for spans in folder.glob("spans-*"):
             shutil.rmtree(spans)
@@ -25,26 +25,27 @@ def forget_batches(folder: Path, *, after: int) -> None:
         cut_rows(path, lambda row: row["step"] < after)
     cut_rows(folder / EVALUATIONS, lambda row: row["batches"] <= after)
     for stale in folder.glob("spans-*.parquet/*.parquet"):
-        # A file of spans ends at every checkpoint, so none is to be cut.
+        # A file of spans ends at every checkpoint, so none has to be cut.
         if stale.stem.isdecimal() and int(stale.stem) >= after:
             stale.unlink()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest good checkpoint of a run folder, None where there is none. What is said of later batches is removed.
+    """Return the newest good checkpoint of a run folder, or None; metrics and spans of later batches are removed.
 
-    Collective over all ranks: one looks and tells the others. Raises `CheckpointError` where files cannot be changed.
+    Collective over all ranks: one rank looks and shares the result. Raises `CheckpointError` where files cannot be
+    changed.
     """
     ranks = RankGroup(None)
-    found: list[Path] = []
+    newest_folder: list[Path] = []
 
     def look() -> None:
         clean(folder / CHECKPOINTS)
         newest = latest(folder / CHECKPOINTS, warn=lambda message: print(message, flush=True))
         forget_batches(folder, after=0 if newest is None else newest.state.batches)
         if newest is not None:
-            found.append(newest.folder)
+            newest_folder.append(newest.folder)
 
     ranks.agree(look, f"{folder}: what an earlier start left cannot be removed")
-    first = ranks.gather(found)[0]
+    first = ranks.gather(newest_folder)[0]
     return first[0] if first else None

@@ -1,9 +1,9 @@
-"""What a rank leaves in the run folder, from which the supervisor outside knows how it is; the standard library alone.
+"""Files of the run folder by which ranks and their supervisor know of each other; needs the standard library alone.
 
-`rank-K.json` (its state), `rank-K.alive` (written every second: how much it has finished, and how long ago the last of
-that was), and from rank 0 `batches.jsonl`, one line per finished batch. On a signal `DUMP` a rank writes into
-`rank-K.stack` where it stands. Ranks of any framework leave it, also where this suite is not installed: those load this
-file by its path.
+A rank writes `rank-K.json` (its state), `rank-K.alive` (its heartbeat, every second: how much it has finished, and how
+long ago the last of that was), and rank 0 `batches.jsonl`, one line per finished batch. On the signal `DUMP` a rank
+writes its stack into `rank-K.stack`. Ranks of every framework do so, also where this suite is not installed: those load
+this file by its path.
 """
 
 from __future__ import annotations
@@ -25,46 +25,46 @@ from typing import Any
 
 HEARTBEAT_S = 1.0
 _LOOK_S = 5.0
-"""More than that between two looks at the heartbeats is not the ranks' fault."""
+"""Longest time between two looks at the heartbeats that counts against the ranks; more is the observer's own delay."""
 DUMP = signal.SIGUSR1
 SUPERVISOR = "AXONN_SUPERVISOR"
-"""Variable with the process id of the supervisor, on whose machine the ranks run."""
+"""Environment variable with the process id of the supervisor, on whose machine the ranks run."""
 SESSION = "AXONN_SESSION"
-"""Variable with the temporary folders of the run, which ranks remove when nobody else is left to do it."""
+"""Environment variable with the temporary folders of the run, which ranks remove when no other process is left to."""
 SPEC = "spec.json"
-"""What the supervisor asks for: framework, configuration and how to run it."""
+"""The supervisor's request: framework, configuration and how to run it."""
 STOP = "stop"
-"""A file by which ranks that may be stopped are told to save what they have and to end."""
+"""A file that makes stoppable ranks save their state and end."""
 NEWEST = "newest"
-"""As the checkpoint of a spec: go on from the newest of the run folder, if there is one."""
+"""Value of a spec's checkpoint: go on from the newest one of the run folder, if there is one."""
 STOPPED = 75
-"""Exit status of ranks that ended because they were told to: the job is not finished (EX_TEMPFAIL of sysexits.h)."""
+"""Exit status of ranks that were stopped: the job is not finished (EX_TEMPFAIL of sysexits.h)."""
 TRAIN, END = b"1", b"0"
-"""What a turn says: train a batch, or come to the end."""
+"""Messages of a turn: train a batch, or come to the end."""
 
 
 _STATE_BYTES = 4096
-"""What a rank reserves for its state, so that it can say why it ends where no disk is left."""
+"""Bytes that a rank reserves for its state, so that it can report why it ends when the disk is full."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Progress:
-    """How much a rank has finished: tasks, messages, collectives, files, whatever shows that it goes on."""
+    """Count of the things that a rank has finished: tasks, messages, collectives, files."""
 
     def __init__(self) -> None:
         self.count = 0
         self.at = time.monotonic()
         self.watched: tuple[Heartbeats, float] | None = None
-        """Whose progress this rank watches, and the limit of a standstill, where no supervisor does."""
+        """Heartbeats that this rank watches, and the limit of a standstill, where there is no supervisor."""
 
     def note(self) -> None:
-        """Something is finished."""
+        """Count one more finished thing."""
         self.count += 1
         self.at = time.monotonic()
 
 
 def set_state(folder: Path, rank: int, state: str, **details: Any) -> None:
-    """Write `rank-K.json`: atomically, or over what is there where the disk is full."""
+    """Write `rank-K.json`: atomically, or over the old content if the disk is full."""
     text = json.dumps({"state": state, "pid": os.getpid(), "time": time.time(), **details})
     path, temporary = folder / f"rank-{rank}.json", folder / f".rank-{rank}.{os.getpid()}"
     try:
@@ -78,9 +78,11 @@ def set_state(folder: Path, rank: int, state: str, **details: Any) -> None:
             file.write(text[:_STATE_BYTES].ljust(_STATE_BYTES))
 
 
-def leave_trail(folder: Path, rank: int, train: Callable[[], int | None], *, progress: Progress | None = None) -> int:
-    """Run `train`, saying from the start that this rank lives, and why it ends if it fails; the exit status that it
-    returns, 0 for None. `progress`: what `train` notes of its own, where it does."""
+def run_with_heartbeat(
+    folder: Path, rank: int, train: Callable[[], int | None], *, progress: Progress | None = None
+) -> int:
+    """Run `train` with a heartbeat, and write why the rank ends if it fails; return the exit status from `train`, 0 for
+    None. `progress`: the things that `train` has finished, where it counts them."""
     set_state(folder, rank, "started")
     stack = open(folder / f"rank-{rank}.stack", "w")  # noqa: SIM115  (open as long as the process lives)
     faulthandler.register(DUMP, file=stack, all_threads=False)
@@ -88,18 +90,18 @@ def leave_trail(folder: Path, rank: int, train: Callable[[], int | None], *, pro
     try:
         return train() or 0
     except BaseException as error:
-        said = {"cause": _cause(error), "detail": f"{type(error).__name__}: {error}"}
-        # Which ranks began it, where the error knows that.
+        details = {"cause": _cause(error), "detail": f"{type(error).__name__}: {error}"}
+        # The ranks where the failure began, if the error knows them.
         blamed = {"ranks": error.ranks} if getattr(error, "ranks", None) else {}  # type: ignore[attr-defined]
-        set_state(folder, rank, "failed", **said, **blamed)
+        set_state(folder, rank, "failed", **details, **blamed)
         traceback.print_exc()
         sys.stderr.flush()
-        # No clean-up that could wait for ranks which will never come; the launcher ends the others.
+        # Clean-up could wait forever for other ranks; the launcher ends those.
         os._exit(1)
 
 
 def runs(process: int) -> bool:
-    """Return whether there is a process of this id."""
+    """Return whether a process with this id exists."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -115,7 +117,7 @@ def _heartbeat(folder: Path, rank: int, progress: Progress | None) -> None:
     supervisor = int(os.environ.get(SUPERVISOR, launcher))
     while True:
         if os.getppid() != launcher or not runs(supervisor):
-            # Nobody is left who would end this rank, and clean up.
+            # No process is left that would end this rank and clean up.
             for left in filter(None, os.environ.get(SESSION, "").split(os.pathsep)):
                 shutil.rmtree(left, ignore_errors=True)
             os._exit(1)
@@ -128,38 +130,38 @@ def _heartbeat(folder: Path, rank: int, progress: Progress | None) -> None:
 def _end_a_standstill(folder: Path, rank: int, beats: Heartbeats, limit_s: float) -> None:
     beats.look()
     if beats.standstill() > limit_s:
-        set_state(folder, rank, "failed", cause="timeout", detail=beats.said_of_standstill())
+        set_state(folder, rank, "failed", cause="timeout", detail=beats.standstill_message())
         faulthandler.dump_traceback()
         os._exit(1)
 
 
 def _beat(path: Path, progress: Progress | None) -> None:
-    said = "" if progress is None else f"{progress.count} {time.monotonic() - progress.at:.3f}"
+    content = "" if progress is None else f"{progress.count} {time.monotonic() - progress.at:.3f}"
     try:
-        # Over what is there, which a full disk allows.
+        # Overwrites the old content, which a full disk allows.
         with open(path, "r+" if path.exists() else "w") as file:
-            file.write(said.ljust(64))
+            file.write(content.ljust(64))
     except OSError:
-        # Whoever looks takes what this leaves for silence.
+        # An observer would take half a write for silence.
         with contextlib.suppress(OSError):
             os.utime(path)
 
 
 class Heartbeats:
-    """The ranks of a folder as seen from outside, on the clock of who looks, which no change of the date disturbs."""
+    """Heartbeats of a folder's ranks as an observer sees them, on the observer's monotonic clock."""
 
     def __init__(self, folder: Path, ranks: int) -> None:
         self._folder = folder
         self._ranks = range(ranks)
         now = time.monotonic()
         self._beats: dict[int, tuple[int, float]] = {rank: (0, now) for rank in self._ranks}
-        """The last beat that was seen of each rank, and when."""
+        """Last beat seen of each rank, and when."""
         self._finished: dict[int, int] = {}
         self._changed = self._looked = now
 
     def look(self) -> None:
-        """Take note of what is new. Call it every second or so: time in which nobody looked, because who looks was
-        stopped or had no core, is held against no rank."""
+        """Take note of new heartbeats. Call it about every second: time in which it was not called, since the observer
+        was stopped or had no core, counts against no rank."""
         now = time.monotonic()
         missed = now - self._looked - _LOOK_S
         self._looked = now
@@ -171,33 +173,33 @@ class Heartbeats:
                 beat = self._path(rank).stat().st_mtime_ns
                 if beat == self._beats[rank][0]:
                     continue
-                count, _ = self._said(rank)
+                count, _ = self._content(rank)
             except (OSError, ValueError):
-                continue  # It has not begun, or is about to write.
+                continue  # The rank has not begun, or is about to write.
             self._beats[rank] = (beat, now)
             if count > self._finished.get(rank, -1):
                 self._finished[rank], self._changed = count, now
 
     def silence(self, rank: int) -> float:
-        """Seconds since a rank gave a sign of life; 0 before its first."""
+        """Return the seconds since a rank's last heartbeat; 0 before its first."""
         beat, seen = self._beats[rank]
         return time.monotonic() - seen if beat else 0.0
 
     def standstill(self) -> float:
-        """Seconds since any rank finished anything; 0 where they do not say what they finish."""
+        """Return the seconds since any rank finished anything; 0 where ranks do not count what they finish."""
         return time.monotonic() - self._changed if self._finished else 0.0
 
     def first_to_stop(self) -> int:
-        """The rank that has finished nothing for the longest: the others wait for it."""
+        """Return the rank that has finished nothing for the longest time: the others wait for it."""
         ages = {}
         for rank in self._finished:
             with contextlib.suppress(OSError, ValueError):
                 written = self._path(rank).stat().st_mtime
-                ages[rank] = self._said(rank)[1] + time.time() - written
+                ages[rank] = self._content(rank)[1] + time.time() - written
         return max(ages, key=lambda rank: ages[rank], default=min(self._finished))
 
-    def said_of_standstill(self) -> str:
-        """In words."""
+    def standstill_message(self) -> str:
+        """Return the detail of the failure that a standstill is."""
         return (
             f"no rank has finished anything for {self.standstill():.0f} s, rank {self.first_to_stop()} stopped first; "
             "raise stall_limit_s if its tasks take so long"
@@ -206,14 +208,14 @@ class Heartbeats:
     def _path(self, rank: int) -> Path:
         return self._folder / f"rank-{rank}.alive"
 
-    def _said(self, rank: int) -> tuple[int, float]:
-        """What a rank has finished, -1 where it does not say, and seconds since the last of it."""
+    def _content(self, rank: int) -> tuple[int, float]:
+        """Return a rank's count of finished things, -1 where it has none, and the seconds since the last of them."""
         count, _, age = self._path(rank).read_text().strip().partition(" ")
         return (int(count), float(age)) if count else (-1, 0.0)
 
 
 def stack_of(folder: Path, rank: int, process: int) -> str | None:
-    """Where a rank of this machine stands, as its main thread's innermost calls; None where it does not say."""
+    """Return the innermost calls of a rank's main thread, on this machine; None where the rank does not answer."""
     path = folder / f"rank-{rank}.stack"
     try:
         before = path.stat().st_size
@@ -236,10 +238,10 @@ def _cause(error: BaseException) -> str:
 
 
 class Turns:
-    """A rank's side of taking turns: several jobs are there at once, and one trains a batch while the others wait.
+    """A rank's side of taking turns: of several jobs at once, one trains a batch while the others wait.
 
-    The ends are named pipes of the run folder: `turn-K` says to rank K that it may go on, `finished` is where rank 0
-    says that the batch is done. Waiting in them costs no time of the cores.
+    The ends are named pipes in the run folder: `turn-K` lets rank K go on, and rank 0 writes into `finished` when the
+    batch is done. Waiting in them costs no time of the cores.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -247,16 +249,16 @@ class Turns:
         self._finished = os.open(folder / "finished", os.O_WRONLY) if rank == 0 else None
 
     def wait(self) -> bool:
-        """Until it is this job's turn; whether to train another batch.
+        """Wait for this job's turn; return True to train another batch, False to come to the end.
 
-        Raises `EOFError` when nobody is left who would say so.
+        Raises `EOFError` when the process that grants turns has ended.
         """
-        said = os.read(self._granted, 1)
-        if not said:
+        message = os.read(self._granted, 1)
+        if not message:
             raise EOFError("the comparison that gave this job its turns has ended")
-        return said == TRAIN
+        return message == TRAIN
 
     def finish(self) -> None:
-        """The batch is done on every rank."""
+        """Report that the batch is done on every rank."""
         if self._finished is not None:
             os.write(self._finished, b"1")

@@ -1,6 +1,6 @@
-"""What came of a run of this suite's own ranks, from the trail in its folder (`axonn.training.run_folder`).
+"""Outcome of a run of this suite's own ranks, read from its folder (`axonn.training.run_folder`).
 
-A run that was ended by force may have left half a line or half a file: what cannot be read is as if it was not there.
+A run that was ended by force may have left half a line or half a file: unreadable content counts as absent.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from axonn.training.metrics import BATCHES, Row
 
 @dataclass
 class Outcome:
-    """What came of a run: the finished batches in any case, and why it ended early if it did."""
+    """Outcome of a run: its finished batches, and the failure if it ended early."""
 
     batch_times_s: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -29,16 +29,16 @@ class Outcome:
     memory_parts: dict[str, int] = field(default_factory=dict)
     memory_of_all: dict[str, int] = field(default_factory=dict)
     bytes_per_batch: dict[str, int] = field(default_factory=dict)
-    """This and the two before: see `axonn.observability.records.Record`."""
+    """Bytes by axis. This and both fields before: see `axonn.observability.records.Record`."""
     usage: list[BatchUsage] = field(default_factory=list)
-    """Of the batches from `first` of `outcome_of` on, as far as all ranks said it."""
+    """Usage in the batches from `first` of `outcome_of` on, as far as all ranks reported it."""
     failure: Failure | None = None
     new_starts: list[int] = field(default_factory=list)
-    """Batches with which the run went on after it had been stopped."""
+    """First batch of each start that resumed the run."""
 
 
 def outcome_of(folder: Path, ranks: int, failure: Failure | None = None, *, first: int = 0) -> Outcome:
-    """Of the run in a folder, as far as it came. `first`: the batch with which its newest start began."""
+    """Return the outcome of the run in a folder, as far as it got. `first`: first batch of its newest start."""
     batches = batches_of(folder)
     states = [rank_state(folder, rank) for rank in range(ranks)]
     most_sent: dict[str, int] = {}
@@ -62,19 +62,19 @@ def outcome_of(folder: Path, ranks: int, failure: Failure | None = None, *, firs
 
 
 def batches_of(folder: Path) -> list[Row]:
-    """A row of each batch, in their order, up to the first that is missing."""
+    """Return the row of each batch, in order, up to the first batch that is missing."""
     path = folder / BATCHES
     lines = _content(path).split(b"\n")[:-1]
-    found: dict[int, Row] = {}
+    rows: dict[int, Row] = {}
     for line in lines:
         row = _object(line)
         if _is_size(row.get("step")) and _is_time(row.get("seconds")) and _is_number(row.get("loss")):
-            found[row["step"]] = row
-    return [found[step] for step in takewhile(found.__contains__, count())]
+            rows[row["step"]] = row
+    return [rows[step] for step in takewhile(rows.__contains__, count())]
 
 
 def rank_state(folder: Path, rank: int) -> dict[str, Any]:
-    """What a rank said last; nothing where it said nothing."""
+    """Return the last state that a rank wrote; empty where it wrote none."""
     path = folder / f"rank-{rank}.json"
     return _object(_content(path))
 
@@ -99,19 +99,19 @@ def _is_time(value: Any) -> bool:
 
 
 def _sizes(state: dict[str, Any], name: str) -> dict[str, int]:
-    """Bytes by name; nothing where one of them is none."""
-    found = state.get(name)
-    return found if isinstance(found, dict) and all(map(_is_size, found.values())) else {}
+    """Return bytes by name; empty where one of the values is not a size."""
+    sizes = state.get(name)
+    return sizes if isinstance(sizes, dict) and all(map(_is_size, sizes.values())) else {}
 
 
 def _object(text: bytes) -> dict[str, Any]:
     try:
-        found = parse_json(text)
+        value = parse_json(text)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def steady(batches: int, warmup: int, new_starts: Collection[int]) -> list[int]:
-    """Numbers of the batches whose times count: those after the first `warmup`, without the first after a new start."""
+    """Return the batches whose times count: those after the first `warmup`, without the first of each new start."""
     return [i for i in range(warmup, batches) if i not in new_starts]

@@ -1,4 +1,4 @@
-"""The record of a run of this suite's own ranks, from its outcome and its spans, here or on a cluster."""
+"""Record of a run of this suite's own ranks, from its outcome and its spans, on this machine or on a cluster."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from axonn.training.run_outcome import Outcome, steady
 
 
 def run_record(
-    config: TrainConfig, outcome: Outcome, *, folder: Path, warmup: int, ran: Execution, **said: Any
+    config: TrainConfig, outcome: Outcome, *, folder: Path, warmup: int, ran: Execution, **fields: Any
 ) -> Record:
-    """The record of a run of `config` in `folder`; `said`: the fields that none of them knows.
+    """Return the record of a run of `config` in `folder`; `fields`: the fields that follow from none of these.
 
     The rate is that of the published formula without recompute, whatever was recomputed.
     """
-    found = measured_fields(config, outcome, folder=folder, warmup=warmup)
+    measured = measured_fields(config, outcome, folder=folder, warmup=warmup)
     asked = Workload.of(
         config.model, gpus=_ranks(config), batch_size=config.batch_size, precision=config.precision.compute
     )
-    mean = found["batch_time_s"]
+    mean = measured["batch_time_s"]
     return Record(
         kind="measured",
         asked=asked,
@@ -39,17 +39,17 @@ def run_record(
         tflops_per_gpu_without_recompute=None
         if mean is None
         else asked.flops(recompute=False) / mean / asked.gpus / 1e12,
-        **found,
-        **said,
+        **measured,
+        **fields,
     )
 
 
 def measured_fields(config: TrainConfig, outcome: Outcome, *, folder: Path, warmup: int) -> dict[str, Any]:
-    """What a record has of the run itself, by field."""
-    said, done = outcome.failure, len(outcome.batch_times_s)
-    if said is None and done < config.steps:
-        said = Failure(cause="error", detail=f"{folder} has {done} of {config.steps} batches; run it again")
-    mean, failure = time_or_failure(outcome.batch_times_s, said, warmup, outcome.new_starts)
+    """Return the fields of a record that come from the run itself."""
+    ending, done = outcome.failure, len(outcome.batch_times_s)
+    if ending is None and done < config.steps:
+        ending = Failure(cause="error", detail=f"{folder} has {done} of {config.steps} batches; run it again")
+    mean, failure = time_or_failure(outcome.batch_times_s, ending, warmup, outcome.new_starts)
     kept = [] if mean is None else steady(len(outcome.batch_times_s), warmup, outcome.new_starts)
     return {
         "batch_time_s": mean,
@@ -66,16 +66,17 @@ def measured_fields(config: TrainConfig, outcome: Outcome, *, folder: Path, warm
 def time_or_failure(
     seconds: Sequence[float], failure: Failure | None, warmup: int, new_starts: Collection[int]
 ) -> tuple[float | None, Failure | None]:
-    """The mean over the batches whose times count (`axonn.training.run_outcome.steady`), or why there is none."""
+    """Return the mean over the batches that count (`axonn.training.run_outcome.steady`), or why there is none."""
     kept = steady(len(seconds), warmup, new_starts)
     if failure is None and not kept:
-        other = " and the first of each new start" if new_starts else ""
-        failure = Failure(cause="error", detail=f"no batch but those that warm up: the first {warmup}{other}")
+        restarts = " and the first of each new start" if new_starts else ""
+        failure = Failure(cause="error", detail=f"no batch but those that warm up: the first {warmup}{restarts}")
     return (sum(seconds[i] for i in kept) / len(kept) if failure is None else None), failure
 
 
 def left_by_ranks(config: TrainConfig, outcome: Outcome, *, folder: Path, batches: Sequence[int]) -> dict[str, Any]:
-    """What a record has of our own ranks beside times and losses, by field. `batches`: those that count."""
+    """Return the fields of a record that the suite's own ranks measure besides times and losses. `batches`: those that
+    count."""
     return {
         **of_spans(spans_of_batches(folder, config, batches), batches),
         "memory_parts": outcome.memory_parts,
@@ -87,7 +88,7 @@ def left_by_ranks(config: TrainConfig, outcome: Outcome, *, folder: Path, batche
 
 
 def note_of(new_starts: Collection[int]) -> str | None:
-    """What a reader has to know of a run that was started several times."""
+    """Return the note on a run that was started several times."""
     if not new_starts:
         return None
     numbers = ", ".join(str(step) for step in sorted(new_starts))
@@ -95,52 +96,54 @@ def note_of(new_starts: Collection[int]) -> str | None:
 
 
 def spans_of(folder: Path, config: TrainConfig, *, first: int, last: int) -> list[Span]:
-    """Spans of all ranks in the batches from `first` to before `last`; none where a rank took none."""
+    """Return the spans of all ranks in the batches from `first` to before `last`; none where a rank recorded none."""
     return spans_of_batches(folder, config, range(first, last))
 
 
 def spans_of_batches(folder: Path, config: TrainConfig, batches: Sequence[int]) -> list[Span]:
-    """Spans of all ranks in these batches, which are in order; none where a rank took none."""
+    """Return the spans of all ranks in these batches, which are in order; none where a rank recorded none."""
     if not batches:
         return []
     files = [span_files(folder / f"spans-{rank}.parquet", first_step=batches[0]) for rank in range(_ranks(config))]
     wanted = set(batches)
-    return [s for own in files for file in own for s in read_spans(file) if s.step in wanted] if all(files) else []
+    if not all(files):
+        return []
+    return [span for of_rank in files for file in of_rank for span in read_spans(file) if span.step in wanted]
 
 
 def parts_of(folder: Path, config: TrainConfig, *, first: int, last: int) -> dict[str, float]:
-    """Seconds of a batch by part, mean over ranks and over the batches from `first` to before `last`.
+    """Return the seconds of a batch by part: mean over ranks and over the batches from `first` to before `last`.
 
-    Empty where a rank took no spans.
+    Empty where a rank recorded no spans.
     """
     spans = spans_of(folder, config, first=first, last=last)
     return {name: value / (last - first) for name, value in breakdown(spans)._asdict().items()} if spans else {}
 
 
 def of_spans(spans: Sequence[Span], batches: Sequence[int]) -> dict[str, dict[str, float]]:
-    """What a record has of the spans of these batches, for one batch."""
+    """Return the fields of a record that follow from the spans of these batches, for one batch."""
     if not spans:
         return {"parts_s": {}, "phases_s": {}, "overlap_s": {}}
-    # Between batches that do not follow each other there may be another start: that time is nobody's.
-    windows = [breakdown(own)._asdict() for own in _windows(spans, batches)]
-    found = {
+    # Between batches that do not follow each other there may be another start: that time belongs to no part.
+    windows = [breakdown(window)._asdict() for window in _windows(spans, batches)]
+    totals = {
         "parts_s": {name: sum(window[name] for window in windows) for name in windows[0]},
         "overlap_s": overlap(spans)._asdict(),
     }
-    of_one = {name: {key: value / len(batches) for key, value in own.items()} for name, own in found.items()}
-    return of_one | {"phases_s": phases(spans)._asdict()}
+    means = {name: {part: total / len(batches) for part, total in parts.items()} for name, parts in totals.items()}
+    return means | {"phases_s": phases(spans)._asdict()}
 
 
 def _windows(spans: Sequence[Span], batches: Sequence[int]) -> Iterator[list[Span]]:
-    """The spans of each sequence of batches without a gap."""
-    for _, own in groupby(enumerate(batches), key=lambda pair: pair[1] - pair[0]):
-        steps = {step for _, step in own}
-        if inside := [s for s in spans if s.step in steps]:
+    """Yield the spans of each sequence of batches without a gap."""
+    for _, pairs in groupby(enumerate(batches), key=lambda pair: pair[1] - pair[0]):
+        steps = {step for _, step in pairs}
+        if inside := [span for span in spans if span.step in steps]:
             yield inside
 
 
 def readable_spans(folder: Path, config: TrainConfig) -> str | None:
-    """Why the spans of a run cannot be read, as those of ranks that were killed; None where they can."""
+    """Return why the spans of a run, perhaps of killed ranks, cannot be read; None where they can."""
     try:
         for rank in range(_ranks(config)):
             for file in span_files(folder / f"spans-{rank}.parquet"):
@@ -151,37 +154,38 @@ def readable_spans(folder: Path, config: TrainConfig) -> str | None:
 
 
 def configuration_of(config: TrainConfig) -> str:
-    """Hash of a configuration, for records."""
+    """Return the hash of a configuration, for records."""
     return fingerprint(config.model_dump(mode="json"), [])
 
 
 def measures(record: Record, config: TrainConfig) -> bool:
-    """Whether a record is of a run of this very configuration."""
+    """Return whether a record is of a run of exactly this configuration."""
     return record.configuration == configuration_of(config)
 
 
 def function_of(config: TrainConfig) -> str:
-    """What is computed, however it is: runs with the same have the same losses."""
+    """Return a hash of the function that a run computes, whatever way it does: runs with the same hash have the same
+    losses."""
     plain = [v.model_dump(mode="json") for v in (config.model, config.data, config.precision)]
-    own = config.optimizer.model_dump(mode="json", exclude={"placement", "bsize", "k", "buckets_resident"})
-    return fingerprint([*plain, own, config.batch_size, config.seed], [])
+    optimizer = config.optimizer.model_dump(mode="json", exclude={"placement", "bsize", "k", "buckets_resident"})
+    return fingerprint([*plain, optimizer, config.batch_size, config.seed], [])
 
 
-def with_losses_compared(found: Sequence[tuple[str, Record]], tolerance: float) -> list[Record]:
-    """Losses before times: of (function, record), a record whose losses differ by more than `tolerance` (relative) from
-    the first of the same function is a failure instead."""
+def with_losses_compared(runs: Sequence[tuple[str, Record]], tolerance: float) -> list[Record]:
+    """Return the records of `runs`, pairs of (function, record), where one whose losses differ by more than `tolerance`
+    (relative) from the first of the same function has become a failure: losses are compared before times."""
     reference: dict[str, Record] = {}
     compared = []
-    for function, record in found:
+    for function, record in runs:
         first = record if record.failure is not None else reference.setdefault(function, record)
-        failure = None if record.failure is not None else _apart(first, record, tolerance)
+        failure = None if record.failure is not None else _difference(first, record, tolerance)
         changed = record.model_copy(update={"batch_time_s": None, "failure": failure})
         compared.append(record if failure is None else changed)
     return compared
 
 
-def _apart(first: Record, record: Record, tolerance: float) -> Failure | None:
-    # Of no losses nobody knows whether they agree.
+def _difference(first: Record, record: Record, tolerance: float) -> Failure | None:
+    # Without losses it is unknown whether they agree.
     worst = max((abs(a - b) / abs(a) for a, b in zip(first.losses, record.losses, strict=True)), default=math.inf)
     if worst <= tolerance:
         return None

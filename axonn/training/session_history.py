@@ -1,7 +1,7 @@
-"""Sessions of a run folder: with which configuration, on which grid each of its batches was trained, and their logs.
+"""Sessions of a run folder: the configuration and grid with which each of its batches was trained, and their logs.
 
-`run.json` has one entry for each start of `axonn train` that went on with the folder. Batches of a session begin with
-its `first_batch` and end where a later session began; what a later one trained again took the place of the earlier.
+`run.json` has one entry for each start of `axonn train` in the folder. Batches of a session begin with its
+`first_batch` and end where a later session began; batches that a later session trained again replace the earlier ones.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ NEWEST_LOG = "log.txt"
 
 @dataclass(frozen=True, kw_only=True)
 class PastSession:
-    """One start. `end`: the batch before which its batches end, None for the newest session.
+    """One start of a run. `end`: the batch before which its batches end, None for the newest session.
 
-    `config` is None in folders of versions that kept the grid alone, `log` where it left none.
+    `config` is None in folders of versions that kept the grid alone, `log` where the session left none.
     """
 
     first_batch: int
@@ -35,36 +35,37 @@ class PastSession:
     log: str | None
 
     def has(self, batch: int) -> bool:
-        """Whether the batch with this number was trained in it."""
+        """Return whether the batch with this number was trained in this session."""
         return self.first_batch <= batch and (self.end is None or batch < self.end)
 
 
 def sessions_of(folder: Path) -> list[PastSession]:
-    """Those of a run folder that left batches, the oldest first; one where it was started once, by its `spec.json`.
+    """Return the sessions of a run folder that left batches, oldest first; one, from `spec.json`, if there is no
+    `run.json`.
 
-    Empty for a folder that says neither. Raises `RecordError` for a `run.json` that is no such file.
+    Empty for a folder that has neither file. Raises `RecordError` for a damaged `run.json`.
     """
     path = folder / RUN_FILE
     if not path.exists():
         return _of_spec(folder / SPEC)
     entries = entries_of(folder)
-    found: list[PastSession] = []
+    sessions: list[PastSession] = []
     end: int | None = None
     for entry in reversed(entries):
         first = entry["first_batch"]
         if end is None or first < end:
-            found.append(_session(entry, end, path))
+            sessions.append(_session(entry, end, path))
             end = first
-    return found[::-1]
+    return sessions[::-1]
 
 
 def session_of(sessions: Sequence[PastSession], batch: int) -> PastSession | None:
-    """The session in which a batch was trained."""
+    """Return the session in which a batch was trained, or None."""
     return next((session for session in sessions if session.has(batch)), None)
 
 
 def entries_of(folder: Path) -> list[dict[str, Any]]:
-    """What `run.json` has of each session, all that were started; none where there is no such file."""
+    """Return the entry of `run.json` for each session that was started; empty where there is no such file."""
     path = folder / RUN_FILE
     if not path.exists():
         return []
@@ -79,7 +80,7 @@ def entries_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def with_logs(entries: Sequence[dict[str, Any]], kept: str | None) -> list[dict[str, Any]]:
-    """The entries of earlier sessions when the newest log is kept as `kept`, or there is none (None)."""
+    """Return the entries with the newest log renamed to `kept`, None if there was no log."""
     return [entry | {"log": kept} if entry.get("log") == NEWEST_LOG else entry for entry in entries]
 
 
@@ -101,6 +102,6 @@ def _of_spec(path: Path) -> list[PastSession]:
     try:
         config = validate(plain, TrainConfig, where=str(path))
     except ConfigError:
-        # Of another version, whose grid is known all the same.
+        # Written by another version; the grid is known all the same.
         config = None
     return [PastSession(first_batch=0, end=None, grid=grid, config=config, log=NEWEST_LOG)]

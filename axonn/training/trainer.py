@@ -1,4 +1,4 @@
-"""Trains a model as a configuration says: from the beginning, or on from the newest checkpoint of the run folder.
+"""Training of a model as a configuration says: from the beginning, or from the newest checkpoint of the run folder.
 
 The run folder describes itself: `config.yaml` (every value of the newest session), `run.json` (each session: first
 batch, configuration, log, command, machine, versions; read by `axonn.training.session_history`), `batches.jsonl` and
@@ -55,14 +55,14 @@ _MAY_CHANGE = {
     "steps",
     "transport",
 }
-"""What changes how a run is computed, or how long it is, but not what it computes."""
+"""Keys that change how a run is computed, or how long it is, but not what it computes."""
 _PARTS_FROM = 200
-"""Batches at the end of a session from which the parts of its time are taken, at most."""
+"""Batches at the end of a session, at most, from which the parts of its time are taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """One start of a training run, checked and ready."""
+    """One start of a training run, checked and ready to train."""
 
     config: TrainConfig
     folder: Path
@@ -70,7 +70,7 @@ class Session:
     resume: Checkpoint | None
     device: DeviceType = "cpu"
     config_file: str | None = None
-    """The configuration's file, as `axonn.training.places.recorded` names it."""
+    """The configuration file, as `axonn.training.places.recorded` names it."""
 
     @property
     def first(self) -> int:
@@ -79,7 +79,7 @@ class Session:
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
-    """The configuration with what follows from other keys filled in."""
+    """Return the configuration with the values that follow from other keys filled in."""
     return config.model_copy(update={"data": config.data.model_copy(update={"held_out": held_out_of(config)})})
 
 
@@ -94,10 +94,11 @@ def prepare(
     device: DeviceType = "cpu",
     config_file: str | None = None,
 ) -> Session:
-    """Find out where to start; changes nothing on disk. `config` is `resolved`, `data` is its data.
+    """Return the session that starts or resumes the run; changes nothing on disk.
 
-    Raises `ConfigError` when the checkpoints of the folder belong to a run of another kind, or when the weights to
-    start from are not those of the model, and `LaunchError` when there is no MPI to start several ranks with.
+    `config` is `resolved`, `data` its data. Raises `CheckpointError` when the checkpoints of the folder belong to a run
+    with another configuration, or the initial weights are not those of the model, and `LaunchError` when there is no
+    MPI to start several ranks with.
     """
     if config.grid.size > 1:
         find_mpiexec()
@@ -115,7 +116,7 @@ def prepare(
 
 
 def config_differences(checkpoint: Checkpoint, config: TrainConfig, data: Dataset) -> list[str]:
-    """What keeps `config` from going on with a checkpoint, in words."""
+    """Return the differences that keep `config` from going on with a checkpoint, as text."""
     where = str(checkpoint.folder)
     saved = _flat(validate(checkpoint.state.config, TrainConfig, where=where))
     now = _flat(config)
@@ -138,10 +139,10 @@ def train(
     on_stop: Callable[[str], None] = lambda why: None,
     on_warning: Callable[[str], None] = lambda text: None,
 ) -> Record:
-    """Train to the end of the configuration and write the record, be it a failure, an interruption included.
+    """Train to the end of the configuration and write the record, also of a failure or an interruption.
 
     With `fresh`, checkpoints of an earlier run are removed. A run with `checkpoints` saves one when it is interrupted;
-    `on_stop` is told that it is about to, and why. An interruption is raised when the record is written. Raises
+    `on_stop` is called with the reason before it does. An interruption is raised once the record is written. Raises
     `LaunchError` when another run uses the folder.
     """
     framework = load_framework(FRAMEWORK)
@@ -164,7 +165,7 @@ def train(
             on_warning=on_warning,
         )
         if outcome.failure is None:
-            # It came to its end all the same.
+            # The run came to its end in spite of the signal.
             pending.settle()
         return _write_record(session, framework, outcome)
 
@@ -211,7 +212,7 @@ def _write_record(session: Session, framework: Framework, outcome: Outcome) -> R
 
 
 def _parts(session: Session) -> dict[str, float]:
-    """Seconds of a batch by part, from the last batches that no evaluation or checkpoint interrupts."""
+    """Return the seconds of a batch by part, from the last batches that no evaluation or checkpoint interrupts."""
     config = session.config
     first = max(session.first, config.steps - _PARTS_FROM)
     for every in (config.evaluation and config.evaluation.every, config.checkpoints and config.checkpoints.every):
@@ -249,11 +250,12 @@ def _describe(session: Session, framework: Framework) -> None:
 
 
 def taken_by_default(config: TrainConfig) -> dict[str, str]:
-    """What is computed because the configuration's file does not say otherwise: keys with dots, and their values."""
-    said = dict(dotted(config.model_dump(mode="json", exclude_unset=True)))
-    found = {key: _shown(value) for key, value in _flat(config).items() if key not in said and not _is_free(key)}
-    found.pop("model.kind", None)
-    return found | ({"data.path": config.model.default_data} if "data.path" in found else {})
+    """Return the defaults of keys that the configuration's file leaves out and that change what is computed: dotted
+    keys and their values."""
+    written = dict(dotted(config.model_dump(mode="json", exclude_unset=True)))
+    defaults = {key: _shown(value) for key, value in _flat(config).items() if key not in written and not _is_free(key)}
+    defaults.pop("model.kind", None)
+    return defaults | ({"data.path": config.model.default_data} if "data.path" in defaults else {})
 
 
 def _is_free(key: str) -> bool:
@@ -261,7 +263,7 @@ def _is_free(key: str) -> bool:
 
 
 def _flat(config: TrainConfig) -> dict[str, Any]:
-    """Keys with dots and their values, where there are several ways to say one thing by what it comes to."""
+    """Return dotted keys and their values; settings that can be written in several ways are normalised."""
     values = resolved(config).model_dump(mode="json")
     rate = values["optimizer"]["schedule"]
     if rate["name"] == "constant":

@@ -1,6 +1,6 @@
-"""What runs on every rank of a training run or a measured point: python -m axonn.training.worker RUN_FOLDER.
+"""Program of every rank of a training run or a measured point: python -m axonn.training.worker RUN_FOLDER.
 
-Beside the trail of all ranks (`axonn.training.run_folder`) it leaves `spans-K.parquet`, a folder.
+Besides the files of all ranks (`axonn.training.run_folder`) it writes the folder `spans-K.parquet`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from axonn.training.run_folder import (
     NEWEST,
@@ -19,19 +20,23 @@ from axonn.training.run_folder import (
     Heartbeats,
     Progress,
     Turns,
-    leave_trail,
+    run_with_heartbeat,
     set_state,
 )
 
+if TYPE_CHECKING:
+    import torch
+
+    from axonn.observability.traffic import Traffic
+
 
 def _train(folder: Path, rank: int, progress: Progress) -> int:
-    """Trains as the folder's spec says; the exit status."""
+    """Train as the folder's spec says; return the exit status."""
     import torch
 
     from axonn.config.train_config import TrainConfig, validate
-    from axonn.device.devices import peak_bytes, rank_device
+    from axonn.device.devices import rank_device
     from axonn.distributed.runtime import connect
-    from axonn.observability.traffic import Traffic, sent_by_axis
     from axonn.spans import SpanRecorder
     from axonn.training.framework import InProcessFramework, ResumableTrainer, load_framework
     from axonn.training.loop import TrainingLoop
@@ -47,10 +52,9 @@ def _train(folder: Path, rank: int, progress: Progress) -> int:
     memory: dict[str, int] = {}
     traffic: list[Traffic] = []
     device = rank_device(spec["device"])
-    grid = config.grid
     if rank == 0 and SUPERVISOR not in os.environ:
-        progress.watched = Heartbeats(folder, grid.size), config.stall_limit_s
-    with connect(grid, transport=config.transport, device=device) as runtime:
+        progress.watched = Heartbeats(folder, config.grid.size), config.stall_limit_s
+    with connect(config.grid, transport=config.transport, device=device) as runtime:
         spans = SpanRecorder(
             rank,
             clock_offset=runtime.clock_offset,
@@ -74,27 +78,38 @@ def _train(folder: Path, rank: int, progress: Progress) -> int:
             if isinstance(trainer, ResumableTrainer):
                 memory |= trainer.memory()
                 traffic += trainer.traffic()
-        set_state(
-            folder,
-            rank,
-            "stopped" if stopped else "done",
-            memory_bytes=peak_bytes(device),
-            memory=memory,
-            bytes_per_batch=sent_by_axis(traffic),
-            traffic=[asdict(part) for part in traffic],
-        )
+        state = "stopped" if stopped else "done"
+        _set_final_state(folder, rank, state, device=device, memory=memory, traffic=traffic)
         # A launcher may end all ranks as soon as one has ended with another status than 0.
         runtime.barrier()
     return STOPPED if stopped else 0
 
 
+def _set_final_state(
+    folder: Path, rank: int, state: str, *, device: torch.device, memory: dict[str, int], traffic: list[Traffic]
+) -> None:
+    from axonn.device.devices import peak_bytes
+    from axonn.observability.traffic import sent_by_axis
+
+    set_state(
+        folder,
+        rank,
+        state,
+        memory_bytes=peak_bytes(device),
+        memory=memory,
+        bytes_per_batch=sent_by_axis(traffic),
+        traffic=[asdict(part) for part in traffic],
+    )
+
+
 def main() -> None:
+    """Train on this rank, and end the process with its exit status."""
     from axonn.distributed.runtime import launched_as
 
     folder = Path(sys.argv[1])
     rank, _ = launched_as()
     progress = Progress()
-    sys.exit(leave_trail(folder, rank, lambda: _train(folder, rank, progress), progress=progress))
+    sys.exit(run_with_heartbeat(folder, rank, lambda: _train(folder, rank, progress), progress=progress))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fields of a strategy that a framework is not told, since it does them in its own way."""
+"""Fields of a strategy that a framework handles in its own way, whatever their values."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ OWN_WAY = (
     "agree_on_overflow",
     "accumulate",
 )
-"""How something is computed, beside what is computed and how the work is cut."""
+"""Fields that say how something is computed, besides what is computed and how the work is cut."""
 
 OVERFLOW_AFTER = (
     "Its ranks agree on overflow after the reduction over the replicas; without agree_on_overflow: after the "
     "prediction has it before."
 )
-"""Note for frameworks whose ranks agree so, where the strategy leaves it open."""
+"""Note for frameworks whose ranks agree on overflow this late, where the strategy leaves it open."""
 
 
-def untold(strategy: Strategy, names: Sequence[str] = OWN_WAY) -> str:
-    """A note for the launch of a framework that is told none of the fields `names`."""
+def ignored_note(strategy: Strategy, names: Sequence[str] = OWN_WAY) -> str:
+    """Return the note of a launch for a framework that ignores the fields `names`."""
     values = strategy.model_dump(mode="json", include=set(names))
     shown = ", ".join(f"{name} {' > '.join(values[name]) if name == 'order' else values[name]}" for name in names)
     return f"it is not told how to do these, and does them in its own way, whatever the strategy says: {shown}"

@@ -1,4 +1,4 @@
-"""Frameworks that live in environments of their own: what they are given, as files, so that the work is the same.
+"""Frameworks that live in environments of their own, and the files from which they get the same work.
 
 Their ranks run scripts of `baselines/ranks`, which import nothing of this suite (one of the frameworks has its import
 name): weights and batches reach them as one file in the run folder.
@@ -17,32 +17,31 @@ from safetensors.torch import save_file
 
 from axonn.config.train_config import FloatType, TrainConfig
 from axonn.inter_layer.stage import virtual_spans
-from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.gpt.gpt_model import GPT
 from axonn.schedules import ChunkLayout, ScheduleSpec
 from axonn.training.framework import Framework, RankProgram
-from baselines.adapters.adapter_common import EXACT, Batches, Layers, beyond, layers_of
+from axonn.training.places import ROOT
+from baselines.adapters.adapter_common import EXACT, Batches, Layers, gpt_of, layers_of, unsupported
 from baselines.environments import Environment
-from experiments.definition import ROOT
 
 WORK = "work.safetensors"
 RANKS = ROOT / "baselines" / "ranks"
 
 
 def stage_starts(config: TrainConfig) -> list[int]:
-    """The first layer of each stage, as our engine cuts. Raises `ConfigError` where there are too few layers."""
-    assert isinstance(config.model, GPTConfig)
-    return [span.start for span in virtual_spans(GPT(config.model), ChunkLayout(stages=config.grid.inter))]
+    """Return the first layer of each stage, cut as in our engine. Raises `ConfigError` where there are too few
+    layers."""
+    return [span.start for span in virtual_spans(GPT(gpt_of(config)), ChunkLayout(stages=config.grid.inter))]
 
 
 def stage_settings(starts: Iterable[int]) -> dict[str, str]:
-    """How ranks are told the first layer of each stage (`plain_gpt.stages`)."""
+    """Return the environment variable that gives ranks the first layer of each stage (`plain_gpt.stages`)."""
     return {"STAGE_STARTS": ",".join(map(str, starts))}
 
 
 def write_work(config: TrainConfig, path: Path) -> None:
     """Write initial weights ("<layer>.<parameter>") and all batches ("inputs", "targets": [steps, batch, seq])."""
-    model = GPT(config.model)
+    model = GPT(gpt_of(config))
     chunk = Layers(model, range(len(model.layers)), config)
     tensors = {
         f"{layer}.{name}": value.contiguous()
@@ -63,7 +62,7 @@ class ForeignFramework(Framework):
     script: ClassVar[str]
     """File in `baselines/ranks`."""
     strategy: ClassVar[str]
-    """What the script is told to do."""
+    """Second argument of the script: the strategy to run."""
     precisions: ClassVar[Sequence[FloatType]] = ("float32",)
     """Types that it computes in."""
 
@@ -73,23 +72,23 @@ class ForeignFramework(Framework):
     def unavailable(self, config: TrainConfig) -> str | None:
         return (
             self.environment.missing
-            or beyond(config, schedule=self.schedule(config), precisions=(*EXACT, *self.precisions))
+            or unsupported(config, schedule=self.schedule(config), precisions=(*EXACT, *self.precisions))
             or self.refuses(config)
         )
 
     @abstractmethod
     def refuses(self, config: TrainConfig) -> str | None:
-        """Why this strategy cannot run `config`, or None when it can."""
+        """Return why this strategy cannot run `config`, or None when it can."""
 
     def schedule(self, config: TrainConfig) -> ScheduleSpec | None:
         return None
 
     def settings(self, config: TrainConfig) -> Mapping[str, str]:
-        """Environment variables of its ranks."""
+        """Return the environment variables of its ranks."""
         return {}
 
     def source_modules(self) -> list[str]:
-        """Return its adapter, and the script that its ranks run, with what that loads by its path."""
+        """Return its adapter, and the script that its ranks run, with the modules that this loads by their paths."""
         script = f"baselines.ranks.{self.script.removesuffix('.py')}"
         return [type(self).__module__, script, "axonn.observability.rank_usage", "axonn.training.run_folder"]
 
@@ -103,7 +102,7 @@ class ForeignFramework(Framework):
             yield RankProgram(
                 command=[str(self.environment.python), str(RANKS / self.script), str(folder), self.strategy],
                 mpiexec=self.environment.mpiexec,
-                # What the caller adds to the path could hide a package of the environment, as our own `axonn` would.
+                # The caller's additions to the path could hide a package of the environment, as our own `axonn` would.
                 environment={"PYTHONPATH": "", **self.settings(config)},
             )
         finally:

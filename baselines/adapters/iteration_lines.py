@@ -1,14 +1,18 @@
 """Lines that the training scripts of the Megatron family print, Megatron-LM's and Megatron-DeepSpeed's alike.
 
-One line says all of an iteration, in fields " key: value |": so from Megatron-LM v2.0 to core 0.19 (`training_log` in
-megatron/training.py), in Megatron-DeepSpeed since 2021 and in BigScience's fork of it, which gives seconds.
+One line reports all of an iteration, in fields " key: value |": this format holds from Megatron-LM v2.0 to core 0.19
+(`training_log` in megatron/training.py), in Megatron-DeepSpeed since 2021, and in BigScience's fork of it, which
+reports seconds.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from axonn.training.supervision.log_failures import lines_of
 
 _START = re.compile(r"iteration +(\d+)/ *(\d+) \|")
 _FIELD = re.compile(r" (?P<key>[^:|]+): +(?P<value>[-+.\w]+) $")
@@ -27,24 +31,27 @@ _DONE = re.compile(r"^ *\[(after training is done|exiting program at iteration \
 
 @dataclass(frozen=True, kw_only=True)
 class Iteration:
-    """What one such line says; means over the iterations since the line before."""
+    """One iteration line; its values are means over the iterations since the line before."""
 
     number: int
     last: int
-    """Number of the iteration that the run ends with."""
+    """Number of the iteration with which the run ends."""
     seconds: float
     loss: float | None
-    """None where it is not printed: all iterations were skipped, or it is no number."""
+    """None where it is not printed (all iterations were skipped) or is not a number."""
     skipped: int
 
     @property
     def diverged(self) -> bool:
-        """Whether its loss is no finite number although the step was taken."""
+        """True if the loss is not finite although the step was taken."""
         return not self.skipped and (self.loss is None or not math.isfinite(self.loss))
 
 
 def iteration_of(text: str) -> Iteration | None:
-    """What the line says; None for any other line, for half a line, and for one with another's text in its middle."""
+    """Parse an iteration line.
+
+    Returns None for any other line, for a line cut short, and for one with another line's text in its middle.
+    """
     starts = list(_START.finditer(text))
     if not starts or not text.rstrip().endswith("|"):
         return None
@@ -54,7 +61,7 @@ def iteration_of(text: str) -> Iteration | None:
             return None
         fields[field["key"]] = field["value"]
     unit = next((key for key in _SECONDS if key in fields), None)
-    # The last of these stands behind all others that are needed: with it nothing is missing.
+    # _NAN is the last of the fields that are needed: with it the line is complete.
     if unit is None or _SKIPPED not in fields or _NAN not in fields:
         return None
     loss = next((fields[key] for key in _LOSSES if key in fields), None)
@@ -71,29 +78,86 @@ def iteration_of(text: str) -> Iteration | None:
 
 
 def begins(text: str) -> bool:
-    """Whether rank 0 says that a start of the run is about to train its first iteration."""
+    """Return whether rank 0 reports that a start of the run is about to train its first iteration."""
     return _BEGINS.match(text) is not None
 
 
 def memory_of(text: str) -> int | None:
-    """Peak of the allocated bytes that a rank's memory line says."""
-    found = _MEMORY.search(text)
+    """Return the peak of the allocated bytes from a rank's memory line, or None."""
+    match = _MEMORY.search(text)
     # Its MB are MiB.
-    return None if found is None else round(float(found[1]) * 2**20)
+    return None if match is None else round(float(match[1]) * 2**20)
 
 
 def sizes_of(text: str) -> tuple[int, int] | None:
-    """Tensor- and pipeline-parallel size, as rank 0 prints them at the start."""
-    found = _SIZES.search(text)
-    return None if found is None else (int(found[1]), int(found[2]))
+    """Return the tensor- and pipeline-parallel sizes that rank 0 prints at the start, or None."""
+    match = _SIZES.search(text)
+    return None if match is None else (int(match[1]), int(match[2]))
 
 
 def parameters_of(text: str) -> tuple[tuple[int, int], int] | None:
-    """(tensor rank, stage) and the number of parameters on it."""
-    found = _PARAMETERS.match(text)
-    return None if found is None else ((int(found[1]), int(found[2])), int(found[3]))
+    """Return (tensor rank, stage) and the number of parameters on it, or None."""
+    match = _PARAMETERS.match(text)
+    return None if match is None else ((int(match[1]), int(match[2])), int(match[3]))
 
 
 def is_done(text: str) -> bool:
-    """Whether the run says that it has come to its end."""
+    """Return whether the run reports that it has come to its end."""
     return _DONE.match(text) is not None
+
+
+@dataclass
+class IterationLog:
+    """State of a log of the Megatron family after the lines read so far."""
+
+    iterations: dict[int, Iteration] = field(default_factory=dict)
+    """Iterations by number; of one that a run printed again, the last line."""
+    memory: int | None = None
+    """Peak of the allocated bytes over the ranks."""
+    sizes: tuple[int, int] | None = None
+    """Tensor- and pipeline-parallel ranks."""
+    rank_parameters: dict[tuple[int, int], int] = field(default_factory=dict)
+    """Parameters by tensor rank and stage."""
+    starts: set[int] = field(default_factory=set)
+    """Numbers of the iterations with which the starts of the run began."""
+    begins: bool = False
+    """True when the next iteration is the first of a start."""
+    done: bool = False
+    """True once the training script has reported its end."""
+
+    def read(self, lines: Iterable[str]) -> None:
+        """Read the output of a run: of all ranks, possibly interleaved, prefixed or cut short."""
+        texts = [line.text for line in lines_of(lines)]
+        # The line ends with a number: cut short, it would report another one.
+        if texts and parameters_of(texts[-1]) is not None:
+            texts.pop()
+        for text in texts:
+            self.feed(text)
+
+    def feed(self, text: str) -> bool:
+        """Read one line and return whether it reports a value."""
+        self.done = self.done or is_done(text)
+        if (iteration := iteration_of(text)) is not None:
+            self.iterations[iteration.number] = iteration
+            self.starts -= {iteration.number}
+            self.starts |= {iteration.number} if self.begins else set()
+            self.begins = False
+        elif begins(text):
+            self.begins = True
+        elif (memory := memory_of(text)) is not None:
+            self.memory = max(memory, self.memory or 0)
+        elif (sizes := sizes_of(text)) is not None:
+            self.sizes = sizes
+        elif (parameters := parameters_of(text)) is not None:
+            self.rank_parameters[parameters[0]] = parameters[1]
+        else:
+            return False
+        return True
+
+    def first_lines(self) -> list[int]:
+        """Return the places of the starts' first iterations among all iterations in order."""
+        return [place for place, number in enumerate(sorted(self.iterations)) if number in self.starts]
+
+    def at_last(self) -> bool:
+        """Return whether the last iteration of the run is among those reported."""
+        return any(i.number == i.last for i in self.iterations.values())

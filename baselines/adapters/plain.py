@@ -1,4 +1,4 @@
-"""The GPT in plain modules of torch, as a user of PyTorch has it, with the initial weights of all frameworks."""
+"""The GPT in plain torch modules, as a user of PyTorch writes it, with the initial weights of all frameworks."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import nn
 
 from axonn.config.train_config import TrainConfig
 from axonn.models.gpt.gpt_model import GPT
-from baselines.adapters.adapter_common import Layers
+from baselines.adapters.adapter_common import Layers, gpt_of
 from baselines.ranks import plain_gpt
 
 
 def build(config: TrainConfig) -> nn.ModuleDict:
-    """The layers by name, whole."""
-    model = config.model
+    """Build all layers, unsharded, by name."""
+    model = gpt_of(config)
     gpt = GPT(model)
     source = Layers(gpt, range(len(gpt.layers)), config).chain
     dtype = getattr(torch, config.precision.compute)

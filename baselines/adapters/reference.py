@@ -1,7 +1,7 @@
 """The reference implementation of AxoNN (`axonn` on PyPI), which has the import name of this suite's engine.
 
-Its message-driven pipeline and its data parallelism are offered. Its tensor layers are not: in the mode that they have
-by default, every one of them gathers its input and output around the product, which the published measurements do not.
+Its message-driven pipeline and its data parallelism are offered. Its tensor layers are not: in their default mode each
+of them gathers its input and output around the product, which the published measurements do not do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from axonn.schedules import ScheduleSpec
 from axonn.training.framework import Adapter, Capabilities, ClusterWork, Framework, Launch, PrintedRun
 from axonn.training.run_folder import SPEC
 from axonn.training.supervision.cluster_launch import READ_LATER, read_run, spec_of
-from baselines.adapters.ignored_settings import OWN_WAY, untold
+from baselines.adapters.ignored_settings import OWN_WAY, ignored_note
 from baselines.adapters.isolated_framework import RANKS, ForeignFramework, stage_settings, stage_starts
 from baselines.environments import Environment
 
@@ -29,11 +29,12 @@ DISCLOSURE = (
 
 
 BYTES_PER_PARAMETER = 16
-"""Parameters, gradients and AdamW's two moments, all float32: under autocast nothing of it is halved."""
+"""Bytes of parameters, gradients and AdamW's two moments, all float32: autocast halves none of them."""
 
 
 class Reference(ForeignFramework):
-    """What its strategies share. Float32 alone: its half precision is CUDA's autocast."""
+    """Checks and environment that both strategies share. It runs in float32 only: its half precision is CUDA's
+    autocast."""
 
     environment = ENVIRONMENT
     script = "reference_ranks.py"
@@ -114,8 +115,11 @@ class ReferenceAdapter(Adapter):
         return self.pick(strategy, self.strategies)
 
     def launch(self, work: ClusterWork) -> Launch:
-        """It is a library: every rank runs our script for it, with the folder in which it is started as run folder."""
-        if (reason := _cannot(work)) is not None:
+        """Return the launch in which every rank runs our script for it; it is a library.
+
+        The run folder is the folder in which the script is started.
+        """
+        if (reason := _refusal(work)) is not None:
             raise LaunchError(f"{work.name} cannot be launched with the reference implementation: {reason}")
         strategy = work.strategy
         config = TrainConfig(
@@ -144,14 +148,17 @@ class ReferenceAdapter(Adapter):
 
 
 def _one_microbatch(microbatches: int) -> str | None:
-    """It posts no receive for the last message of a batch, and so none at all where there is but one."""
+    """Return why it cannot run `microbatches` of a batch, or None.
+
+    It posts no receive for the last message of a batch, and so none at all where there is only one.
+    """
     if microbatches > 1:
         return None
     return "its pipeline fails with a single microbatch; raise batch_size, or lower microbatch_size"
 
 
-def _cannot(work: ClusterWork) -> str | None:
-    """Why it does not do `work`, and what to change."""
+def _refusal(work: ClusterWork) -> str | None:
+    """Return why it cannot run `work`, and what to change; None when it can."""
     strategy = work.strategy
     grid, schedule = strategy.grid, strategy.schedule
     asked = {
@@ -176,14 +183,14 @@ def _cannot(work: ClusterWork) -> str | None:
         "training in float64; set compute: float32": strategy.compute == "float64",
         "a data set here, its script draws random tokens; leave data out": work.data is not None,
     }
-    if (found := next((what for what, is_asked in asked.items() if is_asked), None)) is not None:
-        return f"it is asked for {found}"
+    if (lacking := next((name for name, is_asked in asked.items() if is_asked), None)) is not None:
+        return f"it is asked for {lacking}"
     microbatches = strategy.microbatches(work.batch_size)
     return _one_microbatch(microbatches) if grid.inter > 1 else None
 
 
 def _notes(work: ClusterWork, config: TrainConfig) -> list[str]:
-    """What differs from the work that was asked for, and what must be provided."""
+    """Return what differs from the requested work, and what must be provided."""
     strategy, outline = work.strategy, outline_of(config.model)
     largest = max(
         sum(outline.parameters([span], strategy.logical_grid).values()) for span in strategy.virtual_spans(outline)
@@ -207,4 +214,4 @@ def _notes(work: ClusterWork, config: TrainConfig) -> list[str]:
     if strategy.grid.data > 1 and strategy.grid.inter > 1 and moved != ["data", "inter"]:
         notes.append("neighbouring ranks are neighbouring stages, always")
     # Its stages are cut as the strategy says.
-    return [*notes, untold(strategy, [name for name in OWN_WAY if name != "partition"]), READ_LATER]
+    return [*notes, ignored_note(strategy, [name for name in OWN_WAY if name != "partition"]), READ_LATER]

@@ -1,4 +1,4 @@
-"""What every part is given: the plan, the time it has, and how to run something in a process of its own."""
+"""The context of every part: the plan, the time it has, and how to run a task in a process of its own."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from baselines.gpu.bench_work import BenchPlan
 from baselines.gpu.peaks import Peak
 
 LEAST_S = 3.0
-"""Nothing is started with less time than this."""
+"""Seconds below which nothing is started."""
 _RUNS = PROJECT / "runs" / "gpu"
 
 
 class NotMeasured(Exception):
-    """Something that could not be measured."""
+    """A measurement that failed, with its `Failure`."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.detail)
@@ -42,7 +42,7 @@ class NotMeasured(Exception):
 
 @dataclass
 class Context:
-    """Of one part. `deadline`: on `clock`, when its time is used up."""
+    """The surroundings of one part. `deadline`: the value of `clock` when its time is used up."""
 
     plan: BenchPlan
     part: str
@@ -61,15 +61,15 @@ class Context:
 
     @property
     def host_threads(self) -> int:
-        """For work on the host beside a GPU, all cores of which are there for it; 1 in miniature."""
+        """Threads for work on the host: beside a GPU all cores, in miniature 1."""
         return available_cores() if self.plan.device == "cuda" else 1
 
     def folder(self, name: str) -> Path:
-        """Run folder of something."""
+        """Return the run folder of a measurement."""
         return self.runs / self.part / "".join(c if c.isalnum() else "-" for c in name.lower())
 
     def limit(self, most_s: float | None = None) -> float:
-        """Seconds that something may take. Raises `NotMeasured` when the time of the part is used up."""
+        """Return the seconds that a measurement may take. Raises `NotMeasured` when the time of the part is used up."""
         left = self.left_s if most_s is None else min(self.left_s, most_s)
         if left < LEAST_S:
             raise NotMeasured(
@@ -78,15 +78,18 @@ class Context:
         return left
 
     def task(self, task: str, *, name: str, most_s: float | None = None, **arguments: Any) -> dict[str, Any]:
-        """What `task` of `baselines.gpu.bench_worker` returns, run in a process of its own, so that its memory is free
-        afterwards. Raises `NotMeasured` when it fails or takes longer than `most_s`, or than the part has."""
+        """Run `task` of `baselines.gpu.bench_worker` in a process of its own and return its result.
+
+        The process frees its memory at its end. Raises `NotMeasured` when it fails or takes longer than `most_s`, or
+        than the part has.
+        """
         limit = self.limit(most_s)
         self.say(name)
         folder = self.folder(name)
         folder.mkdir(parents=True, exist_ok=True)
         result = folder / "result.json"
         result.unlink(missing_ok=True)
-        # The task is told to come to its end before it is ended.
+        # The task gets less time than the limit at which it is killed.
         spec = {"task": task, "device": self.plan.device, "seconds": 0.85 * limit, "arguments": arguments}
         (folder / "task.json").write_text(json.dumps(spec, indent=1))
         with open(folder / "log.txt", "w") as log:
@@ -108,7 +111,7 @@ class Context:
     def ranks(
         self, framework: str, config: TrainConfig, *, name: str, most_s: float | None = None, threads: int = 1
     ) -> Outcome:
-        """A run of several ranks, or of another framework. Raises `NotMeasured` when it fails."""
+        """Run several ranks, or another framework. Raises `NotMeasured` when the run fails."""
         limit = self.limit(most_s)
         self.say(name)
         try:
@@ -125,29 +128,29 @@ class Context:
         return outcome
 
     def refusal(self, framework: str) -> str | None:
-        """Why a framework cannot run on this device at all; None where it can."""
+        """Return why a framework cannot run on this device at all; None where it can."""
         adapter = load_adapter(framework.partition("/")[0])
         can = adapter.capabilities()
         if not can.available:
             return can.reason or f"{framework} is not installed"
-        # What of it runs in our own environment goes where our engine goes.
+        # Frameworks in our own environment run wherever our engine runs.
         if adapter.name not in ("axonn", "pytorch") and self.plan.device not in can.devices:
             return f"what is installed of {adapter.label} runs on {', '.join(can.devices)} only"
         return None
 
 
 def worker_environment(plan: BenchPlan) -> dict[str, str]:
-    """With a GPU all cores make initial weights and step optimizers of the host; in miniature one is enough, and two
-    that wait for one another on a busy machine take a hundred times as long."""
+    """Return the environment of a worker: with a GPU all cores make initial weights and step optimizers of the host; in
+    miniature one is enough, since threads that wait for each other on a busy machine take a hundred times as long."""
     environment = rank_environment(os.environ, threads=available_cores() if plan.device == "cuda" else 1)
     if plan.device == "cuda":
-        # Sizes change little from batch to batch; what they leave free in between can be used.
+        # Sizes change little from batch to batch; expandable segments use the gaps between them.
         environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     return environment
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """With whatever it has started."""
+    """Kill the process, with everything that it has started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -160,13 +163,14 @@ def _read(result: Path, code: int, folder: Path) -> dict[str, Any]:
         tail = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-3:]
         killed = "; the system kills a process like this when memory runs out" if code == -signal.SIGKILL else ""
         how = f"killed by signal {-code}{killed}" if code < 0 else f"ended with code {code}"
-        cause = "out-of-memory" if killed else "error"
-        raise NotMeasured(Failure(cause=cause, detail=" | ".join([how, *tail]))) from None
+        detail = " | ".join([how, *tail])
+        raise NotMeasured(Failure(cause="out-of-memory" if killed else "error", detail=detail)) from None
     if (failure := content.get("failure")) is not None:
         raise NotMeasured(Failure(**failure))
-    found: dict[str, Any] = content["result"]
-    return found
+    fields: dict[str, Any] = content["result"]
+    return fields
 
 
 Part = Callable[[Context], tuple[list[BenchRow], dict[str, Any]]]
-"""Measures; its rows, and what holds for all of them. It never raises `NotMeasured`: that is a row."""
+"""A function that measures a part: its rows, and what holds for all of them. It never raises `NotMeasured`, which
+becomes a row."""

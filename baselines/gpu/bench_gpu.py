@@ -47,7 +47,7 @@ from baselines.gpu.peaks import Peak, peak_of
 
 RESULTS = PROJECT / "results" / "gpu"
 SECONDS = 520.0
-"""For all parts together, so that the command ends within 9 minutes."""
+"""Seconds for all parts in all, so that the command ends within 9 minutes."""
 
 
 class Share(NamedTuple):
@@ -69,7 +69,7 @@ PARTS: Mapping[str, Share] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; the exit status: 0 when every part that was asked for has measured something, else 1."""
+    """Run the command line. Returns 0 when every requested part has measured something, otherwise 1."""
     parser = argparse.ArgumentParser(prog="python -m baselines.gpu.bench_gpu", description=__doc__)
     parser.add_argument("--device", default="cuda", help="cuda (the default), or cpu, where only the miniature runs")
     parser.add_argument("--quick", action="store_true", help="tiny models: tries the benchmark, its times mean nothing")
@@ -77,24 +77,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="keep the parts that this commit has measured already")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time of all parts together")
     parser.add_argument("--out", type=Path, help="folder for results; default results/gpu, of a CPU results/gpu/cpu")
-    given = parser.parse_args(arguments)
-    wanted = chosen(given.only)
-    device = checked_device(given.device, quick=given.quick)
+    options = parser.parse_args(arguments)
+    wanted = chosen(options.only)
+    device = checked_device(options.device, quick=options.quick)
     command = shlex.join(
         ["python", "-m", "baselines.gpu.bench_gpu", *(sys.argv[1:] if arguments is None else arguments)]
     )
-    folder = given.out or default_folder(device, quick=given.quick)
+    folder = options.out or default_folder(device, quick=options.quick)
     console = make_console(width=200)
     machine = this_machine(device=device)
-    plan = plan_of(device, quick=given.quick)
+    plan = plan_of(device, quick=options.quick)
     watch = BusyWatch()
     with locked_folder(folder, "wait for its end, or choose another --out"):
         parts = measured_parts(
-            plan, wanted, folder, machine=machine, command=command, seconds=given.seconds, resume=given.resume,
+            plan, wanted, folder, machine=machine, command=command, seconds=options.seconds, resume=options.resume,
             console=console,
         )  # fmt: skip
-    summary = write_summary(folder, parts, command=command, machine=machine, quick=given.quick)
-    ours = given.out is None and device == "cuda" and not given.quick
+    summary = write_summary(folder, parts, command=command, machine=machine, quick=options.quick)
+    ours = options.out is None and device == "cuda" and not options.quick
     write_gpu_records(GPU_RECORDS if ours else folder / "records.json", parts)
     console.print(table_of(parts, title=title_of(machine, plan)))
     for line in remarks(parts, list(PARTS)):
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def chosen(only: str) -> list[str]:
-    """The parts of `--only`, all where it is empty. Raises `ConfigError` for an unknown one."""
+    """Return the parts of `--only`, all where it is empty. Raises `ConfigError` for an unknown one."""
     wanted = [name.strip() for name in only.split(",") if name.strip()]
     for name in wanted:
         if name not in PARTS:
@@ -118,7 +118,7 @@ def chosen(only: str) -> list[str]:
 
 
 def checked_device(asked: str, *, quick: bool) -> Device:
-    """Raises `ConfigError` where there is no such device, or it cannot do all of it."""
+    """Return the requested device. Raises `ConfigError` where it does not exist, or cannot run the whole benchmark."""
     if asked not in get_args(Device):
         raise ConfigError(f"unknown device '{asked}'; known are {', '.join(get_args(Device))}")
     try:
@@ -133,7 +133,8 @@ def checked_device(asked: str, *, quick: bool) -> Device:
 
 
 def default_folder(device: Device, *, quick: bool) -> Path:
-    """Results of a CPU, and of the miniature, are kept apart: they are never taken for those of a GPU."""
+    """Return the folder of results. Those of a CPU, and of the miniature, lie apart: they are never taken for those of
+    a GPU."""
     folder = RESULTS if device == "cuda" else RESULTS / "cpu"
     return folder / "quick" if quick else folder
 
@@ -149,8 +150,10 @@ def measured_parts(
     resume: bool,
     console: Console,
 ) -> dict[str, PartResult]:
-    """Measure the wanted parts one after the other, each file written as soon as its part is done; all that there are
-    then. Time that a part leaves goes to those after it."""
+    """Measure the wanted parts one after the other, and return all parts that are there then.
+
+    Each file is written as soon as its part is done. Time that a part leaves goes to those after it.
+    """
     files = folder / "parts"
     parts = same_device(read_parts(files, list(PARTS)), machine.device)
     parts = {name: part for name, part in parts.items() if part.quick == plan.quick}
@@ -184,7 +187,7 @@ def measured_parts(
 
 
 def attempt(name: str, context: Context) -> tuple[list[BenchRow], dict[str, Any]]:
-    """A part that fails as a whole is a row as well, and the others go on."""
+    """Measure a part. One that fails altogether yields a row with the failure, and the others go on."""
     try:
         return PARTS[name].measure(context)
     except NotMeasured as lost:
@@ -195,7 +198,7 @@ def attempt(name: str, context: Context) -> tuple[list[BenchRow], dict[str, Any]
 
 
 def measured_peak(context: Context, machine: Machine) -> Peak:
-    """The data sheet's, with the best large product measured here."""
+    """Return the data sheet's peak, with the best large product measured here."""
     name = machine.device or context.plan.device
     try:
         return peak_of(name, context.task("peak", name="largest product", size=context.plan.product_size, most_s=60.0))
@@ -204,13 +207,13 @@ def measured_peak(context: Context, machine: Machine) -> Peak:
 
 
 def known_peak(parts: Mapping[str, PartResult], machine: Machine) -> Peak | None:
-    """That of part gpt where it was measured before."""
+    """Return the peak of part gpt where it was measured before."""
     about = parts["gpt"].about.get("peak") if "gpt" in parts else None
     return None if about is None or about.get("device") != machine.device else Peak(**about)
 
 
 def is_done(part: PartResult | None, machine: Machine) -> bool:
-    """Whether a part needs no repetition: of this commit, without changes, and not for want of time."""
+    """Return whether a part needs no repetition: it is of this commit, without changes, and no row ran out of time."""
     if part is None or part.machine.commit != machine.commit or str(machine.commit).endswith("+"):
         return False
     return all(row.failure is None or row.failure.cause != "timeout" for row in part.rows)

@@ -1,4 +1,4 @@
-"""What a part leaves: rows of one form, whose fields stay empty where they have no meaning."""
+"""Result of a part: rows of one form, whose fields stay empty where they have no meaning."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class BenchRow(StrictModel):
     seconds_low: float | None = None
     seconds_high: float | None = None
     batch_times_s: list[float] = []
-    """Of all turns; each is the mean of the batches of a turn."""
+    """Seconds of all turns; each is the mean of the batches of a turn."""
     units_per_s: float | None = None
     unit: str | None = None
-    """What throughput counts."""
+    """Unit that throughput counts."""
     tflops: float | None = None
-    """By `formula`, without recompute."""
+    """TFLOP/s by `formula`, without recompute."""
     formula: str | None = None
     pct_peak: float | None = None
     ratio: float | None = None
@@ -43,25 +43,25 @@ class BenchRow(StrictModel):
     ratio_low: float | None = None
     ratio_high: float | None = None
     paired: bool | None = None
-    """Whether both took turns in one process."""
+    """True if both took turns in one process."""
     losses: list[Loss] = []
     loss_difference: Loss | None = None
-    """Largest relative one from the losses of the reference."""
+    """Largest relative difference from the losses of the reference."""
     tolerance: float | None = None
     memory: dict[str, int] = {}
     """Bytes by name: after_init and step_peak as the allocator of the device counts them, batch_peak, and the
     categories of `Engine.memory`."""
     model_bytes: int | None = None
-    """What the memory model says of after_init."""
+    """Prediction of after_init by the memory model."""
     model_error_pct: float | None = None
     parameters: int | None = None
     share: float | None = None
-    """Of what is said in `share_of`, between 0 and 1."""
+    """Share of what `share_of` names, between 0 and 1."""
     share_of: str | None = None
     predicted_s: float | None = None
     error_pct: float | None = None
     config: dict[str, Any] | None = None
-    """What was trained, where it was a `TrainConfig`."""
+    """Configuration that was trained, where it was a `TrainConfig`."""
     note: str | None = None
     failure: Failure | None = None
 
@@ -73,22 +73,22 @@ class PartResult(StrictModel):
     part: str
     rows: list[BenchRow]
     about: dict[str, Any] = {}
-    """What holds for all rows."""
+    """Facts that hold for all rows."""
     quick: bool
     seconds: float
-    """That it took."""
+    """Seconds that it took."""
     created: str
     command: str
     machine: Machine
 
 
-def failed(part: str, model: str, contender: str, failure: Failure, **said: Any) -> BenchRow:
-    """A row that says why there is no measurement."""
-    return BenchRow(part=part, model=model, contender=contender, failure=failure, **said)
+def failed(part: str, model: str, contender: str, failure: Failure, **fields: Any) -> BenchRow:
+    """Return a row that says why there is no measurement."""
+    return BenchRow(part=part, model=model, contender=contender, failure=failure, **fields)
 
 
 def write_part(folder: Path, result: PartResult) -> Path:
-    """One file for each part, in place of an earlier one."""
+    """Write the file of a part, replacing an earlier one."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result.part}.json"
     temporary = path.with_name(f".{path.name}")
@@ -98,13 +98,13 @@ def write_part(folder: Path, result: PartResult) -> Path:
 
 
 def read_parts(folder: Path, names: Sequence[str]) -> dict[str, PartResult]:
-    """Those of a folder that can be read, in the order of `names`; what another version wrote is as if not there."""
-    found = {}
+    """Return the parts of a folder that can be read, in the order of `names`; files of another version are skipped."""
+    parts = {}
     for name in names:
         try:
             result = PartResult.model_validate_json((folder / f"{name}.json").read_bytes())
         except (OSError, ValidationError):
             continue
         if result.schema_ == SCHEMA:
-            found[name] = result
-    return found
+            parts[name] = result
+    return parts

@@ -1,9 +1,9 @@
-"""What the benchmark leaves: summary.json with all rows, and records of what was trained."""
+"""Files that the benchmark leaves: summary.json with all rows, and records of what was trained."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ EXPERIMENT = "gpu"
 def write_summary(
     folder: Path, parts: Mapping[str, PartResult], *, command: str, machine: Machine, quick: bool
 ) -> Path:
-    """summary.json of a folder, from all parts that were measured on this device, at whatever time."""
+    """Write summary.json of a folder, from all parts that were measured on this device, at whatever time."""
     content = {
         "kind": "measured",
         "quick": quick,
@@ -61,12 +61,12 @@ def write_summary(
 
 
 def write_gpu_records(path: Path, parts: Mapping[str, PartResult]) -> None:
-    """A record of every row that trained something, or should have."""
+    """Write a record of every row that trained something, or should have."""
     write_records(path, [record for part in parts.values() for record in records_of(part)])
 
 
 def records_of(part: PartResult) -> Iterator[Record]:
-    """Those of one part."""
+    """Yield the records of one part."""
     for row in part.rows:
         if row.config is not None:
             yield _record(row, part)
@@ -121,10 +121,5 @@ def _record(row: BenchRow, part: PartResult) -> Record:
 
 
 def same_device(parts: Mapping[str, PartResult], device: str | None) -> dict[str, PartResult]:
-    """Those that were measured on this device: others are never shown beside it."""
+    """Return the parts that were measured on this device: others are never shown beside them."""
     return {name: part for name, part in parts.items() if part.machine.device == device}
-
-
-def lines_of(parts: Mapping[str, PartResult], names: Sequence[str]) -> list[str]:
-    """Parts that there is nothing of."""
-    return [f"not measured: part {name}" for name in names if name not in parts]

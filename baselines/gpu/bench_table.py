@@ -14,7 +14,7 @@ COLUMNS = ("part", "model", "who", "ms/batch", "per s", "TFLOP/s", "of peak", "A
 
 
 def table_of(parts: Mapping[str, PartResult], *, title: str) -> Table:
-    """All rows; a failed one has its reason as its result."""
+    """Return the table of all rows; a failed one has its reason as its result."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in COLUMNS:
         words = name in ("part", "model", "who", "result")
@@ -30,7 +30,7 @@ def table_of(parts: Mapping[str, PartResult], *, title: str) -> Table:
 
 
 def cells_of(row: BenchRow) -> list[str]:
-    """All but part and model."""
+    """Return the cells of a row without part and model."""
     after = row.memory.get("after_init", row.memory.get("batch_peak"))
     return [
         row.contender,
@@ -46,28 +46,28 @@ def cells_of(row: BenchRow) -> list[str]:
 
 
 def result_of(row: BenchRow) -> str:
-    """What is to be said of a row beside its numbers."""
+    """Return the remarks of a row beside its numbers."""
     if row.failure is not None:
         return f"{row.failure.cause}: {row.failure.detail}"
-    said: list[str] = []
+    notes: list[str] = []
     if row.share is not None:
-        said.append(f"{100 * row.share:.0f}% of {row.share_of}")
+        notes.append(f"{100 * row.share:.0f}% of {row.share_of}")
     if row.loss_difference is not None and row.tolerance is not None:
-        said.append(f"losses within {row.loss_difference:.1e} (allowed {row.tolerance:.0e})")
+        notes.append(f"losses within {row.loss_difference:.1e} (allowed {row.tolerance:.0e})")
     if row.predicted_s is not None and row.error_pct is not None:
-        said.append(f"predicted {1e3 * row.predicted_s:.2f} ms, {row.error_pct:+.1f}%")
+        notes.append(f"predicted {1e3 * row.predicted_s:.2f} ms, {row.error_pct:+.1f}%")
     if "step_peak" in row.memory and "batch_peak" in row.memory:
         peaks = (row.memory[name] / 1e9 for name in ("step_peak", "batch_peak"))
-        said.append("peak {:.2f} GB in the step, {:.2f} GB in a batch".format(*peaks))
+        notes.append("peak {:.2f} GB in the step, {:.2f} GB in a batch".format(*peaks))
     if row.parameters is not None and row.part == "largest":
-        said.append(f"{row.parameters / 1e6:,.1f} million parameters")
+        notes.append(f"{row.parameters / 1e6:,.1f} million parameters")
     if row.note is not None and row.part in ("largest", "overlap"):
-        said.append(row.note)
-    return "; ".join(said)
+        notes.append(row.note)
+    return "; ".join(notes)
 
 
 def remarks(parts: Mapping[str, PartResult], names: Sequence[str]) -> list[str]:
-    """Lines below the table."""
+    """Return the lines below the table."""
     lines = []
     gpt: dict[str, Any] = parts["gpt"].about if "gpt" in parts else {}
     peak = gpt.get("peak") or {}

@@ -1,4 +1,4 @@
-"""What is measured: models, batches and how often, whole or in miniature."""
+"""Measured work: models, batches and how often, in full or in miniature."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class BenchModel(StrictModel):
     microbatch_size: int
 
     def config(self, *, steps: int, precision: str = "bfloat16", **changes: Any) -> TrainConfig:
-        """Its training; `changes` are keys of the configuration."""
+        """Return its training configuration; `changes` are keys of the configuration."""
         optimizer = {**OPTIMIZER, **changes.pop("optimizer", {})}
         content = {
             "model": self.model.model_dump(),
@@ -61,7 +61,7 @@ FULL_UNET = UNetConfig(
     head_channels=64,
     groups=32,
 )
-"""In the proportions of Dhariwal & Nichol's network for 64 x 64 pixels (arXiv 2105.05233)."""
+"""A U-Net in the proportions of Dhariwal & Nichol's network for 64 x 64 pixels (arXiv 2105.05233)."""
 MINI_UNET = UNetConfig(
     name="unet-mini",
     image_size=8,
@@ -76,19 +76,19 @@ MINI_UNET = UNetConfig(
 
 
 class BenchPlan(StrictModel):
-    """All that is measured."""
+    """All models, batches and repetitions of a benchmark."""
 
     device: Device
     quick: bool
     gpts: tuple[BenchModel, ...]
     offload: BenchModel
-    """Whose memory is measured; also the one whose copies are."""
+    """Model whose memory is measured, and whose copies are."""
     bsize: int
     """Elements of a bucket of the offloaded optimizer."""
     small: BenchModel
-    """On grids of several ranks."""
+    """Model that runs on grids of several ranks."""
     cut: BenchModel
-    """On two ranks that share its layers, for the collectives."""
+    """Model that runs on two ranks that share its layers, for the collectives."""
     unet: UNetConfig
     unet_batch: int
     unet_microbatch: int
@@ -98,18 +98,18 @@ class BenchPlan(StrictModel):
     product_size: int
     rounds: int
     batches: int
-    """That a contender trains before it is the turn of the next."""
+    """Batches that a contender trains in one turn."""
     warmup: int
     grid_batches: int
 
     @property
     def kind(self) -> str:
-        """What was measured, in a word."""
+        """Scale of the measurement, in a word."""
         return "miniature" if self.quick else "whole"
 
 
 def plan_of(device: Device, *, quick: bool) -> BenchPlan:
-    """The models of issue and papers on a GPU; in miniature, for trying the benchmark itself anywhere."""
+    """Return the models of the papers on a GPU; in miniature, for trying the benchmark itself anywhere."""
     if quick:
         return BenchPlan(
             device=device,

@@ -30,7 +30,7 @@ TASKS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def cause_of(error: BaseException) -> str:
-    """As `axonn.observability.records.Failure` names it."""
+    """Return the cause as `axonn.observability.records.Failure` names it."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in str(error).lower():
         return "out-of-memory"
     if isinstance(error, ImportError | NotImplementedError):
@@ -56,7 +56,7 @@ def main() -> None:
     temporary.replace(folder / "result.json")
     sys.stdout.flush()
     sys.stderr.flush()
-    # Libraries with threads of their own have been seen to abort at exit, after all was done.
+    # Libraries with threads of their own have been seen to abort at exit, after all work was done.
     os._exit(0)
 
 

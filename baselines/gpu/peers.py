@@ -1,4 +1,5 @@
-"""The hard peers: the same GPT in plain PyTorch modules, trained by a plain loop, as it is or through torch.compile."""
+"""The strongest peers: the same GPT in plain PyTorch modules, trained by a plain loop, as it is or through
+torch.compile."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import nn
 from axonn.config.train_config import TrainConfig
 from axonn.models.gpt.gpt_model import GPT
 from axonn.training.engine_framework import EngineTrainer
-from baselines.adapters.adapter_common import Layers, adamw_settings, layers_of
+from baselines.adapters.adapter_common import Layers, adamw_settings, gpt_of, layers_of
 from baselines.adapters.pytorch.pytorch_loop import PlainLoopTrainer
 from baselines.ranks import plain_gpt
 from baselines.ranks.mixed import HALF, MixedAdamW
@@ -20,7 +21,7 @@ MASTER = "master."
 
 
 def weights_of(trainer: EngineTrainer) -> dict[str, torch.Tensor]:
-    """The engine's master weights, "<layer>.<parameter>", where they lie: those of one rank are whole."""
+    """Return the engine's master weights, "<layer>.<parameter>", without copying: one rank's are unsharded."""
     return {
         name.removeprefix(MASTER): part.tensor.reshape(part.shape)
         for name, part in trainer.state_tensors().items()
@@ -29,9 +30,9 @@ def weights_of(trainer: EngineTrainer) -> dict[str, torch.Tensor]:
 
 
 def initial_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
-    """The same weights, made here in float32."""
+    """Return the same weights, made here in float32."""
     plain = config.model_copy(update={"precision": config.precision.model_copy(update={"compute": "float32"})})
-    model = GPT(config.model)
+    model = GPT(gpt_of(config))
     chunk = Layers(model, range(len(model.layers)), plain)
     return {f"{name}.{key}": value for name, m in layers_of([chunk]).items() for key, value in m.state_dict().items()}
 
@@ -39,7 +40,7 @@ def initial_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
 def plain_module(
     config: TrainConfig, weights: Mapping[str, torch.Tensor], device: torch.device, *, dtype: torch.dtype
 ) -> nn.Sequential:
-    """All layers with a copy of these weights."""
+    """Return all layers with a copy of these weights."""
     with torch.device(device):
         layers = [plain_gpt.build(n, config.model, weights, dtype) for n in plain_gpt.layer_names(config.model)]
     return nn.Sequential(*layers)
@@ -48,8 +49,11 @@ def plain_module(
 def plain_loop(
     config: TrainConfig, weights: Mapping[str, torch.Tensor], device: torch.device, *, compiled: bool
 ) -> PlainLoopTrainer:
-    """A loop in the engine's precision: half-precision parameters and gradients, float32 masters and moments, fused
-    AdamW. Raises what `torch.compile` raises at its first batch."""
+    """Return a loop in the engine's precision: half-precision parameters and gradients, float32 masters and moments,
+    fused AdamW.
+
+    Raises what `torch.compile` raises at its first batch.
+    """
     dtype = getattr(torch, config.precision.compute)
     module: nn.Module = plain_module(config, weights, device, dtype=torch.float32)
     optimizer: Any = None
@@ -61,14 +65,14 @@ def plain_loop(
     if compiled:
         # Each kind of layer is compiled once, and all layers of the kind run that code; the head goes with the loss,
         # which is where the largest tensors are.
-        for layer in list(module.children())[:-1]:  # type: ignore[union-attr]
+        for layer in list(module.children())[:-1]:
             layer.compile()
         module, loss = _headless(module)
     return PlainLoopTrainer(config, device=device, module=module, optimizer=optimizer, loss=loss)
 
 
 def _headless(module: nn.Module) -> tuple[nn.Module, Any]:
-    """All but the last layer, and a compiled loss that begins with it."""
+    """Return all but the last layer, and a compiled loss that begins with it."""
     *body, head = module.children()
 
     def loss(x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

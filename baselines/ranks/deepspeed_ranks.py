@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import common
-import deepspeed_build
-import plain_gpt
 import torch
 from torch import nn
 
+if not TYPE_CHECKING:
+    # A script imports its neighbours by their plain names.
+    import deepspeed_build
+    import plain_gpt
+    import rank_common
+else:
+    from baselines.ranks import deepspeed_build, plain_gpt, rank_common
+
 BUCKETS = {"cpu": 500_000, "cuda": 50_000_000}
-"""Elements that are reduced at a time. Its default, 500 million, is more than the models measured here have, so that
-nothing would be reduced before the backward pass is over, and on a GPU its two buffers of that size would be most of
-the memory. On 2 busy cores 500 thousand was no slower than more, within noise, and took a tenth less memory than 5
-million."""
+"""Elements that are reduced at a time.
+
+DeepSpeed's default, 500 million, is more than the models measured here have, so that nothing would be reduced before
+the backward pass is over, and on a GPU its two buffers of that size would be most of the memory. On 2 busy cores 500
+thousand was no slower than more, within noise, and took a tenth less memory than 5 million.
+"""
 
 
-def adamw(work: common.Work, module: nn.Module, offloaded: bool) -> torch.optim.Optimizer:
-    """The configured AdamW: DeepSpeed's own where its state is offloaded, as ZeRO-Offload demands, else torch's fused
-    one, as for every other framework here."""
-    o = work.optimizer
-    settings = {"lr": o.lr, "betas": tuple(o.betas), "eps": o.eps, "weight_decay": o.weight_decay}
+def adamw(work: rank_common.RankWork, module: nn.Module, offloaded: bool) -> torch.optim.Optimizer:
+    """Return the configured AdamW: DeepSpeed's own where its state is offloaded, as ZeRO-Offload demands, otherwise
+    torch's fused one, as for every other framework here."""
+    settings = work.adamw
     if offloaded:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        made: torch.optim.Optimizer = DeepSpeedCPUAdam(module.parameters(), adamw_mode=True, **settings)
-        return made
+        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(module.parameters(), adamw_mode=True, **settings)
+        return optimizer
     return torch.optim.AdamW(module.parameters(), fused=True, **settings)
 
 
-def initialise(work: common.Work, module: nn.Module, *, replicas: int, zero: dict[str, Any]) -> Any:
-    """DeepSpeed's engine; `zero` is the section `zero_optimization` of its configuration."""
+def initialise(work: rank_common.RankWork, module: nn.Module, *, replicas: int, zero: dict[str, Any]) -> Any:
+    """Return DeepSpeed's engine; `zero` is the section `zero_optimization` of its configuration."""
     import deepspeed
 
     engine, *_ = deepspeed.initialize(
@@ -42,7 +48,7 @@ def initialise(work: common.Work, module: nn.Module, *, replicas: int, zero: dic
         config={
             "train_micro_batch_size_per_gpu": work.microbatch_size,
             "gradient_accumulation_steps": work.batch_size // work.microbatch_size // replicas,
-            # It clips at 1 unless told not to.
+            # Its default clips at 1.
             "gradient_clipping": 0.0,
             "zero_optimization": zero,
             # Float32 masters; gradients accumulate in the type of the parameters.
@@ -54,7 +60,7 @@ def initialise(work: common.Work, module: nn.Module, *, replicas: int, zero: dic
 
 
 def zero_settings(strategy: str, device: str) -> dict[str, Any]:
-    """`zero_optimization` of "zero-STAGE" or "zero-STAGE-offload"."""
+    """Return `zero_optimization` of "zero-STAGE" or "zero-STAGE-offload"."""
     stage = int(strategy.removeprefix("zero-")[0])
     settings: dict[str, Any] = {
         "stage": stage,
@@ -68,15 +74,15 @@ def zero_settings(strategy: str, device: str) -> dict[str, Any]:
     return settings
 
 
-def whole_model(work: common.Work) -> nn.Sequential:
-    """All layers, on the rank's device."""
+def whole_model(work: rank_common.RankWork) -> nn.Sequential:
+    """Return all layers, on the rank's device."""
     weights = work.weights()
     layers = (plain_gpt.build(name, work.model, weights, work.dtype) for name in plain_gpt.layer_names(work.model))
     return nn.Sequential(*layers).to(work.device)
 
 
-def zero(work: common.Work) -> common.Train:
-    """Data parallelism with the optimizer's state, the gradients and the parameters cut over the replicas, by stage."""
+def zero(work: rank_common.RankWork) -> rank_common.Train:
+    """Set up data parallelism with optimizer state, gradients and parameters sharded over the replicas, by stage."""
     settings = zero_settings(work.strategy, work.device.type)
     engine = initialise(work, whole_model(work), replicas=work.ranks, zero=settings)
     size = work.microbatch_size
@@ -84,12 +90,12 @@ def zero(work: common.Work) -> common.Train:
     def train(step: int) -> float:
         inputs, targets = work.batch(step, work.rank, work.ranks)
         losses = []
-        for x, y in zip(inputs.split(size), targets.split(size), strict=True):
+        for x, y in plain_gpt.microbatches(inputs, targets, size):
             loss = plain_gpt.loss_of(engine(x), y)
             engine.backward(loss)
             engine.step()
             losses.append(loss.detach())
-        return common.mean_over_ranks(torch.stack(losses).mean().item())
+        return rank_common.mean_over_ranks(torch.stack(losses).mean().item())
 
     return train
 
@@ -97,13 +103,14 @@ def zero(work: common.Work) -> common.Train:
 class DeepSpeedStage(nn.Sequential):
     """Some layers, with their weights, as one layer of a `PipelineModule`."""
 
-    def __init__(self, work: common.Work, names: list[str]) -> None:
+    def __init__(self, work: rank_common.RankWork, names: list[str]) -> None:
         weights = work.weights(*names)
         super().__init__(*(plain_gpt.build(name, work.model, weights, work.dtype) for name in names))
 
 
-def pipeline(work: common.Work) -> common.Train:
-    """Its pipeline engine, cut where STAGE_STARTS says (the first layer of each stage); with replicas, ZeRO-1."""
+def pipeline(work: rank_common.RankWork) -> rank_common.Train:
+    """Set up its pipeline engine, cut where STAGE_STARTS says (the first layer of each stage); with replicas,
+    ZeRO-1."""
     from deepspeed.pipe import LayerSpec, PipelineModule
 
     # One of its layers is one of our stages, so it cuts where we cut.
@@ -116,7 +123,7 @@ def pipeline(work: common.Work) -> common.Train:
 
     def microbatches(step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         inputs, targets = work.batch(step, replica, replicas)
-        yield from zip(inputs.split(size), targets.split(size), strict=True)
+        yield from plain_gpt.microbatches(inputs, targets, size)
 
     def train(step: int) -> float:
         return float(engine.train_batch(data_iter=microbatches(step)))
@@ -124,7 +131,7 @@ def pipeline(work: common.Work) -> common.Train:
     return train
 
 
-def set_up(work: common.Work) -> common.Train:
+def set_up(work: rank_common.RankWork) -> rank_common.Train:
     deepspeed_build.find_operators(work.device.type)
     from deepspeed.comm import init_distributed
 
@@ -134,4 +141,4 @@ def set_up(work: common.Work) -> common.Train:
 
 
 if __name__ == "__main__":
-    common.main(set_up)
+    rank_common.main(set_up)

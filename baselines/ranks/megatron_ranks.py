@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
-import common
-import no_gpu
-import plain_gpt
 import torch
-from mixed import HALF, MixedAdamW
 from torch import nn
+
+if not TYPE_CHECKING:
+    # A script imports its neighbours by their plain names.
+    import no_gpu
+    import plain_gpt
+    import rank_common
+    from mixed import HALF, MixedAdamW
+else:
+    from baselines.ranks import no_gpu, plain_gpt, rank_common
+    from baselines.ranks.mixed import HALF, MixedAdamW
 
 SHARDED = "data-distributed-optimizer"
 """The strategy that is its distributed optimizer."""
@@ -36,17 +42,20 @@ OTHERS = {
 
 
 def our_name(name: str, chunk: Any) -> str:
-    """Our name of a parameter of a chunk of its GPT, whose layers are counted from 0 in each chunk."""
+    """Return our name of a parameter of a chunk of its GPT, whose layers are counted from 0 in each chunk."""
     module, _, kind = name.rpartition(".")
-    found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", module)
-    if found is None:
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", module)
+    if match is None:
         return f"{OTHERS[module]}.{kind}"
-    number = chunk.decoder.layers[int(found[1])].layer_number - 1
-    return f"{LAYER[found[2]].format(number)}.{kind}"
+    number = chunk.decoder.layers[int(match[1])].layer_number - 1
+    return f"{LAYER[match[2]].format(number)}.{kind}"
 
 
-def load(chunk: nn.Module, work: common.Work, rank: int) -> int:
-    """Our initial weights, each parameter's part for tensor-parallel rank `rank`; how many values they are whole."""
+def load(chunk: nn.Module, work: rank_common.RankWork, rank: int) -> int:
+    """Load our initial weights, each parameter's shard for tensor-parallel rank `rank`.
+
+    Returns the number of values of the unsharded parameters.
+    """
     parts = work.grid["col"]
     count = 0
     weights = work.weights()
@@ -58,14 +67,17 @@ def load(chunk: nn.Module, work: common.Work, rank: int) -> int:
             value = plain_gpt.by_head(value, work.model.heads)
         for dim, size in enumerate(parameter.shape):
             if size != value.shape[dim]:
-                value = value.unflatten(dim, (parts, size)).select(dim, rank)
-        # Of another shape than ours it is refused here.
+                value = torch.unflatten(value, dim, (parts, size)).select(dim, rank)
+        # Raises for a shape other than ours.
         parameter.data.copy_(value.reshape(parameter.shape))
     return count
 
 
-def check_parameters(work: common.Work, count: int) -> None:
-    """Whether its stages have all of our parameters, each once, and no others; `count` is that of this rank's."""
+def check_parameters(work: rank_common.RankWork, count: int) -> None:
+    """Raise `RuntimeError` unless its stages have all of our parameters, each once, and no others.
+
+    `count`: the number of values on this rank's stage.
+    """
     total = torch.tensor([count])
     torch.distributed.all_reduce(total)
     copies = work.grid["data"] * work.grid["col"]
@@ -74,8 +86,8 @@ def check_parameters(work: common.Work, count: int) -> None:
         raise RuntimeError(f"megatron-core's GPT has {int(total) // copies} parameters, ours has {ours}")
 
 
-def settings(work: common.Work, chunks: int) -> Any:
-    """Its configuration of the model and of its parallelism."""
+def settings(work: rank_common.RankWork, chunks: int) -> Any:
+    """Return its configuration of the model and of its parallelism."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     m, grid = work.model, work.grid
@@ -99,26 +111,26 @@ def settings(work: common.Work, chunks: int) -> Any:
         tensor_model_parallel_size=grid["col"],
         pipeline_model_parallel_size=grid["inter"],
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
-        # As it is recommended: its interleaved schedule hands messages on beside computation, each by itself.
+        # As recommended: its interleaved schedule overlaps messages with compute, each message by itself.
         overlap_p2p_comm=chunks > 1,
         batch_p2p_comm=chunks == 1,
-        # Without a stream to order it, what is on its way would be freed before it is sent.
+        # Without a stream for ordering, outputs in transit would be freed before they are sent.
         deallocate_pipeline_outputs=on_gpu or chunks == 1,
     )
 
 
-def build(work: common.Work, config: Any, chunks: int) -> list[Any]:
-    """This rank's chunks of the GPT, with our initial weights."""
+def build(work: rank_common.RankWork, config: Any, chunks: int) -> list[Any]:
+    """Build this rank's chunks of the GPT, with our initial weights."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     m = work.model
-    made = []
+    models = []
     count = 0
     for chunk in range(chunks):
         stage = chunk if chunks > 1 else None
-        made.append(
+        models.append(
             GPTModel(
                 config,
                 get_gpt_layer_local_spec(),
@@ -128,16 +140,17 @@ def build(work: common.Work, config: Any, chunks: int) -> list[Any]:
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
                 share_embeddings_and_output_weights=False,
                 vp_stage=stage,
-                # Its norms are made in float32, and would hand float32 on to products of a half type.
+                # Its norms are made in float32, and would pass float32 to products of a half type.
             ).to(work.device, work.dtype)
         )
-        count += load(made[-1], work, parallel_state.get_tensor_model_parallel_rank())
+        count += load(models[-1], work, parallel_state.get_tensor_model_parallel_rank())
     check_parameters(work, count)
-    return made
+    return models
 
 
-def replicate(work: common.Work, config: Any, chunks: list[Any]) -> list[Any]:
-    """Its data parallelism: gradients are reduced bucket by bucket beside the last microbatch's backward."""
+def replicate(work: rank_common.RankWork, config: Any, chunks: list[Any]) -> list[Any]:
+    """Return the chunks with its data parallelism: gradients are reduced bucket by bucket during the last microbatch's
+    backward."""
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -160,15 +173,13 @@ def replicate(work: common.Work, config: Any, chunks: list[Any]) -> list[Any]:
 class PlainOptimizer:
     """PyTorch's fused AdamW on this rank's parameters, with float32 masters where they are of a half type."""
 
-    def __init__(self, work: common.Work, models: list[Any]) -> None:
-        o = work.optimizer
+    def __init__(self, work: rank_common.RankWork, models: list[Any]) -> None:
         self._models = models
         self._parameters = [p for model in models for p in model.parameters()]
-        settings = {"lr": o.lr, "betas": tuple(o.betas), "eps": o.eps, "weight_decay": o.weight_decay}
         self._adam = (
-            MixedAdamW(self._parameters, **settings)
+            MixedAdamW(self._parameters, **work.adamw)
             if work.dtype in HALF
-            else torch.optim.AdamW(self._parameters, fused=True, **settings)
+            else torch.optim.AdamW(self._parameters, fused=True, **work.adamw)
         )
 
     def zero_grad(self) -> None:
@@ -176,14 +187,14 @@ class PlainOptimizer:
 
     def step(self) -> None:
         for parameter in self._parameters:
-            # Where its data parallelism has accumulated the gradient.
+            # The buffer in which its data parallelism accumulates the gradient.
             if (gradient := getattr(parameter, "main_grad", None)) is not None:
                 parameter.grad = gradient
         self._adam.step()
 
 
-def sharded_optimizer(work: common.Work, models: list[Any]) -> Any:
-    """Its optimizer, whose state is cut over the replicas."""
+def sharded_optimizer(work: rank_common.RankWork, models: list[Any]) -> Any:
+    """Return its optimizer, whose state is sharded over the replicas."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     o = work.optimizer
@@ -203,23 +214,46 @@ def sharded_optimizer(work: common.Work, models: list[Any]) -> Any:
     return get_megatron_optimizer(asked, models, config_overrides={})
 
 
-def set_up(work: common.Work) -> common.Train:
+def initialise(work: rank_common.RankWork, chunks: int) -> None:
+    """Initialise its process groups and random generators, on a machine without a GPU behind stand-ins for one."""
     without_gpu = work.device.type == "cpu"
     if without_gpu:
         no_gpu.install()
     from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     if without_gpu:
         no_gpu.install_in_megatron()
-    chunks = max(work.config["schedule"]["chunks"], 2) if work.strategy == "interleaved" else 1
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=work.grid["col"],
         pipeline_model_parallel_size=work.grid["inter"],
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
     )
     model_parallel_cuda_manual_seed(work.seed)
+
+
+def forward_step(work: rank_common.RankWork) -> Callable[[Iterator[tuple[torch.Tensor, torch.Tensor]], Any], Any]:
+    """Return the function that its schedules call for each microbatch: its losses, and the function of their mean."""
+    positions = torch.arange(work.model.seq_len, device=work.device).unsqueeze(0)
+
+    def mean(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = losses.mean()
+        # A copy: the schedule divides the loss in place.
+        return loss, loss.detach().clone()
+
+    def forward(data: Iterator[tuple[torch.Tensor, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Any]:
+        tokens, targets = next(data)
+        return model(tokens, positions, None, labels=targets), mean
+
+    return forward
+
+
+def set_up(work: rank_common.RankWork) -> rank_common.Train:
+    chunks = max(work.config["schedule"]["chunks"], 2) if work.strategy == "interleaved" else 1
+    initialise(work, chunks)
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
     config = settings(work, chunks)
     models = build(work, config, chunks)
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -227,42 +261,29 @@ def set_up(work: common.Work) -> common.Train:
         models = replicate(work, config, models)
     optimizer = sharded_optimizer(work, models) if work.strategy == SHARDED else PlainOptimizer(work, models)
     forward_backward = get_forward_backward_func()
-    positions = torch.arange(work.model.seq_len, device=work.device).unsqueeze(0)
-    microbatches = work.batch_size // replicas // work.microbatch_size
-
-    def forward(data: Iterator[tuple[torch.Tensor, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Any]:
-        tokens, targets = next(data)
-        losses = model(tokens, positions, None, labels=targets)
-
-        def mean(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            loss = losses.mean()
-            # A copy: the schedule divides the loss in place.
-            return loss, loss.detach().clone()
-
-        return losses, mean
+    forward = forward_step(work)
 
     def train(step: int) -> float:
         optimizer.zero_grad()
         if replicas > 1:
             for model in models:
                 model.zero_grad_buffer()
-        inputs, targets = work.batch(step, replica, replicas)
-        cut = list(zip(inputs.split(work.microbatch_size), targets.split(work.microbatch_size), strict=True))
+        microbatches = list(plain_gpt.microbatches(*work.batch(step, replica, replicas), work.microbatch_size))
         losses = forward_backward(
             forward_step_func=forward,
-            data_iterator=[iter(cut) for _ in models] if chunks > 1 else iter(cut),
+            data_iterator=[iter(microbatches) for _ in models] if chunks > 1 else iter(microbatches),
             model=models if chunks > 1 else models[0],
-            num_microbatches=microbatches,
+            num_microbatches=len(microbatches),
             seq_length=work.model.seq_len,
             micro_batch_size=work.microbatch_size,
             forward_only=False,
         )
         optimizer.step()
-        # On the ranks of the last stage, and there for each microbatch.
-        return common.mean_over_ranks(work.grid["inter"] * float(sum(losses)) / microbatches)
+        # Only ranks of the last stage have losses, one for each microbatch.
+        return rank_common.mean_over_ranks(work.grid["inter"] * float(sum(losses)) / len(microbatches))
 
     return train
 
 
 if __name__ == "__main__":
-    common.main(set_up)
+    rank_common.main(set_up)

@@ -1,9 +1,9 @@
-"""What megatron-core and the reference implementation ask of `torch.cuda`, answered for a machine without a GPU.
+"""Stand-ins for what megatron-core and the reference implementation use of `torch.cuda`, on a machine without a GPU.
 
 They place tensors on the current CUDA device and order their work by streams, without asking whether there is one. Here
-the current device is the CPU, where all work runs in the order in which it is asked for: waiting is nothing to do, and
-there is one random generator. What they compute and send is left as it is. Megatron's fused kernels are not here; what
-it has in their place is plain PyTorch.
+the current device is the CPU, where all work runs in the order in which it is issued: waiting does nothing, and there
+is one random generator. What they compute and send is left as it is. Megatron's fused kernels are not here; their
+fallbacks are plain PyTorch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 class FakeStream:
-    """A stream or an event: whatever was asked for before is done."""
+    """A stream or an event: everything issued before it is done."""
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
@@ -38,7 +38,7 @@ class FakeStream:
 
 
 def _on_the_cpu(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The function that makes a tensor, told "cpu" for "cuda"."""
+    """Return the function that makes a tensor, with "cpu" in place of "cuda"."""
 
     @wraps(make)
     def made(*arguments: Any, **options: Any) -> torch.Tensor:
@@ -50,7 +50,7 @@ def _on_the_cpu(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
 
 
 def install() -> None:
-    """Answer for the GPU that is not there. To be called before the framework is imported."""
+    """Replace the functions of `torch.cuda`. Call it before the framework is imported."""
     answers: dict[str, Any] = {
         "current_device": lambda: CPU,
         "set_device": lambda _: None,
@@ -67,14 +67,14 @@ def install() -> None:
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
-    # Where they write device="cuda": Megatron's counters in schedules, causal mask, scales and flags in optimizers; the
+    # For code with device="cuda": Megatron's counters in schedules, causal mask, scales and flags in optimizers; the
     # reference implementation's receive buffers.
     for name in ("empty", "zeros", "ones", "tensor"):
         setattr(torch, name, _on_the_cpu(getattr(torch, name)))
 
 
 def install_in_megatron() -> None:
-    """Answer where it does not ask `torch.cuda` itself, once it is imported."""
+    """Replace what Megatron does not ask of `torch.cuda`, once it is imported."""
     from megatron.core.tensor_parallel import random
 
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
@@ -82,7 +82,8 @@ def install_in_megatron() -> None:
     plain = torch.Tensor.type
 
     def named(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        """The name of its type, as of a tensor on a GPU: the distributed optimizer tells parameters by it."""
+        """Return the name of its type, as of a tensor on a GPU, by which the distributed optimizer recognises
+        parameters."""
         if arguments or options:
             return plain(tensor, *arguments, **options)
         return plain(tensor).replace("torch.", "torch.cuda.")

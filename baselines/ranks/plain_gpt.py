@@ -1,12 +1,12 @@
-"""The GPT of `axonn.models.gpt.gpt_model` in plain modules of torch: same layers, same parameters, same function.
+"""The GPT of `axonn.models.gpt.gpt_model` in plain torch modules: same layers, same parameters, same function.
 
-The rows of `qkv` are those of one head after the other, so that a part of them is whole heads.
+The rows of `qkv` are ordered by head, so that a shard of them is complete heads.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 
 
 class PlainEmbedding(nn.Module):
-    """[batch, seq] int64 -> [batch, seq, hidden]."""
+    """Token and position embedding: [batch, seq] int64 -> [batch, seq, hidden]."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class PlainEmbedding(nn.Module):
 
 
 class PlainAttention(nn.Module):
-    """First half of a transformer layer; of as many heads as `qkv` has."""
+    """First half of a transformer layer, with as many heads as `qkv` has."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class PlainFeedForward(nn.Module):
 
 
 class PlainHead(nn.Module):
-    """[batch, seq, hidden] -> [batch, seq, vocab]."""
+    """Norm and output layer: [batch, seq, hidden] -> [batch, seq, vocab]."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -73,20 +73,21 @@ class PlainHead(nn.Module):
 
 
 def layer_names(model: Any) -> list[str]:
-    """Names of the layers in their order."""
+    """Return the names of the layers in their order."""
     halves = [f"{kind}{i}" for i in range(model.layers) for kind in ("attention", "mlp")]
     return ["embedding", *halves, "head"]
 
 
 def stages(model: Any) -> list[list[str]]:
-    """Names of the layers of each stage, the first ones being those of the variable STAGE_STARTS."""
+    """Return the names of the layers of each stage; the variable STAGE_STARTS has the first ones."""
     names = layer_names(model)
     starts = [int(start) for start in os.environ["STAGE_STARTS"].split(",")]
     return [names[first:end] for first, end in zip(starts, [*starts[1:], len(names)], strict=True)]
 
 
 def build(name: str, model: Any, weights: Mapping[str, torch.Tensor] | None, dtype: torch.dtype) -> nn.Module:
-    """The layer `name` of `model` (anything with the attributes of a GPTConfig), with its weights, or torch's own."""
+    """Build the layer `name` of `model` (anything with the attributes of a GPTConfig), with its weights, or torch's
+    own."""
     kinds: dict[str, type[nn.Module]] = {
         "embedding": PlainEmbedding,
         "attention": PlainAttention,
@@ -96,20 +97,25 @@ def build(name: str, model: Any, weights: Mapping[str, torch.Tensor] | None, dty
     layer = kinds[name.rstrip("0123456789")](model).to(dtype)
     if weights is None:
         return layer
-    own = {key.partition(".")[2]: value for key, value in weights.items() if key.partition(".")[0] == name}
-    for part in ("qkv.weight", "qkv.bias"):
-        if part in own:
-            own[part] = by_head(own[part], model.heads)
-    layer.load_state_dict(own)
+    state = {key.partition(".")[2]: value for key, value in weights.items() if key.partition(".")[0] == name}
+    for key in ("qkv.weight", "qkv.bias"):
+        if key in state:
+            state[key] = by_head(state[key], model.heads)
+    layer.load_state_dict(state)
     return layer
 
 
 def by_head(values: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of all queries, keys, values, rearranged: those of one head after the other."""
-    return values.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
+    """Return the rows of all queries, keys and values, reordered by head."""
+    return torch.unflatten(values, 0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def microbatches(inputs: torch.Tensor, targets: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the inputs and targets of each microbatch of `size` rows."""
+    return zip(torch.split(inputs, size), torch.split(targets, size), strict=True)
 
 
 def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy per token, in float32 at least."""
+    """Return the mean cross entropy per token, in float32 at least."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits.flatten(0, 1).to(wide), targets.flatten())

@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import common
-import no_gpu
-import plain_gpt
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+if not TYPE_CHECKING:
+    # A script imports its neighbours by their plain names.
+    import no_gpu
+    import plain_gpt
+    import rank_common
+else:
+    from baselines.ranks import no_gpu, plain_gpt, rank_common
+
 
 class ReferenceStage(nn.Module):
-    """The layers of one stage; the reference implementation asks it for the shapes of its messages."""
+    """The layers of one stage, with the shapes of messages that the reference implementation asks for."""
 
-    def __init__(self, work: common.Work, names: list[str]) -> None:
+    def __init__(self, work: rank_common.RankWork, names: list[str]) -> None:
         super().__init__()
         weights = work.weights(*names) if work.written else None
         self._message = [-1, work.model.seq_len, work.model.hidden]
         self._recompute: int | None = work.config["activation_checkpointing"]
-        # In half types its engine computes under autocast: the parameters are float32 always.
+        # Its engine computes half types under autocast: the parameters are always float32.
         self.layers = nn.ModuleDict({name: plain_gpt.build(name, work.model, weights, torch.float32) for name in names})
 
     def get_input_shape(self) -> list[int]:
-        """-1 stands for the rows of a microbatch."""
+        """Return the shape of its input; -1 stands for the rows of a microbatch."""
         return self._message
 
     def get_output_shape(self) -> list[int]:
         return self._message
 
     def _block(self, name: str) -> int | None:
-        """Which of the parts to be recomputed as one a layer is in; None for one that is in none."""
+        """Return which of the segments to be recomputed a layer belongs to; None for a layer in none."""
         number = name.lstrip("abcdefghijklmnopqrstuvwxyz")
         return int(number) // self._recompute if number and self._recompute else None
 
@@ -45,7 +51,7 @@ class ReferenceStage(nn.Module):
 
 
 def without_gpu() -> None:
-    """Have it find a device and groups where it asks for CUDA and NCCL by name."""
+    """Give it a device and groups where it asks for CUDA and NCCL by name."""
     no_gpu.install()
     make_group = dist.new_group
 
@@ -55,38 +61,36 @@ def without_gpu() -> None:
     dist.new_group = new_group  # type: ignore[assignment]
 
 
-def set_up(work: common.Work) -> common.Train:
+def set_up(work: rank_common.RankWork) -> rank_common.Train:
     on_gpu = work.device.type == "cuda"
     if not on_gpu:
         without_gpu()
-    # The engine's module needs MPI, which it initialises where there is more than one stage.
-    from axonn import axonn as ax
-    from axonn.inter_layer import AxoNN_Inter_Layer_Engine
+    # Here `axonn` is the package of PyPI, which a type checker would take for this suite's engine. Its engine's module
+    # needs MPI, which it initialises where there is more than one stage.
+    ax: Any = import_module("axonn.axonn")
+    inter_layer: Any = import_module("axonn.inter_layer")
 
     stages, replicas = work.grid["inter"], work.grid["data"]
     ax.init(G_inter=stages, G_data=replicas, gpus_per_node=None if on_gpu else 1)
-    # Its data loader is what would set it.
+    # Its data loader, which is not used here, would set it.
     ax.config.micro_batch_size = work.microbatch_size
     stage, replica = ax.config.inter_layer_parallel_rank, ax.config.data_parallel_rank
     module = ReferenceStage(work, plain_gpt.stages(work.model)[stage]).to(work.device)
-    engine = AxoNN_Inter_Layer_Engine(module, plain_gpt.loss_of, computation_dtype=work.dtype)
-    o = work.optimizer
-    optimizer = torch.optim.AdamW(
-        module.parameters(), lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, fused=True
-    )
+    engine = inter_layer.AxoNN_Inter_Layer_Engine(module, plain_gpt.loss_of, computation_dtype=work.dtype)
+    optimizer = torch.optim.AdamW(module.parameters(), fused=True, **work.adamw)
 
     def train(step: int) -> float:
         inputs, targets = work.batch(step, replica, replicas)
         optimizer.zero_grad()
         loss = engine.forward_backward_optimizer(inputs, targets, optimizer)
-        # The last stage of each replica knows it, the others have 0.
-        return common.mean_over_ranks(stages * loss)
+        # The last stage of each replica has the loss, the others 0.
+        return rank_common.mean_over_ranks(stages * loss)
 
     return train
 
 
 def leave() -> None:
-    """Open MPI takes a rank that leaves without this for one that failed."""
+    """Finalize MPI: Open MPI takes a rank that leaves without this for one that failed."""
     from mpi4py import MPI
 
     if MPI.Is_initialized():
@@ -94,4 +98,4 @@ def leave() -> None:
 
 
 if __name__ == "__main__":
-    common.main(set_up, leave)
+    rank_common.main(set_up, leave)

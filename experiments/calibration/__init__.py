@@ -1,1 +1,1 @@
-"""`axonn calibrate`: microbenchmarks of this machine, from which a machine file is made."""
+"""Calibration (`axonn calibrate`): microbenchmarks of this machine, which give its machine file."""

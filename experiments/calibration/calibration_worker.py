@@ -1,4 +1,7 @@
-"""What every rank of a calibration runs: python -m experiments.calibration.calibration_worker FOLDER; rank 0 writes the results."""
+"""Program of every rank of a calibration: python -m experiments.calibration.calibration_worker FOLDER.
+
+Rank 0 writes the results.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,8 @@ PROGRESS = "progress.txt"
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationJob:
-    """What to measure: kernels and memory; one rank, what the host costs, several, messages and collectives.
+    """Options of a calibration. All ranks measure kernels and memory; one rank alone also the costs of the host,
+    several ranks messages and collectives.
 
     A GPU is measured by one rank alone.
     """
@@ -37,14 +41,17 @@ class CalibrationJob:
     device: DeviceType = "cpu"
 
     def write(self, folder: Path) -> None:
+        """Write the options for the ranks that start in `folder`."""
         (folder / "job.json").write_text(json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, folder: Path) -> CalibrationJob:
+        """Read the options that `write` wrote."""
         return cls(**json.loads((folder / "job.json").read_text()))
 
 
 def main() -> None:
+    """Measure on this rank."""
     from axonn.device.devices import rank_device
     from axonn.distributed.runtime import connect, launched_as
     from axonn.grid import ProcessGrid
@@ -62,7 +69,7 @@ def main() -> None:
             with open(folder / PROGRESS, "a", encoding="utf-8") as file:
                 file.write(f"{name}\n")
 
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     comm = None
     timer = Timer()
     device = rank_device(job.device)
@@ -74,27 +81,27 @@ def main() -> None:
 
         comm = MPI.COMM_WORLD
         most: Callable[[float], float] = lambda x: comm.allreduce(x, op=MPI.MAX)  # noqa: E731
-        timer = Timer(together=comm.Barrier, agree=most)
+        timer = Timer(barrier=comm.Barrier, agree=most)
     if job.quick:
         timer = replace(timer, samples=4)
     with device:
         kernels = measure(sizes_of(device, quick=job.quick), getattr(torch, job.precision), timer, on_part)
-        found["kernels"] = kernels if comm is None else _mean(comm.allgather(kernels))
+        results["kernels"] = kernels if comm is None else _mean(comm.allgather(kernels))
         on_part("memory")
-        found |= _of_memory(timer, device)
+        results |= _measure_memory(timer, device)
     if comm is None:
         on_part("the engine on small models")
-        found["host"] = host_costs.measure(job.precision, batches=20 if job.quick else 60, device=device)
+        results["host"] = host_costs.measure(job.precision, batches=20 if job.quick else 60, device=device)
     else:
         for transport in ("mpi", "torch"):
             on_part(f"messages over {transport}")
             with connect(ProcessGrid(inter=size), transport=transport) as runtime:
-                found |= _of_links(runtime, comm, timer, transport, precision=job.precision, quick=job.quick)
+                results |= _measure_links(runtime, comm, timer, transport, precision=job.precision, quick=job.quick)
     if rank == 0:
-        (folder / RESULT).write_text(json.dumps(found))
+        (folder / RESULT).write_text(json.dumps(results))
 
 
-def _of_memory(timer: Timer, device: torch.device) -> dict[str, Any]:
+def _measure_memory(timer: Timer, device: torch.device) -> dict[str, Any]:
     from experiments.calibration.link_timing import copy_rate, empty_kernel, host_link_rate
 
     if device.type == "cpu":
@@ -112,7 +119,7 @@ def _of_memory(timer: Timer, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _of_links(
+def _measure_links(
     runtime: Runtime, comm: MPI.Intracomm, timer: Timer, transport: str, *, precision: FloatType, quick: bool
 ) -> dict[str, Any]:
     from experiments.calibration import host_costs, link_timing
@@ -121,24 +128,24 @@ def _of_links(
     sizes = [1 << i for i in range(8, 23, step)]
     repeats = 5 if quick else 9
     assert runtime.transport is not None
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "message_bytes": sizes,
         f"messages_{transport}": link_timing.message_seconds(runtime.transport, comm, sizes, repeats=repeats),
         f"host_{transport}": link_timing.host_seconds(runtime.transport, comm, sizes, repeats=repeats),
     }
     if transport == "mpi":
-        own = host_costs.measure_pipelined(precision, runtime, stages=comm.size, batches=20 if quick else 60)
-        found["pipelined"] = _mean(comm.allgather(own))
+        pipelined = host_costs.measure_pipelined(precision, runtime, stages=comm.size, batches=20 if quick else 60)
+        results["pipelined"] = _mean(comm.allgather(pipelined))
         sizes = [1 << i for i in range(6, 25, step)]
         seconds = link_timing.all_reduce_seconds(runtime.collectives, sizes, timer)
-        found |= {"all_reduce_bytes": sizes, "all_reduce": _mean(comm.allgather(seconds))}
+        results |= {"all_reduce_bytes": sizes, "all_reduce": _mean(comm.allgather(seconds))}
         slow = [link_timing.slowdown_beside(runtime.collectives, timer, nbytes=1 << i) for i in (18, 20)]
-        found["beside"] = _mean(comm.allgather(sum(slow) / len(slow)))
-    return found
+        results["beside"] = _mean(comm.allgather(sum(slow) / len(slow)))
+    return results
 
 
 def _mean(values: list[Any]) -> Any:
-    """Mean over the ranks of each number in plain data of one shape; sizes, which are integers, stay."""
+    """Return plain data of one shape with each number averaged over the ranks; sizes, which are integers, stay."""
     first = values[0]
     if isinstance(first, dict):
         return {key: _mean([value[key] for value in values]) for key in first}

@@ -1,4 +1,4 @@
-"""What the host costs: our engine on small models, less what their kernels take by themselves."""
+"""Host costs: the time of the suite's engine on small models, minus the time of their kernels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WARM_UP = 3
 
 
 def small(layers: int, precision: FloatType) -> TrainConfig:
-    """A training run of which the host takes a good part; its sizes are points of the grids of kernels."""
+    """Return a training run with a large share of host time; its sizes are points of the grids of kernels."""
     model = GPTConfig(name=f"small-{layers}", layers=layers, hidden=64, heads=2, seq_len=64, vocab=256)
     return TrainConfig(
         model=model,
@@ -37,58 +37,58 @@ def small(layers: int, precision: FloatType) -> TrainConfig:
 
 
 def measure(precision: FloatType, *, batches: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Seconds of a forward, of a backward and of a batch of each model, on the only rank of this process."""
+    """Return the seconds of a forward, of a backward and of a batch of each model, on a single rank."""
     from axonn.training.engine_framework import EngineTrainer
 
-    found = {}
+    seconds = {}
     for layers in _LAYERS:
         with connect(ProcessGrid(), device=device) as runtime:
             spans = SpanRecorder(0)
             trainer = EngineTrainer(small(layers, precision), runtime, spans)
-            whole = []
+            batch_seconds = []
             for step in range(batches + _WARM_UP):
                 if step == _WARM_UP:
                     spans.spans.clear()
                 start = spans.now()
                 trainer.train_batch(step)
-                whole.append(spans.now() - start)
-        of = {
+                batch_seconds.append(spans.now() - start)
+        tasks = {
             name: _undisturbed([s.end - s.start for s in spans.spans if s.kind == kind])
             for name, kind in (("forward", SpanKind.FORWARD), ("backward", SpanKind.BACKWARD))
         }
-        found[str(layers)] = {**of, "batch": _undisturbed(whole[_WARM_UP:])}
-    return found
+        seconds[str(layers)] = {**tasks, "batch": _undisturbed(batch_seconds[_WARM_UP:])}
+    return seconds
 
 
 def measure_pipelined(precision: FloatType, runtime: Runtime, *, stages: int, batches: int) -> float:
-    """Seconds between the spans of a task and of the next on a rank of several stages: to hear of messages, to choose,
-    to send. Every rank of the pipeline calls it; the result is this rank's."""
+    """Return this rank's seconds between the spans of one task and the next in a pipeline of several stages: to receive
+    messages, to choose a task, to send. Every rank of the pipeline calls it."""
     from axonn.training.engine_framework import EngineTrainer
 
     config = small(2 * stages, precision).model_copy(update={"grid": ProcessGrid(inter=stages)})
     spans = SpanRecorder(runtime.rank)
     trainer = EngineTrainer(config, runtime, spans)
-    found = []
+    gaps = []
     for step in range(batches + _WARM_UP):
         spans.spans.clear()
         start = spans.now()
         trainer.train_batch(step)
-        whole = spans.now() - start
+        batch_seconds = spans.now() - start
         explained = sum(s.end - s.start for s in spans.spans if s.kind != SpanKind.SEND)
-        found.append((whole - explained) / (2 * _MICROBATCHES))
-    return _undisturbed(found[_WARM_UP:])
+        gaps.append((batch_seconds - explained) / (2 * _MICROBATCHES))
+    return _undisturbed(gaps[_WARM_UP:])
 
 
 def _undisturbed(seconds: list[float]) -> float:
-    """The lower quartile: what else runs on the machine only adds."""
+    """Return the lower quartile: other work on the machine only adds time."""
     return quantiles(seconds, n=4)[0]
 
 
 def host_times(machine: MachineFile, precision: FloatType, measured: dict[str, Any], *, source: str) -> HostTimes:
-    """What is left of the measured times when the kernels that `machine` (without host times) predicts are taken away.
+    """Return the host times: measured times minus those of the kernels, which `machine` (without host times) predicts.
 
-    The difference between the two models gives the time of an operation, the smaller one what is left of a task, and
-    of a batch.
+    The difference between the two models gives the time of an operation, the smaller one the rest of a task and of a
+    batch.
     """
     few, many = _LAYERS
     kernels = {layers: _predicted(machine, layers, precision) for layers in _LAYERS}
@@ -103,7 +103,7 @@ def host_times(machine: MachineFile, precision: FloatType, measured: dict[str, A
     batch = one["batch"] - _MICROBATCHES * (one["forward"] + one["backward"]) - kernels[few]["step"]
 
     def quantity(seconds: float) -> Time:
-        # A quantity is positive; what was lost in noise is one hundredth of a microsecond.
+        # A quantity is positive; a time lost in noise counts as one hundredth of a microsecond.
         return Time(value=round(max(0.01, 1e6 * seconds), 2), unit="us", source=source, status="measured")
 
     return HostTimes(
@@ -122,7 +122,8 @@ def _predicted(machine: MachineFile, layers: int, precision: FloatType) -> dict[
 
 
 def _operations(machine: MachineFile, layers: int, precision: FloatType) -> dict[str, float]:
-    """Times of an operation that a forward and a backward have: by how much one second each delays them."""
+    """Return how many operations count in a forward and in a backward: the delay, in seconds, if each took one second
+    more on the host."""
     second = Time(value=1.0, unit="s", source="", status="assumed")
     host = HostTimes(forward=second, backward=second, task=second, batch=second)
     slow = machine.model_copy(update={"gpu": machine.gpu.model_copy(update={"host": host})})

@@ -1,4 +1,4 @@
-"""Kernels as our engine runs them, over sizes: matrix products, convolutions, attention, the optimizer's step."""
+"""Timing of the engine's kernels over sizes: matrix products, convolutions, attention, the optimizer's step."""
 
 from __future__ import annotations
 
@@ -97,41 +97,42 @@ GPU_QUICK = Sizes(
 
 
 def sizes_of(device: torch.device, *, quick: bool) -> Sizes:
-    """What is worth measuring on a device."""
+    """Return the sizes to measure on a device."""
     if device.type == "cpu":
         return QUICK if quick else FULL
     return GPU_QUICK if quick else GPU
 
 
 def measure(sizes: Sizes, dtype: torch.dtype, timer: Timer, on_part: Callable[[str], None]) -> dict[str, Any]:
-    """What `axonn.perf.machine.kernel_tables.MeasuredKernels` says of the machine, as plain data."""
+    """Return the tables of `axonn.perf.machine.kernel_tables.MeasuredKernels`, as plain data."""
     torch.manual_seed(0)
     bench = Bench.of(dtype, timer)
     on_part("matrix products")
-    found: dict[str, Any] = {"products": _products(sizes, bench)}
+    tables: dict[str, Any] = {"products": _products(sizes, bench)}
     on_part("convolutions")
-    found["convolutions"] = _convolutions(sizes, bench)
+    tables["convolutions"] = _convolutions(sizes, bench)
     on_part("attention")
-    found["attention"] = _attention(sizes, bench)
+    tables["attention"] = _attention(sizes, bench)
     on_part("streams")
-    found["streams"] = dict(_streams(sizes, bench)) | dict(_optimizers(sizes, bench))
-    return found
+    tables["streams"] = dict(_streams(sizes, bench)) | dict(_optimizers(sizes, bench))
+    return tables
 
 
-def _table(us: Sequence[float], **axes: Sequence[int]) -> dict[str, Any]:
-    return {**{name: list(values) for name, values in axes.items()}, "us": [round(1e6 * t, 3) for t in us]}
+def _table(seconds: Sequence[float], **axes: Sequence[int]) -> dict[str, Any]:
+    return {**{name: list(values) for name, values in axes.items()}, "us": [round(1e6 * t, 3) for t in seconds]}
 
 
 def _products(sizes: Sizes, bench: Bench) -> dict[str, Any]:
-    """[m, k] by [k, n] as a linear layer has it: y = x W^T + b, the input's g W, and the weight's g^T x, added."""
-    found: dict[str, list[float]] = {role: [] for role in _ROLES}
+    """Time the products [m, k] by [k, n] of a linear layer: y = x W^T + b, the input gradient g W, and the weight
+    gradient g^T x, accumulated."""
+    seconds: dict[str, list[float]] = {role: [] for role in _ROLES}
     tables: dict[str, Any] = {}
     for role in _ROLES:
-        # The inner dimension of a weight's gradient are the rows, of the others features.
+        # The inner dimension of a weight gradient is the rows, of the others it is features.
         axes = (sizes.features, sizes.features, sizes.rows) if role == "weight" else (sizes.rows, *[sizes.features] * 2)
         for m, n, k in product(*axes):
-            found[role].append(_product(role, m, n, k, bench))
-        tables[role] = _table(found[role], m=axes[0], n=axes[1], k=axes[2])
+            seconds[role].append(_product(role, m, n, k, bench))
+        tables[role] = _table(seconds[role], m=axes[0], n=axes[1], k=axes[2])
     return tables
 
 
@@ -157,14 +158,14 @@ def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 def _convolutions(sizes: Sizes, bench: Bench) -> dict[str, Any]:
-    found: dict[str, list[float]] = {role: [] for role in _ROLES}
+    times: dict[str, list[float]] = {role: [] for role in _ROLES}
     axes = {"images": sizes.images, "inputs": sizes.channels, "outputs": sizes.channels, "size": sizes.sides}
     axes["kernel"] = _KERNELS
     for images, inputs, outputs, size, kernel in product(*axes.values()):
         shapes = (images, inputs, size, size), (images, outputs, size, size), (outputs, inputs, kernel, kernel)
         for role, seconds in _convolution(*shapes, bench).items():
-            found[role].append(seconds)
-    return {role: _table(us, **axes) for role, us in found.items()}
+            times[role].append(seconds)
+    return {role: _table(seconds, **axes) for role, seconds in times.items()}
 
 
 @torch.no_grad()
@@ -176,10 +177,10 @@ def _convolution(x_shape: Shape, y_shape: Shape, weight_shape: Shape, bench: Ben
     def gradient(x: torch.Tensor, g: torch.Tensor, *, of_input: bool) -> torch.Tensor:
         one, around = [1, 1], [padding, padding]
         mask = [of_input, not of_input, False]
-        found: tuple[torch.Tensor, ...] = torch.ops.aten.convolution_backward(
+        gradients: tuple[torch.Tensor, ...] = torch.ops.aten.convolution_backward(
             g, x, weight, None, one, around, one, False, [0, 0], 1, mask
         )
-        return found[0 if of_input else 1]
+        return gradients[0 if of_input else 1]
 
     def sample() -> Phases:
         x, g = bench.pool.take(*x_shape), bench.pool.take(*y_shape)
@@ -196,9 +197,9 @@ def _attention(sizes: Sizes, bench: Bench) -> dict[str, Any]:
     axes = {"matrices": sizes.matrices, "rows": sizes.positions, "width": sizes.widths}
     tables: dict[str, Any] = {}
     for causal in (False, True):
-        found = [_attend(m, r, w, bench, causal=causal) for m, r, w in product(*axes.values())]
-        for way, us in zip(("forward", "backward"), zip(*found, strict=True), strict=True):
-            tables[f"causal-{way}" if causal else way] = _table(us, **axes)
+        times = [_attend(m, r, w, bench, causal=causal) for m, r, w in product(*axes.values())]
+        for way, seconds in zip(("forward", "backward"), zip(*times, strict=True), strict=True):
+            tables[f"causal-{way}" if causal else way] = _table(seconds, **axes)
     return tables
 
 
@@ -206,7 +207,7 @@ def _attend(matrices: int, rows: int, width: int, bench: Bench, *, causal: bool)
     heads = min(4, matrices)
 
     def operands() -> tuple[torch.Tensor, ...]:
-        # As heads are cut out of rows.
+        # Strided as heads that are cut out of rows.
         return tuple(bench.pool.take(matrices // heads, rows, heads, width).transpose(1, 2) for _ in range(3))
 
     function = partial(F.scaled_dot_product_attention, is_causal=causal)
@@ -215,16 +216,16 @@ def _attend(matrices: int, rows: int, width: int, bench: Bench, *, causal: bool)
 
 def _streams(sizes: Sizes, bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]:
     for probe in STREAMS:
-        found: dict[str, list[float]] = {}
+        times: dict[str, list[float]] = {}
         for elements in sizes.elements:
             for kind, seconds in probe(elements, bench).items():
-                found.setdefault(kind, []).append(seconds)
-        for name, us in found.items():
-            yield name, _table(us, elements=sizes.elements)
+                times.setdefault(kind, []).append(seconds)
+        for name, of_kind in times.items():
+            yield name, _table(of_kind, elements=sizes.elements)
 
 
 def _optimizers(sizes: Sizes, bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Forgetting the gradients of a batch and the step, of one bucket."""
+    """Time the step of one bucket and the zeroing of its gradients, for each placement of the optimizer."""
     ways: tuple[tuple[str, OptimizerPlacement], ...] = (("adam", "device"), ("adam-offloaded", "offloaded"))
     for kind, placement in ways:
         seconds = [_optimizer(placement, elements, bench) for elements in sizes.parameters]

@@ -1,4 +1,4 @@
-"""Messages between two ranks and collectives of all of them, by size, as our engine sends them; memory and copies."""
+"""Timing of messages between two ranks and collectives over all, by size, as the engine sends them; and of copies."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 _BEFORE_S = 3e-3
-"""How long the receiver has waited when a message is sent: it sleeps between its looks, as it does in a run."""
+"""Time for which the receiver has waited when a message is sent: it sleeps between polls, as it does in a run."""
 _AFTER_S = 4e-3
-"""How long the sender computes after it, beside what the message may take."""
+"""Time for which the sender computes after it, in addition to the time that the message may take."""
 _SLOWEST = 5e8
-"""Bytes per second."""
+"""Lowest rate of messages that is allowed for, bytes per second."""
 
 
 def message_seconds(transport: Transport, comm: MPI.Intracomm, sizes: Sequence[int], *, repeats: int) -> list[float]:
-    """From `send` to the end of `wait`, for messages of these sizes from rank 0, which computes on, to rank 1.
+    """Return the seconds from `send` to the end of `wait`, for messages of these sizes from rank 0, which goes on
+    computing, to rank 1.
 
-    Every rank calls it; the others stand by. Both clocks are that of the machine.
+    Every rank calls it; the others stand by. Both ranks read the machine's clock.
     """
-    found = []
+    medians = []
     for nbytes in sizes:
         spec = TensorSpec((nbytes // 4,), torch.float32)
         cpu = torch.device("cpu")
@@ -56,14 +57,14 @@ def message_seconds(transport: Transport, comm: MPI.Intracomm, sizes: Sequence[i
                 stamp = time.perf_counter()
             stamps = comm.allgather(stamp)
             times.append(stamps[1] - stamps[0])
-        found.append(median(times[1:]))
-    return found
+        medians.append(median(times[1:]))
+    return medians
 
 
 def host_seconds(transport: Transport, comm: MPI.Intracomm, sizes: Sequence[int], *, repeats: int) -> list[float]:
-    """Of each side of a message, by its size: by how much it delays what its sender, rank 0, or its receiver, rank 1,
-    computes meanwhile. The others stand by."""
-    found = []
+    """Return the seconds by which a message of each size delays the computation of its sender, rank 0, or of its
+    receiver, rank 1: their mean. The other ranks stand by."""
+    delays = []
     for nbytes in sizes:
         count = _products(_AFTER_S + nbytes / _SLOWEST)
         spec = TensorSpec((nbytes // 4,), torch.float32)
@@ -71,7 +72,7 @@ def host_seconds(transport: Transport, comm: MPI.Intracomm, sizes: Sequence[int]
             cpu = torch.device("cpu")
             transport.expect(MessageEdge(peer=0, direction=Direction.FORWARD, tensors=(spec,), device=cpu), repeats)
         payload = torch.ones(spec.shape)
-        alone, beside = [], []
+        alone, with_message = [], []
         for number in range(repeats):
             comm.Barrier()
             alone.append(_elapsed(count))
@@ -85,20 +86,20 @@ def host_seconds(transport: Transport, comm: MPI.Intracomm, sizes: Sequence[int]
             elif comm.rank == 1:
                 while not transport.wait():
                     pass
-            beside.append(time.perf_counter() - start)
-        sides = comm.allgather(median(beside) - median(alone))[:2]
-        found.append(max(1e-6, sum(sides) / 2))
-    return found
+            with_message.append(time.perf_counter() - start)
+        sides = comm.allgather(median(with_message) - median(alone))[:2]
+        delays.append(max(1e-6, sum(sides) / 2))
+    return delays
 
 
 def _products(seconds: float) -> int:
-    """How many small matrix products take about so long."""
+    """Return how many small matrix products take about so many seconds."""
     count = 256
     return max(1, round(count * seconds / min(_elapsed(count) for _ in range(5))))
 
 
 def _elapsed(count: int) -> float:
-    """Seconds of so many small matrix products."""
+    """Return the seconds of so many small matrix products."""
     a = torch.ones(128, 128)
     start = time.perf_counter()
     for _ in range(count):
@@ -107,7 +108,7 @@ def _elapsed(count: int) -> float:
 
 
 def _compute(seconds: float) -> None:
-    """What a stage does: matrix products, for about so long."""
+    """Compute matrix products, as a stage does, for about so many seconds."""
     a = torch.ones(128, 128)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -116,26 +117,26 @@ def _compute(seconds: float) -> None:
 
 
 def all_reduce_seconds(collectives: Collectives, sizes: Sequence[int], timer: Timer) -> list[float]:
-    """All-reduces over all ranks, of these numbers of bytes in float32, nobody computing meanwhile.
+    """Return the seconds of all-reduces over all ranks, by bytes of float32, while no rank computes.
 
     Before each the ranks compute, as they do in a run, and so do not begin it at the same moment.
     """
     group = collectives.axis_group(AXES)
     before = partial(_elapsed, _products(_BEFORE_S))
-    found = []
+    medians = []
     for nbytes in sizes:
         reduce = partial(_all_reduce, collectives, group, torch.zeros(max(1, nbytes // 4)))
 
         def sample(reduce: Callable[[], object] = reduce) -> Phases:
-            timer.together()
+            timer.barrier()
             return before, reduce
 
-        found.append(timer.of(sample)[1])
-    return found
+        medians.append(timer.of(sample)[1])
+    return medians
 
 
 def slowdown_beside(collectives: Collectives, timer: Timer, *, nbytes: int) -> float:
-    """How much longer matrix products take while an all-reduce of `nbytes` is under way all the time."""
+    """Return the slowdown of matrix products while an all-reduce of `nbytes` is under way all the time."""
     group = collectives.axis_group(AXES)
     tensor = torch.zeros(nbytes // 4)
     alone = timer.agree(_once(partial(_all_reduce, collectives, group, tensor), timer))
@@ -150,7 +151,7 @@ def slowdown_beside(collectives: Collectives, timer: Timer, *, nbytes: int) -> f
         return run
 
     one = timer.agree(_once(products(50), timer)) / 50
-    # As much to compute as the collective takes: what is longer than both ends in their sum at the latest.
+    # As much to compute as the collective takes, so that both together take at most their sum.
     count = max(1, round(alone / one))
     compute = timer.agree(_once(products(count), timer))
 
@@ -159,9 +160,9 @@ def slowdown_beside(collectives: Collectives, timer: Timer, *, nbytes: int) -> f
         products(count)()
         work.wait()
 
-    together = timer.agree(_once(both, timer))
+    overlapped = timer.agree(_once(both, timer))
     # Computing for C beside a collective of A takes C + A (1 - 1 / slowdown), see `axonn.perf.timing.task_times`.
-    hidden = min(0.95, max(0.0, (together - compute) / alone))
+    hidden = min(0.95, max(0.0, (overlapped - compute) / alone))
     return 1 / (1 - hidden)
 
 
@@ -170,33 +171,33 @@ def _all_reduce(collectives: Collectives, group: CollectiveGroup, tensor: torch.
 
 
 def _once(operation: Callable[[], object], timer: Timer) -> float:
-    """Seconds of an operation that all ranks begin at once."""
+    """Return the seconds of an operation that all ranks begin at once."""
 
     def sample() -> Phases:
-        timer.together()
+        timer.barrier()
         return (operation,)
 
     return timer.of(sample)[0]
 
 
 def copy_rate(timer: Timer, nbytes: int = 64 << 20) -> float:
-    """Bytes per second that a copy reads, and writes once more."""
+    """Return the bytes per second that a copy reads; it writes as many."""
     source = torch.ones(nbytes // 4)
     target = torch.empty_like(source)
     return nbytes / _once(lambda: target.copy_(source), timer)
 
 
 def host_link_rate(timer: Timer, device: torch.device, nbytes: int = 64 << 20) -> float:
-    """Bytes per second of a copy from page-locked host memory to a GPU, or back: the slower of the two."""
-    here = torch.empty(nbytes // 4, dtype=torch.float32, device=device)
-    there = torch.empty(nbytes // 4, dtype=torch.float32, device="cpu", pin_memory=True)
-    inwards = _once(lambda: here.copy_(there, non_blocking=True), timer)
-    outwards = _once(lambda: there.copy_(here, non_blocking=True), timer)
-    return nbytes / max(inwards, outwards)
+    """Return the bytes per second of a copy from page-locked host memory to a GPU or back: the slower of the two."""
+    on_device = torch.empty(nbytes // 4, dtype=torch.float32, device=device)
+    on_host = torch.empty(nbytes // 4, dtype=torch.float32, device="cpu", pin_memory=True)
+    to_device = _once(lambda: on_device.copy_(on_host, non_blocking=True), timer)
+    to_host = _once(lambda: on_host.copy_(on_device, non_blocking=True), timer)
+    return nbytes / max(to_device, to_host)
 
 
 def empty_kernel(timer: Timer) -> float:
-    """Seconds of the least that a kernel can do."""
+    """Return the seconds of the smallest possible kernel."""
     x = torch.zeros(1)
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Measures this machine for the performance model: `axonn calibrate`."""
+"""Measurement of this machine for the performance model (`axonn calibrate`)."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def calibrate(
     on_part: Callable[[str], None] = lambda name: None,
 ) -> MachineFile:
     """Measure with one rank and with `ranks` (default: one per core), and write the machine file `out` (default:
-    `LOCAL`, of a GPU `LOCAL_GPU`).
+    `LOCAL`, for a GPU `LOCAL_GPU`).
 
-    A GPU is measured by one rank alone. `precision`: float32 by default, on a GPU bfloat16. `on_part` is called with
-    what is being measured. Raises `ConfigError` for fewer than one rank, or several on a GPU, and `LaunchError` when
-    the ranks cannot start or one of them fails.
+    A GPU is measured by one rank alone. `precision`: by default float32, on a GPU bfloat16. `on_part` is called with
+    the name of each part of the measurement. Raises `ConfigError` for fewer than one rank, or several on a GPU, and
+    `LaunchError` when the ranks cannot start or one of them fails.
     """
     on_gpu = device == "cuda"
     count = (1 if on_gpu else available_cores()) if ranks is None else ranks
@@ -56,23 +56,23 @@ def calibrate(
         raise ConfigError(f"{count} ranks were asked for; ask for at least one")
     if on_gpu and count > 1:
         raise ConfigError(f"{count} ranks were asked for, and a GPU is measured by one alone; leave out --ranks")
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     watch = BusyWatch()
     for size in sorted({1, count}):
 
-        def say(part: str, size: int = size) -> None:
+        def report(part: str, size: int = size) -> None:
             on_part(f"{size} rank{'s' if size > 1 else ''}: {part}")
 
         job = CalibrationJob(precision=precision, quick=quick, device=device)
-        found.append(_measured(job, size, say))
-    given = [f"--ranks {count}", f"--precision {precision}", *["--quick"] * quick, *["--device cuda"] * on_gpu]
+        results.append(_measured(job, size, report))
+    options = [f"--ranks {count}", f"--precision {precision}", *["--quick"] * quick, *["--device cuda"] * on_gpu]
     busy = "" if watch.warning() is None else f"; machine busy: others took {watch.share():.0%} of the cores"
     measured = CalibrationResults(
         ranks=count,
         precision=precision,
-        source=f"axonn calibrate {' '.join(given)}{busy}",
-        alone=found[0],
-        together=found[1] if count > 1 else None,
+        source=f"axonn calibrate {' '.join(options)}{busy}",
+        alone=results[0],
+        all_ranks=results[1] if count > 1 else None,
     )
     machine = machine_of(measured, name=out.stem)
     write_machine(out, machine)
@@ -80,7 +80,7 @@ def calibrate(
 
 
 def _measured(job: CalibrationJob, ranks: int, on_part: Callable[[str], None]) -> dict[str, Any]:
-    """Results of rank 0. The ranks never outlive this call."""
+    """Return the results of rank 0. The ranks never outlive this call."""
     command = [sys.executable, "-m", "experiments.calibration.calibration_worker"]
     with tempfile.TemporaryDirectory(prefix="axonn-calibrate-") as name, session_folders() as session:
         folder = Path(name)
@@ -107,15 +107,15 @@ def _measured(job: CalibrationJob, ranks: int, on_part: Callable[[str], None]) -
 
 
 def _watch(process: subprocess.Popen[bytes], progress: Path, on_part: Callable[[str], None]) -> None:
-    """Wait for the end and say what goes on. Raises `LaunchError` when it takes too long."""
-    said = 0
+    """Wait for the end, and call `on_part` for each new part. Raises `LaunchError` when it takes too long."""
+    reported = 0
     started = time.monotonic()
     while process.poll() is None:
         time.sleep(_POLL_S)
         parts = progress.read_text().splitlines() if progress.exists() else []
-        for part in parts[said:]:
+        for part in parts[reported:]:
             on_part(part)
-        said = len(parts)
+        reported = len(parts)
         if time.monotonic() - started > _TIMEOUT_S:
             raise LaunchError(f"calibrating is not done after {_TIMEOUT_S:.0f} s; try --quick, or fewer --ranks")
 

@@ -1,4 +1,4 @@
-"""Kernels that move more than they compute, as our engine runs them: seconds by kind for tensors of some elements."""
+"""Timing of the engine's memory-bound kernels: seconds by kind for tensors of a number of elements."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _both(
     *,
     shared: tuple[torch.Tensor, ...] = (),
 ) -> Mapping[StreamKind, float]:
-    """Forward and backward of a function of one tensor, and of `shared` parameters."""
+    """Time forward and backward of a function of one tensor and of `shared` parameters."""
     forward, backward = differentiated(function, lambda: (bench.pool.take(*shape),), bench, shared=shared)
     return {kind: forward, f"{kind}-backward": backward}  # type: ignore[dict-item]
 
@@ -48,7 +48,7 @@ def _alone(
     shape: tuple[int, ...],
     bench: Bench,
 ) -> Mapping[StreamKind, float]:
-    """Something that is done to one tensor with another, outside of autograd."""
+    """Time an operation on one tensor with another, outside of autograd."""
 
     def sample() -> Phases:
         a, b = bench.pool.take(*shape), bench.pool.take(*shape)
@@ -88,7 +88,7 @@ def _residual(elements: int, bench: Bench) -> Mapping[StreamKind, float]:
     shape = _rows(elements)
     return {
         **_alone("residual", torch.add, shape, bench),
-        # The gradients of the two branches are added up.
+        # The gradients of the two branches are added.
         **_alone("residual-backward", torch.add, shape, bench),
     }
 
@@ -102,7 +102,7 @@ def _dropout(elements: int, bench: Bench) -> Mapping[StreamKind, float]:
 
 
 def _transpose(elements: int, bench: Bench) -> Mapping[StreamKind, float]:
-    """Heads back into rows: [1, heads, rows, width] -> [1, rows, heads x width]."""
+    """Time the merge of heads into rows: [1, heads, rows, width] -> [1, rows, heads x width]."""
     width = 32
     shape = 1, 4, max(1, elements // (4 * width)), min(width, elements)
     return _alone("transpose", lambda x, _: x.transpose(1, 2).flatten(2), shape, bench)
@@ -125,28 +125,28 @@ def _cross_entropy(elements: int, bench: Bench) -> Mapping[StreamKind, float]:
 
 
 def _upsample(elements: int, bench: Bench) -> Mapping[StreamKind, float]:
-    """`elements` are those of the output."""
+    """Time an upsampling by 2; `elements` are those of the output."""
     images, channels, side, _ = _image(elements)
     shape = images, channels, side // 2, side // 2
     return _both("upsample", lambda x: F.interpolate(x, scale_factor=2.0), shape, bench)
 
 
 def _concatenate(elements: int, bench: Bench) -> Mapping[StreamKind, float]:
-    """`elements` are those of the output, half of which come from each of two tensors."""
+    """Time a concatenation; `elements` are those of the output, half of which come from each of two tensors."""
     images, channels, side, _ = _image(elements)
     shape = images, max(1, channels // 2), side, side
     return _both("concatenate", lambda x: torch.cat([x, x], 1), shape, bench)
 
 
 def _gradients(elements: int, bench: Bench) -> Mapping[StreamKind, float]:
-    """Of a bias, and of a parameter to which a computed gradient is added."""
+    """Time the gradient of a bias, and the accumulation of a computed gradient."""
     shape = _rows(elements)
     bias = torch.zeros(shape[1], dtype=bench.pool.dtype)
-    # Not one of the pool's, which must keep their values small.
-    grown = torch.zeros(shape, dtype=bench.pool.dtype)
+    # Not taken from the pool, whose values must stay small.
+    accumulated = torch.zeros(shape, dtype=bench.pool.dtype)
     return {
         **_alone("bias-backward", lambda g, _: bias.add_(g.sum(0)), shape, bench),
-        **_alone("accumulate", lambda a, b: grown.add_(b), shape, bench),
+        **_alone("accumulate", lambda a, b: accumulated.add_(b), shape, bench),
     }
 
 
@@ -165,4 +165,4 @@ STREAMS: tuple[Probe, ...] = (
     _concatenate,
     _gradients,
 )
-"""Each measures one kind, or a few that belong together."""
+"""Probes, each of which measures one kind or a few related ones."""

@@ -1,4 +1,4 @@
-"""How long operations take inside of a training step: each is timed after other ones have run, on other memory."""
+"""Timing of operations as inside of a training step: each is timed after other operations, on other memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Phases = Sequence[Callable[[], object]]
 class Pool:
     """Memory from which operands are taken in turn, so that each was last used some operations ago.
 
-    In a training step too what an operation reads has left the caches that belong to one core, and lies in a shared one
+    In a training step, too, the operands of an operation have left the caches of their core and lie in a shared cache
     or in memory: weights since the last microbatch, activations since the forward.
     """
 
@@ -33,7 +33,7 @@ class Pool:
         self.device = self._memory.device
 
     def take(self, *shape: int) -> torch.Tensor:
-        """A contiguous tensor, in memory that others had long before; a large one in new memory."""
+        """Return a contiguous tensor in memory that was last used long before; a large one in new memory."""
         size = prod(shape)
         if size > self._memory.numel() // 2:
             return torch.randn(shape, dtype=self.dtype)
@@ -44,22 +44,23 @@ class Pool:
 
 
 class Clock:
-    """Times what a CPU does, which is done when the call returns."""
+    """Clock for work of a CPU, which is done when the call returns."""
 
     def start(self) -> None:
+        """Start a measurement."""
         self._start = time.perf_counter()
 
     def stop(self) -> Callable[[], float]:
-        """What says how many seconds it took since `start`, once it is known."""
+        """Stop the measurement; return a function that gives the seconds since `start` once they are known."""
         seconds = time.perf_counter() - self._start
         return lambda: seconds
 
 
 class DeviceClock(Clock):
-    """Times what a GPU does, between two events of its stream. The host does not wait in between.
+    """Clock for work of a GPU, between two events of its stream. The host does not wait in between.
 
-    What is timed must be given to the device while it is still busy with other things, so that it never waits for the
-    host: `Busy` keeps it so.
+    Timed work must be queued while the device is still busy with other work, so that it never waits for the host:
+    `Busy` takes care of that.
     """
 
     def start(self) -> None:
@@ -82,7 +83,7 @@ class DeviceClock(Clock):
 
 
 class Busy:
-    """Keeps a GPU busy for about a millisecond, with a product whose operands are larger than its caches."""
+    """Work for a GPU of about a millisecond: a product whose operands are larger than its caches."""
 
     def __init__(self, dtype: torch.dtype, size: int = 8192) -> None:
         self._a, self._b = (torch.randn(size, size, dtype=dtype) for _ in range(2))
@@ -95,45 +96,45 @@ class Busy:
 
 @dataclass(frozen=True)
 class Timer:
-    """Times samples of an operation; their median counts.
+    """Timer of samples of an operation, whose median counts.
 
-    `samples`: how many, after one that is thrown away; of long operations fewer. `between` runs before each, and
-    `together` before the first: with several ranks it lets them begin at once. `agree` makes one number of those of all
-    ranks.
+    `samples`: their number, after one that is thrown away; fewer for long operations. `between` runs before each, and
+    `barrier` before the first: it lets several ranks begin at once. `agree` reduces the numbers of all ranks to one.
     """
 
-    together: Callable[[], None] = field(default=lambda: None)
+    barrier: Callable[[], None] = field(default=lambda: None)
     agree: Callable[[float], float] = field(default=lambda seconds: seconds)
     between: Callable[[], object] = field(default=lambda: None)
     samples: int = 7
     clock: Clock = field(default_factory=Clock)
 
     def of(self, sample: Callable[[], Phases]) -> list[float]:
-        """Seconds of each phase of a sample; `sample` prepares one and returns its phases, which run in order."""
-        found: list[list[float]] = []
+        """Return the seconds of each phase of a sample; `sample` prepares one and returns its phases, which run in
+        order."""
+        samples: list[list[float]] = []
         count = self.samples + 1
         kept: list[object] = []
-        self.together()
-        while len(found) < count:
+        self.barrier()
+        while len(samples) < count:
             kept.clear()
             readings = []
             for phase in sample():
                 self.between()
                 self.clock.start()
-                # What an operation returns lives on in a step too.
+                # Results of operations stay alive, as they do in a step.
                 kept.append(phase())
                 readings.append(self.clock.stop())
             times = [seconds() for seconds in readings]
-            found.append(times)
-            # All ranks take as many samples.
-            if len(found) == 1 and self.agree(sum(times)) > _LONG_S:
+            samples.append(times)
+            # All ranks take the same number of samples.
+            if len(samples) == 1 and self.agree(sum(times)) > _LONG_S:
                 count = min(count, _FEWEST + 1)
-        return [median(column) for column in zip(*found[1:], strict=True)]
+        return [median(column) for column in zip(*samples[1:], strict=True)]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What a measurement needs. `backward_call`: seconds of a backward in which nothing is computed."""
+    """Pool and timer of a measurement. `backward_call`: seconds of a backward in which nothing is computed."""
 
     pool: Pool
     timer: Timer
@@ -141,7 +142,7 @@ class Bench:
 
     @classmethod
     def of(cls, dtype: torch.dtype, timer: Timer) -> Bench:
-        """With `timer`, between whose samples other operations run, as there are between two of a step."""
+        """Return a bench with `timer`, between whose samples other operations run, as they do in a step."""
         pool = Pool(dtype)
         others = _Others(pool) if pool.device.type == "cpu" else Busy(dtype)
         disturbed = replace(timer, between=others)
@@ -151,7 +152,7 @@ class Bench:
 
 
 class _Others:
-    """Some operations of a step, small ones, which take the core's caches from whatever is measured."""
+    """Small operations of a step, which evict the measured operation's operands from the core's caches."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -180,9 +181,10 @@ def differentiated(
     *,
     shared: Sequence[torch.Tensor] = (),
 ) -> tuple[float, float]:
-    """(forward, backward) seconds of a function of tensors.
+    """Return (forward, backward) seconds of a function of tensors.
 
-    `arguments` takes those of one operation, which get gradients, as do `shared` parameters, which follow them.
+    `arguments` returns the tensors of one operation, which get gradients, as do the `shared` parameters, which follow
+    them.
     """
 
     def sample() -> Phases:
@@ -194,11 +196,11 @@ def differentiated(
 
         def back() -> object:
             (y,) = outputs
-            return torch.autograd.grad(y, [*inputs, *shared], given(y))
+            return torch.autograd.grad(y, [*inputs, *shared], output_gradient(y))
 
         return run, back
 
-    def given(y: torch.Tensor) -> torch.Tensor:
+    def output_gradient(y: torch.Tensor) -> torch.Tensor:
         return bench.pool.take(*y.shape) if y.dim() else torch.ones_like(y)
 
     seconds = bench.timer.of(sample)

@@ -1,4 +1,4 @@
-"""Published configurations beside the planner's best on the same machine and batch, and what the difference is made of.
+"""Comparison of published configurations with the planner's best on the same machine and batch, part by part.
 
 `python -m experiments.planning.plan_compare [experiments/fig6.yaml]` (or `make plan-published`) prints a table for each
 framework's point and writes results/predicted/plan-<experiment>.json.
@@ -30,11 +30,11 @@ from experiments.planning.planning import TABLE_WIDTH, described, plannable
 from experiments.predictor import PREDICTED
 
 PARTS = tuple(field.name for field in fields(PredictedBreakdown))
-"""Of a batch, as in `axonn.perf.prediction.Parts`."""
+"""Parts of a batch, as in `axonn.perf.prediction.PredictedBreakdown`."""
 
 
 def row_of(name: str, strategy: Strategy, prediction: Prediction) -> dict[str, Any]:
-    """A line of the result."""
+    """Return one row of the result."""
     return {
         "configuration": name,
         "strategy": strategy.model_dump(mode="json"),
@@ -46,7 +46,7 @@ def row_of(name: str, strategy: Strategy, prediction: Prediction) -> dict[str, A
 
 
 def compared(point: PredictedPoint, published: PlannedStrategy, best: PlannedStrategy) -> dict[str, Any]:
-    """The two and their difference, part by part."""
+    """Return both configurations of a point and their difference, part by part."""
     rows = [
         row_of(name, choice.strategy, choice.prediction)
         for name, choice in (("published", published), ("planned", best))
@@ -61,14 +61,14 @@ def compared(point: PredictedPoint, published: PlannedStrategy, best: PlannedStr
 
 
 def table(point: dict[str, Any]) -> Table:
-    """Both configurations, part by part."""
+    """Return the table of both configurations, part by part."""
     title = f"{point['model']} on {point['gpus']} GPUs: the plan is {point['speedup']:.2f}x as fast (both predicted)"
-    found = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("", "grid", "microbatch", "schedule", "checkpoints", "optimizer", "time s", "% of peak", "GB", *PARTS):
-        found.add_column(name.replace("_", " "), justify="left" if name in ("", "grid", "schedule") else "right")
+        result.add_column(name.replace("_", " "), justify="left" if name in ("", "grid", "schedule") else "right")
     for row in point["rows"]:
         cells = described(Strategy.model_validate(row["strategy"]))
-        found.add_row(
+        result.add_row(
             row["configuration"],
             *cells,
             f"{row['batch_time_s']:.1f}",
@@ -76,12 +76,12 @@ def table(point: dict[str, Any]) -> Table:
             f"{row['memory_bytes'] / 1e9:.1f}",
             *(f"{seconds:.1f}" for seconds in row["parts_s"].values()),
         )
-    found.add_row("saved", *[""] * 8, *(f"{seconds:.1f}" for seconds in point["saved_s"].values()))
-    return found
+    result.add_row("saved", *[""] * 8, *(f"{seconds:.1f}" for seconds in point["saved_s"].values()))
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compare every point of ours in an experiment file."""
+    """Compare every AxoNN point of an experiment file with the planner's best."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.planning.plan_compare", description=(__doc__ or "").split("\n\n")[0]
     )
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if panel is None:
         raise ConfigError(f"{path}: has no predicted points of its own")
     machine = find_machine(panel.machine)
-    found = []
+    points = []
     for point in (p for p in panel.points if p.framework == OURS):
         model = load_model(point.model)
         strategy = strategy_of(panel, point, where=path)
@@ -103,8 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         space = Space(gpus=point.gpus, batch_size=batch_size, precision=strategy.compute)
         with console.status(f"planning {point.model} on {point.gpus} GPUs"):
             best = plan(plannable(model), machine, space, shown=1).best[0]
-        found.append(compared(point, PlannedStrategy(strategy=strategy, prediction=published), best))
-        console.print(table(found[-1]))
+        points.append(compared(point, PlannedStrategy(strategy=strategy, prediction=published), best))
+        console.print(table(points[-1]))
     out = PREDICTED / f"plan-{experiment.name}.json"
     content = {
         "kind": "predicted",
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "command": f"python -m experiments.planning.plan_compare {path}",
         "commit": commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "points": found,
+        "points": points,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Any module that `axonn.parallelize` accepts, to plan for: its factory by name, its inputs by shape."""
+"""Planning for any module that `axonn.parallelize` accepts: its factory by name, its inputs by shape."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ _INPUT = re.compile(r"(\w+)\[(\d+(?:,\s*\d+)*)\]")
 
 
 def plannable_module(name: str, inputs: Sequence[str]) -> Plannable:
-    """`name`: package.module:factory, whose result is the module. Raises `ConfigError` for what is not there."""
-    module = _made(name)
+    """Return the module of factory `name` (package.module:factory) for the planner. `inputs`: as `--input` takes them.
+
+    Raises `ConfigError` for a factory that does not exist, or without inputs.
+    """
+    module = _module_of(name)
     example = tuple(_example(text) for text in inputs)
     if not example:
         raise ConfigError(
@@ -36,16 +39,16 @@ def plannable_module(name: str, inputs: Sequence[str]) -> Plannable:
     return Plannable(name=name, outline=outline, stages=False)
 
 
-def _made(name: str) -> nn.Module:
+def _module_of(name: str) -> nn.Module:
     package, _, factory = name.partition(":")
     try:
         with torch.device("meta"):
-            made = getattr(importlib.import_module(package), factory)()
+            module = getattr(importlib.import_module(package), factory)()
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"--module {name}: {error}; give package.module:factory") from error
-    if not isinstance(made, nn.Module):
-        raise ConfigError(f"--module {name}: the factory returns {type(made).__name__}, not a torch.nn.Module")
-    return made
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"--module {name}: the factory returns {type(module).__name__}, not a torch.nn.Module")
+    return module
 
 
 def _example(text: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`axonn plan`: what the command does around the planner: the model, the table, and the configuration file."""
+"""Parts of `axonn plan` around the planner: the model, the search space, the table, and the configuration file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TABLE_WIDTH = 160
 
 
 def plannable(config: ModelConfig) -> Plannable:
-    """A model of `axonn.models`."""
+    """Return a model of a registered architecture for the planner."""
     model, outline = make_model(config), outline_of(config)
 
     @cache
@@ -44,7 +44,7 @@ def plannable(config: ModelConfig) -> Plannable:
 
 
 def described(strategy: Strategy) -> list[str]:
-    """Grid, microbatch, schedule, checkpointing, optimizer: cells of a table."""
+    """Return the cells of a table for grid, microbatch, schedule, checkpointing and optimizer."""
     g, schedule = strategy.grid, strategy.schedule
     how = schedule.name
     if schedule.chunks > 1:
@@ -64,23 +64,23 @@ def described(strategy: Strategy) -> list[str]:
 
 
 def size(nbytes: float) -> str:
-    """Bytes in words."""
+    """Return bytes as text with a decimal unit."""
     unit = min(4, int(math.log(max(nbytes, 1), 1000)))
     return f"{nbytes / 1000**unit:.3g} {['B', 'kB', 'MB', 'GB', 'TB'][unit]}"
 
 
 def table(plan: StrategyPlan, sent: Sequence[Mapping[str, int]], title: str) -> Table:
-    """The best configurations. `sent`: bytes by axis, of each."""
-    found = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    """Return the table of the best configurations. `sent`: bytes by axis, for each."""
+    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in (
         *("#", "data x inter\nx row x col", "micro-\nbatch", "schedule\n(in flight)", "check-\npoints", "optimizer"),
         *("time\ns", "TFLOP/s\nper GPU", "% of\npeak", "memory\nGB", "bubble\n%", "a GPU\nsends"),
     ):
         left = name.startswith(("data", "schedule", "check", "optimizer"))
-        found.add_column(name, justify="left" if left else "right", no_wrap=True)
+        result.add_column(name, justify="left" if left else "right", no_wrap=True)
     for number, (choice, by_axis) in enumerate(zip(plan.best, sent, strict=True), start=1):
         p = choice.prediction
-        found.add_row(
+        result.add_row(
             str(number),
             *described(choice.strategy),
             f"{p.batch_time_s:.4g}",
@@ -90,11 +90,11 @@ def table(plan: StrategyPlan, sent: Sequence[Mapping[str, int]], title: str) -> 
             f"{100 * p.parts.bubble / p.batch_time_s:.1f}",
             size(sum(by_axis.values())),
         )
-    return found
+    return result
 
 
 def what_was_searched(plan: StrategyPlan) -> list[str]:
-    """How much was tried, and what was left out and why."""
+    """Return lines on how many configurations were tried, and which were discarded and why."""
     rate = plan.estimated / max(plan.estimating_s, 1e-9)
     lines = [
         f"{plan.estimated} configurations estimated in {plan.estimating_s:.1f} s ({rate:.0f}/s), "
@@ -116,7 +116,7 @@ def what_was_searched(plan: StrategyPlan) -> list[str]:
 def write_config(
     choice: PlannedStrategy, model: ModelConfig, space: Space, path: Path, *, machine: MachineFile
 ) -> TrainConfig:
-    """The configuration file with which `axonn train` runs a choice."""
+    """Write the configuration file with which `axonn train` runs a choice; return its content."""
     config = config_of_strategy(choice.strategy, model, batch_size=space.batch_size)
     p = choice.prediction
     head = (
@@ -130,30 +130,31 @@ def write_config(
 
 
 def where_it_runs(config: TrainConfig, path: Path, machine: MachineFile) -> str:
-    """Return on what machine, and how, the written configuration can be run, in words."""
+    """Return a text on where and how the written configuration can be run."""
     how = f"axonn train {path}"
     if not (lacking := lacking_here(config, "auto")):
         return f"run it with: {how}"
     ranks = config.grid.size
     nodes = -(-ranks // machine.node.gpus.number)
-    here = f"this machine cannot run it: {'; '.join(lacking)}"
+    refusal = f"this machine cannot run it: {'; '.join(lacking)}"
     if nodes == 1:
-        return f"{here}. On a node of {machine.name}: {how}"
+        return f"{refusal}. On a node of {machine.name}: {how}"
     return (
-        f"{here}. It takes {nodes} nodes of {machine.name}, and axonn train starts ranks on one machine alone: axonn "
-        "jobs writes jobs for the points of an experiment, which may have the planner choose as here (docs/jobs.md)"
+        f"{refusal}. It takes {nodes} nodes of {machine.name}, and axonn train starts ranks on one machine alone: "
+        "axonn jobs writes jobs for the points of an experiment, which may have the planner choose as here "
+        "(docs/jobs.md)"
     )
 
 
 def picked(plan: StrategyPlan, number: int) -> PlannedStrategy:
-    """Number `number` of the table."""
+    """Return row `number` of the table, from 1. Raises `ConfigError` for a row that it does not have."""
     if not 1 <= number <= len(plan.best):
         raise ConfigError(f"--pick {number}: the table has {len(plan.best)} rows")
     return plan.best[number - 1]
 
 
 def default_batch(config: ModelConfig) -> int | None:
-    """The batch that a model is published with, if an experiment of the suite has published points of it."""
+    """Return the published batch size of a model, if an experiment of the suite has published points of it."""
     for path in sorted(HERE.glob("*.yaml")):
         experiment = load_experiment(path)
         panel = experiment.predicted
@@ -167,7 +168,7 @@ def default_batch(config: ModelConfig) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """What to plan for. `config`: of a model that `axonn train` trains; `batch`: its usual one."""
+    """Model or module to plan for. `config`: that of a model for `axonn train`; `batch`: its published batch size."""
 
     plannable: Plannable
     config: ModelConfig | None = None
@@ -175,7 +176,7 @@ class Chosen:
 
 
 def chosen_model(model: str | None, module: str | None, inputs: Sequence[str], *, precision: FloatType) -> Chosen:
-    """The model or module that the command names. Raises `ConfigError` unless it names one."""
+    """Return the model or module that the command names. Raises `ConfigError` unless it names exactly one."""
     if (model is None) == (module is None):
         raise ConfigError("give --model NAME, or --module package.module:factory with --input")
     if model is not None:
@@ -188,8 +189,10 @@ def chosen_model(model: str | None, module: str | None, inputs: Sequence[str], *
 
 
 def without_engine(space: Space) -> Space:
-    """What is left to search of a module that `axonn.parallelize` cuts: grids, rows at a time and sub-shards. Its
-    optimizer is torch's own. Raises `ConfigError` for pins of what only the engine does."""
+    """Return the space for a module that `axonn.parallelize` cuts: grids, rows at a time and sub-shards.
+
+    Its optimizer is torch's own. Raises `ConfigError` for pins of features that only the engine has.
+    """
     pinned = {
         "--schedule": space.schedule is not None,
         "--checkpointing": space.checkpointing not in (None, "none"),
@@ -214,7 +217,7 @@ def space_of(
     order: str | None,
     reserve: float,
 ) -> Space:
-    """What the options of the command leave to search."""
+    """Return the space that the options of the command leave to search. Raises `ConfigError` for wrong options."""
     if batch is None:
         raise ConfigError("how large is the batch? give --batch")
     axes = tuple((order or ",".join(AXES)).split(","))
@@ -222,9 +225,9 @@ def space_of(
         raise ConfigError(f"--order {order}: name each of {', '.join(AXES)} once, separated by commas")
     if checkpointing not in (None, "none", "auto") and not (checkpointing or "").isdigit():
         raise ConfigError(f"--checkpointing {checkpointing}: say none, auto, or a number of blocks")
-    together: Checkpointing | None = None
+    blocks: Checkpointing | None = None
     if checkpointing is not None:
-        together = int(checkpointing) if checkpointing.isdigit() else "none" if checkpointing == "none" else "auto"
+        blocks = int(checkpointing) if checkpointing.isdigit() else "none" if checkpointing == "none" else "auto"
     data, inter, row, col = extents
     return Space(
         gpus=gpus,
@@ -238,15 +241,15 @@ def space_of(
         reserve=reserve,
         microbatch_size=microbatch,
         schedule=schedule,
-        checkpointing="none" if together == 0 else together,
+        checkpointing="none" if blocks == 0 else blocks,
         optimizer=optimizer,
     )
 
 
 def taken_by_default(left: Collection[str], space: Space, *, pick: int) -> list[str]:
-    """What a plan hangs on that was not asked for, each with its option. `left`: options that were not given; what they
-    leave open and the planner searches is in its table."""
-    said = {
+    """Return the defaults that a plan depends on, each with its option. `left`: options that were not given; those that
+    the planner searches instead are in its table."""
+    defaults = {
         "batch": f"batch {space.batch_size}, that of the model's published points",
         "precision": f"precision {space.precision}",
         "reserve": f"{space.reserve:.0%} of a GPU's memory left free",
@@ -254,21 +257,21 @@ def taken_by_default(left: Collection[str], space: Space, *, pick: int) -> list[
         "pick": f"row {pick} for --out",
     }
     if space.schedule is not None:
-        said["chunks"] = f"{space.schedule.chunks} chunk per stage"
-        said["placement"] = f"placement {space.schedule.placement}"
+        defaults["chunks"] = f"{space.schedule.chunks} chunk per stage"
+        defaults["placement"] = f"placement {space.schedule.placement}"
         if definition_of(space.schedule.name).has_limit:
-            said["in_flight"] = "in-flight limit 2 G_inter"
-    return [f"{text} (--{name.replace('_', '-')})" for name, text in said.items() if name in left]
+            defaults["in_flight"] = "in-flight limit 2 G_inter"
+    return [f"{text} (--{name.replace('_', '-')})" for name, text in defaults.items() if name in left]
 
 
 def pinned_schedule(
     name: str | None, chunks: int, placement: Literal["loop", "v"], in_flight: int | None
 ) -> ScheduleSpec | None:
-    """The schedule that the options pin. Raises `ConfigError` for one that does not exist."""
+    """Return the schedule that the options pin. Raises `ConfigError` for one that does not exist."""
     if name is None:
         if chunks > 1 or placement != "loop" or in_flight is not None:
             raise ConfigError("--chunks, --placement and --in-flight are those of a pinned schedule: give --schedule")
         return None
-    found = ScheduleSpec(name=name, chunks=chunks, placement=placement, in_flight_limit=in_flight)
-    make_schedule(found, stage=0, stages=2, microbatches=2)
-    return found
+    pinned = ScheduleSpec(name=name, chunks=chunks, placement=placement, in_flight_limit=in_flight)
+    make_schedule(pinned, stage=0, stages=2, microbatches=2)
+    return pinned

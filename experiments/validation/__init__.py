@@ -1,1 +1,1 @@
-"""Published sets, and the performance model held against them."""
+"""Validation: the performance model compared with published sets, and with measurements on this machine."""

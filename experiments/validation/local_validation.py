@@ -1,9 +1,9 @@
-"""Predicted against measured on this machine: `python -m experiments.validation.local_validation`.
+"""Validation of predictions on this machine: `python -m experiments.validation.local_validation`.
 
-Runs the configurations of experiments/calibration/validation.yaml with our engine, some batches each and all of it
-several times in turn, calibrates before every turn, since a machine's speed drifts, and predicts the same from the
-machine files alone (the mean of their predictions). Nothing is fitted on these runs; the constant-GFLOP/s predictor
-beside it is.
+Runs the configurations of experiments/calibration/validation.yaml with the suite's engine, some batches each, in
+several rounds; calibrates before every round, since a machine's speed drifts; and predicts the same runs from the
+machine files alone (the mean of their predictions). Nothing is fitted on these runs except the constant-GFLOP/s
+predictor that is shown for comparison.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _NAME = "local"
 
 
 class LocalRuns(StrictModel):
-    """The runs: `defaults` with the keys of each over them. The whole of it is repeated `rounds` times."""
+    """Configurations of the runs: `defaults`, overridden by the keys of each. All runs are repeated `rounds` times."""
 
     rounds: int = Field(ge=1)
     warmup_batches: int = Field(ge=1)
@@ -55,79 +55,81 @@ class LocalRuns(StrictModel):
     runs: dict[str, dict[str, Any]]
 
     def configs(self) -> dict[str, TrainConfig]:
-        """By name, complete. Raises `ConfigError` naming the run."""
+        """Return the complete configurations by name. Raises `ConfigError` naming the run."""
         return {
-            name: validate(_completed(self.defaults, own), TrainConfig, where=f"{RUNS_FILE.name}: {name}")
-            for name, own in self.runs.items()
+            name: validate(_completed(self.defaults, keys), TrainConfig, where=f"{RUNS_FILE.name}: {name}")
+            for name, keys in self.runs.items()
         }
 
 
-def _completed(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    model = own.get("model", {})
+def _completed(defaults: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+    model = keys.get("model", {})
     if isinstance(model, str):
         model = read_yaml(HERE / "models" / f"{model}.yaml")
     else:
         model = {**defaults["model"], **model}
         model.setdefault("name", f"gpt-{model['layers']}x{model['hidden']}")
-    return {**defaults, **own, "model": model}
+    return {**defaults, **keys, "model": model}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """One run. Seconds of a batch."""
+    """One run, measured and predicted, in seconds of a batch."""
 
     name: str
     config: TrainConfig
     batches: tuple[float, ...]
-    """Without the first ones of each round."""
+    """Batches without those that warm up in each round."""
     measured: float
     predictions: tuple[Prediction, ...]
-    """One from each calibration."""
+    """Predictions, one from each calibration."""
     constant: float
-    """By the constant rate that fits these runs best."""
+    """Prediction by the constant rate that fits these runs best."""
 
     @property
     def predicted(self) -> float:
+        """Mean of the predictions."""
         return mean(prediction.batch_time_s for prediction in self.predictions)
 
     @property
     def error_pct(self) -> float:
+        """Error of the prediction, percent of the measurement."""
         return 100 * (self.predicted / self.measured - 1)
 
     @property
     def constant_error_pct(self) -> float:
+        """Error of the constant-rate prediction, percent of the measurement."""
         return 100 * (self.constant / self.measured - 1)
 
 
 def ranks_of(config: TrainConfig) -> int:
-    """Ranks of the grid."""
-    grid = config.grid
-    return grid.size
+    """Return the number of ranks of the grid."""
+    return config.grid.size
 
 
 def measure_round(
     configs: Mapping[str, TrainConfig], warmup: int, on_run: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """Batch times of every run, warm-up dropped. Raises `LaunchError` for a run that fails."""
-    found: dict[str, list[float]] = {}
+    """Return the batch times of every run, without warm-up. Raises `LaunchError` for a run that fails."""
+    times: dict[str, list[float]] = {}
     for name, config in configs.items():
         on_run(name)
         outcome = supervise("axonn", config, folder_of(name), timeout_s=120)
         if outcome.failure is not None:
             raise LaunchError(f"{name}: {outcome.failure.detail}; see {from_here(folder_of(name))}/log.txt")
-        found[name] = outcome.batch_times_s[warmup:]
-    return found
+        times[name] = outcome.batch_times_s[warmup:]
+    return times
 
 
 def folder_of(name: str) -> Path:
-    """Run folder of a run."""
+    """Return the run folder of a run."""
     return FOLDER / "".join(c if c.isalnum() else "-" for c in name)
 
 
 def compare(
     configs: Mapping[str, TrainConfig], times: Mapping[str, Sequence[float]], machines: Sequence[MachineFile]
 ) -> list[Compared]:
-    """Medians of the measured batches beside what the model says."""
+    """Return the medians of the measured batches, with the predictions of the performance model."""
     flops = {
         n: Workload.of(c.model, gpus=1, batch_size=c.batch_size, precision="").flops(recompute=False)
         for n, c in configs.items()
@@ -149,9 +151,9 @@ def compare(
     ]
 
 
-def records_of(found: Sequence[Compared], runs: LocalRuns, source: str) -> list[Record]:
-    """A measured and a predicted record of each run."""
-    return [record for one in found for record in _records(one, runs, source)]
+def records_of(compared: Sequence[Compared], runs: LocalRuns, source: str) -> list[Record]:
+    """Return a measured and a predicted record of each run."""
+    return [record for one in compared for record in _records(one, runs, source)]
 
 
 def _records(one: Compared, runs: LocalRuns, source: str) -> tuple[Record, Record]:
@@ -199,12 +201,12 @@ def _records(one: Compared, runs: LocalRuns, source: str) -> tuple[Record, Recor
     return measured, predicted
 
 
-def table_of(found: Sequence[Compared]) -> Table:
-    """Measured, predicted, error, and the constant-rate predictor."""
+def table_of(compared: Sequence[Compared]) -> Table:
+    """Return the table of measured, predicted, error, and the constant-rate predictor."""
     table = Table(title="a batch on this machine, ms", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for i, name in enumerate(("run", "measured", "predicted", "error", "constant", "error")):
         table.add_column(name, justify="right" if i else "left")
-    for one in found:
+    for one in compared:
         table.add_row(
             one.name,
             f"{1e3 * one.measured:.1f}",
@@ -216,21 +218,21 @@ def table_of(found: Sequence[Compared]) -> Table:
     return table
 
 
-def summary_of(found: Sequence[Compared]) -> dict[str, float]:
-    """Mean and largest |error| in percent, rank correlation; the same mean of the constant-rate predictor."""
-    errors = [abs(one.error_pct) for one in found]
-    measured = pd.Series([one.measured for one in found])
-    predicted = pd.Series([one.predicted for one in found])
+def summary_of(compared: Sequence[Compared]) -> dict[str, float]:
+    """Return mean and largest |error| in percent, rank correlation, and the mean of the constant-rate predictor."""
+    errors = [abs(one.error_pct) for one in compared]
+    measured = pd.Series([one.measured for one in compared])
+    predicted = pd.Series([one.predicted for one in compared])
     return {
         "mean_pct": mean(errors),
         "max_pct": max(errors),
         "rank_correlation": float(measured.rank().corr(predicted.rank())),
-        "constant_mean_pct": mean(abs(one.constant_error_pct) for one in found),
+        "constant_mean_pct": mean(abs(one.constant_error_pct) for one in compared),
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.validation.local_validation", description=__doc__)
     parser.add_argument("--machine", type=Path, help="machine file to use; default: calibrate before every turn")
     parser.add_argument("--runs", type=Path, default=RUNS_FILE, help="the runs")
@@ -245,22 +247,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with console.status("starting") as status:
         for turn in range(1, runs.rounds + 1):
 
-            def say(what: str, turn: int = turn) -> None:
-                status.update(f"turn {turn} of {runs.rounds}: {what}")
+            def report(step: str, turn: int = turn) -> None:
+                status.update(f"turn {turn} of {runs.rounds}: {step}")
 
             if options.machine is None:
-                machines.append(calibrate(on_part=say))
-            for name, batches in measure_round(configs, runs.warmup_batches, say).items():
+                machines.append(calibrate(on_part=report))
+            for name, batches in measure_round(configs, runs.warmup_batches, report).items():
                 times[name] += batches
-    found = compare(configs, times, machines)
+    compared = compare(configs, times, machines)
     command = " ".join(
         ["python -m experiments.validation.local_validation", *(sys.argv[1:] if arguments is None else arguments)]
     )
-    write_records(RESULT, records_of(found, runs, command))
-    console.print(table_of(found))
-    summary = summary_of(found)
+    write_records(RESULT, records_of(compared, runs, command))
+    console.print(table_of(compared))
+    summary = summary_of(compared)
     console.print(
-        f"{len(found)} runs: mean error {summary['mean_pct']:.1f}%, largest {summary['max_pct']:.1f}%, "
+        f"{len(compared)} runs: mean error {summary['mean_pct']:.1f}%, largest {summary['max_pct']:.1f}%, "
         f"rank correlation {summary['rank_correlation']:.3f}; constant rate, fitted on these runs: mean error "
         f"{summary['constant_mean_pct']:.1f}%; written to {from_here(RESULT)}",
         soft_wrap=True,

@@ -1,7 +1,7 @@
-"""Published measurements to hold the performance model against: one file of `experiments/validation` per set.
+"""Published measurements that validate the performance model: one file of `experiments/validation` per set.
 
-A set names its machine and says, point by point, what was run and what was measured. A setting that the publication
-leaves open is listed under `open`, with the rule by which it was fixed before anything was predicted.
+A set names its machine and has, point by point, the run and its measurement. A setting that the publication leaves
+open is listed under `open`, with the rule by which it was fixed before anything was predicted.
 """
 
 from __future__ import annotations
@@ -37,23 +37,24 @@ from experiments.definition import (
 FOLDER = HERE / "validation"
 
 Quantity = Literal["batch_time_s", "pipeline_s", "step_s", "all_reduce_s", "optimizer_s", "tflops_per_gpu"]
-"""pipeline_s: from the first forward to the last backward; step_s: what follows it; all_reduce_s, optimizer_s: its two
-parts on the stage that ends last: but for waiting, pipeline_s and they add up to batch_time_s, as published bars do.
-tflops_per_gpu: by 96bslh^2(1+s/6h+V/16lh), recomputation counted (`axonn.observability.records.gpt_flops`)."""
+"""Published quantities. pipeline_s: from the first forward to the last backward; step_s: the rest of the batch;
+all_reduce_s, optimizer_s: the two parts of step_s on the stage that ends last. Except for waiting, pipeline_s and these
+two add up to batch_time_s, as published bars do. tflops_per_gpu: by 96bslh^2(1+s/6h+V/16lh), recomputation counted
+(`axonn.observability.records.gpt_flops`)."""
 
 
 class Open(StrictModel):
     """A setting that is not published, and the rule that fixes it.
 
-    With `take` the rule is carried out: of the strategies `among`, each merged into the point's own, the first one that
-    fits into the device's memory, or of all that fit the one whose batch is predicted to be the shortest (what tuning
-    would have found). Without, the set has the value itself.
+    With `take` the rule is executed: of the strategies `among`, each merged into the point's own, it takes the first
+    that fits into the device's memory, or of all that fit the one with the shortest predicted batch (which tuning would
+    have found). Without `take` the set has the value itself.
     """
 
     setting: str
     rule: str
     points: list[str] | None = None
-    """Labels; default all."""
+    """Labels of the points, by default all."""
     take: Literal["first-that-fits", "fastest-that-fits"] | None = None
     among: list[dict[str, Any]] = []
 
@@ -63,7 +64,7 @@ class Open(StrictModel):
 
     @cached_property
     def labels(self) -> frozenset[str] | None:
-        """Labels of the points that it is for; None for all."""
+        """Labels of the points that the rule applies to; None for all."""
         return None if self.points is None else frozenset(self.points)
 
 
@@ -79,8 +80,8 @@ class MeasuredQuantities(StrictModel):
 
 
 class SetPoint(StrictModel):
-    """What was run and what was measured; what is not given is the set's default. `strategy` goes over `groups` and
-    that over `defaults`."""
+    """A published run and its measurement; absent fields are the set's defaults. `strategy` overrides `groups`, which
+    overrides `defaults`."""
 
     label: Line
     group: str = ""
@@ -90,13 +91,13 @@ class SetPoint(StrictModel):
     batch_size: int | None = Field(default=None, ge=1)
     strategy: dict[str, Any] = {}
     published: float | None = Field(default=None, gt=0)
-    """In the set's quantity. None for a point that only ratios use, or one with `parts`."""
+    """Published number in the set's quantity; None for a point that only ratios use, or one with `parts`."""
     parts: MeasuredQuantities = MeasuredQuantities()
     note: str = ""
 
 
 class Defaults(StrictModel):
-    """What points share."""
+    """Fields that points share."""
 
     model: Any = None
     batch_size: int | None = Field(default=None, ge=1)
@@ -113,7 +114,7 @@ class Ratio(StrictModel):
 
 
 class Targets(StrictModel):
-    """Bounds of the errors in percent: their mean, the largest, that of ratios, and the mean of a group."""
+    """Bounds of the errors in percent: of their mean, the largest, those of ratios, and the mean of a group."""
 
     mean_pct: float | None = None
     max_pct: float | None = None
@@ -122,19 +123,19 @@ class Targets(StrictModel):
 
 
 class Variant(StrictModel):
-    """Something else in place of an assumption: how much hangs on it. Rules are carried out anew."""
+    """An alternative to an assumption, which shows how much depends on it. Rules are executed anew."""
 
     label: Line
     machine: str | None = None
     memory_gb: float | None = Field(default=None, gt=0)
-    """Of a device."""
+    """Memory of a device, GB."""
     model: Any = None
     batch_scale: float = Field(default=1.0, gt=0)
     strategy: dict[str, Any] = {}
     points: list[str] | None = None
-    """Labels; default all."""
+    """Labels of the points, by default all."""
     strategies: dict[str, dict[str, Any]] = {}
-    """By label, over `strategy`."""
+    """Strategies by label, which override `strategy`."""
 
     @cached_property
     def labels(self) -> frozenset[str] | None:
@@ -146,14 +147,14 @@ class DataSet(StrictModel):
     """One published table or figure.
 
     With `experiment`, a file of experiments/, the strategies of its frameworks are those of groups with the same names,
-    under what `groups` says; without `points`, its points and its published batch times are meant.
+    overridden by `groups`; without `points`, its points and its published batch times are the set's.
     """
 
     name: Name
     title: str
     source: str
     status: Literal["text", "figure", "repo", "derived"]
-    """Stated in the source, read off its drawing, found in its code, or computed from one of these."""
+    """Origin of the numbers: stated in the source, read off its drawing, found in its code, or computed from these."""
     machine: Line
     quantity: Quantity = "batch_time_s"
     experiment: Inside | None = None
@@ -169,7 +170,7 @@ class DataSet(StrictModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One point with everything filled in. `published`: by quantity."""
+    """One point, complete. `published`: its numbers by quantity."""
 
     label: Line
     group: str
@@ -181,24 +182,24 @@ class Case:
     note: str = ""
 
     def candidates(self, rule: Open, where: str) -> Iterator[tuple[dict[str, Any], Case]]:
-        """Of an open setting: each value, and the point with it."""
+        """Yield each value of an open setting, and the point with that value."""
         for value in rule.among:
             case = replace(self, strategy=merge(self.strategy, value))
             case.checked(where)
             yield value, case
 
     def checked(self, where: str) -> Strategy:
-        """The strategy. Raises `ConfigError` naming the point, the key and the nearest valid key."""
+        """Return the strategy. Raises `ConfigError` naming the point, the key and the nearest valid key."""
         return validate(self.strategy, Strategy, where=f"{where}: point '{self.label}'")
 
     def divides(self, where: str, variant: Variant | None = None) -> bool:
-        """Whether the batch, that of the variant, can be cut as the strategy wants."""
+        """Return whether the strategy divides the batch, under the variant if there is one."""
         case = self if variant is None else self.under(variant, where)
         strategy = case.checked(where)
         return case.batch_size % (strategy.grid.data * strategy.microbatch_size) == 0
 
     def under(self, variant: Variant, where: str) -> Case:
-        """The point as the variant has it."""
+        """Return the point as the variant changes it."""
         if variant.labels is not None and self.label not in variant.labels:
             return self
         batch = self.batch_size * variant.batch_scale
@@ -213,7 +214,7 @@ class Case:
 
 
 def model_of(model: object, *, where: str) -> ModelConfig:
-    """A model by name, or by its keys. Raises `ConfigError` naming `where`, the key and the nearest valid key."""
+    """Return a model by name or by its keys. Raises `ConfigError` naming `where`, the key and the nearest valid key."""
     if isinstance(model, str):
         return load_model(model)
     return validate_model(model, where=f"{where}: model")
@@ -226,16 +227,16 @@ def load_data_set(path: Path | str) -> tuple[DataSet, list[Case]]:
     try:
         cases = _all_cases(data, where)
     except AxonnError as error:
-        # What it names, an experiment or a model, has a file of its own.
+        # The message may name the file of an experiment or a model instead.
         raise ConfigError(str(error) if where in str(error) else f"{where}: {error}") from error
     known = {case.label: case for case in cases}
     if len(known) < len(cases):
         raise ConfigError(f"{where}: two points have the same label")
-    for what, names in _mentions(data):
+    for key, names in _mentions(data):
         for name in names:
             if name not in known:
                 near = get_close_matches(name, known, n=1, cutoff=0.4) or list(known)
-                raise ConfigError(f"{where}: {what} names the point '{name}'; did you mean '{near[0]}'?")
+                raise ConfigError(f"{where}: {key} names the point '{name}'; did you mean '{near[0]}'?")
     unknown = set(data.targets.groups) - {case.group for case in cases}
     if unknown:
         raise ConfigError(f"{where}: targets name a group without points: {', '.join(sorted(unknown))}")
@@ -261,7 +262,7 @@ def _all_cases(data: DataSet, where: str) -> list[Case]:
 
 
 def rules_for(data: DataSet, case: Case) -> list[Open]:
-    """The rules that have to be carried out for a point."""
+    """Return the rules that are executed for a point."""
     return [rule for rule in data.open if rule.take is not None and _applies(rule, case)]
 
 
@@ -279,32 +280,32 @@ def _mentions(data: DataSet) -> Iterator[tuple[str, Sequence[str]]]:
 
 
 def find_data_sets(names: Sequence[str] = ()) -> list[Path]:
-    """Files of the data sets by name (or path), by default all. Raises `ConfigError` for an unknown name."""
+    """Return the files of the data sets by name (or path), by default all. Raises `ConfigError` for an unknown name."""
     known = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"), key=_by_number)}
     if not names:
         return list(known.values())
-    found = []
+    paths = []
     for name in names:
         path = Path(name) if name.endswith(".yaml") else known.get(name)
         if path is None:
             raise ConfigError(f"there is no data set '{name}'; known are {', '.join(known)}")
-        found.append(path)
-    return found
+        paths.append(path)
+    return paths
 
 
 def _by_number(path: Path) -> list[str | int]:
-    """Figure 11 after Figure 9."""
+    """Return a key that sorts Figure 11 after Figure 9."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)]
 
 
 def _case(
     data: DataSet, point: SetPoint, shared: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]], where: str
 ) -> Case:
-    def given(key: str) -> Any:
-        own, shared = getattr(point, key), getattr(data.defaults, key)
-        if own is None and shared is None:
+    def value_of(key: str) -> Any:
+        of_point, default = getattr(point, key), getattr(data.defaults, key)
+        if of_point is None and default is None:
             raise ConfigError(f"{where}: point '{point.label}' has no {key}, nor have the defaults; add it to one")
-        return shared if own is None else own
+        return default if of_point is None else of_point
 
     if point.group and groups and point.group not in groups:
         raise ConfigError(f"{where}: point '{point.label}' is of group '{point.group}'; known are {', '.join(groups)}")
@@ -315,9 +316,9 @@ def _case(
     return Case(
         label=point.label,
         group=point.group,
-        model=model_of(given("model"), where=f"{where}: point '{point.label}'"),
+        model=model_of(value_of("model"), where=f"{where}: point '{point.label}'"),
         gpus=point.gpus,
-        batch_size=given("batch_size"),
+        batch_size=value_of("batch_size"),
         strategy=merge(merge(shared, groups.get(point.group, {})), point.strategy),
         published=published,
         note=point.note,
@@ -325,7 +326,7 @@ def _case(
 
 
 def case_of(panel: PredictedPanel, point: PredictedPoint) -> Case:
-    """A point of an experiment file."""
+    """Return a point of an experiment file, without published numbers."""
     return Case(
         label=f"{point.name} {point.framework}",
         group=point.framework,
@@ -358,7 +359,7 @@ def _seconds(record: Record) -> float:
     return record.batch_time_s
 
 
-def _published(found: Mapping[tuple[str, str], float], point: PredictedPoint, experiment: Experiment) -> float:
-    if (point.name, point.framework) not in found:
+def _published(seconds: Mapping[tuple[str, str], float], point: PredictedPoint, experiment: Experiment) -> float:
+    if (point.name, point.framework) not in seconds:
         raise RecordError(f"{experiment.published}: has no record of {point.name} {point.framework}; add it")
-    return found[point.name, point.framework]
+    return seconds[point.name, point.framework]

@@ -1,4 +1,4 @@
-"""`axonn predict --validate`: the performance model held against published measurements."""
+"""Comparison of the performance model with published measurements (`axonn predict --validate`)."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from experiments.validation.validation_results import (
 
 RESULT = PREDICTED / "validation.json"
 _RATED: tuple[Quantity, ...] = ("batch_time_s", "pipeline_s", "tflops_per_gpu")
-"""Quantities that a constant rate of all GPUs predicts."""
+"""Quantities that the constant-TFLOP/s predictor covers."""
 
 
 def validate_set(path: Path, *, on_point: Callable[[str], None] = lambda label: None) -> SetResult:
     """Predict every point of a data set; `on_point` is called with each label before it is predicted.
 
-    Raises `ConfigError` for what is wrong with the file.
+    Raises `ConfigError` for mistakes in the file.
     """
     data, cases = load_data_set(path)
     where = str(path)
@@ -46,17 +46,17 @@ def validate_set(path: Path, *, on_point: Callable[[str], None] = lambda label: 
         if variant is not None and variant.memory_gb is not None:
             memory = Size(value=variant.memory_gb, unit="GB", source=f"{data.name}: {variant.label}", status="assumed")
             machine = machine.model_copy(update={"gpu": machine.gpu.model_copy(update={"memory": memory})})
-        found = {}
+        predicted = {}
         for case in cases:
             on_point(f"{data.name} {case.label}" + (f" ({variant.label})" if variant else ""))
             try:
-                found[case.label] = predict_case(
+                predicted[case.label] = predict_case(
                     case, machine, rules=rules_for(data, case), variant=variant, where=where
                 )
             except AxonnError as error:
                 text = str(error) if str(error).startswith(where) else f"{where}: point '{case.label}': {error}"
                 raise ConfigError(text) from error
-        return found
+        return predicted
 
     base = all_of(None)
     rows = _with_constant_rate(list(base.values()), _rows(base.values()))
@@ -68,7 +68,7 @@ def validate_set(path: Path, *, on_point: Callable[[str], None] = lambda label: 
 
 
 def fingerprint_of(paths: Sequence[Path]) -> str:
-    """Hash of the data sets, experiments whose points they may be, machines, models and the code that predicts."""
+    """Return a hash of the data sets, experiments whose points they may use, machines, models and predicting code."""
     code = source_files(__name__)
     described = described_files(
         "experiments/*.yaml", "experiments/models/*.yaml", "experiments/machines/*.yaml", "results/published/*.json"
@@ -79,24 +79,26 @@ def fingerprint_of(paths: Sequence[Path]) -> str:
 
 
 def result_file(names: Sequence[str]) -> Path:
-    """Of all sets, or of those that are named: these do not take the place of the whole."""
+    """Return the result file of all sets, or a file of its own for those that are named."""
     return RESULT.with_name(f"validation-{slug('-'.join(Path(n).stem for n in names))}.json") if names else RESULT
 
 
 def done_validation(paths: Sequence[Path], *, result: Path | None = None) -> Validation | None:
-    """What an earlier call for the same sets wrote to `result` (default `RESULT`), if nothing has changed since."""
+    """Return what an earlier call for the same sets wrote to `result` (default `RESULT`), if nothing has changed."""
     try:
-        found = Validation.model_validate_json((result or RESULT).read_bytes())
+        validation = Validation.model_validate_json((result or RESULT).read_bytes())
     except (OSError, ValidationError):
         return None
-    return found if found.fingerprint == fingerprint_of(paths) else None
+    return validation if validation.fingerprint == fingerprint_of(paths) else None
 
 
 def write_validation(
     results: Sequence[SetResult], *, command: str, path: Path | None = None, mark: str | None = None
 ) -> Validation:
-    """Write what was found, and the fitted constants of all machines that it used, to `path` (default `RESULT`).
-    `mark`: its `fingerprint_of`."""
+    """Write the results, and the fitted constants of all machines that they used, to `path` (default `RESULT`).
+
+    `mark`: the `fingerprint_of` the sets.
+    """
     path = path or RESULT
     machines = list(dict.fromkeys(result.machine for result in results))
     validation = Validation(
@@ -114,12 +116,12 @@ def write_validation(
 
 
 def points_of(path: Path) -> int:
-    """How often `validate_set` calls `on_point`."""
+    """Return how often `validate_set` calls `on_point`."""
     data, cases = load_data_set(path)
     return len(cases) * (1 + len(data.variants))
 
 
-def _rows(found: Iterable[PredictedCase]) -> list[ValidationRow]:
+def _rows(cases: Iterable[PredictedCase]) -> list[ValidationRow]:
     return [
         ValidationRow(
             label=p.case.label,
@@ -134,14 +136,14 @@ def _rows(found: Iterable[PredictedCase]) -> list[ValidationRow]:
             fits=p.prediction.fits,
             note=p.case.note,
         )
-        for p in found
+        for p in cases
         for quantity, measured in p.case.published.items()
     ]
 
 
-def _with_constant_rate(found: Sequence[PredictedCase], rows: Sequence[ValidationRow]) -> list[ValidationRow]:
-    """The rows with what a constant rate of all GPUs predicts."""
-    by_label = {p.case.label: p for p in found}
+def _with_constant_rate(cases: Sequence[PredictedCase], rows: Sequence[ValidationRow]) -> list[ValidationRow]:
+    """Return the rows with the predictions of a constant rate of all GPUs."""
+    by_label = {p.case.label: p for p in cases}
     batches = [_batch(row, by_label[row.label]) if row.quantity in _RATED else None for row in rows]
     rated = [(batch, row.model) for batch, row in zip(batches, rows, strict=True) if batch is not None]
     if not rated:
@@ -153,17 +155,17 @@ def _with_constant_rate(found: Sequence[PredictedCase], rows: Sequence[Validatio
     ]
 
 
-def _batch(row: ValidationRow, found: PredictedCase) -> tuple[float, int, float]:
-    """FLOPs, GPUs and seconds of which the rate is the measured one."""
+def _batch(row: ValidationRow, predicted: PredictedCase) -> tuple[float, int, float]:
+    """Return the FLOPs, GPUs and seconds that give the measured rate."""
     if row.quantity == "tflops_per_gpu":
         return row.measured * 1e12, 1, 1.0
-    return found.flops, found.case.gpus, row.measured
+    return predicted.flops, predicted.case.gpus, row.measured
 
 
 def _with_rates(
     row: ValidationRow, batch: tuple[float, int, float], fitted: float, held_out: float | None
 ) -> ValidationRow:
-    """A row with what the rate fitted on all rows, and that fitted on those of the other models, make of it."""
+    """Return a row with the predictions of the rate fitted on all rows, and of that fitted on other models' rows."""
 
     def value(rate: float) -> float:
         flops, gpus, _ = batch
@@ -182,14 +184,14 @@ def _with_rates(
     )
 
 
-def _ratio(ratio: Ratio, found: Mapping[str, PredictedCase]) -> float:
-    return found[ratio.slower].prediction.batch_time_s / found[ratio.faster].prediction.batch_time_s
+def _ratio(ratio: Ratio, by_label: Mapping[str, PredictedCase]) -> float:
+    return by_label[ratio.slower].prediction.batch_time_s / by_label[ratio.faster].prediction.batch_time_s
 
 
-def _ratio_row(ratio: Ratio, found: Mapping[str, PredictedCase], rows: Sequence[ValidationRow]) -> ValidationRow:
-    slower, faster = found[ratio.slower], found[ratio.faster]
-    predicted = _ratio(ratio, found)
-    # At a constant rate the same work takes the same time.
+def _ratio_row(ratio: Ratio, by_label: Mapping[str, PredictedCase], rows: Sequence[ValidationRow]) -> ValidationRow:
+    slower, faster = by_label[ratio.slower], by_label[ratio.faster]
+    predicted = _ratio(ratio, by_label)
+    # At a constant rate, time is proportional to work per GPU.
     constant = slower.flops / slower.case.gpus / (faster.flops / faster.case.gpus)
     return ValidationRow(
         label=ratio.label,
@@ -206,15 +208,15 @@ def _ratio_row(ratio: Ratio, found: Mapping[str, PredictedCase], rows: Sequence[
     )
 
 
-def _variant_row(data: DataSet, variant: Variant, found: Mapping[str, PredictedCase]) -> VariantRow:
-    touched = [p for p in found.values() if variant.labels is None or p.case.label in variant.labels]
+def _variant_row(data: DataSet, variant: Variant, by_label: Mapping[str, PredictedCase]) -> VariantRow:
+    touched = [p for p in by_label.values() if variant.labels is None or p.case.label in variant.labels]
     predicted = {row.key: row.predicted for row in _rows(touched)}
     predicted |= {p.case.label: p.quantity(data.quantity) for p in touched if not p.case.published}
-    predicted |= {ratio.label: _ratio(ratio, found) for ratio in data.ratios}
+    predicted |= {ratio.label: _ratio(ratio, by_label) for ratio in data.ratios}
     return VariantRow(
         label=variant.label,
         predicted=predicted,
-        mean_pct=mean(abs(row.error_pct) for row in rows) if (rows := _rows(found.values())) else None,
+        mean_pct=mean(abs(row.error_pct) for row in rows) if (rows := _rows(by_label.values())) else None,
         chosen=list(dict.fromkeys(choice for p in touched for choice in p.chosen)),
         fits=all(p.prediction.fits for p in touched),
     )
@@ -229,7 +231,7 @@ def _summed_up(
     for row in rows:
         if row.group:
             by_group.setdefault(row.group, []).append(abs(row.error_pct))
-    groups = {name: mean(own) for name, own in by_group.items()}
+    groups = {name: mean(group_errors) for name, group_errors in by_group.items()}
     in_sample = [abs(r.constant_error_pct) for r in judged if r.constant_error_pct is not None]
     held_out = [abs(r.constant_held_out_error_pct) for r in rows if r.constant_held_out_error_pct is not None]
     return SetResult(
@@ -254,7 +256,7 @@ def _summed_up(
 
 
 def rank_correlation(rows: Sequence[ValidationRow]) -> float | None:
-    """Spearman's rank correlation of measured and predicted; None with fewer than three or mixed quantities."""
+    """Return Spearman's rank correlation of measured and predicted; None for fewer than three or mixed quantities."""
     if len(rows) < 3 or len({row.quantity for row in rows}) > 1:
         return None
     table = pd.DataFrame({"measured": [r.measured for r in rows], "predicted": [r.predicted for r in rows]}).rank()
@@ -267,12 +269,12 @@ def _goals(
     data: DataSet, errors: Sequence[float], groups: Mapping[str, float], ratios: Sequence[ValidationRow]
 ) -> list[Goal]:
     targets = data.targets
-    asked = [("mean error", targets.mean_pct, mean(errors) if errors else 0.0)]
-    asked += [("largest error", targets.max_pct, max(errors, default=0.0))]
-    asked += [(f"error of {row.label}", targets.ratio_pct, abs(row.error_pct)) for row in ratios]
-    asked += [(f"mean error of {name}", bound, groups[name]) for name, bound in targets.groups.items()]
+    bounds = [("mean error", targets.mean_pct, mean(errors) if errors else 0.0)]
+    bounds += [("largest error", targets.max_pct, max(errors, default=0.0))]
+    bounds += [(f"error of {row.label}", targets.ratio_pct, abs(row.error_pct)) for row in ratios]
+    bounds += [(f"mean error of {name}", bound, groups[name]) for name, bound in targets.groups.items()]
     return [
-        Goal(what=what, bound=bound, reached=reached, met=reached <= bound)
-        for what, bound, reached in asked
+        Goal(what=label, bound=bound, reached=reached, met=reached <= bound)
+        for label, bound, reached in bounds
         if bound is not None
     ]

@@ -1,4 +1,4 @@
-"""What results/predicted/validation.json holds: the performance model beside published measurements."""
+"""Content of results/predicted/validation.json: predictions of the performance model and published measurements."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ class ValidationRow(StrictModel):
     label: str
     group: str
     quantity: str
-    """Or "ratio"."""
+    """A `Quantity`, or "ratio"."""
     model: str
     measured: float
     predicted: float
     error_pct: float
     constant: float | None = None
-    """By the constant-TFLOP/s predictor, its rate fitted on all points of the set; None where it says nothing."""
+    """Prediction of the constant-TFLOP/s predictor, its rate fitted on all points of the set; None if it has none."""
     constant_error_pct: float | None = None
     constant_held_out_error_pct: float | None = None
-    """Its rate fitted on the points of the other models; None when there is but one model."""
+    """Error with the rate fitted on the points of the other models; None when there is only one model."""
     chosen: list[str] = []
-    """What the rules for open settings came to."""
+    """Outcomes of the rules for open settings."""
     memory_gb: float | None = None
-    """Predicted, of the device that needs most."""
+    """Predicted memory of the device that needs most."""
     fits: bool = True
     note: str = ""
 
     @property
     def key(self) -> str:
-        """Names the number in the set."""
+        """Name of the number in the set."""
         return self.label if self.quantity == "ratio" else f"{self.label}: {self.quantity}"
 
 
 class Goal(StrictModel):
-    """A bound that the project set itself, percent."""
+    """A bound, in percent, that the project set itself."""
 
     what: str
     bound: float
@@ -52,7 +52,7 @@ class Goal(StrictModel):
 
 
 class VariantRow(StrictModel):
-    """Predictions with something else in place of an assumption, by `ValidationRow.key`, or label of a point without any."""
+    """Predictions under an alternative to an assumption, by `ValidationRow.key`, or label for an unpublished point."""
 
     label: str
     predicted: dict[str, float]
@@ -63,7 +63,7 @@ class VariantRow(StrictModel):
 
 
 class SetResult(StrictModel):
-    """One data set. Means are of absolute errors in percent, those of the ratios where there are no rows."""
+    """Results of one data set. Means are of absolute errors in percent: of the rows, or without rows of the ratios."""
 
     name: str
     title: str
@@ -77,18 +77,18 @@ class SetResult(StrictModel):
     bias_pct: float | None = None
     """Mean of the errors with their signs."""
     rank_correlation: float | None = None
-    """Spearman's, of measured and predicted; None with fewer than three numbers of one quantity."""
+    """Spearman's rank correlation of measured and predicted; None with fewer than three numbers of one quantity."""
     constant_mean_pct: float | None = None
     constant_held_out_pct: float | None = None
     groups: dict[str, float] = {}
-    """Mean by group."""
+    """Mean error by group."""
     goals: list[Goal] = []
     open: list[Open] = []
     variants: list[VariantRow] = []
 
 
 class Fitted(StrictModel):
-    """Constants of a machine file that were fitted, and how well."""
+    """Fitted constants of a machine file, with their errors."""
 
     machine: str
     what: str
@@ -99,25 +99,25 @@ class Fitted(StrictModel):
 
 
 class Validation(StrictModel):
-    """All of results/predicted/validation.json."""
+    """Root of results/predicted/validation.json."""
 
     schema_: Literal["axonn-validation/1"] = Field(default="axonn-validation/1", alias="schema")
     command: str
     commit: str | None
     created: str
     fingerprint: str | None = None
-    """Hash of all that the predictions depend on."""
+    """Hash of everything that the predictions depend on."""
     sets: list[SetResult]
     fitted: list[Fitted]
 
 
 def fitted_constants(machine: MachineFile) -> list[Fitted]:
-    """Everything that a machine file says was fitted, with its errors in sample and held out."""
-    found: list[Fitted] = []
+    """Return all fitted constants of a machine file, with their errors in sample and held out."""
+    fitted: list[Fitted] = []
 
     def search(value: Any, path: tuple[str, ...]) -> None:
         if isinstance(value, FitReport):
-            found.append(
+            fitted.append(
                 Fitted(
                     machine=machine.name,
                     what=".".join(path[:-1]),
@@ -138,4 +138,4 @@ def fitted_constants(machine: MachineFile) -> list[Fitted]:
                 search(inside, (*path, str(number)))
 
     search(machine, ())
-    return found
+    return fitted

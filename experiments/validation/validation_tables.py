@@ -1,4 +1,4 @@
-"""`axonn predict --validate` on the screen."""
+"""Tables of `axonn predict --validate`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _pct(value: float | None, *, sign: bool = False) -> str:
 
 
 def set_table(result: SetResult) -> Table:
-    """Measured, predicted, error; beside it the constant-TFLOP/s predictor."""
+    """Return the table of measured, predicted, error, and the constant-TFLOP/s predictor."""
     units = {row.quantity for row in result.rows}
     title = f"{result.name}: {result.title}" + (f" ({next(iter(units))})" if len(units) == 1 else "")
     rows = [*result.rows, *result.ratios]
@@ -42,7 +42,7 @@ def set_table(result: SetResult) -> Table:
 
 
 def remarks(result: SetResult) -> Iterator[str]:
-    """What belongs below the table."""
+    """Yield the lines below the table: rules for open settings, and their outcomes."""
     for rule in result.open:
         yield f"open: {rule.setting}: {' '.join(rule.rule.split())}"
     for choice in dict.fromkeys(f"{row.label}: {c}" for row in result.rows for c in row.chosen):
@@ -52,7 +52,7 @@ def remarks(result: SetResult) -> Iterator[str]:
 
 
 def variant_table(result: SetResult) -> Table:
-    """What hangs on the assumptions; `variant_names` are its columns."""
+    """Return the table of predictions under other assumptions; its columns are `variant_names`."""
     names = list(dict.fromkeys(name for variant in result.variants for name in variant.predicted))
     columns = [letter for letter, _ in variant_names(result)]
     table = _table(f"{result.name}: with other assumptions", "", *columns)
@@ -65,16 +65,16 @@ def variant_table(result: SetResult) -> Table:
 
 
 def variant_names(result: SetResult) -> list[tuple[str, str]]:
-    """A short name of each column of `variant_table`, and what it means."""
-    found = []
+    """Return a short name for each column of `variant_table`, and its meaning."""
+    names = []
     for number, variant in enumerate(result.variants):
         name = chr(ord("a") + number - 1) if number else "as above"
-        found.append((name, variant.label + ("" if variant.fits else " (does not fit)")))
-    return found
+        names.append((name, variant.label + ("" if variant.fits else " (does not fit)")))
+    return names
 
 
 def summary_table(results: Sequence[SetResult]) -> Table:
-    """One line per set."""
+    """Return the table with one line per set."""
     names = ("points", "mean", "max", "bias", "rank", "constant", "held out", "goals met")
     table = _table("All data sets: errors; constant: the constant-TFLOP/s predictor, held out: by model", "", *names)
     for r in results:
@@ -95,7 +95,7 @@ def summary_table(results: Sequence[SetResult]) -> Table:
 
 
 def goal_table(results: Sequence[SetResult]) -> Table:
-    """The bounds that the project set itself."""
+    """Return the table of the bounds that the project set itself."""
     table = _table("Goals", "", "what", "bound", "reached", "")
     for result in results:
         for goal in result.goals:
@@ -105,7 +105,7 @@ def goal_table(results: Sequence[SetResult]) -> Table:
 
 
 def fitted_table(fitted: Sequence[Fitted]) -> Table:
-    """Constants of the machines that were fitted."""
+    """Return the table of fitted constants of the machines."""
     table = _table("Fitted constants: mean errors on the points that they were fitted on, and on points held out")
     for name in ("machine", "what", "points", "in sample", "held out"):
         table.add_column(name, justify="left" if name in {"machine", "what"} else "right")
@@ -116,7 +116,7 @@ def fitted_table(fitted: Sequence[Fitted]) -> Table:
 
 
 def spread_table(records: Sequence[Record]) -> Table:
-    """Batch times under jitter, in seconds."""
+    """Return the table of batch times under jitter, in seconds."""
     table = _table("Batch times under jitter, seconds", "", "mean", "10%", "median", "90%")
     for record in records:
         spread = JitterSpread(tuple(record.batch_times_s))

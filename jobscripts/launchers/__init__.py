@@ -1,4 +1,4 @@
-"""What starts the ranks of a job: one file each, found by `load_launcher`."""
+"""Launchers, which start the ranks of a job: one file each, found by `load_launcher`."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ from jobscripts.schedulers import Resources
 
 
 class Launcher(ABC):
-    """A launcher."""
+    """A program that starts the ranks of a job."""
 
     name: ClassVar[str]
     variables: ClassVar[dict[str, str]]
     """Shell expressions with which a rank finds RANK, WORLD_SIZE and LOCAL_RANK in the launcher's environment."""
 
     launch_node: ClassVar[bool] = False
-    """Whether the script runs on a node of its own, the first of the job, where no ranks are."""
+    """True if the script runs on a node of its own, the first of the job, where there are no ranks."""
 
     @abstractmethod
     def command(self, resources: Resources, options: list[str]) -> list[str]:
-        """Words before the command of the ranks."""
+        """Return the words before the command of the ranks."""
 
     def forwarded(self, variables: Sequence[str]) -> list[str]:
-        """Options with which these variables of the job reach ranks on other nodes; none where all do by themselves."""
+        """Return the options that pass these variables of the job to ranks on other nodes; none where all reach them
+        anyway."""
         return []
 
 
 def launcher_names() -> list[str]:
-    """All that there are."""
+    """Return the names of all launchers."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def load_launcher(name: str) -> Launcher:
-    """By name. Raises `ConfigError` with those that there are."""
+    """Load a launcher by name. Raises `ConfigError` listing the known ones."""
     if name not in launcher_names():
         raise ConfigError(f"there is no launcher '{name}'; known are {', '.join(launcher_names())}")
-    made: Launcher = importlib.import_module(f"{__name__}.{name}").LAUNCHER()
-    return made
+    launcher: Launcher = importlib.import_module(f"{__name__}.{name}").LAUNCHER()
+    return launcher

@@ -1,4 +1,4 @@
-"""mpiexec, of MPICH and of what is made from it (Hydra)."""
+"""mpiexec, of MPICH and its derivatives (Hydra)."""
 
 from __future__ import annotations
 

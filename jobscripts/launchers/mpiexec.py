@@ -18,7 +18,7 @@ class Mpiexec(Launcher):
 
     def command(self, resources: Resources, options: list[str]) -> list[str]:
         r = resources
-        # It would bind each of one or two ranks to a single core.
+        # By default it binds each of one or two ranks to a single core.
         placed = ["--map-by", f"ppr:{r.ranks_per_node}:node", "--bind-to", "none"]
         return ["mpiexec", "-n", str(r.ranks), *placed, *options]
 

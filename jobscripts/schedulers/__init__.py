@@ -18,20 +18,20 @@ State = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """What a batch system says of a job, times as it prints them."""
+    """A batch system's report on a job; times are as it prints them."""
 
     state: State
     reason: str | None = None
-    """Why it waits, or was ended."""
+    """Reason for which it waits, or was ended."""
     since: str | None = None
-    """When it was handed in, started or ended."""
+    """Time at which it was submitted, started or ended."""
     left: str | None = None
-    """Until its wall limit."""
+    """Time until its wall limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a job asks for."""
+    """Request of a job."""
 
     name: str
     nodes: int
@@ -41,10 +41,10 @@ class Resources:
     seconds: int
     """Wall limit."""
     warn_seconds: int
-    """So long before it the script is told."""
+    """Seconds before the wall limit at which the script is warned."""
     account: str | None
     queue: str | None
-    """Of LSF; a partition of Slurm."""
+    """Queue of LSF; partition of Slurm."""
     qos: str | None = None
     """Quality of service (Slurm)."""
     constraint: str | None
@@ -56,7 +56,7 @@ class Resources:
 
     @property
     def node_hours(self) -> float:
-        """At most."""
+        """Most node-hours that the job may take."""
         return self.nodes * self.seconds / 3600
 
 
@@ -67,45 +67,45 @@ class Scheduler(ABC):
     variables: ClassVar[dict[str, str]]
     """Shell in a running job: id, nodes (a command that prints the name of each node once), submitted_from."""
     unknown_job: ClassVar[str] = ""
-    """What is printed when a job that is asked for is long gone: that, too, is an answer."""
+    """Message about a job that is long gone: it counts as an answer, too."""
     reads_script: ClassVar[bool] = False
-    """Whether `submit` takes the script from its standard input."""
+    """True if `submit` takes the script from its standard input."""
     runs_at_once: ClassVar[bool] = False
-    """Whether `submit` is the run itself, which ends when the job does."""
+    """True if `submit` is the run itself, which ends when the job does."""
 
     @abstractmethod
     def directives(self, resources: Resources) -> list[str]:
-        """Lines at the head of the script."""
+        """Return the lines at the head of the script."""
 
     @abstractmethod
     def submit(self, script: str) -> list[str]:
-        """Command that hands in a script, run in its folder."""
+        """Return the command that submits a script, run in its folder."""
 
     @abstractmethod
     def job_id(self, printed: str) -> str:
-        """That of the job, from what `submit` printed. Raises `LaunchError` where there is none."""
+        """Return the id of the job from the output of `submit`. Raises `LaunchError` where there is none."""
 
     @abstractmethod
     def ask(self, ids: Sequence[str]) -> list[list[str]]:
-        """Commands that print the states of jobs; the next is asked for what those before it do not know.
+        """Return commands that print the states of jobs; the next is run for jobs that those before it do not know.
 
         The first knows every job that waits or runs.
         """
 
     @abstractmethod
     def states(self, printed: str) -> dict[str, Status]:
-        """By id, from what one of `ask` printed."""
+        """Return the states by id from the output of one of `ask`."""
 
 
 def scheduler_names() -> list[str]:
-    """All that there are."""
+    """Return the names of all schedulers."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def load_scheduler(name: str) -> Scheduler:
-    """By name. Raises `ConfigError` with those that there are."""
+    """Load a scheduler by name. Raises `ConfigError` listing the known ones."""
     if name not in scheduler_names():
         raise ConfigError(f"there is no scheduler '{name}'; known are {', '.join(scheduler_names())}")
     module = importlib.import_module(f"{__name__}.{name}")
-    made: Scheduler = module.SCHEDULER()
-    return made
+    scheduler: Scheduler = module.SCHEDULER()
+    return scheduler

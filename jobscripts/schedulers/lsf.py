@@ -15,7 +15,7 @@ _STATES: dict[str, State] = {
     "RUN": "running",
     "SSUSP": "running",
     "USUSP": "running",
-    # Its node does not answer.
+    # The node does not answer.
     "UNKWN": "running",
     "DONE": "done",
     "EXIT": "failed",
@@ -39,6 +39,7 @@ _REASONS: dict[str, State] = {
     "TERM_CSM_ALLOC": "node-failure",
     "TERM_ZOMBI": "node-failure",
 }
+_NOTHING = ("", "-")
 
 
 class Lsf(Scheduler):
@@ -50,7 +51,7 @@ class Lsf(Scheduler):
     }
 
     unknown_job = "is not found"
-    # Of a script that is named bsub reads no #BSUB lines, but where a site set LSB_BSUB_PARSE_SCRIPT.
+    # bsub ignores the #BSUB lines of a script given by name, except where a site sets LSB_BSUB_PARSE_SCRIPT.
     reads_script = True
 
     def directives(self, resources: Resources) -> list[str]:
@@ -80,7 +81,7 @@ class Lsf(Scheduler):
         return match[1]
 
     def ask(self, ids: Sequence[str]) -> list[list[str]]:
-        # What may have any words in it comes last. bjobs forgets jobs an hour after their end; bhist has logs.
+        # Free text comes last. bjobs forgets jobs an hour after their end; bhist has logs.
         fields = "jobid stat submit_time start_time finish_time time_left exit_reason pend_reason"
         return [
             ["bjobs", "-a", "-noheader", "-o", f"{fields} delimiter='|'", *ids],
@@ -88,36 +89,40 @@ class Lsf(Scheduler):
         ]
 
     def states(self, printed: str) -> dict[str, Status]:
-        found: dict[str, Status] = {}
+        states: dict[str, Status] = {}
         for line in printed.splitlines():
-            columns = [None if text in ("", "-") else text for text in map(str.strip, line.split("|", 7))]
-            if len(columns) < 8 or not columns[0] or not columns[1]:
+            columns = [*map(str.strip, line.split("|", 7))]
+            if len(columns) < 8 or columns[0] in _NOTHING or columns[1] in _NOTHING:
                 continue
-            job, word, submitted, started, ended, left, exited, pends = columns
-            known = _STATES.get(word, "unknown")
-            state = _ended_as(exited or "") if known == "failed" else known
+            job, word = columns[:2]
+            submitted, started, ended, left, exited, pends = [
+                None if text in _NOTHING else text for text in columns[2:]
+            ]
+            state = _STATES.get(word, "unknown")
+            if state == "failed":
+                state = _ended_as(exited or "")
             since = submitted if state == "waiting" else started if state == "running" else ended
-            found[job] = Status(
+            states[job] = Status(
                 state=state,
                 reason=pends if state == "waiting" else exited,
                 # "0:25 L": L, E or X says which limit is meant.
                 since=since and re.sub(r" [LEX]$", "", since),
                 left=left and re.sub(r" [LEX]$", "", left) if state == "running" else None,
             )
-        return found or _histories(printed)
+        return states or _histories(printed)
 
 
 def _histories(printed: str) -> dict[str, Status]:
-    """Of what bhist printed: a paragraph for each job, its last event last."""
-    found: dict[str, Status] = {}
+    """Parse the output of bhist: a paragraph for each job, its last event last."""
+    states: dict[str, Status] = {}
     for text in re.split(r"^(?=Job <)", printed, flags=re.MULTILINE):
         match = re.match(r"Job <(\d+)>", text)
         end = re.search(r"^(.*?\d:\d\d:\d\d[^:]*): (Done successfully|Exited|Completed <exit>)", text, re.MULTILINE)
         if match and end:
-            why = re.search(r"TERM_\w+[^;\n]*", text)
-            state = "done" if end[2].startswith("Done") else _ended_as(why[0] if why else "")
-            found[match[1]] = Status(state=state, reason=why[0].rstrip(".") if why else None, since=end[1])
-    return found
+            reason = re.search(r"TERM_\w+[^;\n]*", text)
+            state: State = "done" if end[2].startswith("Done") else _ended_as(reason[0] if reason else "")
+            states[match[1]] = Status(state=state, reason=reason[0].rstrip(".") if reason else None, since=end[1])
+    return states
 
 
 def _ended_as(reason: str) -> State:

@@ -56,7 +56,7 @@ class Slurm(Scheduler):
             f"--cpus-per-task={r.cores_per_rank}",
             f"--time={hours:02d}:{rest // 60:02d}:{rest % 60:02d}",
             "--output=slurm-%j.out",
-            # More it does not take (sbatch(1)).
+            # The maximum of sbatch(1).
             f"--signal=B:USR1@{min(r.warn_seconds, 65535)}",
             "--no-requeue",
         ]
@@ -72,16 +72,16 @@ class Slurm(Scheduler):
         return ["sbatch", "--parsable", script]
 
     def job_id(self, printed: str) -> str:
-        # Sites let sbatch print more; "Submitted" is said where theirs drops --parsable.
+        # Some sites' sbatch prints more, and "Submitted ..." where a wrapper drops --parsable.
         lines = [line.strip() for line in printed.splitlines()]
-        found = [m for line in lines if (m := re.fullmatch(r"(?:Submitted batch job )?(\d+)(?:;\S+)?", line))]
-        if not found:
+        ids = [m[1] for line in lines if (m := re.fullmatch(r"(?:Submitted batch job )?(\d+)(?:;\S+)?", line))]
+        if not ids:
             raise LaunchError(f"sbatch gave no job: {printed.strip() or 'it printed nothing'}")
-        return found[-1][1]
+        return ids[-1]
 
     def ask(self, ids: Sequence[str]) -> list[list[str]]:
-        # squeue first: it forgets none that lives, and says why one waits. sacct knows those that ended long ago, where
-        # a site has a database.
+        # squeue first: it knows every live job, and why one waits. sacct knows those that ended long ago, where a site
+        # has a database.
         jobs = f"--jobs={','.join(ids)}"
         fields = "JobID,State,Reason,Submit,Start,End"
         return [
@@ -90,21 +90,22 @@ class Slurm(Scheduler):
         ]
 
     def states(self, printed: str) -> dict[str, Status]:
-        found: dict[str, Status] = {}
+        states: dict[str, Status] = {}
         for line in printed.splitlines():
-            columns = [None if text in _NOTHING else text for text in map(str.strip, line.split("|"))]
-            if len(columns) < 6 or not columns[0] or not columns[1]:
+            columns = [*map(str.strip, line.split("|"))]
+            if len(columns) < 6 or columns[0] in _NOTHING or columns[1] in _NOTHING:
                 continue
-            job, word, reason, submitted, started, ended, *left = columns
+            job, word = columns[:2]
+            reason, submitted, started, ended, *left = [None if text in _NOTHING else text for text in columns[2:]]
             # "CANCELLED by 0".
             state = _STATES.get(word.split()[0], "unknown")
-            found[job] = Status(
+            states[job] = Status(
                 state=state,
                 reason=reason,
                 since=submitted if state == "waiting" else started if state == "running" else ended,
                 left=left[0] if left and state == "running" else None,
             )
-        return found
+        return states
 
 
 SCHEDULER = Slurm

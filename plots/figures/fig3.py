@@ -1,4 +1,4 @@
-"""Figure 3: what a batch is made of, without and with the memory optimisation. python -m plots.figures.fig3 [--fresh]"""
+"""Figure 3: the parts of a batch, without and with the memory optimisation. python -m plots.figures.fig3 [--fresh]"""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from rich.table import Table
 
 from axonn.observability.records import Record
 from axonn.training.provenance import THIS_MACHINE
-from plots.figure import Content, FigureKind, main
+from plots.figure import FigureKind, main
+from plots.figure_records import Content
 from plots.stacked_bars import INSIDE, NAMES, WHOLE, Stack, draw_stacks, legend
 from plots.style import COLUMN_IN
 from plots.summary import BUSY_MARK, device_of, elsewhere, here, machine_of
@@ -26,16 +27,17 @@ Row = dict[str, Any]
 
 
 def blocks(row: Row, bar_s: float) -> dict[str, float]:
-    """Seconds of every block of a bar of `bar_s`, from the bottom up; they add up to it.
+    """Return the seconds of every block of a bar of `bar_s`, from the bottom up; they add up to it.
 
     The inter-layer phase of a published bar is one block. In a predicted one its compute, collectives and
-    point-to-point are means over the stages, and the bubble is what is left of it; what follows is that of the stage
-    that ends last. A measured bar has the parts of its spans, means over the ranks, and what no span explains.
+    point-to-point are means over the stages, and the bubble is the rest of the phase; the blocks after it are those of
+    the stage that ends last. A measured bar has the parts of its spans, means over the ranks, and what no span
+    explains.
     """
     parts, phases = row["parts_s"] or {}, row["phases_s"] or {}
     if row["kind"] == "measured" and parts:
         names = ("compute", "tensor", "point_to_point", "bubble", "all_reduce", "optimizer")
-        found = {name: parts.get(name, 0.0) for name in names}
+        divided = {name: parts.get(name, 0.0) for name in names}
     elif set(PHASES) <= set(phases):
         after = {name: phases[name] for name in ("all_reduce", "optimizer")}
         inside = {
@@ -44,26 +46,27 @@ def blocks(row: Row, bar_s: float) -> dict[str, float]:
             "point_to_point": parts.get("point_to_point", 0.0),
         }
         bubble = {"bubble": phases["inter_layer"] - sum(inside.values())}
-        found = (inside | bubble if parts else {WHOLE: phases[WHOLE]}) | after
+        divided = (inside | bubble if parts else {WHOLE: phases[WHOLE]}) | after
     else:
         return {"undivided": bar_s}
-    found = {name: seconds for name, seconds in found.items() if seconds}
-    return found | {"unexplained": bar_s - sum(found.values())}
+    divided = {name: seconds for name, seconds in divided.items() if seconds}
+    return divided | {"unexplained": bar_s - sum(divided.values())}
 
 
 def extras(content: Content, rows: list[Row]) -> dict[str, Any]:
-    """`parts`: the blocks of every bar in seconds; errors of predicted phases; what is unexplained of measured bars."""
-    drawn: list[dict[str, Any]] = []
+    """Return the blocks of every bar in seconds, errors of predicted phases, and the unexplained share of measured
+    bars."""
+    bars: list[dict[str, Any]] = []
     for row in rows:
-        # A bar is one run: of several repeats, the one that the row's parts are of.
+        # A bar is one run: that of several repeats which has the row's parts.
         bar_s = row["typical_s"] if row["kind"] == "measured" else row["batch_time_s"]
         named = {name: row[name] for name in ("point", "framework", "kind")} | _where(row)
         if row.get("busy"):
             named["machine_busy"] = True
-        drawn.append(named | {"bar_s": bar_s, "parts": {} if bar_s is None else blocks(row, bar_s)})
+        bars.append(named | {"bar_s": bar_s, "parts": {} if bar_s is None else blocks(row, bar_s)})
     published = {row["point"]: row["phases_s"] or {} for row in rows if row["kind"] == "published"}
     return {
-        "parts": drawn,
+        "parts": bars,
         "phase_errors_pct": {
             row["point"]: {
                 phase: 100 * (seconds / published[row["point"]][phase] - 1)
@@ -74,10 +77,8 @@ def extras(content: Content, rows: list[Row]) -> dict[str, Any]:
             if row["kind"] == "predicted"
         },
         "unexplained_pct": {
-            " on ".join([bar["point"], *_where(bar).values()]) + (BUSY_MARK if "machine_busy" in bar else ""): 100
-            * bar["parts"]["unexplained"]
-            / bar["bar_s"]
-            for bar in drawn
+            _bar_name(bar): 100 * bar["parts"]["unexplained"] / bar["bar_s"]
+            for bar in bars
             if bar["kind"] == "measured" and "unexplained" in bar["parts"]
         },
     }
@@ -88,15 +89,15 @@ def _bar_name(bar: Mapping[str, Any]) -> str:
 
 
 def _where(row: Mapping[str, Any]) -> dict[str, str]:
-    """The machine, of what was measured on another than this one."""
+    """Return the machine of a row that was measured on another than this one; otherwise nothing."""
     if row["kind"] != "measured" or here(row) or "machine" not in row:
         return {}
     return {"machine": machine_of(row)}
 
 
 def _stacks(summary: dict[str, Any], order: Sequence[str], wanted: Callable[[Row], bool]) -> list[Stack]:
-    """The bars of these points that are wanted, in their order."""
-    found = [
+    """Return the bars of these points, in their order; `wanted` chooses among their rows."""
+    stacks = [
         Stack(
             group=bar["point"], kind=bar["kind"], parts=bar["parts"], total=bar["bar_s"],
             repeats=_repeats(row), busy=bool(row.get("busy")), note=_extents(row["grid"]),
@@ -105,23 +106,23 @@ def _stacks(summary: dict[str, Any], order: Sequence[str], wanted: Callable[[Row
         for bar, row in zip(summary["parts"], summary["rows"], strict=True)
         if bar["parts"] and bar["point"] in order and wanted(row)
     ]  # fmt: skip
-    return sorted(found, key=lambda stack: order.index(stack.group))
+    return sorted(stacks, key=lambda stack: order.index(stack.group))
 
 
 def _repeats(row: Row) -> list[float]:
-    """A cluster's only run is the bar itself."""
+    """Return the times of single runs; none of a cluster's only run, which is the bar itself."""
     times: list[float] = row.get("repeats_s", [])
     return [] if _where(row) and len(times) < 2 else times
 
 
 def _extents(grid: dict[str, int]) -> str:
-    """Of the pipeline and of its replicas, in words."""
-    counted = [(grid["inter"], "stage"), (grid["data"], "replica")]
-    return " x ".join(f"{n} {name}{'' if n == 1 else 's'}" for n, name in counted)
+    """Describe the extents of the pipeline and of its replicas."""
+    extents = [(grid["inter"], "stage"), (grid["data"], "replica")]
+    return " x ".join(f"{n} {name}{'' if n == 1 else 's'}" for n, name in extents)
 
 
 def _points(summary: dict[str, Any], content: Content) -> tuple[list[str], list[str]]:
-    """Those at the published scale, and those of this machine, in the order in which they are drawn."""
+    """Return the points at the published scale, and those of this machine, in the order in which they are drawn."""
     at_scale = list(dict.fromkeys(r["point"] for r in summary["rows"] if r["kind"] != "measured"))
     runs = content.experiment.runs
     measured = [r["point"] for r in summary["rows"] if here(r)]
@@ -130,17 +131,14 @@ def _points(summary: dict[str, Any], content: Content) -> tuple[list[str], list[
 
 
 def draw(summary: dict[str, Any], content: Content) -> Figure:
-    """Two panels one above the other, as wide as a column, the names of the blocks between them."""
+    """Draw two panels one above the other, as wide as a column, with the names of the blocks between them."""
     import matplotlib.pyplot as plt
 
     points, here_points = _points(summary, content)
     at_scale = _stacks(summary, points, lambda row: not here(row))
     local = _stacks(summary, here_points, here)
     others = elsewhere(summary["rows"])
-    beside = [
-        _stacks(summary, here_points, lambda row, own=own: row in own)  # type: ignore[misc]
-        for own in others.values()
-    ]
+    on_others = [_stacks(summary, here_points, machine_rows.__contains__) for machine_rows in others.values()]
     figure, (upper, middle, lower, *more) = plt.subplots(
         3 + len(others),
         1,
@@ -152,7 +150,7 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
     upper.set_ylabel("seconds per batch")
     upper.set_title(_title(content.published), fontsize=8)
     middle.axis("off")
-    legend(middle, [*at_scale, *local, *(stack for own in beside for stack in own)])
+    legend(middle, [*at_scale, *local, *(stack for stacks in on_others for stack in stacks)])
     if local:
         draw_stacks(lower, local, unit="ms", grouped=False)
         lower.set_ylabel("milliseconds per batch")
@@ -161,10 +159,12 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
     else:
         lower.axis("off")
         lower.text(0.5, 0.5, "not measured on this machine", ha="center", transform=lower.transAxes)
-    for axes, stacks, ((machine, batch), own) in zip(more, beside, others.items(), strict=True):
+    for axes, stacks, ((machine, batch), machine_rows) in zip(more, on_others, others.items(), strict=True):
         draw_stacks(axes, stacks, unit="ms", grouped=False)
         axes.set_ylabel("milliseconds per batch")
-        axes.set_title(f"{own[0]['gpus']} ranks of {machine}, batch {batch}\n({device_of(own)})", fontsize=8)
+        axes.set_title(
+            f"{machine_rows[0]['gpus']} ranks of {machine}, batch {batch}\n({device_of(machine_rows)})", fontsize=8
+        )
     figure.suptitle(fill(summary["title"], 50), fontsize=8.5)
     return figure
 
@@ -178,28 +178,29 @@ def _title(published: Sequence[Record]) -> str:
 
 
 def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType]:
-    """Published and predicted phases, what the predicted pipeline is made of, and the measured parts."""
+    """Yield published and predicted phases, the parts of the predicted pipeline, and the measured parts."""
     rows = summary["rows"]
     yield _phases(rows, summary["phase_errors_pct"])
     for bar in summary["parts"]:
         if bar["kind"] == "predicted":
-            said = ", ".join(f"{NAMES[name]} {bar['parts'][name]:.2f} s" for name in INSIDE if name in bar["parts"])
-            yield f"{escape(bar['point'])}, predicted inter-layer phase: {said}"
+            parts = ", ".join(f"{NAMES[name]} {bar['parts'][name]:.2f} s" for name in INSIDE if name in bar["parts"])
+            yield f"{escape(bar['point'])}, predicted inter-layer phase: {parts}"
     for row in rows:
         if row["note"]:
             yield f"{escape(row['point'])}, {row['kind']}: {escape(row['note'])}"
     points, local = _points(summary, content)
     yield _measured(summary, local, "Measured", here)
-    on = dict.fromkeys(machine_of(row) for row in rows if row["kind"] == "measured" and row["point"] in points)
-    for machine in on:
-        wanted = lambda row, machine=machine: row["kind"] == "measured" and machine_of(row) == machine  # noqa: E731
-        yield _measured(summary, points, f"Measured on {machine} at the published scale", wanted)
-    for (machine, batch), own in elsewhere(rows).items():
-        yield _measured(summary, local, f"Measured on {machine}, batch {batch}", lambda row, own=own: row in own)  # type: ignore[misc]
+    measured = [row for row in rows if row["kind"] == "measured"]
+    for machine in dict.fromkeys(machine_of(row) for row in measured if row["point"] in points):
+        machine_rows = [row for row in measured if machine_of(row) == machine]
+        title = f"Measured on {machine} at the published scale"
+        yield _measured(summary, points, title, machine_rows.__contains__)
+    for (machine, batch), machine_rows in elsewhere(rows).items():
+        yield _measured(summary, local, f"Measured on {machine}, batch {batch}", machine_rows.__contains__)
 
 
 def _table(title: str, *columns: str) -> Table:
-    """Numbers on the right, beginning with `columns` that are marked by a `>`."""
+    """Return an empty table. Columns whose name begins with `>` are aligned on the right."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in columns:
         table.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", no_wrap=True)
@@ -210,18 +211,19 @@ def _phases(rows: Sequence[Row], errors: dict[str, dict[str, float]]) -> Table:
     table = _table("Seconds of a batch by phase", "configuration", "phase", ">published", ">predicted", ">error")
     by = {(row["kind"], row["point"]): row for row in rows}
     for point in dict.fromkeys(row["point"] for row in rows if row["kind"] in ("published", "predicted")):
-        known, told = by.get(("published", point)), by.get(("predicted", point))
+        published, predicted = by.get(("published", point)), by.get(("predicted", point))
         for i, (phase, name) in enumerate(PHASES.items()):
-            numbers = [None if row is None else (row["phases_s"] or {}).get(phase) for row in (known, told)]
+            numbers = [None if row is None else (row["phases_s"] or {}).get(phase) for row in (published, predicted)]
             error = _percent(errors.get(point, {}).get(phase))
             table.add_row(escape(point) if i == 0 else "", name, *map(_seconds, numbers), error)
-        totals = [None if row is None else row["batch_time_s"] for row in (known, told)]
-        table.add_row("", "batch", *map(_seconds, totals), _percent(told and told["error_pct"]), end_section=True)
+        totals = [None if row is None else row["batch_time_s"] for row in (published, predicted)]
+        error = _percent(None if predicted is None else predicted["error_pct"])
+        table.add_row("", "batch", *map(_seconds, totals), error, end_section=True)
     return table
 
 
 def _measured(summary: dict[str, Any], order: Sequence[str], title: str, wanted: Callable[[Row], bool]) -> Table:
-    """Bars of these points, those at the published scale left out."""
+    """Return the table of the bars of these points; `wanted` chooses among their rows."""
     table = _table(f"{title}: parts of a batch, mean over ranks and batches", "run and part", ">ms", ">of the batch")
     pairs = zip(summary["parts"], summary["rows"], strict=True)
     bars = [(bar, row) for bar, row in pairs if bar["parts"] and wanted(row)]

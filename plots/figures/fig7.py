@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import RenderableType
@@ -18,16 +18,15 @@ from axonn.perf.timing.bytes_sent import bytes_by_axis
 from experiments.definition import OURS, load_model
 from experiments.published_points import published_ratios
 from experiments.validation.published_sets import FOLDER
-from plots.figure import Content, FigureKind, main
+from plots.figure import FigureKind, main
+from plots.figure_records import Content
 from plots.figures.fig7_panels import GB, MB, SCHEME, axis_of, bytes_along, draw, measured_here
 from plots.summary import BUSY_MARK, elsewhere, here, machine_of
 
-if TYPE_CHECKING:
-    pass
-
 
 def extras(content: Content, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Speedups, published and predicted; grid and bytes of each GPU; bytes of each rank here, counted and modelled."""
+    """Return speedups, published and predicted, grid and bytes of each GPU, and bytes of each rank here, counted and
+    modelled."""
     sizes = {r.asked.model: r.asked.parameters for r in content.predicted}
     shards = {(r.point, r.ran.framework): r.ran.overdecomposition for r in content.predicted}
     per_gpu = [
@@ -66,20 +65,23 @@ def _image_size(model: str) -> int | None:
 
 
 def _speedups(content: Content, per_gpu: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of our tensor parallelism over the scheme. A published one has no seconds, and is that of one network size."""
+    """Return the speedups of our tensor parallelism over Megatron-LM's scheme.
+
+    A published one has no seconds, and is that of one network size.
+    """
     ratios = published_ratios(content.experiment)
-    found: list[dict[str, Any]] = [
+    speedups: list[dict[str, Any]] = [
         {"kind": "published", "gpus": r.gpus, "model": "28B parameters", "value": r.value, "source": r.source}
         for r in ratios
     ]
     published = {r.gpus: r.value for r in ratios}
     times = {(r["framework"], r["model"], r["gpus"]): r["batch_time_s"] for r in per_gpu}
     for (framework, model, gpus), seconds in times.items():
-        other = times.get((SCHEME, model, gpus))
-        if framework != OURS or other is None:
+        scheme_seconds = times.get((SCHEME, model, gpus))
+        if framework != OURS or scheme_seconds is None:
             continue
-        value, known = other / seconds, published.get(gpus)
-        found.append(
+        value, known = scheme_seconds / seconds, published.get(gpus)
+        speedups.append(
             {
                 "kind": "predicted",
                 "gpus": gpus,
@@ -90,33 +92,45 @@ def _speedups(content: Content, per_gpu: Sequence[Mapping[str, Any]]) -> list[di
                 "error_pct": None if known is None else 100 * (value / known - 1),
             }
         )
-    return found
+    return speedups
 
 
 def _bytes_here(content: Content, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """By measured point: bytes that a rank sends for a batch, as counted in the run and as the model has them."""
+    """Return the bytes that a rank sends for a batch of each measured point, as counted in the run and as modelled."""
     runs = content.experiment.runs
     configs = {} if runs is None else runs.configs(where=content.experiment.name)
-    found = []
+    points = []
     for row in rows:
         if row["kind"] != "measured" or row["point"] not in configs:
             continue
         counted = {axis_of(axis): size for axis, size in (row["bytes_per_batch"] or {}).items()}
         modelled = modelled_bytes(configs[row["point"]])
         agree = counted == modelled
-        where = {} if here(row) else {"machine": machine_of(row)}
-        found.append({"point": row["point"], "counted": counted, "modelled": modelled, "agree": agree} | where)
-    return found
+        machine = {} if here(row) else {"machine": machine_of(row)}
+        points.append({"point": row["point"], "counted": counted, "modelled": modelled, "agree": agree} | machine)
+    return points
 
 
 def modelled_bytes(config: TrainConfig) -> dict[str, int]:
-    """What the communication model says that a rank sends for a batch, by axis."""
-    found = bytes_by_axis(outline_of(config.model), strategy_of_config(config), batch_size=config.batch_size)
-    return {axis_of(axis): size for axis, size in found.items()}
+    """Return the bytes that a rank sends for a batch according to the communication model, by axis."""
+    sizes = bytes_by_axis(outline_of(config.model), strategy_of_config(config), batch_size=config.batch_size)
+    return {axis_of(axis): size for axis, size in sizes.items()}
 
 
 def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType]:
-    """All panels in numbers."""
+    """Yield all panels in numbers."""
+    yield _scale_table(summary)
+    for s in summary["speedups"]:
+        if s["kind"] == "published":
+            predicted = [p for p in summary["speedups"] if p["kind"] == "predicted" and p["gpus"] == s["gpus"]]
+            ways = ", ".join(f"{p['value']:.2f} with {p['model']} ({p['error_pct']:+.0f}%)" for p in predicted)
+            yield f"speedup on {s['gpus']} GPUs: published {s['value']:g} (a ratio, no time); predicted {ways or '-'}"
+    yield f"G_row=1: {SCHEME}; microbatch / sub-shards where there are 2"
+    yield _bytes_table(summary)
+
+
+def _scale_table(summary: Mapping[str, Any]) -> Table:
+    """Return the predicted points at the published scale."""
     table = _table("At the published scale, predicted; GB that a GPU sends", "model", "GPUs", "")
     for name in ("data x row\nx col", "micro-\nbatch", "s per\nbatch", "row\n+ col", "data", "speed\nup"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -140,19 +154,17 @@ def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType
             f"{row['data_bytes'] / GB:.1f}",
             f"{ratio:.2f}" if ours and ratio is not None else "",
         )
-    yield table
-    for s in summary["speedups"]:
-        if s["kind"] == "published":
-            predicted = [p for p in summary["speedups"] if p["kind"] == "predicted" and p["gpus"] == s["gpus"]]
-            ways = ", ".join(f"{p['value']:.2f} with {p['model']} ({p['error_pct']:+.0f}%)" for p in predicted)
-            yield f"speedup on {s['gpus']} GPUs: published {s['value']:g} (a ratio, no time); predicted {ways or '-'}"
-    yield f"G_row=1: {SCHEME}; microbatch / sub-shards where there are 2"
+    return table
+
+
+def _bytes_table(summary: Mapping[str, Any]) -> Table:
+    """Return the measured points of this machine and of others, with the bytes that a rank sends."""
     counted = _table("Measured here, the same work at every grid; MB that a rank sends", "G_row x G_col", "ranks")
     for name in ("median\ns", "least", "most", "row\nMB", "col\nMB", "model"):
         counted.add_column(name, justify="right", no_wrap=True)
     sent = {(b["point"], b.get("machine")): b for b in summary["bytes_here"]}
-    others = [row for own in elsewhere(summary["rows"]).values() for row in own]
-    for row in [*measured_here(summary), *others]:
+    on_others = [row for machine_rows in elsewhere(summary["rows"]).values() for row in machine_rows]
+    for row in [*measured_here(summary), *on_others]:
         machine = None if here(row) else machine_of(row)
         b = sent.get((row["point"], machine), {"counted": {}, "agree": False})
         counted.add_row(
@@ -166,7 +178,7 @@ def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType
             *(f"{b['counted'].get(axis, 0) / MB:.2f}" for axis in ("row", "col")),
             "the same" if b["agree"] else "differs",
         )
-    yield counted
+    return counted
 
 
 def _table(title: str, *names: str) -> Table:
@@ -177,7 +189,7 @@ def _table(title: str, *names: str) -> Table:
 
 
 def inputs(content: Content) -> list[Path]:
-    """Where the published ratio and the networks are."""
+    """Return the file of the published ratio and the networks."""
     ratios = content.experiment.ratios
     return [] if ratios is None else [FOLDER / f"{ratios}.yaml"]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from axonn.grid import AXES
 from axonn.training.provenance import THIS_MACHINE
 from experiments.definition import OURS
-from plots.figure import Content
-from plots.style import KINDS, PAGE_IN, colours, mark, mark_handle
+from plots.figure_records import Content
+from plots.style import LINES, PAGE_IN, colours, mark, mark_handle
 from plots.summary import at_scale, device_of, elsewhere, here, machine_of
 
 if TYPE_CHECKING:
@@ -20,52 +20,53 @@ if TYPE_CHECKING:
 OURS_2D = f"{OURS}, our tensor parallelism (row x col)"
 SCHEME = "our engine with G_row = 1 (Megatron-LM's scheme)"
 EVERYTHING = "+".join(AXES)
-"""Axis of what is sent to all ranks at once."""
+"""Name of the axis of messages to all ranks at once."""
 SMALL = 6.0
-"""Points of what is written inside of a panel."""
+"""Font size of text inside a panel, points."""
 MARKERS = {OURS: "o", SCHEME: "^"}
 GB, MB = 1e9, 1e6
 
 
 def bytes_along(row: Mapping[str, Any], axis: str) -> int:
-    """Bytes along an axis; none where nothing was sent."""
+    """Return the bytes that a row's rank sends along an axis; 0 where nothing was sent."""
     return int((row["bytes_per_batch"] or {}).get(axis, 0))
 
 
 def axis_of(name: str) -> str:
+    """Return the name of an axis in the summary."""
     return "all" if name == EVERYTHING else name
 
 
 def draw(summary: dict[str, Any], content: Content) -> Figure:
-    """The published scale above: time, speedup, bytes; this machine below: time, bytes. As wide as a page."""
+    """Draw time, speedup and bytes at the published scale above, time and bytes here below. As wide as a page."""
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     palette = dict(zip((OURS, SCHEME), colours(2), strict=True))
-    others = elsewhere(summary["rows"])
-    figure = plt.figure(figsize=(PAGE_IN, 5.6 + 2.5 * len(others)), constrained_layout=True)
-    grid = figure.add_gridspec(2 + len(others), 6, height_ratios=(1.15, 1, *[1] * len(others)))
+    on_others = elsewhere(summary["rows"])
+    figure = plt.figure(figsize=(PAGE_IN, 5.6 + 2.5 * len(on_others)), constrained_layout=True)
+    grid = figure.add_gridspec(2 + len(on_others), 6, height_ratios=(1.15, 1, *[1] * len(on_others)))
     upper = [figure.add_subplot(grid[0, 2 * i : 2 * i + 2]) for i in range(3)]
-    lower = [figure.add_subplot(grid[1 + j, 3 * i : 3 * i + 3]) for j in range(1 + len(others)) for i in range(2)]
+    lower = [figure.add_subplot(grid[1 + j, 3 * i : 3 * i + 3]) for j in range(1 + len(on_others)) for i in range(2)]
     main_family = [r for r in summary["per_gpu"] if r["image_size"] == 32]
     _draw_times(upper[0], main_family, palette)
     _draw_measured_times(upper[0], main_family, summary["rows"], palette)
     _draw_speedups(upper[1], summary["speedups"], palette[OURS])
     _draw_bytes(upper[2], main_family, palette)
     _draw_here(lower[:2], summary, content, palette)
-    for i, ((machine, _), own) in enumerate(others.items(), start=1):
+    for i, ((machine, _), rows) in enumerate(on_others.items(), start=1):
         panels = lower[2 * i : 2 * i + 2]
-        _title_here(panels, f"on {machine} ({device_of(own)})", "there")
-        _draw_small(panels, own, bytes_by_point(summary, machine), content, palette)
+        _title_here(panels, f"on {machine} ({device_of(rows)})", "there")
+        _draw_small(panels, rows, bytes_by_point(summary, machine), content, palette)
     for letter, axes in zip(ascii_lowercase, [*upper, *lower], strict=False):
         axes.set_title(f"({letter}) {axes.get_title()}", fontsize=7.5)
         axes.tick_params(labelsize=6.5)
-        axes.xaxis.label.set_size(7)
-        axes.yaxis.label.set_size(7)
+        axes.xaxis.label.set_fontsize(7)
+        axes.yaxis.label.set_fontsize(7)
     handles: list[Any] = [Patch(color=palette[OURS], label=OURS_2D), Patch(color=palette[SCHEME], label=SCHEME)]
     handles += [
-        Line2D([], [], color="0.25", linestyle=KINDS["predicted"], marker="o", markersize=4, markerfacecolor="white",
+        Line2D([], [], color="0.25", linestyle=LINES["predicted"], marker="o", markersize=4, markerfacecolor="white",
                label="predicted"),
         Line2D([], [], color="black", marker="*", markersize=8, linewidth=0, label="published (a ratio, no time)"),
         Line2D([], [], color="0.25", marker="_", markersize=8, linewidth=0, label="measured: runs (bar: median)"),
@@ -80,7 +81,7 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
 
 
 def _gpus_axis(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """GPUs, doubling, with the number of parameters below."""
+    """Set the ticks: GPUs, doubling, with the number of parameters below."""
     names = {r["gpus"]: f"{r['gpus']}\n{_billions(r)}" for r in rows}
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(names), list(names.values()))
@@ -91,7 +92,7 @@ def _gpus_axis(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _billions(row: Mapping[str, Any]) -> str:
-    """As the model's name has it."""
+    """Return the number of parameters, as the model's name has it."""
     name = str(row["model"])
     return name.split("-")[1].upper() if "-" in name else name.partition(" ")[0]
 
@@ -101,7 +102,7 @@ def _draw_times(axes: Axes, rows: Sequence[Mapping[str, Any]], palette: Mapping[
         points = sorted((r["gpus"], r["batch_time_s"]) for r in rows if r["framework"] == framework)
         if points:
             axes.plot(
-                *zip(*points, strict=True), KINDS["predicted"], color=palette[framework], marker=marker, markersize=5,
+                *zip(*points, strict=True), LINES["predicted"], color=palette[framework], marker=marker, markersize=5,
                 markerfacecolor="white", linewidth=1.2,
             )  # fmt: skip
     _gpus_axis(axes, rows)
@@ -112,29 +113,31 @@ def _draw_times(axes: Axes, rows: Sequence[Mapping[str, Any]], palette: Mapping[
 def _draw_measured_times(
     axes: Axes, drawn: Sequence[Mapping[str, Any]], rows: Sequence[dict[str, Any]], palette: Mapping[str, Any]
 ) -> None:
-    """Of clusters, beside the predicted ones of the same networks."""
+    """Draw times measured on clusters, beside the predicted ones of the same networks."""
     models = {r["model"] for r in drawn}
-    mine = [r for r in rows if r["kind"] == "measured" and at_scale(rows, r) and r["model"] in models]
-    machines = list(dict.fromkeys(machine_of(r) for r in mine))
+    measured = [r for r in rows if r["kind"] == "measured" and at_scale(rows, r) and r["model"] in models]
+    machines = list(dict.fromkeys(machine_of(r) for r in measured))
     for framework, marker in MARKERS.items():
         for machine in machines:
             points = sorted(
-                (r["gpus"], r["batch_time_s"]) for r in mine if (r["framework"], machine_of(r)) == (framework, machine)
+                (r["gpus"], r["batch_time_s"])
+                for r in measured
+                if (r["framework"], machine_of(r)) == (framework, machine)
             )
             if points:
                 axes.plot(
-                    *zip(*points, strict=True), KINDS["measured"], color=palette[framework], marker=marker,
+                    *zip(*points, strict=True), LINES["measured"], color=palette[framework], marker=marker,
                     markersize=5, markerfacecolor="white", linewidth=1.2,
                 )  # fmt: skip
-    busy = [r for r in mine if r["busy"]]
+    busy = [r for r in measured if r["busy"]]
     mark(axes, [r["gpus"] for r in busy], [r["batch_time_s"] for r in busy], "busy")
     if machines:
         axes.set(title=f"Batch time (32 pixels): dashed predicted,\ndotted measured on {', '.join(machines)}")
-        axes.set_ylim(bottom=0, top=1.08 * max(r["batch_time_s"] for r in [*drawn, *mine]))
+        axes.set_ylim(bottom=0, top=1.08 * max(r["batch_time_s"] for r in [*drawn, *measured]))
 
 
 def _draw_speedups(axes: Axes, speedups: Sequence[Mapping[str, Any]], colour: Any) -> None:
-    """The published one is a single star; two families of networks are predicted, the second fainter."""
+    """Draw the published speedup as a single star, and two predicted families of networks, the second fainter."""
     families = {32: ("32-pixel networks", "o", 1.0, 1.2), 128: ("128-pixel networks", "s", 0.55, 0.8)}
     rows = [s for s in speedups if s["kind"] == "predicted"]
     for size, (label, marker, alpha, width) in families.items():
@@ -142,7 +145,7 @@ def _draw_speedups(axes: Axes, speedups: Sequence[Mapping[str, Any]], colour: An
         if not points:
             continue
         axes.plot(
-            *zip(*points, strict=True), KINDS["predicted"], color=colour, marker=marker, markersize=4.5, alpha=alpha,
+            *zip(*points, strict=True), LINES["predicted"], color=colour, marker=marker, markersize=4.5, alpha=alpha,
             markerfacecolor="white", linewidth=width, zorder=3, label=f"{label}, predicted",
         )  # fmt: skip
         for gpus, value in points:
@@ -169,7 +172,7 @@ def _draw_speedups(axes: Axes, speedups: Sequence[Mapping[str, Any]], colour: An
 
 
 def _draw_bytes(axes: Axes, rows: Sequence[Mapping[str, Any]], palette: Mapping[str, Any]) -> None:
-    """Pairs of stacked bars: along row and col below, along data (hatched) above; the grid over each."""
+    """Draw pairs of stacked bars: along row and col below, along data (hatched) above; the grid over each."""
     from matplotlib.patches import Patch
 
     sizes = sorted({r["gpus"] for r in rows})
@@ -205,7 +208,7 @@ def _draw_bytes(axes: Axes, rows: Sequence[Mapping[str, Any]], palette: Mapping[
 def _draw_here(
     panels: Sequence[Axes], summary: Mapping[str, Any], content: Content, palette: Mapping[str, Any]
 ) -> None:
-    """What this machine measured."""
+    """Draw the points of this machine."""
     rows = measured_here(summary)
     cores = next((r.machine.cores for r in content.measured if r.machine.name == THIS_MACHINE), None)
     _title_here(panels, "on this machine" + (f" ({cores} cores for all ranks)" if cores else ""), "here")
@@ -217,13 +220,14 @@ def _draw_here(
 
 
 def _title_here(panels: Sequence[Axes], where: str, counted: str) -> None:
+    """Set titles and labels of the panels of one machine."""
     times, sent = panels
     times.set(ylabel="seconds per batch", title=f"Batch time, measured {where}")
     sent.set(ylabel="MB that a rank sends per batch", title=f"Communication, counted {counted} and modelled")
 
 
 def bytes_by_point(summary: Mapping[str, Any], machine: str | None) -> dict[str, Mapping[str, Any]]:
-    """Bytes by point, of runs on this machine (None) or another."""
+    """Return the bytes by point, of runs on this machine (None) or another."""
     return {b["point"]: b for b in summary["bytes_here"] if b.get("machine") == machine}
 
 
@@ -234,7 +238,7 @@ def _draw_small(
     content: Content,
     palette: Mapping[str, Any],
 ) -> None:
-    """By tensor grid: seconds, and bytes along row and col, counted (bars) and modelled (crosses)."""
+    """Draw seconds, and bytes along row and col, counted (bars) and modelled (crosses), over the tensor grid."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -247,13 +251,13 @@ def _draw_small(
         times.plot([i] * len(row["repeats_s"]), row["repeats_s"], "_", color=colour, markersize=11)
         if row["busy"]:
             mark(times, [i], [row["batch_time_s"]], "busy")
-        of = by_point.get(row["point"], {"counted": {}, "modelled": {}})
+        sizes = by_point.get(row["point"], {"counted": {}, "modelled": {}})
         below = modelled = 0.0
         for axis, alpha in shades.items():
-            size = of["counted"].get(axis, 0) / MB
+            size = sizes["counted"].get(axis, 0) / MB
             sent.bar(i, size, 0.6, bottom=below, color=colour, alpha=alpha, linewidth=0)
             below += size
-            modelled += of["modelled"].get(axis, 0) / MB
+            modelled += sizes["modelled"].get(axis, 0) / MB
         sent.plot([i], [modelled], "x", color="black", markersize=5)
     labels = [f"{r['grid']['row']} x {r['grid']['col']}\n{r['gpus']} ranks" for r in rows]
     millions = next(r.asked.parameters for r in content.measured if r.asked.model == rows[0]["model"]) / 1e6
@@ -272,6 +276,6 @@ def _draw_small(
 
 
 def measured_here(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of this machine, the scheme first among as many ranks."""
+    """Return the rows of this machine by ranks; of as many ranks, the scheme comes first."""
     rows = [r for r in summary["rows"] if here(r)]
     return sorted(rows, key=lambda r: (r["gpus"], r["grid"]["row"]))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
-from plots.figure import Content, FigureKind, main
+from plots.figure import FigureKind, main
+from plots.figure_records import Content
 from plots.style import COLUMN_IN, colours
 from plots.summary import small_table
 
@@ -17,32 +18,32 @@ if TYPE_CHECKING:
 
 PARTS = ("compute", "point_to_point", "bubble")
 HATCH = "////"
-"""Of predicted bars."""
+"""Hatching of predicted bars."""
 
 
 def extras(content: Content, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The pipeline phase of each point by kind, the predicted one split, and the errors. Seconds, percent."""
+    """Return the pipeline phase of each point by kind, the predicted one split, and the errors. Seconds, percent."""
     phases = []
     for point in dict.fromkeys(row["point"] for row in rows):
-        mine = {row["kind"]: row for row in rows if row["point"] == point}
-        published, predicted = (_phase(mine.get(kind)) for kind in ("published", "predicted"))
-        found: dict[str, Any] = {
+        by_kind = {row["kind"]: row for row in rows if row["point"] == point}
+        published, predicted = (_phase(by_kind.get(kind)) for kind in ("published", "predicted"))
+        phase: dict[str, Any] = {
             "point": point,
-            "G_inter": next(iter(mine.values()))["grid"]["inter"],
+            "G_inter": next(iter(by_kind.values()))["grid"]["inter"],
             "published_s": published,
             "predicted_s": predicted,
             "error_pct": None if published is None or predicted is None else 100 * (predicted / published - 1),
             "predicted_parts_s": None,
         }
         if predicted is not None:
-            parts = mine["predicted"]["parts_s"]
+            parts = by_kind["predicted"]["parts_s"]
             computing, waiting = parts["compute"] + parts["tensor_all_reduce"], parts["point_to_point"]
-            found["predicted_parts_s"] = {
+            phase["predicted_parts_s"] = {
                 "compute": computing,
                 "point_to_point": waiting,
                 "bubble": predicted - computing - waiting,
             }
-        phases.append(found)
+        phases.append(phase)
     errors = [abs(p["error_pct"]) for p in phases if p["error_pct"] is not None]
     return {"pipeline_phase": phases, "phase_mape_pct": mean(errors) if errors else None}
 
@@ -52,7 +53,7 @@ def _phase(row: dict[str, Any] | None) -> float | None:
 
 
 def draw(summary: dict[str, Any], content: Content) -> Figure:
-    """Two bars for each G_inter: published, and predicted in parts."""
+    """Draw two bars for each G_inter: published, and predicted in parts."""
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
@@ -92,7 +93,7 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
 
 
 def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType]:
-    """Published and predicted, with the predicted parts."""
+    """Yield published and predicted phases, with the predicted parts."""
     table = small_table(
         "Pipeline phase in seconds", "G_inter", "published", "predicted", "error", "compute", "p2p", "bubble"
     )

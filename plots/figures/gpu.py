@@ -1,7 +1,7 @@
-"""What make bench-gpu measured, as one picture. python -m plots.figures.gpu [results/gpu/summary.json]
+"""The measurements of make bench-gpu as one picture. python -m plots.figures.gpu [results/gpu/summary.json]
 
-Reads the summary, writes plots/out/gpu.png and .svg (of another folder gpu-FOLDER: the miniature of a CPU never takes
-the place of a GPU's measurements).
+Reads the summary, writes plots/out/gpu.png and .svg (gpu-FOLDER for another folder, so that the miniature of a CPU
+never takes the place of a GPU's measurements).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The summary of a run. Raises `RecordError` when there is none, or nothing in it."""
+    """Return the summary of a run. Raises `RecordError` when there is none, or nothing in it."""
     try:
         summary = read_json(path)
         rows = [row for row in summary["rows"] if isinstance(row, dict)]
@@ -50,7 +50,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def picture_name(path: Path) -> str:
-    """That of the picture of a summary."""
+    """Return the name of the picture of a summary."""
     folder = path.resolve().parent
     if folder == RESULTS:
         return "gpu"
@@ -59,12 +59,12 @@ def picture_name(path: Path) -> str:
 
 
 def of_part(summary: Mapping[str, Any], part: str, key: str) -> list[dict[str, Any]]:
-    """Rows of a part that have a number under `key` and did not fail."""
+    """Return the rows of a part that have a number under `key` and did not fail."""
     return [r for r in summary["rows"] if r.get("part") == part and r.get(key) is not None and not r.get("failure")]
 
 
 def draw(summary: Mapping[str, Any], out: Path, name: str) -> list[Path]:
-    """Write the picture; a panel for each part that has measured something."""
+    """Write the picture, with a panel for each part that has measured something."""
     with styled(name):
         return save(_drawn(summary), name, out)
 
@@ -98,7 +98,7 @@ def _drawn(summary: Mapping[str, Any]) -> Figure:
 
 
 def headline(summary: Mapping[str, Any]) -> str:
-    """On what it was measured, and whether it means anything."""
+    """Return the title: the device of the measurements, and whether they mean anything."""
     machine = (summary.get("provenance") or {}).get("machine") or {}
     device = machine.get("cpu") if summary.get("device") == "cpu" else summary.get("device")
     mini = "; in miniature, so that the numbers mean nothing" if summary.get("quick") else ""
@@ -110,12 +110,12 @@ def _speeds(axis: Axes, rows: Rows) -> None:
     names = [f"{r['model']}: {r['contender']}" for r in rows]
     for at, row in enumerate(rows):
         axis.barh(at, row["tflops"], height=0.76, color=ours if row.get("ours") else _OTHERS)
-        said = f"{row['units_per_s']:,.0f} {row['unit']}/s"
+        note = f"{row['units_per_s']:,.0f} {row['unit']}/s"
         if row.get("pct_peak") is not None:
-            said += f", {row['pct_peak']:.1f}% of peak"
+            note += f", {row['pct_peak']:.1f}% of peak"
         if row.get("ratio") is not None:
-            said += f", AxoNN / this {row['ratio']:.3f}"
-        axis.annotate(said, (row["tflops"], at), xytext=(3, 0), textcoords="offset points", va="center", fontsize=6.5)
+            note += f", AxoNN / this {row['ratio']:.3f}"
+        axis.annotate(note, (row["tflops"], at), xytext=(3, 0), textcoords="offset points", va="center", fontsize=6.5)
     axis.set_yticks(range(len(rows)), names, fontsize=7)
     axis.set_xlim(0, 2.1 * max(row["tflops"] for row in rows))
     axis.set_xlabel("TFLOP/s without recompute, bfloat16 (measured)")
@@ -154,6 +154,7 @@ def _shares(axis: Axes, rows: Rows) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m plots.figures.gpu", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("summary", nargs="?", type=Path, default=SUMMARY, help="default that of the last whole run")
     source: Path = parser.parse_args(arguments).summary

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
-from plots.figure import Content, FigureKind, main
-from plots.style import COLUMN_IN, KINDS, colours, mark
+from plots.figure import FigureKind, main
+from plots.figure_records import Content
+from plots.style import COLUMN_IN, LINES, colours, mark
 from plots.summary import BUSY_MARK, compared, here, small_table
 
 if TYPE_CHECKING:
@@ -16,31 +18,33 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ACTIVATIONS = {"predicted": "checkpoints", "measured": "activations"}
-"""Of `axonn.observability.records.Record.memory_parts`: what is kept for the backwards of microbatches in flight."""
+"""Entry of `axonn.observability.records.Record.memory_parts` kept for the backwards of microbatches in flight."""
 DRAWN_FROM = 1.0
-"""Predicted limits below so many G_inter leave stages idle, and would hide the differences of the others."""
+"""Smallest predicted limit that is drawn, in G_inter. Smaller ones leave stages idle and would hide differences."""
 MARKERS = "os^D"
+UNITS = {"predicted": ("GB", 1e9), "measured": ("MB", 1e6)}
+"""Unit of activations, and its bytes."""
 
 
 def extras(content: Content, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each limit beside 1F1B on the same work, and the best limit whose activations are no more than 1F1B's.
+    """Return each limit beside 1F1B on the same work, and the best limit with no more activations than 1F1B.
 
     Seconds, bytes of the rank that keeps most, and percent.
     """
     rows = [r for r in rows if r["kind"] == "predicted" or here(r)]
     limits, budgets = [], []
     for kind, model in dict.fromkeys((r["kind"], r["model"]) for r in rows):
-        mine = [r for r in rows if (r["kind"], r["model"]) == (kind, model)]
-        reference = next((r for r in mine if r["schedule"]["name"] == "1f1b"), None)
-        own = [
+        same_work = [r for r in rows if (r["kind"], r["model"]) == (kind, model)]
+        reference = next((r for r in same_work if r["schedule"]["name"] == "1f1b"), None)
+        compared_limits = [
             _compared(row, _kept(row), reference, None if reference is None else _kept(reference))
-            for row in mine
+            for row in same_work
             if row is not reference
         ]
-        limits += own
+        limits += compared_limits
         within = [
             x
-            for x in own
+            for x in compared_limits
             if x["activations_over_1f1b"] is not None
             and x["activations_over_1f1b"] <= 1
             and x["over_1f1b_pct"] is not None
@@ -52,14 +56,14 @@ def extras(content: Content, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _kept(row: dict[str, Any]) -> int | None:
-    """Bytes of what is kept for backwards, where the record of the row says so."""
+    """Return the bytes kept for backwards, where the record of the row has them."""
     return (row["memory_parts"] or {}).get(ACTIVATIONS[row["kind"]])
 
 
 def _compared(
     row: dict[str, Any], kept: int | None, reference: dict[str, Any] | None, budget: int | None
 ) -> dict[str, Any]:
-    """A limit, and what it is beside 1F1B, whose spread are its own repeats."""
+    """Return a limit's numbers, and their ratios to those of 1F1B, the spread of whose repeats is included."""
     spread = row.get("repeats_s") or [row["batch_time_s"]]
     base = None if reference is None or not compared(row, reference) else reference["batch_time_s"]
     return {
@@ -83,7 +87,7 @@ def _compared(
 
 
 def draw(summary: dict[str, Any], content: Content) -> Figure:
-    """Time and activations over the limit; above predicted, below measured."""
+    """Draw time and activations over the limit; above predicted, below measured."""
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(2, 2, figsize=(COLUMN_IN, 3.7), constrained_layout=True, sharex=True)
@@ -100,9 +104,7 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
 def _panels(
     time: Axes, memory: Axes, limits: Sequence[dict[str, Any]], kind: str, palette: dict[str, tuple[float, ...]]
 ) -> None:
-    """Those of one kind."""
-    from matplotlib.ticker import LogLocator
-
+    """Draw the two panels of one kind of points."""
     for axes in (time, memory):
         axes.set_title(kind, fontsize=7.5)
         axes.set_xscale("log", base=2)
@@ -112,50 +114,67 @@ def _panels(
     if not limits:
         time.text(0.5, 0.5, f"not {kind}", ha="center", transform=time.transAxes, fontsize=7)
         return
-    unit, size = ("GB", 1e9) if kind == "predicted" else ("MB", 1e6)
-    for i, (model, colour) in enumerate(palette.items()):
-        mine = sorted((x for x in limits if x["model"] == model), key=lambda x: x["limit"])
-        marker = {"marker": MARKERS[i % len(MARKERS)], "markersize": 3.5, "markerfacecolor": "white"}
-        drawn = [
-            x
-            for x in mine
-            if x["over_1f1b_pct"] is not None and (kind == "measured" or x["limit"] / x["G_inter"] >= DRAWN_FROM)
-        ]
-        if drawn:
-            at = [x["limit"] / x["G_inter"] for x in drawn]
-            time.plot(
-                at,
-                [x["over_1f1b_pct"] for x in drawn],
-                KINDS[kind],
-                color=colour,
-                linewidth=1,
-                **marker,
-            )
-            busy = [(where, x["over_1f1b_pct"]) for where, x in zip(at, drawn, strict=True) if x.get("machine_busy")]
-            mark(time, [where for where, _ in busy], [percent for _, percent in busy], "busy")
-            for where, x in zip(at, drawn, strict=True):
-                each = x["repeats_over_1f1b_pct"]
-                if len(each) > 1:
-                    time.plot([where] * len(each), each, "_", color=colour, markersize=5)
-        kept = [(x["limit"] / x["G_inter"], x["activation_bytes"] / size) for x in mine if x["activation_bytes"]]
-        if kept:
-            memory.plot(
-                *zip(*kept, strict=True), KINDS[kind], color=colour, linewidth=1, label=_short(model),
-                **marker,
-            )  # fmt: skip
-        budgets = {x["activation_bytes_of_1f1b"] / size for x in mine if x["activation_bytes_of_1f1b"]}
-        for budget in budgets:
-            memory.axhline(budget, color=colour, linewidth=0.6)
-            memory.text(4.4, budget, "1F1B", ha="right", va="bottom", fontsize=5.5)
-        spread = next((x["spread_of_1f1b_pct"] for x in mine if len(x["spread_of_1f1b_pct"]) > 1), None)
-        if spread:
-            time.axhspan(min(spread), max(spread), color="0.85", linewidth=0, zorder=0.5)
+    for (model, colour), marker in zip(palette.items(), cycle(MARKERS), strict=False):
+        of_model = sorted((x for x in limits if x["model"] == model), key=lambda x: x["limit"])
+        _draw_times(time, of_model, kind, colour, marker)
+        _draw_activations(memory, of_model, kind, colour, marker)
     time.axhline(0, color="0.25", linewidth=0.8)
     time.text(0.98, 0, "1F1B", ha="right", va="bottom", fontsize=5.5, transform=time.get_yaxis_transform())
     hidden = [x["over_1f1b_pct"] for x in limits if kind == "predicted" and x["limit"] / x["G_inter"] < DRAWN_FROM]
     if hidden:
-        said = f"at 0.5:\n{min(hidden):+.0f} to\n{max(hidden):+.0f}%"
-        time.text(0.47, 0.03, said, ha="left", va="bottom", fontsize=5.5, transform=time.get_xaxis_transform())
+        note = f"at 0.5:\n{min(hidden):+.0f} to\n{max(hidden):+.0f}%"
+        time.text(0.47, 0.03, note, ha="left", va="bottom", fontsize=5.5, transform=time.get_xaxis_transform())
+    _finish_axes(time, memory, kind)
+
+
+def _draw_times(
+    time: Axes, limits: Sequence[dict[str, Any]], kind: str, colour: tuple[float, ...], marker: str
+) -> None:
+    """Draw a model's times over 1F1B's: medians, single runs, and the spread of 1F1B's own runs."""
+    drawn = [
+        x
+        for x in limits
+        if x["over_1f1b_pct"] is not None and (kind == "measured" or x["limit"] / x["G_inter"] >= DRAWN_FROM)
+    ]
+    if drawn:
+        at = [x["limit"] / x["G_inter"] for x in drawn]
+        time.plot(
+            at, [x["over_1f1b_pct"] for x in drawn], LINES[kind], color=colour, linewidth=1,
+            marker=marker, markersize=3.5, markerfacecolor="white",
+        )  # fmt: skip
+        busy = [(limit, x["over_1f1b_pct"]) for limit, x in zip(at, drawn, strict=True) if x.get("machine_busy")]
+        mark(time, [limit for limit, _ in busy], [percent for _, percent in busy], "busy")
+        for limit, x in zip(at, drawn, strict=True):
+            repeats = x["repeats_over_1f1b_pct"]
+            if len(repeats) > 1:
+                time.plot([limit] * len(repeats), repeats, "_", color=colour, markersize=5)
+    spread = next((x["spread_of_1f1b_pct"] for x in limits if len(x["spread_of_1f1b_pct"]) > 1), None)
+    if spread:
+        time.axhspan(min(spread), max(spread), color="0.85", linewidth=0, zorder=0.5)
+
+
+def _draw_activations(
+    memory: Axes, limits: Sequence[dict[str, Any]], kind: str, colour: tuple[float, ...], marker: str
+) -> None:
+    """Draw a model's activations, and those of 1F1B as a line."""
+    _, size = UNITS[kind]
+    kept = [(x["limit"] / x["G_inter"], x["activation_bytes"] / size) for x in limits if x["activation_bytes"]]
+    if kept:
+        memory.plot(
+            *zip(*kept, strict=True), LINES[kind], color=colour, linewidth=1, label=_short(limits[0]["model"]),
+            marker=marker, markersize=3.5, markerfacecolor="white",
+        )  # fmt: skip
+    budgets = {x["activation_bytes_of_1f1b"] / size for x in limits if x["activation_bytes_of_1f1b"]}
+    for budget in budgets:
+        memory.axhline(budget, color=colour, linewidth=0.6)
+        memory.text(4.4, budget, "1F1B", ha="right", va="bottom", fontsize=5.5)
+
+
+def _finish_axes(time: Axes, memory: Axes, kind: str) -> None:
+    """Set scales, limits, labels and the legend, once everything is drawn."""
+    from matplotlib.ticker import LogLocator
+
+    unit, _ = UNITS[kind]
     memory.set_yscale("log", base=2)
     memory.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
     memory.set_xlim(0.44, 4.5)
@@ -170,13 +189,13 @@ def _panels(
 
 
 def _short(model: str) -> str:
-    """As in the legend."""
+    """Return the name of a model in the legend."""
     size, _, rest = model.removeprefix("gpt-").partition("-")
     return size.upper().replace("X", " x ") + (", no head" if rest else "")
 
 
 def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType]:
-    """Each limit in numbers, and the comparison at 1F1B's activations."""
+    """Yield each limit in numbers, and the comparison at 1F1B's activations."""
     table = small_table(
         "Message-driven over 1F1B on the same work",
         "model",

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 
 from axonn.training.provenance import THIS_MACHINE
-from plots.figure import Content, FigureKind, main
+from plots.figure import FigureKind, main
+from plots.figure_records import Content
 from plots.published_tables import column, read_reading
-from plots.style import COLUMN_IN, KINDS, colours, mark
+from plots.style import COLUMN_IN, LINES, colours, mark
 from plots.summary import small_table
 
 if TYPE_CHECKING:
@@ -20,47 +21,47 @@ if TYPE_CHECKING:
 
 LABELS = {"axonn": "AxoNN", "pytorch": "PyTorch"}
 SERIAL = "1 rank"
-"""The run that the others are held against."""
+"""The run that the others are compared with."""
 WIDTHS = (2.6, 1.9, 1.3, 0.8, 0.5)
-"""Of lines that lie on each other."""
+"""Widths of lines that lie on each other."""
 
 
 def extras(content: Content, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Losses of every run and their relative differences from the serial one; the published curves, and how far apart
-    they are at their first point and later on."""
-    mine = [r for r in content.measured if r.machine.name == THIS_MACHINE]
-    losses = {r.point: r.losses for r in mine if r.failure is None}
+    """Return the losses of every run and their relative differences from the serial one, and the published curves with
+    their differences at the first point and later on."""
+    local = [r for r in content.measured if r.machine.name == THIS_MACHINE]
+    losses = {r.point: r.losses for r in local if r.failure is None}
     serial = losses.get(SERIAL, [])
     differences = {
-        point: [abs(a - b) / abs(a) for a, b in zip(serial, own, strict=False)]
-        for point, own in losses.items()
+        point: [abs(a - b) / abs(a) for a, b in zip(serial, curve, strict=False)]
+        for point, curve in losses.items()
         if point != SERIAL
     }
     published = {}
     for name, label in LABELS.items():
         table = read_reading(content.experiment, name)
         published[label] = {"batch": column(table, "batch"), "loss": column(table, "loss"), "suspect_batches": [0.0]}
-    ours, other = (published[label] for label in LABELS.values())
-    apart = [
+    axonn, pytorch = (published[label] for label in LABELS.values())
+    published_differences = [
         {
             "batch": batch,
-            "difference_pct": 100 * (_at(ours["batch"], ours["loss"], batch) / loss - 1),
-            "suspect": batch in ours["suspect_batches"],
+            "difference_pct": 100 * (_at(axonn["batch"], axonn["loss"], batch) / loss - 1),
+            "suspect": batch in axonn["suspect_batches"],
         }
-        for batch, loss in zip(other["batch"], other["loss"], strict=True)
+        for batch, loss in zip(pytorch["batch"], pytorch["loss"], strict=True)
     ]
     return {
         "losses": losses,
         "relative_differences": differences,
-        "largest_difference": {point: max(own, default=None) for point, own in differences.items()},
+        "largest_difference": {point: max(curve, default=None) for point, curve in differences.items()},
         "published_losses": published,
-        "published_apart_pct": apart,
+        "published_apart_pct": published_differences,
         "suspect": [f"{label}: the loss of batch 0 is {curve['loss'][0]:.2f}" for label, curve in published.items()],
     }
 
 
 def _at(batches: Sequence[float], losses: Sequence[float], batch: float) -> float:
-    """The loss at a batch, between the two read off beside it."""
+    """Return the loss at a batch, interpolated between the two nearest points read off."""
     after = bisect_right(batches, batch)
     if after in (0, len(batches)):
         return losses[min(after, len(losses) - 1)]
@@ -69,7 +70,7 @@ def _at(batches: Sequence[float], losses: Sequence[float], batch: float) -> floa
 
 
 def draw(summary: dict[str, Any], content: Content) -> Figure:
-    """Losses here, their differences from the serial run's, and the published curves."""
+    """Draw losses here, their differences from the serial run's, and the published curves."""
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplot_mosaic(
@@ -91,15 +92,15 @@ def _here(losses: Axes, differences: Axes, summary: dict[str, Any], tolerance: f
     points = sorted(summary["losses"], key=lambda point: (point != SERIAL, point))
     palette = dict(zip(points, colours(max(1, len(points))), strict=False))
     for i, point in enumerate(points):
-        own = summary["losses"][point]
+        curve = summary["losses"][point]
         losses.plot(
-            range(len(own)), own, KINDS["measured"], color=palette[point],
+            range(len(curve)), curve, LINES["measured"], color=palette[point],
             linewidth=WIDTHS[i % len(WIDTHS)], label=_called(point),
         )  # fmt: skip
-        found = [(n, d) for n, d in enumerate(summary["relative_differences"].get(point, [])) if d]
-        if found:
-            differences.plot(*zip(*found, strict=True), ".", color=palette[point], markersize=1.8)
-    exact = [p for p, own in summary["relative_differences"].items() if own and not any(own)]
+        nonzero = [(n, d) for n, d in enumerate(summary["relative_differences"].get(point, [])) if d]
+        if nonzero:
+            differences.plot(*zip(*nonzero, strict=True), ".", color=palette[point], markersize=1.8)
+    exact = [point for point, curve in summary["relative_differences"].items() if curve and not any(curve)]
     if points:
         losses.legend(fontsize=5.2, loc="upper right", handlelength=1.6, labelspacing=0.2, borderpad=0.3)
     else:
@@ -117,14 +118,14 @@ def _here(losses: Axes, differences: Axes, summary: dict[str, Any], tolerance: f
             transform=differences.get_yaxis_transform(),
         )  # fmt: skip
     if exact:
-        said = f"{', '.join(map(_called, exact))}: no difference"
-        differences.text(0.98, 0.04, said, ha="right", fontsize=5.2, transform=differences.transAxes)
+        note = f"{', '.join(map(_called, exact))}: no difference"
+        differences.text(0.98, 0.04, note, ha="right", fontsize=5.2, transform=differences.transAxes)
     differences.set_xlabel("batch", fontsize=6.5)
     differences.set_ylabel("relative difference", fontsize=6.5)
 
 
 def _called(point: str) -> str:
-    """With the axis as a subscript."""
+    """Return the name of a point, with the axis as a subscript."""
     name, _, extent = point.partition(" ")
     head, _, axis = name.partition("_")
     return rf"${head}_{{{axis}}}$ {extent}" if axis else point
@@ -133,7 +134,7 @@ def _called(point: str) -> str:
 def _published(axes: Axes, summary: dict[str, Any]) -> None:
     for i, (label, curve) in enumerate(summary["published_losses"].items()):
         colour = colours(len(LABELS))[i]
-        axes.plot(curve["batch"], curve["loss"], KINDS["published"], color=colour, linewidth=(1.8, 0.8)[i], label=label)
+        axes.plot(curve["batch"], curve["loss"], LINES["published"], color=colour, linewidth=(1.8, 0.8)[i], label=label)
         axes.plot(curve["batch"][0], curve["loss"][0], "o^"[i], color=colour, markersize=4)
         suspect = [n for n in curve["batch"] if n in curve["suspect_batches"]]
         mark(axes, suspect, [curve["loss"][curve["batch"].index(n)] for n in suspect], "suspect")
@@ -155,11 +156,11 @@ def _published(axes: Axes, summary: dict[str, Any]) -> None:
 
 
 def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType]:
-    """First and last losses, and the largest difference from the serial run."""
+    """Yield first and last losses, and the largest difference from the serial run."""
     table = small_table("Training loss (measured)", "", "first", "last", "largest relative difference")
-    for point, own in summary["losses"].items():
-        most = summary["largest_difference"].get(point)
-        table.add_row(point, f"{own[0]:.4f}", f"{own[-1]:.4f}", "-" if most is None else f"{most:.1e}")
+    for point, curve in summary["losses"].items():
+        largest = summary["largest_difference"].get(point)
+        table.add_row(point, f"{curve[0]:.4f}", f"{curve[-1]:.4f}", "-" if largest is None else f"{largest:.1e}")
     yield table
     for line in summary["suspect"]:
         yield f"suspect among the published curves: {line}"

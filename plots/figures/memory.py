@@ -1,4 +1,4 @@
-"""What the memory optimisation leaves on the device. python -m plots.figures.memory [--fresh]"""
+"""Memory on the device with and without the memory optimisation. python -m plots.figures.memory [--fresh]"""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 
 from axonn.perf.timing.memory_model import model_state_bytes
-from plots.figure import Content, FigureKind, main
+from plots.figure import FigureKind, main
+from plots.figure_records import Content
 from plots.published_tables import read_reading
-from plots.style import COLUMN_IN, KINDS, colours
+from plots.style import COLUMN_IN, LINES, colours
 from plots.summary import here, small_table
 
 if TYPE_CHECKING:
@@ -19,24 +20,24 @@ if TYPE_CHECKING:
 
 PARTS = {"model_state": "state", "checkpoints": "checkpoints", "working": "recomputed"}
 ON_DEVICE = {"parameters": "parameters", "gradients": "gradients", "optimizer_state": "optimizer", "buckets": "buckets"}
-"""Of `Engine.memory`, what is model state there."""
+"""Entries of `Engine.memory` that are model state on the device, and their names in legends."""
 ALL = "all GPUs together"
-"""What a reading counts, where it is not the model state of one."""
+"""Label of readings of all GPUs; others are of the model state of one."""
 BSIZES = [1_000_000 * 2**i for i in range(10)]
 HATCHES = {"predicted": "////", "measured": "...."}
 
 
 def extras(content: Content, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Published memory beside predicted, the formula over bsize, and what our engine allocates. Bytes, percent."""
+    """Return published memory beside predicted, the formula over bsize, and what the engine allocates. Bytes,
+    percent."""
     predicted = {r["point"]: r for r in rows if r["kind"] == "predicted"}
     compared = []
     for reading in read_reading(content.experiment, "memory_gb"):
         point = f"G_inter {reading['G_inter']}, {reading['optimizer']}"
         row, published = predicted.get(point), 1e9 * float(reading["gb"])
-        together = reading["what"] == ALL
         parts = None if row is None else row["memory_of_all"]
-        if parts is not None and not together:
-            # Of a GPU of the mean stage, as the publication counts phi.
+        if row is not None and parts is not None and reading["what"] != ALL:
+            # The mean over the stages' GPUs, as the publication counts phi.
             parts = {"model_state": parts["model_state"] // row["gpus"]}
         total = None if parts is None else sum(parts.values())
         compared.append(
@@ -68,21 +69,21 @@ def extras(content: Content, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _allocated(row: dict[str, Any], parameters: int) -> dict[str, Any]:
-    """Model state of a run, per parameter."""
+    """Return the model state of a run, per parameter."""
     parts = row["memory_of_all"] or {}
-    each = {part: parts.get(part, 0) / parameters for part in ON_DEVICE}
+    per_parameter = {part: parts.get(part, 0) / parameters for part in ON_DEVICE}
     return {
         "point": row["point"],
         "model": row["model"],
         "parameters": parameters,
-        "bytes_per_parameter": each,
-        "on_device_per_parameter": sum(each.values()),
+        "bytes_per_parameter": per_parameter,
+        "on_device_per_parameter": sum(per_parameter.values()),
         "on_host_per_parameter": parts.get("host", 0) / parameters,
     }
 
 
 def draw(summary: dict[str, Any], content: Content) -> Figure:
-    """The formula over bsize, all GPUs together, and bytes per parameter here."""
+    """Draw the formula over bsize, the memory of all GPUs, and bytes per parameter here."""
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplot_mosaic(
@@ -92,7 +93,7 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
         height_ratios=[1.6, 1],
     )
     _over_bsize(panels["formula"], summary)
-    _together(panels["all"], summary)
+    _all_gpus(panels["all"], summary)
     _here(panels["here"], summary)
     figure.suptitle(f"{summary['title']}", fontsize=8.5)
     return figure
@@ -103,11 +104,11 @@ def _over_bsize(axes: Axes, summary: dict[str, Any]) -> None:
         sizes = [b / 1e6 for b in line["bsize"]]
         inter = rf"$G_{{inter}}$ {line['G_inter']}"
         axes.plot(
-            sizes, [b / 1e9 for b in line["with_bytes"]], KINDS["predicted"], color=colour, linewidth=1.1,
+            sizes, [b / 1e9 for b in line["with_bytes"]], LINES["predicted"], color=colour, linewidth=1.1,
             label=f"{inter}, with",
         )  # fmt: skip
         axes.plot(
-            [sizes[0], sizes[-1]], [line["without_bytes"] / 1e9] * 2, KINDS["predicted"], color=colour, linewidth=2.2,
+            [sizes[0], sizes[-1]], [line["without_bytes"] / 1e9] * 2, LINES["predicted"], color=colour, linewidth=2.2,
             label=f"{inter}, without",
         )  # fmt: skip
     for x in summary["memory"]:
@@ -127,10 +128,10 @@ def _over_bsize(axes: Axes, summary: dict[str, Any]) -> None:
     axes.legend(fontsize=5.2, loc="upper left", handlelength=2.2, ncols=1, labelspacing=0.25, borderpad=0.3)
 
 
-def _together(axes: Axes, summary: dict[str, Any]) -> None:
+def _all_gpus(axes: Axes, summary: dict[str, Any]) -> None:
     shades = dict(zip(PARTS, colours(len(PARTS)), strict=True))
-    mine = [x for x in summary["memory"] if x["what"] == ALL]
-    for i, x in enumerate(mine):
+    readings = [x for x in summary["memory"] if x["what"] == ALL]
+    for i, x in enumerate(readings):
         axes.bar(i - 0.2, x["published_bytes"] / 1e9, 0.36, color="0.55", label="published" if not i else None)
         axes.text(i - 0.2, x["published_bytes"] / 1e9 + 8, f"{x['published_bytes'] / 1e9:.0f}", ha="center", fontsize=6)
         bottom = 0.0
@@ -142,7 +143,7 @@ def _together(axes: Axes, summary: dict[str, Any]) -> None:
             bottom += size / 1e9
         if bottom:
             axes.text(i + 0.2, bottom + 8, f"{bottom:.0f}", ha="center", fontsize=6)
-    axes.set_xticks(range(len(mine)), ["without", "with"][: len(mine)])
+    axes.set_xticks(range(len(readings)), ["without", "with"][: len(readings)])
     axes.set_ylim(0, 900)
     axes.grid(visible=False, axis="x")
     axes.tick_params(labelsize=6.5)
@@ -152,9 +153,9 @@ def _together(axes: Axes, summary: dict[str, Any]) -> None:
 
 
 def _here(axes: Axes, summary: dict[str, Any]) -> None:
-    found = summary["allocated"]
+    runs = summary["allocated"]
     shades = dict(zip(ON_DEVICE, colours(len(ON_DEVICE)), strict=True))
-    for i, run in enumerate(found):
+    for i, run in enumerate(runs):
         left = 0.0
         for part, size in run["bytes_per_parameter"].items():
             axes.barh(
@@ -163,21 +164,21 @@ def _here(axes: Axes, summary: dict[str, Any]) -> None:
             )  # fmt: skip
             left += size
         axes.text(left + 0.2, i, f"{left:.1f}", va="center", fontsize=6)
-    if not found:
+    if not runs:
         axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes, fontsize=7)
-    axes.set_yticks(range(len(found)), [run["point"].replace(", ", ",\n") for run in found], fontsize=6)
+    axes.set_yticks(range(len(runs)), [run["point"].replace(", ", ",\n") for run in runs], fontsize=6)
     axes.invert_yaxis()
     axes.set_xlim(0, 30)
     axes.grid(visible=False, axis="y")
     axes.tick_params(labelsize=6.5)
     axes.set_xlabel("bytes of model state on the device, per parameter", fontsize=6.5)
     axes.set_title("allocated by the engine here, bfloat16", fontsize=7)
-    if found:
+    if runs:
         axes.legend(fontsize=5.2, loc="lower right", labelspacing=0.25, borderpad=0.3)
 
 
 def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType]:
-    """Published beside predicted, and what is allocated here."""
+    """Yield published beside predicted memory, and what is allocated here."""
     table = small_table(
         "Memory of GPT 12B in GB (predicted: state, checkpoints, recomputed)",
         "",
@@ -196,7 +197,7 @@ def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType
             ", ".join(f"{size / 1e9:.1f}" for size in parts.values()) or "-",
         )
     yield table
-    here = small_table(
+    allocated = small_table(
         "Model state here (measured), bytes per parameter",
         "",
         "weights",
@@ -207,13 +208,13 @@ def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType
         "host",
     )
     for run in summary["allocated"]:
-        here.add_row(
+        allocated.add_row(
             run["point"],
             *(f"{run['bytes_per_parameter'][part]:.2f}" for part in ON_DEVICE),
             f"{run['on_device_per_parameter']:.2f}",
             f"{run['on_host_per_parameter']:.2f}",
         )
-    yield here
+    yield allocated
 
 
 MEMORY = FigureKind(name="memory", draw=draw, tables=tables, extras=extras)

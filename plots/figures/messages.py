@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
-from axonn.perf.machine.machine_file import Curve, MachineFile, load_machine
+from axonn.perf.machine.machine_file import Curve, Library, MachineFile, load_machine
 from axonn.training.places import from_here
 from experiments.calibration import measure_machine
-from plots.figure import Content, FigureKind, main
+from plots.figure import FigureKind, main
+from plots.figure_records import Content
 from plots.published_tables import column, read_reading
-from plots.style import COLUMN_IN, KINDS, colours, mark, mark_handle
+from plots.style import COLUMN_IN, LINES, colours, mark, mark_handle
 from plots.summary import small_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WHAT = {"messages": "point-to-point message", "all_reduce": "all-reduce"}
+OPERATIONS = {"messages": "point-to-point message", "all_reduce": "all-reduce"}
 COLUMNS = {
     "mpi_intra_ms": ("MPI", "inside a node"),
     "mpi_inter_ms": ("MPI", "between two nodes"),
@@ -30,33 +31,30 @@ COLUMNS = {
 }
 BETWEEN = "between two nodes"
 PLACES = {"inside a node": "1 node", "between two nodes": "2 nodes", "shared memory": "1 node", "loopback": "1 node"}
-"""In the table."""
-HERE = {"mpi": ("MPI", "shared memory"), "nccl": ("Gloo", "loopback")}
-"""Of a local machine file, in which torch.distributed has NCCL's place."""
+"""Name of each place in the table."""
+HERE: dict[Library, tuple[str, str]] = {"mpi": ("MPI", "shared memory"), "nccl": ("Gloo", "loopback")}
+"""Library and place of the curves of a local machine file, where Gloo, of torch.distributed, takes NCCL's place."""
 OUTLIER = 1.2
-"""A point that is so many times slower than both of its neighbours stands out; times grow with the size."""
+"""A point is an outlier if it is slower than both neighbours by this factor, since times grow with the size."""
 SUSPECT = 2.0
-"""A message between nodes that is so many times faster than one inside a node is suspect."""
-
-
+"""A message between nodes is suspect if it is faster than one inside a node by this factor."""
 SUSPECT_MARK = " ?"
-"""Behind a suspect number in a table."""
+"""Suffix of a suspect number in a table."""
 FIT = {"published": "", "measured": " (fit)"}
+"""Suffix of a curve in the legend."""
 STEP = 4
-"""From one size of a measured curve to the next."""
+"""Factor from one size of a measured curve to the next."""
+LEAST_RANKS = 2
+"""Ranks below which nothing is sent, so that the machine file's times are those of copies."""
 
 
 def local_file() -> Path:
-    """Where `axonn calibrate` writes."""
+    """Return the machine file that `axonn calibrate` writes."""
     return measure_machine.LOCAL
 
 
-LEAST_RANKS = 2
-"""With fewer nothing is sent, and the machine file's times are those of copies."""
-
-
 def lacks(content: Content) -> list[str]:
-    """Whether this machine was calibrated, with ranks that have somebody to send to."""
+    """Return a line if this machine was not calibrated, or with a single rank, which sends nothing."""
     path = local_file()
     if path.exists():
         alone = load_machine(path).node.gpus.number < LEAST_RANKS
@@ -65,75 +63,81 @@ def lacks(content: Content) -> list[str]:
 
 
 def inputs(content: Content) -> list[Path]:
-    """The machine file, where there is one."""
+    """Return the machine file, where there is one."""
     return [path for path in [local_file()] if path.exists()]
 
 
 def extras(content: Content, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Every curve by kind (bytes and milliseconds, and the sizes of its suspect points), and what is suspect among the
-    published points, in words."""
+    """Return every curve by kind (bytes and milliseconds, and the sizes of its suspect points), and a line on each
+    group of suspect published points."""
     series, suspect = [], []
-    for what, called in WHAT.items():
-        table = read_reading(content.experiment, what)
+    for operation, called in OPERATIONS.items():
+        table = read_reading(content.experiment, operation)
         sizes = [int(size) for size in column(table, "bytes")]
         times = {name: column(table, name) for name in COLUMNS}
         for name, (library, where) in COLUMNS.items():
-            found = _outliers(sizes, times[name])
-            curve = _series("published", what, (library, where), zip(sizes, times[name], strict=True))
-            series.append(curve | {"suspect_bytes": found})
-            if found:
-                suspect.append(f"{called}, {library} {where}: slower than both neighbours at {_list(found)} bytes")
+            outliers = _outliers(sizes, times[name])
+            curve = _series("published", operation, (library, where), zip(sizes, times[name], strict=True))
+            series.append(curve | {"suspect_bytes": outliers})
+            if outliers:
+                suspect.append(f"{called}, {library} {where}: slower than both neighbours at {_list(outliers)} bytes")
         for library in ("mpi", "nccl"):
             inside, between = times[f"{library}_intra_ms"], times[f"{library}_inter_ms"]
             faster = [i for i in range(len(sizes)) if inside[i] > SUSPECT * between[i]]
             if faster:
-                # Those between nodes: they cannot be faster (`SUSPECT`).
-                of = (what, library.upper(), BETWEEN)
-                (curve,) = (s for s in series if (s["what"], s["library"], s["where"]) == of)
+                # It is the times between nodes that are suspect: they cannot be shorter (`SUSPECT`).
+                key = (operation, library.upper(), BETWEEN)
+                (curve,) = (s for s in series if (s["what"], s["library"], s["where"]) == key)
                 curve["suspect_bytes"] = sorted({*curve["suspect_bytes"], *(sizes[i] for i in faster)})
-                most = max(inside[i] / between[i] for i in faster)
+                factor = max(inside[i] / between[i] for i in faster)
                 suspect.append(
                     f"{called}, {library.upper()}: up to {sizes[faster[-1]]} bytes faster between two nodes than "
-                    f"inside one, by up to a factor of {most:.1f}"
+                    f"inside one, by up to a factor of {factor:.1f}"
                 )
     machine = load_machine(local_file()) if local_file().exists() else None
     return {"series": series + ([] if machine is None else _measured(machine)), "suspect": suspect}
 
 
 def _measured(machine: MachineFile) -> list[dict[str, Any]]:
-    """Curves of this machine's file; all-reduces are Gloo's."""
+    """Return the curves of this machine's file; all-reduces are Gloo's."""
     if machine.node.gpus.number < LEAST_RANKS:
         return []
     network = machine.network
-    found = []
-    for library, (name, where) in HERE.items():
-        curve = network.p2p[library].intra_node
-        found.append(_fitted("messages", name, where, curve))
-    found.append(_fitted("all_reduce", *HERE["nccl"], network.all_reduce.intra_node))
-    found[-1]["ranks"] = network.all_reduce.intra_node_ranks.number
-    return found
+    messages = [
+        _fitted("messages", name, where, network.p2p[library].intra_node) for library, (name, where) in HERE.items()
+    ]
+    all_reduce = _fitted("all_reduce", *HERE["nccl"], network.all_reduce.intra_node)
+    return [*messages, all_reduce | {"ranks": network.all_reduce.intra_node_ranks.number}]
 
 
-def _fitted(what: str, library: str, where: str, curve: Curve) -> dict[str, Any]:
-    """A measured curve over the sizes that it was fitted on."""
+def _fitted(operation: str, library: str, where: str, curve: Curve) -> dict[str, Any]:
+    """Return a measured curve over the sizes that it was fitted on."""
     least, most = curve.segments[0].min_bytes, curve.segments[-1].max_bytes
     sizes = [int(least * STEP**i) for i in range(1 + floor(log(most / least, STEP) + 1e-9))]
-    own = _series("measured", what, (library, where), ((size, 1e3 * curve.seconds(size)) for size in sizes))
-    return own | {
+    points = ((size, 1e3 * curve.seconds(size)) for size in sizes)
+    return _series("measured", operation, (library, where), points) | {
         "suspect_bytes": [],
         "source": curve.fit.source,
         "fit_error_pct": getattr(curve.fit, "in_sample_error_pct", None),
     }
 
 
-def _series(kind: str, what: str, of: tuple[str, str], points: Iterable[tuple[int, float]]) -> dict[str, Any]:
-    """`of`: library, and where; `points`: bytes and milliseconds."""
+def _series(kind: str, operation: str, path: tuple[str, str], points: Iterable[tuple[int, float]]) -> dict[str, Any]:
+    """Return a curve as the summary has it. `path`: library, and where; `points`: bytes and milliseconds."""
+    library, where = path
     sizes, times = zip(*points, strict=True)
-    return {"kind": kind, "what": what, "library": of[0], "where": of[1], "bytes": list(sizes), "ms": list(times)}
+    return {
+        "kind": kind,
+        "what": operation,
+        "library": library,
+        "where": where,
+        "bytes": list(sizes),
+        "ms": list(times),
+    }
 
 
 def _outliers(sizes: Sequence[int], times: Sequence[float]) -> list[int]:
-    """Sizes whose time is above that of the next size and of the one before."""
+    """Return the sizes whose time is above that of the next size and of the one before."""
     return [
         sizes[i]
         for i in range(1, len(sizes) - 1)
@@ -146,18 +150,18 @@ def _list(numbers: Sequence[int]) -> str:
 
 
 def draw(summary: dict[str, Any], content: Content) -> Figure:
-    """Messages, all-reduces: published above, measured below."""
+    """Draw messages and all-reduces, published above and measured below."""
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(2, 2, figsize=(COLUMN_IN, 3.9), constrained_layout=True, sharex=True, sharey=True)
     shades = dict(zip(("MPI", "NCCL", "Gloo"), colours(3), strict=True))
     markers = {"inside a node": "o", "between two nodes": "^", "shared memory": "s", "loopback": "D"}
     for row, (kind, where) in zip(panels, (("published", "Summit"), ("measured", "this machine")), strict=True):
-        for axes, what in zip(row, WHAT, strict=True):
-            mine = [s for s in summary["series"] if (s["kind"], s["what"]) == (kind, what)]
-            for s in mine:
+        for axes, operation in zip(row, OPERATIONS, strict=True):
+            curves = [s for s in summary["series"] if (s["kind"], s["what"]) == (kind, operation)]
+            for s in curves:
                 axes.plot(
-                    s["bytes"], s["ms"], KINDS[kind], color=shades[s["library"]], marker=markers[s["where"]],
+                    s["bytes"], s["ms"], LINES[kind], color=shades[s["library"]], marker=markers[s["where"]],
                     markersize=2.6, linewidth=0.9, label=f"{s['library']}, {s['where']}{FIT[kind]}",
                     # A fit has no points: one marker, for the legend.
                     markevery=1 if kind == "published" else [0],
@@ -165,8 +169,8 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
                 )  # fmt: skip
                 sizes = [size for size in s["bytes"] if size in s["suspect_bytes"]]
                 mark(axes, sizes, [s["ms"][s["bytes"].index(size)] for size in sizes], "suspect")
-            _label(axes, f"{what.replace('_', '-')}, {where}\n({kind})")
-            if not mine:
+            _label(axes, f"{operation.replace('_', '-')}, {where}\n({kind})")
+            if not curves:
                 axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes, fontsize=7)
     for axes in (panels[0][0], panels[1][0], panels[1][1]):
         handles = axes.get_legend_handles_labels()[0]
@@ -183,7 +187,7 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
 
 
 def _marked(series: dict[str, Any], place: int) -> str:
-    """The mark of a suspect point of a curve, of the point in this place."""
+    """Return the mark of the point in this place of a curve, if it is suspect."""
     return SUSPECT_MARK if series["bytes"][place] in series["suspect_bytes"] else ""
 
 
@@ -198,7 +202,7 @@ def _label(axes: Axes, title: str) -> None:
 
 
 def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType]:
-    """Least time, and bandwidth at the largest size."""
+    """Yield the time at the smallest size, and the bandwidth at the largest."""
     table = small_table("Messages and all-reduces", "", "bytes", "ms", "MB", "ms", "GB/s")
     for s in summary["series"]:
         table.add_row(

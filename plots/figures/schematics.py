@@ -1,9 +1,9 @@
-"""The schematics of the poster, drawn from the objects that run: python -m plots.figures.schematics [CONFIG.yaml] [--out DIR]
+"""The poster's schematics, drawn from the objects that run. python -m plots.figures.schematics [CONFIG] [--out DIR]
 
-Figure 1: the grid, which rank computes which part of the batch and of the network. Figure 2: stages and microbatches
+Figure 1: the grid, and which part of the batch and of the network each rank computes. Figure 2: stages and microbatches
 over time, as the configured schedule orders them when a backward takes twice as long as a forward and a message a
-tenth of it. Figure 4: one layer and the next on the ranks of one stage. CONFIG is a training configuration; without
-one, a small example is drawn.
+tenth of it. Figure 4: one layer and the next on the ranks of one stage. CONFIG is the YAML file of a training
+configuration; without one, a small example is drawn.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ EXAMPLE = {
     "schedule": {"in_flight_limit": 3},
 }
 MOST_CELLS = 6
-"""Rows and columns of the grid that are drawn; of more, the first and the last."""
+"""Rows and columns of the grid that are drawn; of a larger one, the first and the last."""
 MOST_STAGES = 12
+"""Stages of the schedule that are drawn."""
 MESSAGE = 0.1
 """Time of a message, in forwards."""
 DURATIONS = {Kind.FORWARD: 1.0, Kind.BACKWARD: 2.0, Kind.INPUT: 1.0, Kind.WEIGHT: 1.0}
@@ -58,14 +59,14 @@ NAMES = {
 
 
 def shown(count: int, most: int = MOST_CELLS) -> list[int | None]:
-    """Numbers below `count`, those in the middle left out (None) where there are more than `most`."""
+    """Return the numbers below `count`; where there are more than `most`, None stands for those in the middle."""
     if count <= most:
         return list(range(count))
     return [*range(most - 2), None, count - 1]
 
 
 def draw_grid(config: TrainConfig) -> Figure:
-    """Figure 1: one cell per stage and batch shard, in it the ranks of row x col, coloured by the stage."""
+    """Draw Figure 1: one cell per stage and batch shard with the ranks of row x col, coloured by the stage."""
     import matplotlib.pyplot as plt
 
     grid = config.grid
@@ -129,7 +130,7 @@ def _named(layers: Sequence[str], between: str) -> str:
 def _draw_cell(
     axes: Axes, grid: ProcessGrid, *, data: int, stage: int, corner: tuple[float, float], colour: tuple[float, ...]
 ) -> None:
-    """The ranks of one stage of one replica, row by row."""
+    """Draw the ranks of one stage of one replica, row by row."""
     from matplotlib.patches import Rectangle
 
     margin = 0.09
@@ -148,7 +149,7 @@ def _draw_cell(
 
 
 def scheduled(config: TrainConfig) -> Simulation:
-    """The configured schedule on a clock on which a forward of a whole stage takes 1."""
+    """Simulate the configured schedule on a clock on which a forward of a whole stage takes 1."""
     grid = config.grid
     count = microbatches_of(batch_size=config.batch_size, microbatch_size=config.microbatch_size, grid=grid)
     spec = config.schedule
@@ -165,7 +166,7 @@ def scheduled(config: TrainConfig) -> Simulation:
 
 
 def draw_schedule(config: TrainConfig) -> Figure:
-    """Figure 2: a bar per task with the number of its microbatch; later chunks are drawn paler."""
+    """Draw Figure 2: a bar per task with the number of its microbatch; odd chunks are paler."""
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch, Rectangle
 
@@ -201,8 +202,8 @@ def draw_schedule(config: TrainConfig) -> Figure:
 
 
 def weights_of(grid: ProcessGrid, hidden: int) -> list[tuple[str, Placement]]:
-    """The weights of a normal layer and of the transposed one that follows it: stored [out, in]."""
-    # Layers that are only looked at send nothing.
+    """Return the placement of the weights, stored [out, in], of a normal layer and of the transposed one after it."""
+    # The layers are only inspected, and send nothing.
     context = TensorContext(grid, 0, SerialCollectives(grid, 0))
     with torch.device("meta"):
         first = Linear(hidden, 4 * hidden, context=context)
@@ -211,11 +212,10 @@ def weights_of(grid: ProcessGrid, hidden: int) -> list[tuple[str, Placement]]:
 
 
 def draw_layer(config: TrainConfig) -> Figure:
-    """Figure 4: input, weight and output of two consecutive layers, each block with the ranks that hold it."""
+    """Draw Figure 4: input, weight and output of two consecutive layers, each block with the ranks that hold it."""
     import matplotlib.pyplot as plt
 
-    whole = config.grid
-    grid = ProcessGrid(row=whole.row, col=whole.col)
+    grid = ProcessGrid(row=config.grid.row, col=config.grid.col)
     hidden = 12 * grid.tensor
     weights = weights_of(grid, hidden)
     figure, panels = plt.subplots(2, 1, figsize=(PAGE_IN, 3.6), constrained_layout=True)
@@ -231,13 +231,15 @@ def draw_layer(config: TrainConfig) -> Figure:
             _draw_matrix(panel, grid, corner=(left, 1.0), name=name, down=down, across=across, palette=palette)
         for x, sign in ((1.28, "x"), (2.83, "=")):
             panel.text(x, 0.5, sign, ha="center", va="center", fontsize=13)
-        said = [
+        collectives = [
             f"forward: all-reduce of the output over {in_axis}" if grid.extent(in_axis or "data") > 1 else "",
             f"backward: all-reduce of the input's gradient over {out_axis}"
             if grid.extent(out_axis or "data") > 1
             else "",
         ]
-        panel.text(4.25, 0.5, "\n".join(filter(None, said)) or "no collective", fontsize=7.5, va="center", wrap=True)
+        panel.text(
+            4.25, 0.5, "\n".join(filter(None, collectives)) or "no collective", fontsize=7.5, va="center", wrap=True
+        )
         panel.set(xlim=(-0.1, 6.6), ylim=(-0.18, 1.35))
         panel.set_title(f"{kind} layer", fontsize=8.5, loc="left")
         panel.axis("off")
@@ -259,7 +261,7 @@ def _draw_matrix(
     across: Axis | None,
     palette: Sequence[tuple[float, float, float]],
 ) -> None:
-    """A unit square whose rows are cut along axis `down` and its columns along `across` (None: not cut)."""
+    """Draw a unit square whose rows are cut along axis `down` and its columns along `across` (None: not cut)."""
     from matplotlib.patches import Rectangle
 
     x0, top = corner
@@ -282,7 +284,7 @@ def _draw_matrix(
 
 
 def draw_all(config: TrainConfig, folder: Path | None = None) -> list[Path]:
-    """All three into `folder`; returns the files."""
+    """Draw all three into `folder` and return the files."""
     files: list[Path] = []
     for name, draw in (("grid", draw_grid), ("schedule", draw_schedule), ("layer", draw_layer)):
         with styled(name):
@@ -291,17 +293,18 @@ def draw_all(config: TrainConfig, folder: Path | None = None) -> list[Path]:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m plots.figures.schematics", description=__doc__)
     parser.add_argument("config", nargs="?", type=Path, help="training configuration; default an example")
     parser.add_argument("--out", type=Path, help="folder for the pictures; default plots/out")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     config = (
         validate(EXAMPLE, TrainConfig, where="the example")
-        if given.config is None
-        else load_yaml(given.config, TrainConfig)
+        if options.config is None
+        else load_yaml(options.config, TrainConfig)
     )
     make_model(config.model).check(config.grid)
-    for path in draw_all(config, given.out):
+    for path in draw_all(config, options.out):
         make_console().print(from_here(path), soft_wrap=True)
 
 

@@ -1,8 +1,8 @@
-"""Tables of content whose form is not known beforehand: what a figure has of its own."""
+"""Tables of content whose form is not known beforehand: the entries that a figure adds to its summary."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +11,10 @@ from plots.report.report_tables import (
     LENGTHY,
     MOST_ROWS,
     Column,
-    Formatted,
+    Form,
     Heading,
     ReportTable,
+    entry,
     errors,
     is_grid,
     is_number,
@@ -28,7 +29,7 @@ from plots.report.report_tables import (
     words,
 )
 
-ENDINGS: dict[str, tuple[Callable[[Sequence[Any]], Formatted], str]] = {
+ENDINGS: dict[str, tuple[Form, str]] = {
     "_s": (seconds, ""),
     "_ms": (numbers, "ms"),
     "_us": (numbers, "µs"),
@@ -42,10 +43,11 @@ ENDINGS: dict[str, tuple[Callable[[Sequence[Any]], Formatted], str]] = {
 
 
 def column_of(key: str, values: Sequence[Any]) -> Column:
-    """For a key that is not known beforehand: its ending says the unit."""
+    """Return the column of a key that is not known beforehand: its ending says the unit."""
     is_text = not any(is_number(v) for v in values)
     ending = _ending(key)
-    form, unit, name = numbers, "", key
+    form: Form = numbers
+    unit, name = "", key
     if key in {"bytes", "bytes_per_gpu", "bytes_per_batch", "bytes_sent"}:
         form = sizes
     elif "tflops" in key:
@@ -57,11 +59,11 @@ def column_of(key: str, values: Sequence[Any]) -> Column:
             form = errors
     heading = words(name) + (f" ({unit})" if unit else "")
     heading = heading.replace("gpus", "GPUs").replace("gpu", "GPU")
-    return Column(heading=heading, value=lambda row: row.get(key), form=texts if is_text else form)
+    return Column(heading=heading, value=entry(key), form=texts if is_text else form)
 
 
 def rendered(name: str, value: Any, *, depth: int = 3) -> Iterator[ReportTable]:
-    """Tables of content whose form is not known beforehand, under captions that name it; never fails."""
+    """Yield tables of content whose form is not known beforehand, under captions that name it; never fails."""
     value = _with_known_units(name, value)
     if isinstance(value, Mapping):
         yield from (
@@ -88,7 +90,7 @@ TITLES = {
 }
 """Captions of extras whose names do not say enough."""
 UNITS = {"overlap": {"compute": "_s", "collective": "_s", "hidden": "_s", "hideable": "_s"}}
-"""Of extras whose keys do not say them."""
+"""Endings of the keys of extras whose own keys do not say their unit."""
 
 
 def _with_known_units(name: str, value: Any) -> Any:
@@ -100,7 +102,7 @@ def _with_known_units(name: str, value: Any) -> Any:
 
 def _of_mapping(name: str, value: Mapping[str, Any], depth: int) -> Iterator[ReportTable]:
     inside = {k: v for k, v in value.items() if isinstance(v, Mapping) and v and not is_grid(v)}
-    # Several of the same form are one table.
+    # Several mappings of the same form are one table.
     if len(inside) == len(value) > 0 and all(_is_flat(v) for v in inside.values()):
         yield _of_rows(name, [{" ": k, **v} for k, v in inside.items()])
         return
@@ -116,12 +118,12 @@ def _of_mapping(name: str, value: Mapping[str, Any], depth: int) -> Iterator[Rep
 
 
 def _ending(key: str) -> str:
-    """The unit that a key's ending says."""
+    """Return the ending of a key that says its unit; "" where none does."""
     return next((e for e in sorted(ENDINGS, key=len, reverse=True) if key.endswith(e)), "")
 
 
 def _ended(value: Mapping[Any, Any], ending: str) -> dict[str, Any]:
-    """The unit of a mapping is that of its numbers, at every depth, unless they have their own."""
+    """Give the numbers of a mapping, at every depth, its unit as their ending, unless they have their own."""
     return {
         (key if isinstance(content, Mapping) or not is_number(content) or _ending(str(key)) else f"{key}{ending}"): (
             _ended(content, ending) if isinstance(content, Mapping) and not is_grid(content) else content
@@ -135,20 +137,20 @@ def _is_flat(value: Mapping[str, Any]) -> bool:
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers of small mappings inside of a row become columns of their own."""
-    found: dict[str, Any] = {}
+    """Make the numbers of small mappings inside a row columns of their own."""
+    columns: dict[str, Any] = {}
     for key, value in ((str(k), v) for k, v in row.items()):
         if isinstance(value, Mapping) and not is_grid(value) and len(value) <= 8 and _is_flat(value):
             # Parts and phases of a batch are seconds, and have names of their own.
             plain = key in {"parts", "phases", "parts_s", "phases_s"}
             # Parts of something have its unit.
-            beside = (e for e in ENDINGS if f"{key.rpartition('_')[0]}{e}" in row)
-            ending = "_s" if plain else _ending(key) or next(beside, "")
+            endings = (e for e in ENDINGS if f"{key.rpartition('_')[0]}{e}" in row)
+            ending = "_s" if plain else _ending(key) or next(endings, "")
             before = "" if plain else f"{words(key.removesuffix(ending))}: "
-            found |= {before + str(k): v for k, v in _ended(value, ending).items()}
+            columns |= {before + str(k): v for k, v in _ended(value, ending).items()}
         else:
-            found[key] = value
-    return found
+            columns[key] = value
+    return columns
 
 
 def _of_rows(name: str, rows: Sequence[Mapping[str, Any]]) -> ReportTable:
@@ -163,13 +165,14 @@ def _of_rows(name: str, rows: Sequence[Mapping[str, Any]]) -> ReportTable:
     lengthy = [c for c in columns if c.form is texts and any(len(text_of(c.value(r))) > LENGTHY for r in shown)]
     for column in lengthy[: len(columns) - 1]:
         columns.remove(column)
-        said: dict[str, list[str]] = {}
+        rows_with_text: dict[str, list[str]] = {}
         for row in shown:
             if column.value(row) is not None:
-                said.setdefault(text_of(column.value(row)), []).append(text_of(columns[0].value(row)))
-        notes += [f"{column.heading} ({', '.join(dict.fromkeys(who))}): {text}" for text, who in said.items()]
-    found = table(_caption(name), shown, columns, notes=notes)
-    return replace(found, folded=len(shown) > FOLDED)
+                rows_with_text.setdefault(text_of(column.value(row)), []).append(text_of(columns[0].value(row)))
+        notes += [
+            f"{column.heading} ({', '.join(dict.fromkeys(names))}): {text}" for text, names in rows_with_text.items()
+        ]
+    return replace(table(_caption(name), shown, columns, notes=notes), folded=len(shown) > FOLDED)
 
 
 def _of_pairs(name: str, value: Mapping[str, Any]) -> ReportTable:
@@ -178,8 +181,8 @@ def _of_pairs(name: str, value: Mapping[str, Any]) -> ReportTable:
         column = column_of(str(key), [content])
         unit, (cell,) = column.form([content])
         rows.append([column.heading + (f" ({unit})" if unit else ""), cell])
-    in_words = any(isinstance(content, str) for content in value.values())
-    headings = [Heading(text="what", number=False), Heading(text="value", number=not in_words)]
+    has_text = any(isinstance(content, str) for content in value.values())
+    headings = [Heading(text="what", number=False), Heading(text="value", number=not has_text)]
     return ReportTable(caption=_caption(name), headings=headings, rows=rows, notes=[])
 
 

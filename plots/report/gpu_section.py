@@ -1,4 +1,4 @@
-"""What make bench-gpu measured, as a section of the report."""
+"""The measurements of make bench-gpu, as a section of the report."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 from axonn.errors import RecordError
 from plots import figure
 from plots.figures import gpu
-from plots.report.evidence import Evidence, when
+from plots.report.evidence import Evidence, minute_of
 from plots.report.figure_sections import machine_text, picture_of
 from plots.report.report_tables import (
     Column,
     ReportTable,
+    entry,
     errors,
     mapping,
     numbers,
@@ -34,10 +35,11 @@ TITLES = {
     "predicted": "The performance model beside these GPTs",
     "largest": "The largest GPT that trains on this GPU",
 }
+"""Captions by the name of the part."""
 
 
 def on_gpu() -> Evidence:
-    """Of results/gpu/summary.json; all numbers but those that say otherwise are measured."""
+    """Return the evidence of results/gpu/summary.json; all numbers are measured unless they say otherwise."""
     path = figure.RESULTS / "gpu" / "summary.json"
     if not path.exists():
         return Evidence(
@@ -86,7 +88,8 @@ def _remarks(summary: Mapping[str, Any], parts: Mapping[str, Any], machine: Mapp
     provenance = mapping(summary.get("provenance"))
     clocks = ", ".join(f"{name} {value:g}" for name, value in mapping(machine.get("clocks")).items())
     lines = [
-        f"Measured by `{provenance.get('command')}` on {when(provenance.get('created'))}: {machine_text(machine)}; "
+        f"Measured by `{provenance.get('command')}` on {minute_of(provenance.get('created'))}: "
+        f"{machine_text(machine)}; "
         f"driver {machine.get('driver') or 'not known'}, CUDA {machine.get('cuda') or 'none'}"
         + (f"; clocks before: {clocks}." if clocks else ".")
     ]
@@ -107,43 +110,34 @@ def _remarks(summary: Mapping[str, Any], parts: Mapping[str, Any], machine: Mapp
     return lines
 
 
-def _value(name: str) -> Any:
-    return lambda row: row.get(name)
-
-
-def _bytes(*names: str) -> Any:
-    """The first of these categories that a row has."""
-    return lambda row: next((v for n in names if (v := mapping(row.get("memory")).get(n)) is not None), None)
-
-
 def _table(part: str, rows: Sequence[Mapping[str, Any]]) -> ReportTable:
-    """Rows of one part that have something to show; columns without a value are left out."""
-    mine = [row for row in rows if row.get("part") == part and not row.get("failure")]
+    """Return the table of one part's rows that did not fail; columns without a value are left out."""
+    part_rows = [row for row in rows if row.get("part") == part and not row.get("failure")]
     return table(
         TITLES[part],
-        mine,
+        part_rows,
         [
-            Column(heading="model", value=_value("model"), form=texts),
-            Column(heading="what", value=_value("contender"), form=texts),
-            Column(heading="version", value=_value("framework"), form=texts),
-            Column(heading="parameters", value=_value("parameters"), form=numbers),
-            Column(heading="measured, median batch", value=_value("seconds"), form=seconds),
-            Column(heading="per second", value=_value("units_per_s"), form=numbers),
-            Column(heading="unit", value=_value("unit"), form=texts),
-            Column(heading="TFLOP/s", value=_value("tflops"), form=significant),
-            Column(heading="share of the peak", value=_value("pct_peak"), form=percents),
-            Column(heading="AxoNN's time over it", value=_value("ratio"), form=ratios),
-            Column(heading="largest difference of losses", value=_value("loss_difference"), form=significant),
-            Column(heading="model state on the device", value=_bytes("after_init"), form=sizes),
-            Column(heading="predicted by the memory model", value=_value("model_bytes"), form=sizes),
-            Column(heading="error of that", value=_value("model_error_pct"), form=errors),
-            Column(heading="peak of the step alone", value=_bytes("step_peak"), form=sizes),
-            Column(heading="peak of a batch", value=_bytes("batch_peak"), form=sizes),
-            Column(heading="on the host", value=_bytes("host"), form=sizes),
+            Column(heading="model", value=entry("model"), form=texts),
+            Column(heading="what", value=entry("contender"), form=texts),
+            Column(heading="version", value=entry("framework"), form=texts),
+            Column(heading="parameters", value=entry("parameters"), form=numbers),
+            Column(heading="measured, median batch", value=entry("seconds"), form=seconds),
+            Column(heading="per second", value=entry("units_per_s"), form=numbers),
+            Column(heading="unit", value=entry("unit"), form=texts),
+            Column(heading="TFLOP/s", value=entry("tflops"), form=significant),
+            Column(heading="share of the peak", value=entry("pct_peak"), form=percents),
+            Column(heading="AxoNN's time over it", value=entry("ratio"), form=ratios),
+            Column(heading="largest difference of losses", value=entry("loss_difference"), form=significant),
+            Column(heading="model state on the device", value=entry("memory", "after_init"), form=sizes),
+            Column(heading="predicted by the memory model", value=entry("model_bytes"), form=sizes),
+            Column(heading="error of that", value=entry("model_error_pct"), form=errors),
+            Column(heading="peak of the step alone", value=entry("memory", "step_peak"), form=sizes),
+            Column(heading="peak of a batch", value=entry("memory", "batch_peak"), form=sizes),
+            Column(heading="on the host", value=entry("memory", "host"), form=sizes),
             Column(heading="share hidden", value=_percent, form=percents),
-            Column(heading="predicted", value=_value("predicted_s"), form=seconds),
-            Column(heading="error of predicted", value=_value("error_pct"), form=errors),
-            Column(heading="remark", value=_value("note"), form=texts),
+            Column(heading="predicted", value=entry("predicted_s"), form=seconds),
+            Column(heading="error of predicted", value=entry("error_pct"), form=errors),
+            Column(heading="remark", value=entry("note"), form=texts),
         ],
     )
 

@@ -1,15 +1,11 @@
-"""The report of the whole reproduction: python -m plots.report.report_page [--out results/report.html]
+"""The page of the report: figures, evidence, machines and commands in one HTML file.
 
-Reads what the figures, the validation and the comparison have left, and writes one page that needs nothing else: no
-network, no script, no other file. What has not been made is named with its command. The same inputs give the same
-bytes.
+The page needs nothing else: no network, no script, no other file. The same inputs give the same bytes.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +13,14 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from axonn.cli.console import make_console
-from axonn.training.places import from_here
 from experiments.templates import rendered, sandbox
-from plots import figure
-from plots.report import evidence, figure_sections, gpu_section
+from plots.report import figure_sections
+from plots.report.comparison_section import comparison
 from plots.report.figure_sections import Picture, Section, files_of, picture_of
+from plots.report.gpu_section import on_gpu
 from plots.report.point_tables import KINDS
-from plots.report.report_tables import Column, ReportTable, numbers, table, texts
+from plots.report.report_tables import Column, ReportTable, entry, numbers, table, texts
+from plots.report.validation_section import published_sets, this_machine_runs
 
 HERE = Path(__file__).parent
 SCHEMATICS = {
@@ -43,6 +39,8 @@ SCHEMATICS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Schematic:
+    """A schematic with its title and caption; `picture` is None where it has not been drawn."""
+
     title: str
     caption: str
     picture: Picture | None
@@ -50,15 +48,15 @@ class Schematic:
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """`leaves`: files, relative to the repository."""
+    """A command of the page's last table. `makes`: a part of the page; `leaves`: files, relative to the repository."""
 
-    what: str
+    makes: str
     command: str
     leaves: list[str]
 
 
 def render(sections: Sequence[Section] | None = None) -> str:
-    """The whole page. `sections`: of its figures, by default of all."""
+    """Return the whole page. `sections`: of its figures, by default of all."""
     sections = all_sections() if sections is None else sections
     poster = [s for s in sections if s.name in figure_sections.POSTER]
     small = [s for s in sections if s.name not in figure_sections.POSTER]
@@ -66,10 +64,10 @@ def render(sections: Sequence[Section] | None = None) -> str:
         Schematic(title=title, caption=caption, picture=picture_of(f"schematic-{name}", f"{title}. {caption}"))
         for name, (title, caption) in SCHEMATICS.items()
     ]
-    validation = evidence.published_sets()
-    baselines = evidence.comparison()
-    local = evidence.this_machine_runs()
-    gpu = gpu_section.on_gpu()
+    validation = published_sets()
+    baselines = comparison()
+    local = this_machine_runs()
+    gpu = on_gpu()
     machines = [m for s in sections for m in s.machines]
     machines += [m for e in (baselines, local, gpu) if (m := e.machine) is not None]
     environment = sandbox([HERE], autoescape=True)
@@ -94,19 +92,19 @@ def render(sections: Sequence[Section] | None = None) -> str:
 
 
 def all_sections() -> list[Section]:
-    """Of all figures, made or not."""
+    """Return the sections of all figures, made or not."""
     return [figure_sections.section(name) for name in figure_sections.names()]
 
 
 def marked(text: str) -> Markup:
-    """Escaped, with what stands between backticks as code."""
+    """Return a text escaped, with backticked parts as code."""
     parts = re.split("`([^`]+)`", text)
     return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts))
 
 
 def machine_table(machines: Sequence[dict[str, Any]]) -> ReportTable:
-    """Every machine that measured or drew something, once; commits are told together."""
-    found: dict[str, dict[str, Any]] = {}
+    """Return the table of every machine that measured or drew something, each once, with all its commits."""
+    distinct: dict[str, dict[str, Any]] = {}
     for machine in machines:
         key = repr(
             [
@@ -114,10 +112,10 @@ def machine_table(machines: Sequence[dict[str, Any]]) -> ReportTable:
                 for name in ("cpu", "cores", "device", "driver", "cuda", "python", "torch", "mpi", "threads_per_rank")
             ]
         )
-        mine = found.setdefault(key, machine | {"commits": {}})
+        known = distinct.setdefault(key, machine | {"commits": {}})
         if machine.get("commit"):
-            mine["commits"][str(machine["commit"])] = None
-    rows = [m | {"commits": ", ".join(m["commits"]) or None} for m in found.values()]
+            known["commits"][str(machine["commit"])] = None
+    rows = [m | {"commits": ", ".join(m["commits"]) or None} for m in distinct.values()]
     headings = {
         "cpu": "processor",
         "cores": "cores",
@@ -131,65 +129,37 @@ def machine_table(machines: Sequence[dict[str, Any]]) -> ReportTable:
         "commits": "commits of this suite (+: with changes)",
     }
     columns = [
-        Column(
-            heading=heading,
-            value=lambda m, key=key: m.get(key),
-            form=numbers if key in {"cores", "threads_per_rank"} else texts,
-        )  # type: ignore[misc]
+        Column(heading=heading, value=entry(key), form=numbers if key in {"cores", "threads_per_rank"} else texts)
         for key, heading in headings.items()
     ]
     return table("Machines and versions behind the measured numbers", rows, columns)
 
 
 def _commands(sections: Sequence[Section]) -> list[Command]:
-    own = [Command(what=s.heading, command=s.command, leaves=files_of(s)) for s in sections]
+    figures = [Command(makes=s.heading, command=s.command, leaves=files_of(s)) for s in sections]
     return [
-        Command(what="Everything below, and this page", command="make reproduce", leaves=["results/report.html"]),
-        *own,
-        Command(what="Schematics", command="make schematics", leaves=["plots/out/schematic-*.svg"]),
+        Command(makes="Everything below, and this page", command="make reproduce", leaves=["results/report.html"]),
+        *figures,
+        Command(makes="Schematics", command="make schematics", leaves=["plots/out/schematic-*.svg"]),
         Command(
-            what="The model against published measurements",
+            makes="The model against published measurements",
             command="axonn predict --validate",
             leaves=["results/predicted/validation.json"],
         ),
         Command(
-            what="Comparison with other frameworks",
+            makes="Comparison with other frameworks",
             command="make compare-baselines",
             leaves=["results/baselines/summary.json", "plots/out/baselines.svg"],
         ),
         Command(
-            what="On a GPU",
+            makes="On a GPU",
             command="make bench-gpu",
             leaves=["results/gpu/summary.json", "results/measured/gpu.json", "plots/out/gpu.svg"],
         ),
         Command(
-            what="The model against runs on this machine",
+            makes="The model against runs on this machine",
             command="make validate-local",
             leaves=["results/local/validation.json"],
         ),
-        Command(what="This page alone, from what is there", command="make report", leaves=["results/report.html"]),
+        Command(makes="This page alone, from what is there", command="make report", leaves=["results/report.html"]),
     ]
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m plots.report.report_page", description=__doc__)
-    parser.add_argument("--out", type=Path, help="file to write; default results/report.html")
-    given = parser.parse_args(arguments)
-    path: Path = given.out or figure.RESULTS / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    sections = all_sections()
-    temporary.write_text(render(sections), encoding="utf-8")
-    temporary.replace(path)
-    console = make_console()
-    for section in sections:
-        if not section.made:
-            console.print(
-                f"not in the report: {section.heading}; run: {section.command}", highlight=False, soft_wrap=True
-            )
-    size = path.stat().st_size / 1e6
-    console.print(f"report: {from_here(path)} ({size:.1f} MB)", highlight=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Tables of the report: plain rows to columns of text, with sensible digits and units in the headings."""
+"""Tables of the report: plain rows made into columns of text, with sensible digits and units in the headings."""
 
 from __future__ import annotations
 
@@ -7,35 +7,39 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 SHORT = 24
-"""Characters of texts that are kept on a line."""
+"""Characters up to which a text is kept on one line."""
 LENGTHY = 60
-"""Characters of texts that are put below a table whose content is not known beforehand."""
+"""Characters above which a text goes below a table whose content is not known beforehand."""
 COMPACT = 14
-"""Rows of a table that is kept on a page."""
+"""Rows up to which a table is kept on one page."""
 MANY = 8
-"""Columns of a table that is set smaller on paper."""
+"""Columns above which a table is set smaller on paper."""
 FOLDED = 24
 """Rows above which a table whose content is not known beforehand is folded."""
 NOTHING = "\N{EN DASH}"
-"""In a cell without a value."""
+"""Text of a cell without a value."""
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 MOST_ROWS = 60
-"""Rows of a table whose content is not known beforehand."""
+"""Largest number of rows of a table whose content is not known beforehand."""
 MOST_VALUES = 6
-"""Of a list inside of a cell; of a longer one its ends are said."""
+"""Entries of a list that a cell shows; of a longer list it shows the ends."""
 GRID = ("data", "inter", "row", "col")
 
 Formatted = tuple[str, list[str]]
 """The unit that the heading gets, and the cells."""
+Form = Callable[[Sequence[Any]], Formatted]
+"""Makes the cells of a column from all its values, so that they have the same unit and digits."""
+Value = Callable[[Mapping[str, Any]], Any]
+"""Takes the value of a cell from its row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heading:
-    """`short`: the texts of the column are not broken into lines."""
+    """The heading of a column. `short`: the column's texts are not broken into lines."""
 
     text: str
     number: bool
@@ -43,13 +47,13 @@ class Heading:
 
     @property
     def style(self) -> str:
-        """Class of the column's cells."""
+        """CSS class of the column's cells."""
         return "number" if self.number else "short" if self.short else "long"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportTable:
-    """`folded`: shown when the reader asks for it, and in print."""
+    """A table as the page shows it. `folded`: shown only on demand, and in print."""
 
     caption: str
     headings: list[Heading]
@@ -59,24 +63,35 @@ class ReportTable:
 
     @property
     def style(self) -> str:
-        """Classes: few rows stay on one page, many columns are set smaller on paper."""
-        named = {"compact": len(self.rows) <= COMPACT, "many": len(self.headings) > MANY}
-        return " ".join(name for name, applies in named.items() if applies)
+        """CSS classes: few rows stay on one page, many columns are set smaller on paper."""
+        classes = {"compact": len(self.rows) <= COMPACT, "many": len(self.headings) > MANY}
+        return " ".join(name for name, applies in classes.items() if applies)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """`form` makes the cells from all values of the column, so that they have the same unit and digits."""
+    """A column: its heading, and how its cells are made from the rows."""
 
     heading: str
-    value: Callable[[Mapping[str, Any]], Any]
-    form: Callable[[Sequence[Any]], Formatted]
+    value: Value
+    form: Form
+
+
+def entry(*keys: str) -> Value:
+    """Return the accessor of a row's entry; of several keys, of an entry of the mapping under the key before."""
+
+    def value(row: Mapping[str, Any]) -> Any:
+        for outer in keys[:-1]:
+            row = mapping(row.get(outer))
+        return row.get(keys[-1])
+
+    return value
 
 
 def table(
     caption: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], *, notes: Sequence[str] = ()
 ) -> ReportTable:
-    """Columns in which no row has a value are left out."""
+    """Make a table; columns in which no row has a value are left out."""
     valued = [(c, [c.value(r) for r in rows]) for c in columns]
     shown = [(c, values) for c, values in valued if any(v is not None for v in values)]
     formed = [c.form(values) for c, values in shown]
@@ -95,13 +110,13 @@ def table(
     )
 
 
-def is_number(value: Any) -> bool:
-    """Finite and no truth value."""
+def is_number(value: Any) -> TypeGuard[float]:
+    """Return whether a value is a finite number, and no truth value."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def fixed(value: Any, decimals: int, *, sign: bool = False) -> str:
-    """So many decimals, thousands apart; with more where nothing but zeros would be left."""
+    """Format a number with these decimals and separated thousands; with more where only zeros would be left."""
     if not is_number(value):
         return text_of(value)
     text = f"{value:+,.{decimals}f}" if sign else f"{value:,.{decimals}f}"
@@ -112,11 +127,12 @@ def fixed(value: Any, decimals: int, *, sign: bool = False) -> str:
 
 
 def texts(values: Sequence[Any]) -> Formatted:
+    """Format values as text."""
     return "", [text_of(v) for v in values]
 
 
 def numbers(values: Sequence[Any]) -> Formatted:
-    """As many decimals in all cells as the largest value needs for four digits."""
+    """Format numbers with as many decimals in all cells as the largest needs for four digits."""
     finite = [abs(v) for v in values if is_number(v)]
     if all(isinstance(v, int) for v in values if is_number(v)):
         return "", [fixed(v, 0) for v in values]
@@ -125,20 +141,20 @@ def numbers(values: Sequence[Any]) -> Formatted:
 
 
 def decimals_for(top: float) -> int:
-    """That give the largest value four digits."""
+    """Return the decimals that give the largest value four digits."""
     return 3 if not top else min(8, max(0, 3 - math.floor(math.log10(top))))
 
 
 def seconds(values: Sequence[Any]) -> Formatted:
-    """In ms where all are shorter than a second."""
+    """Format seconds; in ms where all are shorter than a second."""
     finite = [abs(v) for v in values if is_number(v)]
     if finite and 0 < max(finite) < 1:
         return milliseconds(values)
     return "s", numbers(values)[1]
 
 
-def seconds_like(values: Iterable[Any]) -> Callable[[Sequence[Any]], Formatted]:
-    """The form of all columns that are read together, by all their values: unit and decimals of the largest."""
+def seconds_like(values: Iterable[Any]) -> Form:
+    """Return the form of seconds in columns that are read together: unit and decimals of the largest of all values."""
     top = max((abs(v) for v in values if is_number(v)), default=1.0)
     unit, scale = ("ms", 1e3) if 0 < top < 1 else ("s", 1.0)
     decimals = decimals_for(top * scale)
@@ -150,37 +166,38 @@ def seconds_like(values: Iterable[Any]) -> Callable[[Sequence[Any]], Formatted]:
 
 
 def milliseconds(values: Sequence[Any]) -> Formatted:
+    """Format seconds as ms."""
     return "ms", numbers([1e3 * v if is_number(v) else v for v in values])[1]
 
 
 def plain_seconds(values: Sequence[Any]) -> Formatted:
-    """Never in ms, for columns that are read together."""
+    """Format seconds, never as ms, for columns that are read together."""
     return "s", numbers(values)[1]
 
 
 def significant(values: Sequence[Any]) -> Formatted:
-    """Four digits each, for columns of unlike numbers."""
+    """Format numbers with four digits each, for columns of unlike numbers."""
     return "", [text_of(float(v)) if is_number(v) else text_of(v) for v in values]
 
 
 def ratios(values: Sequence[Any]) -> Formatted:
-    """Three decimals."""
+    """Format ratios with three decimals."""
     return "", [fixed(v, 3) for v in values]
 
 
 def errors(values: Sequence[Any]) -> Formatted:
-    """Percent with their sign, one decimal."""
+    """Format percent with their sign and one decimal."""
     return "%", [fixed(v, 1, sign=True) for v in values]
 
 
 def percents(values: Sequence[Any]) -> Formatted:
-    """One decimal; with their sign where some are negative."""
+    """Format percent with one decimal; with their sign where some are negative."""
     sign = any(is_number(v) and v < 0 for v in values)
     return "%", [fixed(v, 1, sign=sign) for v in values]
 
 
 def sizes(values: Sequence[Any]) -> Formatted:
-    """Bytes, in the unit (powers of 1000) in which the largest has one to three digits."""
+    """Format bytes in the unit (a power of 1000) in which the largest has one to three digits."""
     top = max((abs(v) for v in values if is_number(v)), default=0)
     power = min(5, max(0, int(math.log10(top) // 3))) if top >= 1 else 0
     unit = ("bytes", "kB", "MB", "GB", "TB", "PB")[power]
@@ -188,7 +205,7 @@ def sizes(values: Sequence[Any]) -> Formatted:
 
 
 def text_of(value: Any) -> str:
-    """One cell of whatever it is."""
+    """Return the text of a cell, whatever its value is."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return NOTHING
     if isinstance(value, bool):
@@ -196,7 +213,7 @@ def text_of(value: Any) -> str:
     if isinstance(value, int | float):
         return fixed(value, 0) if isinstance(value, int) else f"{value:.4g}".replace("-", MINUS)
     if isinstance(value, Mapping):
-        return grid_text(value) if is_grid(value) else ", ".join(f"{words(k)} {text_of(v)}" for k, v in value.items())
+        return grid_text(value) or ", ".join(f"{words(k)} {text_of(v)}" for k, v in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         if any(isinstance(v, Mapping | list | tuple) for v in value):
             text = json.dumps(value, default=str)
@@ -208,21 +225,22 @@ def text_of(value: Any) -> str:
 
 
 def is_grid(value: Any) -> bool:
+    """Return whether a value is a grid: a mapping with the extents of all axes."""
     return isinstance(value, Mapping) and set(value) == set(GRID)
 
 
 def grid_text(grid: Any) -> str | None:
-    """data x inter x row x col, or None."""
+    """Return "data x inter x row x col" with the extents of a grid; None of anything else."""
     return TIMES.join(text_of(grid[axis]) for axis in GRID) if is_grid(grid) else None
 
 
 def words(key: Any) -> str:
-    """A key as words; names of extents (G_inter) stay."""
+    """Return a key as words; names of extents (G_inter) stay."""
     return re.sub(r"(?<!\bG)_", " ", str(key).strip())
 
 
 def strings(value: Any) -> list[str]:
-    """A text, or several."""
+    """Return a text, or a list of them, as a list."""
     if isinstance(value, str):
         return [value] if value else []
     if isinstance(value, list | tuple):
@@ -231,4 +249,5 @@ def strings(value: Any) -> list[str]:
 
 
 def mapping(value: Any) -> dict[str, Any]:
+    """Return a mapping as it is, and an empty one for anything else."""
     return value if isinstance(value, dict) else {}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from baselines.statistics import paired_ratios
 from tests.bench.report import Row, make_console, save, show
 from tests.bench.workloads import (
     DRIVEN,
@@ -48,7 +49,7 @@ class OneRank:
     @property
     def ratio(self) -> float:
         """Ours over the loop's: median over paired rounds."""
-        return median(a / b for a, b in zip(self.ours, self.loop, strict=True))
+        return median(paired_ratios(self.ours, self.loop))
 
 
 def one_rank(workload: str, rounds: int, *, jitter: Jitter | None = None, copies: int = 1) -> OneRank:

@@ -25,6 +25,7 @@ from axonn.spans import SpanKind, SpanRecorder, overlap
 from axonn.training.engine_framework import EngineTrainer
 from axonn.training.framework import InProcessFramework, Trainer, load_framework
 from baselines.adapters.pytorch.pytorch_tensor import CountedCollectives, TorchTensorParallelTrainer
+from baselines.rounds import turn_order
 from tests.bench.jitter import Sleeps
 
 COMPUTE = (SpanKind.FORWARD, SpanKind.BACKWARD, SpanKind.BACKWARD_INPUT, SpanKind.BACKWARD_WEIGHT)
@@ -107,8 +108,8 @@ def main(spec_file: str, out_file: str) -> None:
         for step in range(spec["rounds"] + 1):
             for sleep in sleeps:
                 sleep.begin(step)
-            order = range(len(trainers)) if step % 2 else reversed(range(len(trainers)))
-            for i in order:
+            # The first round warms up.
+            for i in turn_order(range(len(trainers)), step - 1):
                 runtime.barrier()
                 start = time.perf_counter()
                 if step == 0:
@@ -121,7 +122,6 @@ def main(spec_file: str, out_file: str) -> None:
                 times[i].append(time.perf_counter() - start)
                 overlaps[i] += overlap_of(recorders[i], runtime)
         if runtime.rank == 0:
-            # The first round warms up.
             result = {
                 "times": [t[1:] for t in times],
                 "tails": [t[1:] for t in tails],

@@ -135,11 +135,11 @@ class DelayedTransport(Transport):
     def expect_decisions(self, peer: int, count: int) -> None:
         self._inner.expect_decisions(peer, count)
 
-    def _tell(self, peer: int, decision: Decision) -> None:
-        self._inner.tell(peer, decision)
+    def _send_decision(self, peer: int, decision: Decision) -> None:
+        self._inner.send_decision(peer, decision)
 
-    def told(self) -> list[Decision]:
-        return self._inner.told()
+    def poll_decisions(self) -> list[Decision]:
+        return self._inner.poll_decisions()
 
     def poll(self) -> list[Message]:
         self._take(self._inner.poll())

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isnan, nan, prod
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +21,8 @@ from axonn.models.gpt.gpt_model import GPT
 from axonn.observability.procfs import available_cores
 from axonn.schedules import ChunkLayout
 from axonn.spans import Overlap
+from baselines.equal_work import difference
+from baselines.statistics import paired_ratios
 from experiments.workloads import SAME_WORK, config_of
 
 ROOT = Path(__file__).parents[2]
@@ -113,25 +115,23 @@ class Paired:
 
     def ratio(self, over: int, under: int = 0) -> float:
         """Median over the rounds of contender `under`'s time divided by contender `over`'s."""
-        return median(a / b for a, b in zip(self.times[under], self.times[over], strict=True))
+        return median(paired_ratios(self.times[under], self.times[over]))
 
     def tail_ratio(self, over: int, under: int = 0) -> float:
         """As `ratio`, of what comes after the pipeline."""
-        return median(a / b for a, b in zip(self.tails[under], self.tails[over], strict=True))
+        return median(paired_ratios(self.tails[under], self.tails[over]))
 
     def seconds(self, contender: int) -> float:
         return median(self.times[contender])
 
     @property
     def loss_difference(self) -> float:
-        """Largest relative difference of any loss from the first contender's; NaN where a loss is."""
-        first = self.losses[0]
-        found = [abs(a - b) / abs(a) for other in self.losses for a, b in zip(first, other, strict=True)]
-        return nan if any(map(isnan, found)) else max(found)
+        """Largest relative difference of any loss from the first contender's; infinite where one is not finite."""
+        return max(difference(losses, self.losses[0]) or 0.0 for losses in self.losses)
 
     def check_losses(self, tolerance: float = SAME_WORK) -> None:
         """Losses before times: only equal work may be compared. Exits when they differ."""
-        if not self.loss_difference <= tolerance:
+        if self.loss_difference > tolerance:
             sys.exit(f"losses differ by {self.loss_difference:.1e}: the times may not be compared")
 
 

@@ -1,6 +1,7 @@
-"""Messages between stages: over MPI (`mpi`), `torch.distributed` (`torch_distributed`), or within one process.
+"""Transports of messages between stages: over MPI, over `torch.distributed`, or within one process.
 
-`axonn.distributed.runtime.connect` picks between the first two, which need mpi4py to find each other; the last is for tests.
+`axonn.distributed.runtime.connect` picks between the first two, whose ranks find each other over mpi4py; the last is
+for tests.
 """
 
 from axonn.distributed.transport.base import Address, Decision, Decisions, Message, MessageEdge, SentMessage, Transport
@@ -10,11 +11,11 @@ __all__ = [
     "Address",
     "Decision",
     "Decisions",
-    "MessageEdge",
     "InProcessCollectives",
     "InProcessTransport",
     "InProcessWorld",
     "Message",
+    "MessageEdge",
     "SentMessage",
     "Transport",
 ]

@@ -1,4 +1,4 @@
-"""Messages between stages. The engine does not know which implementation carries them."""
+"""The interface of transports, which carry messages between stages. The engine does not know the implementation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from axonn.spans import SpanKind, SpanRecorder
 
 
 class Address(NamedTuple):
-    """What a message is: with two stages previous and next are the same peer, so the peer alone does not say it.
+    """Identity of a message. The peer alone does not identify it: with two stages, previous and next are the same peer.
 
     `chunk` is the receiver's.
     """
@@ -35,11 +35,11 @@ class Message(NamedTuple):
 
 
 Decision = tuple[int, int, int]
-"""What one rank of a stage has decided, for the others: three numbers, whose meaning is the caller's."""
+"""A decision of one rank of a stage for the others: three numbers, whose meaning is up to the caller."""
 
 
 class SentMessage(NamedTuple):
-    """One message as this rank sent it. `bytes`: of its tensors, which have so many `elements`."""
+    """One message as this rank sent it: `elements` and `bytes` of its tensors."""
 
     peer: int
     direction: Direction
@@ -49,7 +49,7 @@ class SentMessage(NamedTuple):
 
 @dataclass
 class Decisions:
-    """How many decisions a rank has told others, counted once for each that it told, and their bytes."""
+    """Decisions that a rank has sent, counted once per receiver, and their bytes."""
 
     messages: int = 0
     bytes: int = 0
@@ -57,7 +57,7 @@ class Decisions:
 
 @dataclass(frozen=True, kw_only=True)
 class MessageEdge:
-    """Where messages of one direction come from, and which tensors each of them carries."""
+    """The messages of one direction between this rank and `peer`: the tensors that each of them carries."""
 
     peer: int
     direction: Direction
@@ -66,19 +66,19 @@ class MessageEdge:
 
 
 DECISION_BYTES = 24
-"""Size of a decision under way."""
+"""Bytes of a decision on the wire."""
 
 
 def describe(specs: Iterable[TensorSpec]) -> str:
-    """`specs` in words: float32[4,10,24] int64[4]."""
+    """Return `specs` as text: "float32[4,10,24] int64[4]"."""
     return " ".join(map(str, specs)) or "no tensors"
 
 
-def mismatch(address: Address, way: str, found: str, expected: str) -> TransportError:
-    """The error for a message whose tensors are not those of its edge."""
+def mismatch(address: Address, route: str, actual: str, expected: str) -> TransportError:
+    """Return the error for a message over `route` whose tensors are not those of its edge."""
     direction, chunk, microbatch = address
     return TransportError(
-        f"the {direction.name.lower()} message of chunk {chunk}, microbatch {microbatch} {way} carries {found}, "
+        f"the {direction.name.lower()} message of chunk {chunk}, microbatch {microbatch} {route} carries {actual}, "
         f"but {expected} is expected; every microbatch must have the shapes and types that its edge was given"
     )
 
@@ -86,53 +86,53 @@ def mismatch(address: Address, way: str, found: str, expected: str) -> Transport
 class Transport(ABC):
     """Non-blocking point-to-point messages, delivered per edge and direction in send order.
 
-    Beside them travel decisions, which have a way of their own: they neither overtake nor wait for the messages between
-    the same two ranks, and come in the order in which they were told.
+    Decisions travel on a separate channel: they arrive in the order in which they were sent, independently of the
+    messages between the same two ranks.
 
-    A transport owns its progress: a message sent before a long computation has arrived when that ends, and so has a
-    decision.
+    A transport makes progress by itself: a message or decision sent before a long computation has arrived when the
+    computation ends.
     """
 
     def __init__(self, rank: int, *, device: torch.device | None = None) -> None:
         self.rank = rank
         self.device = device
-        """Where tensors lie; None if anywhere."""
+        """Device of the tensors; None if any."""
         self.spans: SpanRecorder | None = None
-        """Where send spans go, from the posting of a message until its buffer is free again."""
+        """Recorder of send spans, each from the posting of a message until its buffer is free again."""
         self.calls: Counter[SentMessage] = Counter()
-        """How often each message has been sent from here so far."""
+        """Messages that this rank has sent so far, with how often."""
         self.decisions = Decisions()
-        """The traffic of `tell`."""
+        """Traffic of `send_decision`."""
         self._announced: dict[tuple[int, Direction], tuple[TensorSpec, ...]] = {}
 
     def announce(self, edge: MessageEdge) -> None:
-        """From now on `send` refuses what is not `edge.tensors` in `edge.direction` to `edge.peer`.
+        """Make `send` refuse messages in `edge.direction` to `edge.peer` with tensors other than `edge.tensors`.
 
-        Without it such a message is refused where it arrives.
+        Without it such a message is refused by the receiver.
         """
         self._announced[edge.peer, edge.direction] = edge.tensors
 
     def send(self, peer: int, address: Address, tensors: tuple[torch.Tensor, ...]) -> None:
         """Start sending contiguous `tensors` as one message; they must not be written until it has left.
 
-        Raises `TransportError` for tensors that were not announced so.
+        Raises `TransportError` for tensors that are not contiguous, on another device, or not as announced.
         """
-        way = f"from rank {self.rank} to rank {peer}"
+        route = f"from rank {self.rank} to rank {peer}"
         expected = self._announced.get((peer, address.direction))
-        found = tuple(TensorSpec(tuple(t.shape), t.dtype) for t in tensors)
-        if expected is not None and found != expected:
-            raise mismatch(address, way, describe(found), describe(expected))
+        actual = tuple(TensorSpec(tuple(t.shape), t.dtype) for t in tensors)
+        if expected is not None and actual != expected:
+            raise mismatch(address, route, describe(actual), describe(expected))
         if not all(t.is_contiguous() for t in tensors):
-            raise mismatch(address, way, "tensors that are not contiguous", "contiguous memory")
+            raise mismatch(address, route, "tensors that are not contiguous", "contiguous memory")
         for tensor in tensors:
             self._check_device(tensor.device)
         self._send(peer, address, tensors)
         elements = sum(t.numel() for t in tensors)
         self.calls[SentMessage(peer, address.direction, elements, sum(t.nbytes for t in tensors))] += 1
 
-    def tell(self, peer: int, decision: Decision) -> None:
-        """Start sending `decision`. There is no answer: `peer` learns it from `told`, whatever it computes now."""
-        self._tell(peer, decision)
+    def send_decision(self, peer: int, decision: Decision) -> None:
+        """Start sending `decision`, which `peer` gets from `poll_decisions`; there is no reply."""
+        self._send_decision(peer, decision)
         self.decisions.messages += 1
         self.decisions.bytes += DECISION_BYTES
 
@@ -140,7 +140,7 @@ class Transport(ABC):
     def expect(self, edge: MessageEdge, count: int) -> None:
         """Receive `count` messages over `edge`; a receive stays posted until all have arrived.
 
-        A message of other tensors than the edge's makes `poll` and `wait` raise `TransportError`.
+        A message with other tensors than the edge's makes `poll` and `wait` raise `TransportError`.
         """
 
     @abstractmethod
@@ -148,32 +148,32 @@ class Transport(ABC):
 
     @abstractmethod
     def expect_decisions(self, peer: int, count: int) -> None:
-        """Receive `count` decisions from `peer`, the only rank that tells this one any until all of them are here."""
+        """Receive `count` decisions from `peer`, the only rank that sends this one any until all have arrived."""
 
     @abstractmethod
-    def _tell(self, peer: int, decision: Decision) -> None: ...
+    def _send_decision(self, peer: int, decision: Decision) -> None: ...
 
     @abstractmethod
-    def told(self) -> list[Decision]:
-        """Decisions that have arrived since the last call, without waiting."""
+    def poll_decisions(self) -> list[Decision]:
+        """Return the decisions that have arrived since the last call, without waiting."""
 
     @abstractmethod
     def poll(self) -> list[Message]:
-        """Messages that have arrived since the last call, without waiting."""
+        """Return the messages that have arrived since the last call, without waiting."""
 
     @abstractmethod
     def wait(self) -> list[Message]:
-        """As `poll`, but waits for at least one message, or for a decision that `told` has not returned yet.
+        """Wait for a message, or for a decision that `poll_decisions` has not returned; return messages as `poll`.
 
-        Raises `TransportError` when neither can come.
+        Raises `TransportError` when neither is expected.
         """
 
     @abstractmethod
     def flush(self) -> None:
-        """Wait until every message and every decision from here has left."""
+        """Wait until every message and every decision of this rank has left."""
 
     def close(self) -> None:
-        """Release threads and communicators. A closed transport is not used again."""
+        """Release threads and communicators. A closed transport must not be used again."""
         return None
 
     def _check_device(self, device: torch.device) -> None:
@@ -186,7 +186,7 @@ class Transport(ABC):
     def _nothing_expected(self) -> TransportError:
         return TransportError(f"rank {self.rank} waits for a message, but none is expected")
 
-    def _still_told(self, peer: int) -> TransportError:
+    def _still_expected(self, peer: int) -> TransportError:
         return TransportError(f"rank {self.rank} still expects decisions from rank {peer}")
 
     def _sent(self, peer: int, address: Address, start: float) -> None:

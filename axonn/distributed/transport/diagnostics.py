@@ -1,4 +1,4 @@
-"""Which transports work on this machine, and how: for `axonn doctor`."""
+"""Diagnosis of the transports that work on this machine, for `axonn doctor`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _PATIENCE_S = 60.0
 
 
 class Finding(NamedTuple):
-    """Whether a transport works here; `text` says how, or why not."""
+    """Result of trying a transport on this machine: `works`, and a `text` that says how or why not."""
 
     transport: str
     works: bool
     text: str
 
 
-def survey() -> list[Finding]:
-    """One finding for each transport that `axonn.distributed.runtime.connect` offers."""
+def diagnose() -> list[Finding]:
+    """Return one finding for each transport that `axonn.distributed.runtime.connect` offers."""
     return [_mpi(), _torch()]
 
 
@@ -34,20 +34,24 @@ def _mpi() -> Finding:
     # In a process of its own: an MPI that cannot start ends the process that tries.
     command = [sys.executable, "-m", "axonn.distributed.transport.gpu_aware"]
     try:
-        # A process that no launcher started leaves its session and its shared memory, however it ends.
-        with tempfile.TemporaryDirectory() as left:
-            env = rank_environment(os.environ) | {"TMPDIR": left, "OMPI_MCA_btl_sm_backing_directory": left}
+        # Without a launcher, Open MPI leaves its session folder and shared memory behind, however the process ends.
+        with tempfile.TemporaryDirectory() as scratch:
+            env = rank_environment(os.environ) | {"TMPDIR": scratch, "OMPI_MCA_btl_sm_backing_directory": scratch}
             answer = subprocess.run(command, env=env, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
     except subprocess.TimeoutExpired:
         return Finding("mpi", False, f"MPI did not start within {_PATIENCE_S:.0f} s")
     try:
-        found = json.loads(answer.stdout.splitlines()[-1])
+        mpi = json.loads(answer.stdout.splitlines()[-1])
     except (IndexError, ValueError):
         reason = answer.stderr.strip().splitlines()[-1:] or [f"MPI ended the process with code {answer.returncode}"]
         return Finding("mpi", False, f"{reason[0]}; install it with: pip install 'axonn-reproduction[mpi]'")
-    aware = found["gpu_aware"]
-    way = "takes GPU memory itself" if aware is True else f"GPU tensors would pass through pinned host memory: {aware}"
-    return Finding("mpi", True, f"{found['library']}; {way}")
+    gpu_aware = mpi["gpu_aware"]
+    gpu_tensors = (
+        "takes GPU memory itself"
+        if gpu_aware is True
+        else f"GPU tensors would pass through pinned host memory: {gpu_aware}"
+    )
+    return Finding("mpi", True, f"{mpi['library']}; {gpu_tensors}")
 
 
 def _torch() -> Finding:

@@ -1,4 +1,4 @@
-"""Whether MPI can be given the memory of a GPU. Run as a program, it says in JSON which MPI there is, and whether."""
+"""Test of whether MPI accepts GPU memory. Run as a program, it prints the MPI library and the result as JSON."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 
 
 def gpu_aware_mpi() -> bool | str:
-    """True, or the reason why messages of GPU tensors go through host memory. Needs mpi4py, but no GPU."""
+    """Return True, or the reason why messages of GPU tensors go through host memory. Needs mpi4py, but no GPU."""
     from mpi4py import MPI
 
-    library = ctypes.CDLL(MPI.__file__)  # Symbols are looked for in the MPI library that it was linked with, too.
+    library = ctypes.CDLL(MPI.__file__)  # Looks up symbols in the MPI library that it is linked with, too.
     symbol = "MPIX_Query_rocm_support" if torch.version.hip else "MPIX_Query_cuda_support"
     return judge(MPI.Get_library_version(), os.environ, symbol, getattr(library, symbol, None))
 
 
 def judge(version: str, environment: Mapping[str, str], symbol: str, query: Callable[[], int] | None) -> bool | str:
-    """The answer for an MPI that calls itself `version` and offers `query` under the name `symbol` (None: does not)."""
+    """Return the answer for the MPI library `version`, whose function `symbol` is `query` (None if it has none)."""
     if "CRAY" in version.upper():
         if environment.get("MPICH_GPU_SUPPORT_ENABLED") == "1":
             return True
@@ -33,7 +33,7 @@ def judge(version: str, environment: Mapping[str, str], symbol: str, query: Call
 
 
 def main() -> None:
-    """Try it on this machine; prints what works."""
+    """Print the result for this machine."""
     from mpi4py import MPI
 
     version = MPI.Get_library_version().split(",")[0].strip("\0 \n").splitlines()[0]

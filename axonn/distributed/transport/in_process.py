@@ -1,8 +1,8 @@
-"""All ranks in one process: deterministic messages and collectives, for tests and for debugging without MPI.
+"""Transport and collectives of ranks in one process: deterministic, for tests and for debugging without MPI.
 
-Each rank is a thread, but only the one that holds the baton runs; it passes the baton on when it waits. So a run is
-the same every time (or, with `order_seed`, one reproducible order out of many), and when every rank waits, the
-deadlock is reported at once with what each one waits for.
+Each rank is a thread, but only the one that holds the baton runs; it passes the baton on when it waits. A run is
+therefore the same every time (or, with `order_seed`, one reproducible order out of many), and when every rank waits,
+the deadlock is reported at once with what each one waits for.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ T = TypeVar("T")
 
 
 class _Stopped(Exception):
-    """Another rank has failed; this one ends quietly."""
+    """Raised in a rank when another one has failed, to end it quietly."""
 
 
 class InProcessWorld:
-    """`size` ranks that take turns. With `order_seed`, who goes next is drawn at random, reproducibly.
+    """A world of `size` ranks that take turns. With `order_seed` the next rank is drawn at random, reproducibly.
 
-    Messages may also be held back for a random number of turns then, so ranks see them arrive in many orders (each edge
-    and direction still in send order).
+    Messages are then also held back for a random number of turns, so that ranks see them arrive in many orders (within
+    each edge and direction still in send order).
     """
 
     def __init__(self, size: int, *, order_seed: int | None = None) -> None:
         self.size = size
         self._random = None if order_seed is None else random.Random(order_seed)
         self._lock = threading.Lock()
-        # One for each rank, so that passing the baton on wakes nobody else.
+        # One per rank, so that passing the baton on wakes no other rank.
         self._my_turn = [threading.Condition(self._lock) for _ in range(size)]
         self._turn = 0
         self._ready: list[Callable[[], bool]] = [lambda: True] * size
@@ -50,13 +50,13 @@ class InProcessWorld:
         self.mailboxes: list[dict[tuple[int, Direction], deque[Message]]] = [{} for _ in range(size)]
         self.decisions: list[dict[int, deque[Decision]]] = [{} for _ in range(size)]
         self.rendezvous: dict[tuple[tuple[int, ...], int], tuple[Any, list[torch.Tensor | None]]] = {}
-        """What each collective under way is, and the contributions to it, by its ranks and its number among the
-        collectives of these."""
+        """Each collective under way with its contributions, by its ranks and its number among the collectives of these
+        ranks."""
         self.calls: list[dict[tuple[int, ...], int]] = [{} for _ in range(size)]
-        """Collectives that each rank has issued so far, by their ranks: of all grids of the process together."""
+        """Number of collectives that each rank has issued so far, by their ranks, over all grids of the process."""
 
     def run(self, function: Callable[[int], T]) -> list[T]:
-        """Results of `function(rank)` by rank. Raises what the first failing rank raised."""
+        """Run `function(rank)` on every rank; return the results by rank. Raises what the first failing rank raised."""
         results: dict[int, T] = {}
         self._live = set(range(self.size))
         self._failure = None
@@ -84,17 +84,17 @@ class InProcessWorld:
             raise self._failure
         return [results[rank] for rank in range(self.size)]
 
-    def until(self, rank: int, ready: Callable[[], bool], what: str) -> None:
-        """Let the others run until `ready()`; `what` says what `rank` waits for."""
+    def until(self, rank: int, ready: Callable[[], bool], awaited: str) -> None:
+        """Let other ranks run until `ready()`; `awaited` says what `rank` waits for. Raises `DeadlockError`."""
         with self._lock:
             self._ready[rank] = ready
-            self._waits_for[rank] = what
+            self._waits_for[rank] = awaited
             self._pass_on(rank)
         self._take_baton(rank)
         self._ready[rank] = lambda: True
 
     def holds_back(self) -> bool:
-        """Whether an arrived message is to be seen only later (never, unless orders are random)."""
+        """Return True if an arrived message is to be delivered only later (never, unless orders are random)."""
         return self._random is not None and self._random.random() < 0.3
 
     def _take_baton(self, rank: int) -> None:
@@ -104,8 +104,8 @@ class InProcessWorld:
             raise _Stopped
 
     def _pass_on(self, rank: int) -> None:
-        after = [(rank + i) % self.size for i in range(1, self.size + 1)]
-        candidates = [r for r in after if r in self._live and self._ready[r]()]
+        in_turn = [(rank + i) % self.size for i in range(1, self.size + 1)]
+        candidates = [r for r in in_turn if r in self._live and self._ready[r]()]
         if candidates:
             self._turn = candidates[0] if self._random is None else self._random.choice(candidates)
         elif self._live and self._failure is None:
@@ -116,7 +116,7 @@ class InProcessWorld:
 
 
 class InProcessTransport(Transport):
-    """The messages of one rank of an `InProcessWorld`."""
+    """Transport of one rank of an `InProcessWorld`."""
 
     def __init__(self, world: InProcessWorld, rank: int) -> None:
         super().__init__(rank)
@@ -124,7 +124,7 @@ class InProcessTransport(Transport):
         self._expected: dict[tuple[int, Direction], int] = {}
         self._edges: dict[tuple[int, Direction], MessageEdge] = {}
         self._decisions_left: dict[int, int] = {}
-        self._told: list[Decision] = []
+        self._arrived_decisions: list[Decision] = []
 
     def expect(self, edge: MessageEdge, count: int) -> None:
         key = (edge.peer, edge.direction)
@@ -142,23 +142,23 @@ class InProcessTransport(Transport):
 
     def expect_decisions(self, peer: int, count: int) -> None:
         if any(self._decisions_left.values()):
-            raise self._still_told(peer)
+            raise self._still_expected(peer)
         self._decisions_left = {peer: count}
         self._world.decisions[self.rank].setdefault(peer, deque())
 
-    def _tell(self, peer: int, decision: Decision) -> None:
+    def _send_decision(self, peer: int, decision: Decision) -> None:
         self._world.decisions[peer].setdefault(self.rank, deque()).append(decision)
 
-    def told(self) -> list[Decision]:
-        self._hear()
-        told, self._told = self._told, []
-        return told
+    def poll_decisions(self) -> list[Decision]:
+        self._receive_decisions()
+        arrived, self._arrived_decisions = self._arrived_decisions, []
+        return arrived
 
-    def _hear(self) -> None:
+    def _receive_decisions(self) -> None:
         for peer, left in self._decisions_left.items():
             box = self._world.decisions[self.rank][peer]
             while box and left and not self._world.holds_back():
-                self._told.append(box.popleft())
+                self._arrived_decisions.append(box.popleft())
                 left -= 1  # noqa: PLW2901
             self._decisions_left[peer] = left
 
@@ -173,30 +173,30 @@ class InProcessTransport(Transport):
         return arrived
 
     def _checked(self, message: Message, edge: MessageEdge) -> Message:
-        found = tuple(TensorSpec(tuple(t.shape), t.dtype) for t in message.tensors)
-        if found != edge.tensors:
-            way = f"from rank {edge.peer} to rank {self.rank}"
-            raise mismatch(message.address, way, describe(found), describe(edge.tensors))
+        actual = tuple(TensorSpec(tuple(t.shape), t.dtype) for t in message.tensors)
+        if actual != edge.tensors:
+            route = f"from rank {edge.peer} to rank {self.rank}"
+            raise mismatch(message.address, route, describe(actual), describe(edge.tensors))
         return message
 
     def wait(self) -> list[Message]:
-        ways = {f"{direction.name.lower()} from {peer}": left for (peer, direction), left in self._expected.items()}
-        ways |= {f"told by {peer}": left for peer, left in self._decisions_left.items()}
-        what = ", ".join(f"{left} {way}" for way, left in ways.items() if left)
-        if not what and not self._told:
+        counts = {f"{direction.name.lower()} from {peer}": left for (peer, direction), left in self._expected.items()}
+        counts |= {f"decisions from {peer}": left for peer, left in self._decisions_left.items()}
+        awaited = ", ".join(f"{left} {kind}" for kind, left in counts.items() if left)
+        if not awaited and not self._arrived_decisions:
             raise self._nothing_expected()
         while True:
             arrived = self.poll()
-            self._hear()
-            if arrived or self._told:
+            self._receive_decisions()
+            if arrived or self._arrived_decisions:
                 return arrived
-            self._world.until(self.rank, self._has_mail, f"messages ({what})")
+            self._world.until(self.rank, self._has_mail, f"messages ({awaited})")
 
     def _has_mail(self) -> bool:
         boxes = self._world.mailboxes[self.rank]
-        told = self._world.decisions[self.rank]
+        decisions = self._world.decisions[self.rank]
         return any(left and boxes[key] for key, left in self._expected.items()) or any(
-            left and told[peer] for peer, left in self._decisions_left.items()
+            left and decisions[peer] for peer, left in self._decisions_left.items()
         )
 
     def flush(self) -> None:
@@ -212,7 +212,7 @@ class _Done(CollectiveHandle):
 
 
 class InProcessCollectives(Collectives):
-    """The collectives of one rank of an `InProcessWorld`; sums are taken in the order of the ranks."""
+    """Collectives of one rank of an `InProcessWorld`; sums are taken in the order of the ranks."""
 
     def __init__(self, world: InProcessWorld, grid: ProcessGrid, rank: int) -> None:
         super().__init__(grid, rank)
@@ -236,14 +236,14 @@ class InProcessCollectives(Collectives):
     def _meet(
         self, tensor: torch.Tensor, group: CollectiveGroup, operation: str, combine: Callable[[list[torch.Tensor]], Any]
     ) -> CollectiveHandle:
-        """Lay `tensor` on the table and, once those of all ranks are there, `combine` them."""
+        """Contribute `tensor` and, once all ranks have contributed, `combine` the contributions."""
         calls = self._world.calls[self.rank]
         number = calls.get(group.ranks, 0)
         calls[group.ranks] = number + 1
-        wanted = (operation, tuple(tensor.shape), tensor.dtype)
-        found, parts = self._world.rendezvous.setdefault((group.ranks, number), (wanted, [None] * len(group.ranks)))
-        if found != wanted:
-            raise TransportError(f"rank {self.rank} starts {wanted} with ranks {group.ranks}, which have {found}")
+        call = (operation, tuple(tensor.shape), tensor.dtype)
+        first_call, parts = self._world.rendezvous.setdefault((group.ranks, number), (call, [None] * len(group.ranks)))
+        if first_call != call:
+            raise TransportError(f"rank {self.rank} starts {call} with ranks {group.ranks}, which have {first_call}")
         parts[group.ranks.index(self.rank)] = tensor.clone()
 
         def complete() -> bool:
@@ -252,7 +252,7 @@ class InProcessCollectives(Collectives):
         def finish() -> None:
             if not complete():
                 self._world.until(self.rank, complete, f"{operation} {number} of ranks {group.ranks}")
-            # Whoever comes here first takes it off the table; the others hold their own reference.
+            # The first rank to finish removes the entry; the others hold their own reference.
             self._world.rendezvous.pop((group.ranks, number), None)
             combine([part for part in parts if part is not None])
 

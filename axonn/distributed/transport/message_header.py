@@ -1,4 +1,4 @@
-"""The head of a message (what it is and which tensors follow) and a decision, each in a fixed number of bytes."""
+"""Wire format of message headers (the address and the tensors that follow) and decisions, of fixed sizes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TEXT_BYTES = HEADER_BYTES - _NUMBERS.size
 
 
 def _fitted(specs: Iterable[TensorSpec]) -> str:
-    """The description of `specs`; one that is too long is cut and ends with its own hash."""
+    """Return the description of `specs`; one that is too long is truncated and ends with its hash."""
     text = describe(specs)
     if len(text) <= _TEXT_BYTES:
         return text
@@ -27,28 +27,28 @@ def _fitted(specs: Iterable[TensorSpec]) -> str:
 
 
 def pack_header(address: Address, tensors: Iterable[torch.Tensor]) -> bytearray:
-    """The `HEADER_BYTES` bytes that go before `tensors`."""
+    """Return the header of `HEADER_BYTES` bytes that is sent before `tensors`."""
     text = _fitted(TensorSpec(tuple(t.shape), t.dtype) for t in tensors)
     return bytearray(_NUMBERS.pack(*address) + text.encode().ljust(_TEXT_BYTES, b"\0"))
 
 
 def open_header(header: bytearray, edge: MessageEdge, *, rank: int) -> Address:
-    """The address in a header that came to `rank` over `edge`. Raises `TransportError` for tensors of other specs."""
+    """Return the address in a header that `rank` received over `edge`. Raises `TransportError` for other tensors."""
     direction, chunk, microbatch = _NUMBERS.unpack_from(header)
     address = Address(Direction(direction), chunk, microbatch)
-    found = header[_NUMBERS.size :].rstrip(b"\0").decode()
+    actual = header[_NUMBERS.size :].rstrip(b"\0").decode()
     expected = _fitted(edge.tensors)
-    if found != expected:
-        raise mismatch(address, f"from rank {edge.peer} to rank {rank}", found, expected)
+    if actual != expected:
+        raise mismatch(address, f"from rank {edge.peer} to rank {rank}", actual, expected)
     return address
 
 
 def pack_decision(decision: Decision) -> bytearray:
-    """The `DECISION_BYTES` bytes of a decision."""
+    """Return the `DECISION_BYTES` bytes of a decision."""
     return bytearray(_NUMBERS.pack(*decision))
 
 
 def open_decision(packed: bytearray) -> Decision:
-    """Inverse of `pack_decision`."""
+    """Return the decision that `pack_decision` packed."""
     first, second, third = _NUMBERS.unpack(packed)
     return first, second, third

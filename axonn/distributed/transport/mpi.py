@@ -1,10 +1,10 @@
-"""Messages over MPI.
+"""Transport over MPI.
 
 Each direction has a communicator of its own, and receives are posted and matched in send order (MPI's non-overtaking
-rule). A message is a short header that says which microbatch it is and what it carries, then its tensors, which are
-received once the header is known to fit: Open MPI 5.0 fills memory beyond a receive that is too short, before it
-reports it. MPI libraries advance large messages only inside MPI calls, so a thread of ours tests the outstanding
-requests while the rank computes; while the rank waits, it tests them itself.
+rule). A message is a short header that names its microbatch and its tensors, followed by the tensors, which are
+received once the header is known to match: Open MPI 5.0 writes beyond a receive buffer that is too short before it
+reports the error. MPI libraries advance large messages only inside MPI calls, so a progress thread tests the
+outstanding requests while the rank computes; while the rank waits, it tests them itself.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from mpi4py import MPI
 from axonn.distributed.transport.base import Address, Decision, Message, MessageEdge, Transport
 from axonn.distributed.transport.message_header import HEADER_BYTES, open_header, pack_header
 from axonn.distributed.transport.mpi_decisions import MPIDecisions
-from axonn.distributed.transport.staging import HostPath, Landed, Path
+from axonn.distributed.transport.staging import HostPath, MemoryPath, ReceivedTensors
 from axonn.errors import TransportError
 from axonn.schedules import Direction
 
 _PROGRESS_INTERVAL_S = 1e-3
 _SPINS = 200
-"""Tests without a sleep before a waiting rank begins to back off."""
+"""Polls without a sleep before a waiting rank begins to back off."""
 _LONGEST_SLEEP_S = 1e-3
 _HEADER_TAG = 0
 _TENSOR_TAG = 1
 
 
 def _as_bytes(tensor: torch.Tensor) -> Any:
-    """The memory of a contiguous tensor, of any type: MPI has no bfloat16, and moving bytes needs none."""
+    """Return the memory of a contiguous tensor as bytes, so that types MPI lacks (bfloat16) can be sent."""
     return [MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes), MPI.BYTE]
 
 
 @dataclass
 class _Receive:
-    """One message that is being received."""
+    """A message that is being received."""
 
     header: bytearray
     request: MPI.Request
-    """The header's."""
+    """Request of the header."""
     address: Address | None = None
     """None until the header has arrived; from then on the tensors are received."""
     buffers: tuple[torch.Tensor, ...] = ()
@@ -64,7 +64,7 @@ class _Incoming:
 
 @dataclass
 class _Outgoing:
-    """One message that has not left yet, with the memory that must stay until then."""
+    """A message that has not left yet, with the memory that must stay alive until then."""
 
     peer: int
     address: Address
@@ -72,37 +72,37 @@ class _Outgoing:
     tensors: tuple[torch.Tensor, ...]
     memory: tuple[torch.Tensor, ...]
     ready: Callable[[], bool]
-    """Whether `memory` may be read yet."""
+    """Returns True once `memory` may be read."""
     start: float
     requests: list[MPI.Request] | None = None
-    """None until it has been posted."""
+    """None until the message has been posted."""
 
 
 class MPITransport(Transport):
-    """Point-to-point over `comm` (collective over it), with tensors on the device of `path` (default: the host's).
+    """Transport over `comm`, with tensors on the device of `path` (default: in host memory); made by all its ranks.
 
-    Raises `TransportError` without thread support in MPI.
+    Raises `TransportError` if MPI lacks thread support.
     """
 
-    def __init__(self, comm: MPI.Intracomm, *, path: Path | None = None) -> None:
+    def __init__(self, comm: MPI.Intracomm, *, path: MemoryPath | None = None) -> None:
         self._path = path or HostPath()
         super().__init__(comm.Get_rank(), device=self._path.device)
         if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
             raise TransportError("MPI was initialised without MPI_THREAD_SERIALIZED; use an MPI built with threads")
         self._comms = {direction: comm.Dup() for direction in Direction}
-        self._decided = MPIDecisions(comm)
+        self._decisions = MPIDecisions(comm)
         self._incoming: dict[tuple[int, Direction], _Incoming] = {}
         self._outgoing: list[_Outgoing] = []
-        self._arrived: deque[tuple[Address, Landed]] = deque()
+        self._arrived: deque[tuple[Address, ReceivedTensors]] = deque()
         self._lock = threading.Lock()
         self._busy = threading.Event()
-        """Set while requests are outstanding: the thread sleeps without it."""
+        """Set while requests are outstanding; otherwise the progress thread sleeps."""
         self._failure: MPI.Exception | TransportError | None = None
         self._closing = False
         node = comm.Split_type(MPI.COMM_TYPE_SHARED)
         self._oversubscribed = node.Get_size() > len(os.sched_getaffinity(0))
         node.Free()
-        self._thread = threading.Thread(target=self._keep_going, name="axonn-progress", daemon=True)
+        self._thread = threading.Thread(target=self._run_progress, name="axonn-progress", daemon=True)
         self._thread.start()
 
     def expect(self, edge: MessageEdge, count: int) -> None:
@@ -129,25 +129,25 @@ class MPITransport(Transport):
 
     def expect_decisions(self, peer: int, count: int) -> None:
         with self._lock:
-            if self._decided.expected:
-                raise self._still_told(peer)
-            self._decided.expect(peer, count)
+            if self._decisions.expected:
+                raise self._still_expected(peer)
+            self._decisions.expect(peer, count)
         self._busy.set()
 
-    def _tell(self, peer: int, decision: Decision) -> None:
+    def _send_decision(self, peer: int, decision: Decision) -> None:
         self._raise_failure()
         with self._lock:
-            self._decided.tell(peer, decision)
+            self._decisions.send(peer, decision)
             self._progress()
         self._busy.set()
 
-    def told(self) -> list[Decision]:
+    def poll_decisions(self) -> list[Decision]:
         self._raise_failure()
         with self._lock:
             self._progress()
-            told, self._decided.told = self._decided.told, []
+            arrived, self._decisions.arrived = self._decisions.arrived, []
         self._raise_failure()
-        return told
+        return arrived
 
     def poll(self) -> list[Message]:
         self._raise_failure()
@@ -162,19 +162,19 @@ class MPITransport(Transport):
         spins = 0
         while True:
             arrived = self.poll()
-            if arrived or self._decided.told:
+            if arrived or self._decisions.arrived:
                 return arrived
             with self._lock:
-                # The thread may have taken the last message since.
-                nothing = not self._arrived and not self._decided.told and not self._expects()
-            if nothing:
+                # The progress thread may have received the last message since.
+                nothing_expected = not self._arrived and not self._decisions.arrived and not self._expects()
+            if nothing_expected:
                 raise self._nothing_expected()
             self._back_off(spins)
             spins += 1
 
     def flush(self) -> None:
         spins = 0
-        while self._outgoing or self._decided.leaving:
+        while self._outgoing or self._decisions.sending:
             self._raise_failure()
             with self._lock:
                 self._progress()
@@ -185,17 +185,17 @@ class MPITransport(Transport):
         self._closing = True
         self._busy.set()
         self._thread.join()
-        self._give_up_what_is_under_way()
+        self._abandon_requests()
         for comm in self._comms.values():
             comm.Free()
-        self._decided.free()
+        self._decisions.free()
 
     def _expects(self) -> bool:
-        return self._decided.expected or any(i.receive is not None for i in self._incoming.values())
+        return self._decisions.expected or any(i.receive is not None for i in self._incoming.values())
 
-    def _give_up_what_is_under_way(self) -> None:
-        """After an aborted batch: nothing may match our receives any more, nor MPI touch memory that is used again."""
-        under_way: list[object] = [out for out in self._outgoing if out.requests] + self._decided.give_up()
+    def _abandon_requests(self) -> None:
+        """Cancel receives after an aborted batch; keep alive the memory that MPI may still access."""
+        under_way: list[object] = [out for out in self._outgoing if out.requests] + self._decisions.abandon()
         for incoming in self._incoming.values():
             receive = incoming.receive
             if receive is None:
@@ -205,12 +205,12 @@ class MPITransport(Transport):
             if not receive.request.Test() or receive.requests:
                 under_way.append(receive)
         if under_way:
-            # A message that has begun cannot be called back. MPI keeps these references until it is finalised.
+            # A message that has begun cannot be cancelled. MPI keeps these references until it is finalised.
             MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(), under_way)
 
     def _back_off(self, spins: int) -> None:
         if self._oversubscribed:
-            # Another rank may need this core to produce what is waited for.
+            # Another rank may need this core to produce the awaited message.
             time.sleep(min(_LONGEST_SLEEP_S, 2e-5 * (spins + 1)))
         elif spins > _SPINS:
             time.sleep(min(_LONGEST_SLEEP_S, 1e-5 * (spins - _SPINS)))
@@ -232,15 +232,15 @@ class MPITransport(Transport):
         """Test every outstanding request once; the caller holds the lock."""
         try:
             for incoming in self._incoming.values():
-                self._progress_of(incoming)
-            self._post_what_is_ready()
+                self._progress_receive(incoming)
+            self._post_ready()
             self._outgoing = [out for out in self._outgoing if not self._has_left(out)]
-            self._decided.progress()
+            self._decisions.progress()
         except (MPI.Exception, TransportError) as error:
-            # What was posted is in disorder from here on.
+            # From here on the posted requests are inconsistent, so the transport has failed.
             self._failure = error
 
-    def _progress_of(self, incoming: _Incoming) -> None:
+    def _progress_receive(self, incoming: _Incoming) -> None:
         while (receive := incoming.receive) is not None:
             if receive.address is None:
                 if not receive.request.Test():
@@ -253,14 +253,14 @@ class MPITransport(Transport):
             if incoming.to_post:
                 self._post(incoming)
 
-    def _post_what_is_ready(self) -> None:
-        held: set[tuple[int, Direction]] = set()
+    def _post_ready(self) -> None:
+        blocked: set[tuple[int, Direction]] = set()
         for out in self._outgoing:
-            way = (out.peer, out.address.direction)
-            if out.requests is not None or way in held:
+            route = (out.peer, out.address.direction)
+            if out.requests is not None or route in blocked:
                 continue
             if not out.ready():
-                held.add(way)  # Later messages do not overtake it.
+                blocked.add(route)  # Later messages must not overtake it.
                 continue
             comm = self._comms[out.address.direction]
             out.requests = [comm.Isend([out.header, MPI.BYTE], dest=out.peer, tag=_HEADER_TAG)]
@@ -272,7 +272,7 @@ class MPITransport(Transport):
         self._sent(out.peer, out.address, out.start)
         return True
 
-    def _keep_going(self) -> None:
+    def _run_progress(self) -> None:
         while True:
             self._busy.wait()
             if self._closing:
@@ -285,7 +285,7 @@ class MPITransport(Transport):
                 self._progress()
                 if self._failure is not None:
                     return
-                if not (self._outgoing or self._decided.leaving or self._expects()):
+                if not (self._outgoing or self._decisions.sending or self._expects()):
                     self._busy.clear()
                     if self._closing:
                         return

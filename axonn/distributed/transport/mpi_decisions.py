@@ -1,4 +1,4 @@
-"""Decisions over MPI: on a communicator of their own, so that no message waits for one or is waited for."""
+"""Decisions over MPI, on a communicator of their own, so that decisions and messages do not wait for each other."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from axonn.distributed.transport.message_header import open_decision, pack_decis
 
 @dataclass
 class _Outgoing:
-    """A decision that has not left yet, with the memory that must stay until then."""
+    """A decision that has not left yet, with the memory that must stay alive until then."""
 
     peer: int
     packed: bytearray
     request: MPI.Request | None = None
-    """None until it has been posted."""
+    """None until the decision has been posted."""
 
 
 @dataclass
@@ -27,9 +27,9 @@ class _Receive:
 
 
 class MPIDecisions:
-    """One rank's decisions, told and heard, on a duplicate of `comm` (collective over it).
+    """Decisions that one rank sends and receives, on a duplicate of `comm`; made by all its ranks.
 
-    It has no lock and no thread: whoever makes progress for the messages does so here.
+    It has no lock and no thread of its own: `MPITransport` calls `progress`.
     """
 
     def __init__(self, comm: MPI.Intracomm) -> None:
@@ -38,40 +38,40 @@ class MPIDecisions:
         self._peer = MPI.PROC_NULL
         self._to_post = 0
         self._receive: _Receive | None = None
-        self.told: list[Decision] = []
-        """What has arrived and was not taken yet."""
+        self.arrived: list[Decision] = []
+        """Decisions that have arrived and have not been taken yet."""
 
     @property
     def expected(self) -> bool:
-        """Whether more are to come."""
+        """True while decisions are still to come."""
         return self._receive is not None
 
     @property
-    def leaving(self) -> bool:
-        """Whether some that were told here have not left yet."""
+    def sending(self) -> bool:
+        """True while decisions of this rank have not left yet."""
         return bool(self._outgoing)
 
     def expect(self, peer: int, count: int) -> None:
-        """Receive `count` decisions from `peer`; none may be expected still."""
+        """Receive `count` decisions from `peer`; no earlier ones may still be expected."""
         self._peer, self._to_post = peer, count
         self._post()
 
-    def tell(self, peer: int, decision: Decision) -> None:
-        """Send a decision with the next `progress`."""
+    def send(self, peer: int, decision: Decision) -> None:
+        """Send a decision at the next `progress`."""
         self._outgoing.append(_Outgoing(peer, pack_decision(decision)))
 
     def progress(self) -> None:
-        """Test every outstanding request. Raises `MPI.Exception`."""
+        """Post pending sends and test every outstanding request. Raises `MPI.Exception`."""
         for out in self._outgoing:
             if out.request is None:
                 out.request = self._comm.Isend([out.packed, MPI.BYTE], dest=out.peer)
         self._outgoing = [out for out in self._outgoing if out.request is None or not out.request.Test()]
         while self._receive is not None and self._receive.request.Test():
-            self.told.append(open_decision(self._receive.packed))
+            self.arrived.append(open_decision(self._receive.packed))
             self._post()
 
-    def give_up(self) -> list[object]:
-        """Cancel what can be; the rest, whose memory must stay as long as MPI lives."""
+    def abandon(self) -> list[object]:
+        """Cancel what can be cancelled; return the rest, whose memory must stay alive until MPI is finalised."""
         under_way: list[object] = list(self._outgoing)
         if self._receive is not None:
             self._receive.request.Cancel()
@@ -80,7 +80,7 @@ class MPIDecisions:
         return under_way
 
     def free(self) -> None:
-        """Give its communicator back; collective."""
+        """Free the communicator; called by all ranks."""
         self._comm.Free()
 
     def _post(self) -> None:

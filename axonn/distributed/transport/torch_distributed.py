@@ -1,11 +1,11 @@
-"""Messages over point-to-point operations of `torch.distributed`.
+"""Transport over point-to-point operations of `torch.distributed`.
 
 NCCL has no tags and runs the operations of a communicator one after the other, so every channel (from one rank to
-another, in one direction or for decisions) has a group of two ranks for itself. Headers and decisions travel over Gloo,
-and tensors behind their headers over Gloo or NCCL. A thread per incoming channel receives, and one per outgoing channel
-waits for what was sent, because Gloo tells only a waiting thread that an operation is complete. Tensors are received as
-soon as their header has come: so none lands in memory of the wrong size, and no NCCL kernel spins on a GPU for a
-message not yet sent.
+another, in one direction or for decisions) has a group of two ranks of its own. Headers and decisions travel over Gloo,
+tensors behind their headers over Gloo or NCCL. Each incoming channel has a thread that receives, and each outgoing
+channel one that waits for its sends, because Gloo reports completion only to a waiting thread. Tensors are received as
+soon as their header has arrived: so none is written to memory of the wrong size, and no NCCL kernel spins on a GPU for
+a message that has not been sent.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from axonn.distributed.transport.base import Address, Decision, Message, MessageEdge, Transport
-from axonn.distributed.transport.torch_ends import End, Hearer, Outbox, Receiver, Sender, State, Teller
+from axonn.distributed.transport.torch_ends import (
+    ChannelEnd,
+    ChannelState,
+    DecisionReceiver,
+    DecisionSender,
+    Outbox,
+    Receiver,
+    Sender,
+)
 from axonn.distributed.transport.torch_wire import GlooWire, NcclWire, Wire
 from axonn.errors import TransportError
 from axonn.grid import TENSOR_AXES, ProcessGrid
@@ -28,7 +36,7 @@ from axonn.schedules import Direction
 
 
 class Channel(NamedTuple):
-    """A way for messages of one direction, or for decisions (None), from one rank to another."""
+    """A channel from one rank to another, for messages of one direction or for decisions (None)."""
 
     source: int
     target: int
@@ -36,34 +44,34 @@ class Channel(NamedTuple):
 
 
 def channels_of(grid: ProcessGrid) -> list[Channel]:
-    """All channels that the grid needs: those between neighbouring stages, and those inside of each stage."""
+    """Return all channels of the grid: those between neighbouring stages and those inside each stage."""
     return _between_stages(grid) + _inside_stages(grid)
 
 
 def _between_stages(grid: ProcessGrid) -> list[Channel]:
-    """For messages; last and first stage are neighbours too, as chunks in loops or in a V need it."""
-    found: dict[Channel, None] = {}
+    """Return the channels for messages. Last and first stage are neighbours too, for chunks in loops or in a V."""
+    channels: dict[Channel, None] = {}
     for first in grid.group(0, [axis for axis in grid.order if axis != "inter"]):
         pipeline = grid.group(first, ["inter"])
-        for here, following in zip(pipeline, (*pipeline[1:], pipeline[0]), strict=True):
-            for source, target in ((here, following), (following, here)):
+        for rank, following in zip(pipeline, (*pipeline[1:], pipeline[0]), strict=True):
+            for source, target in ((rank, following), (following, rank)):
                 if source != target:
-                    found.update(dict.fromkeys(Channel(source, target, direction) for direction in Direction))
-    return list(found)
+                    channels.update(dict.fromkeys(Channel(source, target, direction) for direction in Direction))
+    return list(channels)
 
 
 def _inside_stages(grid: ProcessGrid) -> list[Channel]:
-    """For decisions, from the first rank of each stage to the others."""
+    """Return the channels for decisions, from the first rank of each stage to the others."""
     if grid.inter == 1:
         return []
     return [Channel(stage[0], member, None) for stage in grid.groups(TENSOR_AXES) for member in stage[1:]]
 
 
 class TorchTransport(Transport):
-    """Point-to-point over `channels` (by default those of the grid), the same in the same order on every rank.
+    """Transport over `channels` (by default those of the grid), the same in the same order on every rank.
 
-    Collective over the ranks, which find each other over `store`; nothing else uses its keys. Tensors travel over Gloo
-    from host memory, and over NCCL when `device` is a GPU. What is awaited for longer than `timeout` is an error.
+    Made by all ranks, which find each other over `store`, whose keys nothing else uses. Tensors travel over Gloo in
+    host memory, or over NCCL if `device` is a GPU. Waiting for longer than `timeout` is an error.
     """
 
     def __init__(
@@ -76,15 +84,15 @@ class TorchTransport(Transport):
         device: torch.device | None = None,
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
-        here = device or torch.device("cpu")
-        super().__init__(rank, device=here)
-        if here.type == "cuda" and not dist.is_nccl_available():
+        device = device or torch.device("cpu")
+        super().__init__(rank, device=device)
+        if device.type == "cuda" and not dist.is_nccl_available():
             raise TransportError(f"messages of GPU tensors need NCCL, which torch {torch.__version__} lacks; use MPI")
-        self._state = State()
+        self._state = ChannelState()
         self._incoming: dict[tuple[int, Direction], Receiver] = {}
         self._outgoing: dict[tuple[int, Direction], Sender] = {}
-        self._hearers: dict[int, Hearer] = {}
-        self._tellers: dict[int, Teller] = {}
+        self._decision_receivers: dict[int, DecisionReceiver] = {}
+        self._decision_senders: dict[int, DecisionSender] = {}
         for channel in channels_of(grid) if channels is None else channels:
             if rank not in channel[:2]:
                 continue
@@ -93,13 +101,13 @@ class TorchTransport(Transport):
             headers: Wire = GlooWire(PrefixStore(f"headers-{name}", store), end, timeout=timeout)
             if channel.direction is None:
                 if rank == channel.target:
-                    self._hearers[channel.source] = Hearer(self._state, headers)
+                    self._decision_receivers[channel.source] = DecisionReceiver(self._state, headers)
                 else:
-                    self._tellers[channel.target] = Teller(self._state, headers)
+                    self._decision_senders[channel.target] = DecisionSender(self._state, headers)
                 continue
             wire = headers
-            if here.type == "cuda":
-                wire = NcclWire(PrefixStore(f"tensors-{name}", store), end, timeout=timeout, device=here)
+            if device.type == "cuda":
+                wire = NcclWire(PrefixStore(f"tensors-{name}", store), end, timeout=timeout, device=device)
             if rank == channel.target:
                 self._incoming[channel.source, channel.direction] = Receiver(self._state, rank, headers, wire)
             else:
@@ -114,23 +122,23 @@ class TorchTransport(Transport):
         receiver.expect(edge, count)
 
     def expect_decisions(self, peer: int, count: int) -> None:
-        hearer = self._hearers.get(peer)
-        if hearer is None:
+        receiver = self._decision_receivers.get(peer)
+        if receiver is None:
             raise TransportError(f"rank {self.rank} has no channel for decisions from {peer}")
-        if any(other.left for other in self._hearers.values()):
-            raise self._still_told(peer)
-        hearer.expect(count)
+        if any(r.left for r in self._decision_receivers.values()):
+            raise self._still_expected(peer)
+        receiver.expect(count)
 
-    def _tell(self, peer: int, decision: Decision) -> None:
-        teller = self._tellers.get(peer)
-        if teller is None:
+    def _send_decision(self, peer: int, decision: Decision) -> None:
+        sender = self._decision_senders.get(peer)
+        if sender is None:
             raise TransportError(f"rank {self.rank} has no channel for decisions to {peer}")
-        self._start(peer, lambda: teller.tell(decision))
+        self._start(peer, lambda: sender.send(decision))
 
-    def told(self) -> list[Decision]:
+    def poll_decisions(self) -> list[Decision]:
         self._raise_failure()
         with self._state.changed:
-            return [decision for hearer in self._hearers.values() for decision in hearer.take()]
+            return [decision for receiver in self._decision_receivers.values() for decision in receiver.take()]
 
     def _send(self, peer: int, address: Address, tensors: tuple[torch.Tensor, ...]) -> None:
         sender = self._outgoing.get((peer, address.direction))
@@ -153,20 +161,20 @@ class TorchTransport(Transport):
 
     def wait(self) -> list[Message]:
         state = self._state
-        receivers, hearers = self._incoming.values(), self._hearers.values()
+        receivers, decision_receivers = self._incoming.values(), self._decision_receivers.values()
 
         def expected() -> bool:
-            return any(r.left for r in receivers) or any(h.left for h in hearers)
+            return any(r.left for r in receivers) or any(d.left for d in decision_receivers)
 
-        def told() -> bool:
-            return any(h.told for h in hearers)
+        def decisions_arrived() -> bool:
+            return any(d.arrived for d in decision_receivers)
 
         with state.changed:
             state.changed.wait_for(
-                lambda: state.failure or any(r.arrived for r in receivers) or told() or not expected()
+                lambda: state.failure or any(r.arrived for r in receivers) or decisions_arrived() or not expected()
             )
         arrived = self.poll()
-        if not arrived and not told():
+        if not arrived and not decisions_arrived():
             raise self._nothing_expected()
         return arrived
 
@@ -177,7 +185,7 @@ class TorchTransport(Transport):
         self._raise_failure()
 
     def close(self) -> None:
-        ends: list[End] = [*self._incoming.values(), *self._hearers.values(), *self._outboxes()]
+        ends: list[ChannelEnd] = [*self._incoming.values(), *self._decision_receivers.values(), *self._outboxes()]
         with self._state.changed:
             self._state.closing = True
             under_way = [end.current for end in ends if end.current is not None]
@@ -187,11 +195,11 @@ class TorchTransport(Transport):
         for end in ends:
             end.join()
         # The connections end with the last reference, and peers that still wait for this rank learn of it.
-        for ends_of in (self._incoming, self._outgoing, self._hearers, self._tellers):
+        for ends_of in (self._incoming, self._outgoing, self._decision_receivers, self._decision_senders):
             ends_of.clear()
 
     def _outboxes(self) -> list[Outbox]:
-        return [*self._outgoing.values(), *self._tellers.values()]
+        return [*self._outgoing.values(), *self._decision_senders.values()]
 
     def _raise_failure(self) -> None:
         failure = self._state.failure

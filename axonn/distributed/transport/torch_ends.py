@@ -1,4 +1,4 @@
-"""The ends of the channels of `axonn.distributed.transport.torch_distributed`, each with the thread that serves it."""
+"""Ends of the channels of `axonn.distributed.transport.torch_distributed`, each with the thread that serves it."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from axonn.errors import TransportError
 _JOIN_S = 5.0
 
 
-class State:
-    """What the threads of a transport share."""
+class ChannelState:
+    """State shared by the threads of a transport."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        """Held to read or write anything here or in the ends."""
+        """Lock that must be held to read or write anything here or in the ends."""
         self.failure: BaseException | None = None
         self.closing = False
 
 
 class _Closed(Exception):
-    """The transport is being closed; its threads end."""
+    """Raised in the threads of a transport when it is being closed, to end them."""
 
 
-class End:
+class ChannelEnd:
     """One end of a channel and the thread that serves it, started at its first use."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: ChannelState) -> None:
         self.state = state
         self.current: Transfer | None = None
-        """What the thread waits for."""
+        """Transfer that the thread waits for."""
         self._thread: threading.Thread | None = None
 
     def _start(self) -> None:
@@ -61,7 +61,7 @@ class End:
     def _serve(self) -> None:
         try:
             while True:
-                self._once()
+                self._serve_one()
         except _Closed:
             return
         except BaseException as error:
@@ -70,11 +70,11 @@ class End:
                     self.state.failure = self.state.failure or error
                 self.state.changed.notify_all()
 
-    def _once(self) -> None:
+    def _serve_one(self) -> None:
         raise NotImplementedError
 
     def _until(self, ready: Callable[[], object]) -> None:
-        """Sleep until `ready`; the caller holds the lock."""
+        """Sleep until `ready()`; the caller holds the lock."""
         self.state.changed.wait_for(lambda: self.state.closing or ready())
         if self.state.closing:
             raise _Closed
@@ -89,10 +89,10 @@ class End:
             self.current = None
 
 
-class Receiver(End):
-    """Receives the messages of a channel in order, as many as are expected."""
+class Receiver(ChannelEnd):
+    """Receiving end of a channel for messages; receives in order, as many as are expected."""
 
-    def __init__(self, state: State, rank: int, control: Wire, wire: Wire) -> None:
+    def __init__(self, state: ChannelState, rank: int, control: Wire, wire: Wire) -> None:
         super().__init__(state)
         self._rank = rank
         self._control = control
@@ -102,7 +102,7 @@ class Receiver(End):
         self.arrived: deque[Message] = deque()
 
     def expect(self, edge: MessageEdge, count: int) -> None:
-        """Receive `count` messages over `edge`. Raises `TransportError` while earlier ones are to come."""
+        """Receive `count` messages over `edge`. Raises `TransportError` while earlier ones are still expected."""
         with self.state.changed:
             if self.left:
                 raise TransportError(f"rank {self._rank} still expects messages from rank {edge.peer}")
@@ -112,14 +112,14 @@ class Receiver(End):
         self._start()
 
     def take(self) -> list[Message]:
-        """What has arrived; the caller holds the lock."""
+        """Return what has arrived since the last call; the caller holds the lock."""
         messages = list(self.arrived)
         self.arrived.clear()
         for message in messages:
             self._wire.hand_over(message.tensors)
         return messages
 
-    def _once(self) -> None:
+    def _serve_one(self) -> None:
         with self.state.changed:
             self._until(lambda: self.left)
             edge = self._edge
@@ -135,14 +135,14 @@ class Receiver(End):
             self.state.changed.notify_all()
 
 
-class Hearer(End):
-    """Receives decisions, as many as are expected."""
+class DecisionReceiver(ChannelEnd):
+    """Receiving end of a channel for decisions; receives as many as are expected."""
 
-    def __init__(self, state: State, wire: Wire) -> None:
+    def __init__(self, state: ChannelState, wire: Wire) -> None:
         super().__init__(state)
         self._wire = wire
         self.left = 0
-        self.told: list[Decision] = []
+        self.arrived: list[Decision] = []
 
     def expect(self, count: int) -> None:
         """Receive `count` decisions."""
@@ -152,34 +152,34 @@ class Hearer(End):
         self._start()
 
     def take(self) -> list[Decision]:
-        """What has arrived; the caller holds the lock."""
-        told, self.told = self.told, []
-        return told
+        """Return what has arrived since the last call; the caller holds the lock."""
+        decisions, self.arrived = self.arrived, []
+        return decisions
 
-    def _once(self) -> None:
+    def _serve_one(self) -> None:
         with self.state.changed:
             self._until(lambda: self.left)
         packed = torch.empty(DECISION_BYTES, dtype=torch.uint8)
         self._finish(self._wire.receive([packed]))
         with self.state.changed:
             self.left -= 1
-            self.told.append(open_decision(bytearray(packed.numpy())))
+            self.arrived.append(open_decision(bytearray(packed.numpy())))
             self.state.changed.notify_all()
 
 
 @dataclass
 class _Outgoing:
-    """What is under way, with the memory that must stay until it has left."""
+    """A send under way, with the memory that must stay alive until it has left."""
 
     memory: tuple[torch.Tensor, ...]
     transfers: tuple[Transfer, ...]
     left: Callable[[], None]
 
 
-class Outbox(End):
-    """Starts to send at once, on the caller's thread; its own thread drops what has left."""
+class Outbox(ChannelEnd):
+    """Sending end of a channel: sends start on the caller's thread, and its own thread drops those that have left."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: ChannelState) -> None:
         super().__init__(state)
         self.queue: deque[_Outgoing] = deque()
 
@@ -189,7 +189,7 @@ class Outbox(End):
             self.state.changed.notify_all()
         self._start()
 
-    def _once(self) -> None:
+    def _serve_one(self) -> None:
         with self.state.changed:
             self._until(lambda: self.queue)
             out = self.queue[0]
@@ -202,9 +202,9 @@ class Outbox(End):
 
 
 class Sender(Outbox):
-    """Sends messages; `sent` is called with the address and the start of each that has left."""
+    """Sending end of a channel for messages; `sent` is called with address and start of each that has left."""
 
-    def __init__(self, state: State, control: Wire, wire: Wire, sent: Callable[[Address, float], None]) -> None:
+    def __init__(self, state: ChannelState, control: Wire, wire: Wire, sent: Callable[[Address, float], None]) -> None:
         super().__init__(state)
         self._control = control
         self._wire = wire
@@ -218,14 +218,14 @@ class Sender(Outbox):
         self._post(_Outgoing((header, *tensors), transfers, partial(self._sent, address, start)))
 
 
-class Teller(Outbox):
-    """Sends decisions."""
+class DecisionSender(Outbox):
+    """Sending end of a channel for decisions."""
 
-    def __init__(self, state: State, wire: Wire) -> None:
+    def __init__(self, state: ChannelState, wire: Wire) -> None:
         super().__init__(state)
         self._wire = wire
 
-    def tell(self, decision: Decision) -> None:
+    def send(self, decision: Decision) -> None:
         """Post a decision; returns before it has left."""
         packed = torch.frombuffer(pack_decision(decision), dtype=torch.uint8)
         self._post(_Outgoing((packed,), (self._wire.send([packed]),), lambda: None))

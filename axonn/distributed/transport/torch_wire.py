@@ -1,4 +1,4 @@
-"""How tensors travel over a `torch.distributed` group of two ranks: Gloo from host memory, NCCL on a GPU's streams."""
+"""Transfer of tensors over `torch.distributed` groups of two ranks: Gloo in host memory, NCCL on a GPU's streams."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Transfer(ABC):
-    """Bytes under way."""
+    """A transfer under way."""
 
     @abstractmethod
     def wait(self) -> None:
-        """Block this thread, without the interpreter's lock, until the memory is free or filled."""
+        """Block this thread, with the GIL released, until the memory may be reused (send) or is filled (receive)."""
 
     @abstractmethod
     def abort(self) -> None:
-        """Make the `wait` of another thread raise. The wire is of no use afterwards."""
+        """Make the `wait` of another thread raise. The wire cannot be used afterwards."""
 
 
 class Wire(ABC):
@@ -36,18 +36,18 @@ class Wire(ABC):
 
     @abstractmethod
     def buffers(self, specs: Sequence[TensorSpec]) -> tuple[torch.Tensor, ...]:
-        """Memory to receive into, which nothing that is queued on the device still uses."""
+        """Return memory to receive into that no work queued on the device still uses."""
 
     @abstractmethod
     def send(self, tensors: Sequence[torch.Tensor]) -> Transfer:
-        """Start to send; the tensors must stay as they are until the transfer is done."""
+        """Start to send; the tensors must not change until the transfer is done."""
 
     @abstractmethod
     def receive(self, buffers: Sequence[torch.Tensor]) -> Transfer:
-        """Start to receive what the peer sends next."""
+        """Start to receive the next tensors that the peer sends."""
 
     def hand_over(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Called by the thread that is going to use what was received."""
+        """Prepare received tensors for use on the current stream of the calling thread."""
         return None
 
 
@@ -67,7 +67,7 @@ class _GlooTransfer(Transfer):
 
 
 class GlooWire(Wire):
-    """Tensors in host memory. `end` is 0 at one end and 1 at the other; collective over both."""
+    """Wire for tensors in host memory. `end` is 0 at one end and 1 at the other; both must be made."""
 
     def __init__(self, store: Store, end: int, *, timeout: timedelta) -> None:
         self._group: Any = dist.ProcessGroupGloo(store, end, 2, timeout)
@@ -96,10 +96,10 @@ class _NcclTransfer(Transfer):
 
 
 class NcclWire(Wire):
-    """Tensors on a GPU. Not measured yet, nor run: no machine of ours has had two GPUs.
+    """Wire for tensors on a GPU. Neither measured nor run yet: no machine of ours has had two GPUs.
 
-    A stream of our own orders the transfer behind the work that made the tensors and nothing else. Buffers are
-    allocated on that stream, and the consumer's use of them is made known to the allocator, so that none is filled
+    A stream of its own orders the transfer after the work that computed the tensors, and after nothing else. Buffers
+    are allocated on that stream, and the consumer's use of them is recorded with the allocator, so that none is filled
     while a queued kernel still reads it.
     """
 
@@ -118,17 +118,17 @@ class NcclWire(Wire):
     def send(self, tensors: Sequence[torch.Tensor]) -> Transfer:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            full = [t for t in tensors if t.numel()]
-            return self._under_way([self._group.send([_as_bytes(t)], self._peer, 0) for t in full])
+            non_empty = [t for t in tensors if t.numel()]
+            return self._under_way([self._group.send([_as_bytes(t)], self._peer, 0) for t in non_empty])
 
     def receive(self, buffers: Sequence[torch.Tensor]) -> Transfer:
         with torch.cuda.stream(self._stream):
-            full = [b for b in buffers if b.numel()]
-            return self._under_way([self._group.recv([_as_bytes(b)], self._peer, 0) for b in full])
+            non_empty = [b for b in buffers if b.numel()]
+            return self._under_way([self._group.recv([_as_bytes(b)], self._peer, 0) for b in non_empty])
 
     def _under_way(self, works: Sequence[Any]) -> Transfer:
         for work in works:
-            work.wait()  # Of the stream; the host goes on.
+            work.wait()  # Makes the stream wait; the host goes on.
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         done.record(self._stream)
         return _NcclTransfer(done, self._group)

@@ -11,15 +11,15 @@ from axonn.errors import ConfigError
 from axonn.observability.records import gpt_flops
 
 LOSS_COST = 25
-"""Work of the loss per logit, in FLOPs of a matrix product that take as long: it passes over float32 logits in memory.
-A rough figure from timing single layers on a CPU: at hidden 256 it makes the head 5% dearer."""
+"""Cost of the loss per logit, in FLOPs of a matrix product that takes as long: it passes over float32 logits in memory.
+A rough figure from timing single layers on a CPU; at hidden 256 it adds 5% to the cost of the head."""
 
 
 class GPTConfig(ModelConfig):
     """A GPT as the papers train it. `vocab` and `seq_len` in tokens; `hidden` must be a multiple of `heads`.
 
     `dropout`: probability after the embedding and before each addition to the residual stream; `attention_dropout`:
-    that of the attention's probabilities.
+    probability for the attention weights.
     """
 
     kind: Literal["gpt"] = "gpt"
@@ -49,7 +49,7 @@ class GPTConfig(ModelConfig):
         return self.layers * block + embedding + head
 
     def cost(self, link: Literal["embedding", "attention", "mlp", "head"]) -> float:
-        """Forward work of one sequence in a link of the chain, in FLOPs, by which stages are cut."""
+        """Return the forward work of one sequence in a link of the chain, in FLOPs, for the partitioner."""
         s, h = self.seq_len, self.hidden
         match link:
             case "embedding":
@@ -73,23 +73,25 @@ class GPTConfig(ModelConfig):
         return self.vocab
 
     def training_flops(self, *, recompute: bool) -> float:
-        """Floating-point operations of training on one sequence (`axonn.observability.records.gpt_flops`)."""
+        """Return the FLOPs of training on one sequence (`axonn.observability.records.gpt_flops`)."""
         return gpt_flops(batch=1, **self.workload(), recompute=recompute)
 
     def flops_formula(self, *, recompute: bool) -> str:
-        """The formula of `training_flops`, for records and tables."""
+        """Return the formula of `training_flops` as text, for records and tables."""
         return f"{96 if recompute else 72}bslh^2(1+s/6h)+6bshV ({'activation' if recompute else 'no'} recompute)"
 
     def workload(self) -> dict[str, int]:
-        """The sizes by which records tell the work."""
+        """Return the sizes by which records describe the workload."""
         return {"seq_len": self.seq_len, "layers": self.layers, "hidden": self.hidden, "vocab": self.vocab}
 
     def check_tensor_axes(self, *, row: int, col: int) -> None:
-        """Raise `ConfigError` when the tensor axes do not divide heads and hidden."""
-        for axis, extent, what, size in (
+        """Raise `ConfigError` unless the tensor axes divide heads and hidden."""
+        for axis, extent, quantity, size in (
             ("col", col, "heads", self.heads),
             ("col", col, "hidden", self.hidden),
             ("row", row, "hidden", self.hidden),
         ):
             if size % extent:
-                raise ConfigError(f"{what} ({size}) of {self.name} is no multiple of {axis} = {extent}; change {axis}")
+                raise ConfigError(
+                    f"{quantity} ({size}) of {self.name} is no multiple of {axis} = {extent}; change {axis}"
+                )

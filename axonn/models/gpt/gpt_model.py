@@ -22,7 +22,7 @@ INIT_STD = 0.02
 
 
 def _residual_dropout(config: GPTConfig, context: TensorContext, layer: str) -> Dropout | None:
-    """That of [batch, seq, hidden / G_row], before it enters the residual stream in `layer`; None without dropout."""
+    """Return the dropout that `layer` applies to [batch, seq, hidden / G_row] before the residual stream, if any."""
     if not config.dropout:
         return None
     return Dropout(config.dropout, name=f"{layer}.dropout", context=context, cuts=((2, "row"),))
@@ -45,7 +45,7 @@ class GPTEmbedding(nn.Module):
 class GPTAttention(nn.Module):
     """First half of a transformer layer: x + attention(norm(x)), causal and multi-head; [batch, seq, hidden / G_row].
 
-    Each rank has heads / G_col of the heads, whole.
+    Each rank computes heads / G_col complete heads.
     """
 
     def __init__(self, config: GPTConfig, context: TensorContext, *, name: str) -> None:
@@ -99,9 +99,9 @@ class GPTHead(nn.Module):
 
 
 class GPT:
-    """A `PipelineModel`: embedding, two links of the chain for each of `layers` transformer layers, and the head.
+    """The GPT as a `PipelineModel`: embedding, two links of the chain per transformer layer, and the head.
 
-    Cutting inside of a layer, between attention and feed-forward, lets stages come out nearly equal.
+    The chain can be cut inside a layer, between attention and feed-forward, which balances the stages better.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -129,7 +129,7 @@ class GPT:
         )
 
     def initial(self, name: str) -> Initial:
-        """Weights normal with deviation 0.02, residual projections scaled by 1/sqrt(2 layers) (GPT-2), norms one."""
+        """Return normal weights of deviation 0.02, over sqrt(2 layers) in residual projections (GPT-2); norms are 1."""
         _, _, rest = name.partition(".")
         if rest.endswith("bias"):
             return Constant(0.0)

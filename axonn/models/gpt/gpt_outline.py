@@ -1,4 +1,4 @@
-"""The outline of a GPT for the performance model."""
+"""Outline of a GPT for the performance model."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from axonn.perf.layers.model_outline import ModelOutline, OutlineLink
 
 def gpt_outline(model: GPTConfig) -> ModelOutline:
     """Return the chain of `axonn.models.gpt.gpt_model.GPT` with what each layer computes, keeps and sends."""
-    m, places = model, model.seq_len
-    activation = places * m.hidden
-    norm = NormCost(positions=places, features=m.hidden)
+    m, tokens = model, model.seq_len
+    activation = tokens * m.hidden
+    norm = NormCost(positions=tokens, features=m.hidden)
     embedding: dict[str, LayerCost] = {
-        "tokens": EmbeddingCost(positions=places, entries=m.vocab, features=m.hidden),
-        "positions": EmbeddingCost(positions=places, entries=m.seq_len, features=m.hidden, layout=(None, "row")),
+        "tokens": EmbeddingCost(positions=tokens, entries=m.vocab, features=m.hidden),
+        "positions": EmbeddingCost(positions=tokens, entries=m.seq_len, features=m.hidden, layout=(None, "row")),
     }
-    residual = ResidualCost(positions=places, features=m.hidden, dropout=m.dropout > 0)
+    residual = ResidualCost(positions=tokens, features=m.hidden, dropout=m.dropout > 0)
     if m.dropout:
-        embedding["dropout"] = DropoutCost(positions=places, features=m.hidden)
+        embedding["dropout"] = DropoutCost(positions=tokens, features=m.hidden)
     attention: dict[str, LayerCost] = {
         "norm": norm,
-        "qkv": LinearCost(positions=places, inputs=m.hidden, outputs=3 * m.hidden),
+        "qkv": LinearCost(positions=tokens, inputs=m.hidden, outputs=3 * m.hidden),
         "core": AttentionCoreCost(
-            positions=places,
+            positions=tokens,
             heads=m.heads,
             width=m.hidden // m.heads,
             causal=True,
             dropout=m.attention_dropout > 0,
         ),
         "projection": LinearCost(
-            positions=places, inputs=m.hidden, outputs=m.hidden, layout=TRANSPOSED, fused_bias=True
+            positions=tokens, inputs=m.hidden, outputs=m.hidden, layout=TRANSPOSED, fused_bias=True
         ),
         "residual": residual,
     }
     feed_forward: dict[str, LayerCost] = {
         "norm": norm,
-        "fc1": LinearCost(positions=places, inputs=m.hidden, outputs=4 * m.hidden, fused_bias=True),
-        "gelu": ActivationCost(kind="gelu", positions=places, features=4 * m.hidden, axis="col"),
-        "fc2": LinearCost(positions=places, inputs=4 * m.hidden, outputs=m.hidden, layout=TRANSPOSED, fused_bias=True),
+        "fc1": LinearCost(positions=tokens, inputs=m.hidden, outputs=4 * m.hidden, fused_bias=True),
+        "gelu": ActivationCost(kind="gelu", positions=tokens, features=4 * m.hidden, axis="col"),
+        "fc2": LinearCost(positions=tokens, inputs=4 * m.hidden, outputs=m.hidden, layout=TRANSPOSED, fused_bias=True),
         "residual": residual,
     }
     head: dict[str, LayerCost] = {
         "norm": norm,
-        "output": LinearCost(positions=places, inputs=m.hidden, outputs=m.vocab, bias=False),
+        "output": LinearCost(positions=tokens, inputs=m.hidden, outputs=m.vocab, bias=False),
     }
     links = [OutlineLink(name="embedding", parts=embedding, handed_on=activation, cost=m.cost("embedding"))]
     halves = ("attention", attention, m.cost("attention")), ("mlp", feed_forward, m.cost("mlp"))
@@ -55,7 +55,7 @@ def gpt_outline(model: GPTConfig) -> ModelOutline:
     ties = (("embedding.tokens.weight", "head.output.weight"),) if m.tied_head else ()
     return ModelOutline(
         links=links,
-        loss=CrossEntropyCost(positions=places, entries=m.vocab),
+        loss=CrossEntropyCost(positions=tokens, entries=m.vocab),
         ties=ties,
         name=m.name,
         flops=m.training_flops(recompute=False),

@@ -1,4 +1,4 @@
-"""What a diffusion U-Net consists of: its configuration, the links of its chain, and the work that each one is."""
+"""Configuration of a diffusion U-Net, the links of its chain, and the work of each."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ NoiseSchedule = Literal["linear", "cosine"]
 class UNetConfig(ModelConfig):
     """A U-Net that predicts the noise in an image, after Ho, Jain & Abbeel, arXiv 2006.11239.
 
-    Level l has images of `image_size` / 2^l pixels a side and `width` x `multipliers[l]` channels. On its way down it
-    has `blocks` residual blocks, on its way up one more. An attention block follows each residual block of the levels
-    `attention_levels` (0 is the full resolution) and lies in the middle; a head has `head_channels` channels.
-    `channels`: of the images. `groups`: of every group norm. `noise_steps`, `noise_schedule`: `axonn.data.diffusion`.
+    Level l has images of `image_size` / 2^l pixels a side and `width` x `multipliers[l]` channels. It has `blocks`
+    residual blocks on the way down, and one more on the way up. An attention block follows each residual block of the
+    levels `attention_levels` (0 is the full resolution), and the first one in the middle; a head has `head_channels`
+    channels. `channels`: of the images. `groups`: of every group norm. `noise_steps`, `noise_schedule`: see
+    `axonn.data.diffusion`.
     """
 
     kind: Literal["unet"] = "unet"
@@ -50,9 +51,9 @@ class UNetConfig(ModelConfig):
             )
         if self.width % 2:
             raise ValueError(f"width ({self.width}) must be even: the time embedding is half sines and half cosines")
-        foreign = [level for level in self.attention_levels if not 0 <= level <= halvings]
-        if foreign:
-            raise ValueError(f"attention_levels has {foreign[0]}, but multipliers makes the levels 0 to {halvings}")
+        unknown = [level for level in self.attention_levels if not 0 <= level <= halvings]
+        if unknown:
+            raise ValueError(f"attention_levels has {unknown[0]}, but multipliers makes the levels 0 to {halvings}")
         for multiplier in self.multipliers:
             if self.width * multiplier % self.groups:
                 raise ValueError(f"width x {multiplier} ({self.width * multiplier}) must be a multiple of groups")
@@ -73,26 +74,29 @@ class UNetConfig(ModelConfig):
 
     @property
     def forward_flops(self) -> int:
-        """Floating-point operations of the forward of one image: convolutions and matrix products, 2 for each
-        multiplication with its addition. Norms, activations, softmax, biases and all other additions are left out."""
+        """Floating-point operations of the forward of one image.
+
+        Convolutions and matrix products count, 2 for each multiply-add; norms, activations, softmax, biases and all
+        other additions do not.
+        """
         return sum(work_of(self, link).flops for link in unet_links(self))
 
     @property
     def units_per_sample(self) -> int:
-        """One: images are counted."""
+        """One, since images are what is counted."""
         return 1
 
     def training_flops(self, *, recompute: bool) -> float:
-        """Floating-point operations of training on one image: a backward is two forwards, recompute another one."""
+        """Return the FLOPs of training on one image: a backward counts as two forwards, recomputation as one."""
         return (4 if recompute else 3) * self.forward_flops
 
     def flops_formula(self, *, recompute: bool) -> str:
-        """The formula of `training_flops`, for records and tables."""
+        """Return the formula of `training_flops` as text, for records and tables."""
         name = "activation recompute" if recompute else "no recompute"
         return f"{4 if recompute else 3} x forward of convolutions and matrix products ({name})"
 
     def workload(self) -> dict[str, int]:
-        """The size by which records tell the work."""
+        """Return the size by which records describe the workload."""
         return {"forward_flops": self.forward_flops}
 
 
@@ -105,14 +109,19 @@ class Maps(NamedTuple):
     channels: int
     size: int
 
+    @property
+    def pixels(self) -> int:
+        """Pixels of one map."""
+        return self.size**2
+
 
 @dataclass(frozen=True, kw_only=True)
 class UNetLink:
     """One link of the chain.
 
-    `inputs`: channels that it works on; two where a skip connection is concatenated. `output`: what it hands on, beside
-    the time embedding and the connections `skips` (the last is used first). `keeps`: what comes in is itself such a
-    connection. `block`: see `axonn.models.base.Layer`.
+    `inputs`: channels of its inputs, two if a skip connection is concatenated. `output`: maps that it passes on, along
+    with the time embedding and the pending skip connections `skips` (the last is used first). `keeps`: its input
+    becomes a skip connection. `block`: see `axonn.models.base.Layer`.
     """
 
     name: str
@@ -125,17 +134,17 @@ class UNetLink:
 
     @property
     def joins(self) -> bool:
-        """Whether the last skip connection is concatenated with what comes in."""
+        """True if the last skip connection is concatenated to its input."""
         return len(self.inputs) > 1
 
     @property
     def shortcut(self) -> bool:
-        """Whether a residual block needs a convolution to add its input: another width, or several sources."""
+        """True if a residual block needs a convolution on its shortcut: the width changes, or there are two inputs."""
         return self.kind == "residual" and self.inputs != (self.output.channels,)
 
 
 def unet_links(config: UNetConfig) -> tuple[UNetLink, ...]:
-    """The chain, first to last."""
+    """Return the links of the chain, first to last."""
     chain = _Chain(config)
     widths = [config.width * multiplier for multiplier in config.multipliers]
     last = len(widths) - 1
@@ -143,7 +152,7 @@ def unet_links(config: UNetConfig) -> tuple[UNetLink, ...]:
         for i in range(config.blocks):
             chain.residual(f"down{level}", i, channels, keeps=True, attention=level in config.attention_levels)
         if level < last:
-            chain.add(f"down{level}_sample", "down", channels, size=chain.now.size // 2, keeps=True)
+            chain.add(f"down{level}_sample", "down", channels, size=chain.maps.size // 2, keeps=True)
     chain.residual("middle", 0, widths[last], keeps=True, attention=True)
     chain.residual("middle", 1, widths[last])
     for level in range(last, -1, -1):
@@ -151,27 +160,27 @@ def unet_links(config: UNetConfig) -> tuple[UNetLink, ...]:
             attention = level in config.attention_levels
             chain.residual(f"up{level}", i, widths[level], joins=True, attention=attention)
         if level:
-            chain.add(f"up{level}_sample", "up", widths[level], size=chain.now.size * 2)
+            chain.add(f"up{level}_sample", "up", widths[level], size=chain.maps.size * 2)
     chain.end()
     return tuple(chain.links)
 
 
 class _Chain:
-    """The chain as far as it is built."""
+    """Builder of the chain, link by link."""
 
     def __init__(self, config: UNetConfig) -> None:
         self._config = config
         self._skips: list[Maps] = []
         self._block: int | None = None
-        self.now = Maps(config.channels, config.image_size)
-        """What the last link hands on."""
+        self.maps = Maps(config.channels, config.image_size)
+        """Output of the last link."""
         self.links: list[UNetLink] = []
         self.add("input", "input", config.width)
 
     def residual(
         self, place: str, i: int, channels: int, *, keeps: bool = False, joins: bool = False, attention: bool = False
     ) -> None:
-        """A residual block and what belongs to it."""
+        """Add a residual block, and the attention that may follow it."""
         self._block = 0 if self._block is None else self._block + 1
         self.add(f"{place}_residual{i}", "residual", channels, keeps=keeps, joins=joins)
         if attention:
@@ -185,15 +194,15 @@ class _Chain:
         self, name: str, kind: LinkKind, channels: int, *, size: int = 0, keeps: bool = False, joins: bool = False
     ) -> None:
         if keeps:
-            self._skips.append(self.now)
-        inputs = (self.now.channels, self._skips.pop().channels) if joins else (self.now.channels,)
-        self.now = Maps(channels, size or self.now.size)
+            self._skips.append(self.maps)
+        inputs = (self.maps.channels, self._skips.pop().channels) if joins else (self.maps.channels,)
+        self.maps = Maps(channels, size or self.maps.size)
         self.links.append(
             UNetLink(
                 name=name,
                 kind=kind,
                 inputs=inputs,
-                output=self.now,
+                output=self.maps,
                 keeps=keeps,
                 block=self._block,
                 skips=tuple(self._skips),
@@ -209,7 +218,7 @@ class LinkWork(NamedTuple):
 
 
 def work_of(config: UNetConfig, link: UNetLink) -> LinkWork:
-    """What one link holds and computes; what is left out is said at `UNetConfig.forward_flops`."""
+    """Return the parameters and the work of one link, counted as in `UNetConfig.forward_flops`."""
     channels, size = link.output
     inputs, time = sum(link.inputs), config.time_width
     match link.kind:
@@ -220,7 +229,7 @@ def work_of(config: UNetConfig, link: UNetLink) -> LinkWork:
             parts += [_norm(channels), _convolution(channels, channels, size)]
             parts += [_convolution(inputs, channels, size, kernel=1)] if link.shortcut else []
         case "attention":
-            pixels = size**2
+            pixels = link.output.pixels
             products = LinkWork(0, 4 * pixels**2 * channels)
             parts = [_norm(channels), _linear(channels, 3 * channels, rows=pixels), products]
             parts += [_linear(channels, channels, rows=pixels)]
@@ -237,7 +246,7 @@ def _sum(parts: Iterable[LinkWork]) -> LinkWork:
 
 
 def _convolution(inputs: int, outputs: int, size: int, *, kernel: int = 3) -> LinkWork:
-    """To maps of `size` x `size` pixels."""
+    """Return the work of a convolution whose output maps have `size` x `size` pixels."""
     weights = inputs * outputs * kernel**2
     return LinkWork(weights + outputs, 2 * weights * size**2)
 

@@ -1,7 +1,7 @@
 """The diffusion U-Net (Ho, Jain & Abbeel, arXiv 2006.11239): residual blocks with a time embedding, attention, skips.
 
-Between links travel the images, [batch, channels / G_row, size, size]; the time embedding, [batch, time / G_row]; and
-the skip connections that are still to be used, which lie as the images do. So a pipeline can be cut anywhere.
+Links pass on the images, [batch, channels / G_row, size, size]; the time embedding, [batch, time / G_row]; and the
+pending skip connections, which are sharded like the images. So the pipeline can be cut between any two links.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from axonn.tensor.layers.conv import channels_last
 
 Tensors = tuple[torch.Tensor, ...]
 SMALL = 0.1
-"""Factor of the initial weights of what ends a branch or the network. Often they begin with zeros; then a first
-gradient would be zero before them, and an error there would not show."""
+"""Scale of the initial weights of the last layer of each branch and of the network. They are often initialized to zero;
+then the first gradients of the layers before them would be zero, and an error there would not show."""
 
 
 class Input(nn.Module):
     """Images [batch, channels, size, size] and time steps [batch] -> images of `width` channels, and time embedding.
 
-    The images and the sines and cosines of the time are whole on every rank.
+    The input images, and the sines and cosines of the time steps, are replicated on every rank.
     """
 
     def __init__(self, config: UNetConfig, link: UNetLink, context: TensorContext) -> None:
@@ -53,9 +53,9 @@ class Input(nn.Module):
 
 
 def sinusoids(timesteps: torch.Tensor, width: int) -> torch.Tensor:
-    """[batch, width] float64: sines and cosines of the time steps with wavelengths of 2 pi to 20,000 pi.
+    """Return sines and cosines of the time steps, [batch, width] float64, with wavelengths of 2 pi to 20,000 pi.
 
-    The position encoding of Vaswani et al., arXiv 1706.03762, of time.
+    The position encoding of Vaswani et al., arXiv 1706.03762, applied to time.
     """
     half = width // 2
     exponents = torch.arange(half, dtype=torch.float64, device=timesteps.device) / max(1, half - 1)
@@ -66,8 +66,8 @@ def sinusoids(timesteps: torch.Tensor, width: int) -> torch.Tensor:
 class ResidualBlock(nn.Module):
     """x + conv2(dropout(silu(norm2(conv1(silu(norm1(x))) + time)))): a normal and a transposed convolution.
 
-    x is concatenated with the last skip connection where the link `joins` one. Where it is not as wide as the output,
-    or its channels are cut in two segments, it goes through a 1x1 convolution, whose output is laid out again.
+    x is first concatenated with the last skip connection if the link `joins` one. If it is not as wide as the output,
+    or its channels are cut in two segments, the shortcut is a 1x1 convolution, whose output is redistributed.
     """
 
     def __init__(self, config: UNetConfig, link: UNetLink, context: TensorContext) -> None:
@@ -98,7 +98,7 @@ class ResidualBlock(nn.Module):
 
 
 class UNetAttention(nn.Module):
-    """x + attention(norm(x)) between all pixels of an image. Each rank has heads / G_col of the heads, whole."""
+    """x + attention(norm(x)) between all pixels of an image. Each rank computes heads / G_col complete heads."""
 
     def __init__(self, config: UNetConfig, link: UNetLink, context: TensorContext) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class UNetAttention(nn.Module):
 
 
 class Down(nn.Module):
-    """Half as many pixels a side, by a convolution of stride 2, whose output is laid out again."""
+    """Down-sampling by 2 per side: a convolution of stride 2, whose output is redistributed."""
 
     def __init__(self, config: UNetConfig, link: UNetLink, context: TensorContext) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Twice as many pixels a side: each four times, then a convolution. Laid out again before, while it is small."""
+    """Up-sampling by 2 per side: nearest neighbour, then a convolution; redistributed first, while it is small."""
 
     def __init__(self, config: UNetConfig, link: UNetLink, context: TensorContext) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class Up(nn.Module):
 
 
 class Output(nn.Module):
-    """The predicted noise, [batch, channels of the images, size, size], whole on every rank."""
+    """The predicted noise, [batch, channels of the images, size, size], replicated on every rank."""
 
     def __init__(self, config: UNetConfig, link: UNetLink, context: TensorContext) -> None:
         super().__init__()
@@ -169,13 +169,13 @@ _MODULES: dict[LinkKind, Callable[[UNetConfig, UNetLink, TensorContext], nn.Modu
     "output": Output,
 }
 _ENDS = ("conv2.weight", "attention.out_proj.weight")
-"""What ends the branch that a link adds to its input."""
+"""Weights of the last layer of the branch that a link adds to its input."""
 
 
 class UNet:
-    """A `PipelineModel`: a link for the input, each residual block, attention, sampling convolution, and the output.
+    """The U-Net as a `PipelineModel`: input, residual blocks, attention, sampling convolutions and output, a link each.
 
-    A residual block, what attention and sampling follow it: one block of activation checkpointing.
+    A residual block with the attention and sampling that follow it is one block of activation checkpointing.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -194,13 +194,13 @@ class UNet:
         self._shapes: dict[str, dict[str, torch.Size]] = {}
 
     def check(self, grid: ProcessGrid) -> None:
-        found: dict[tuple[str, int, TensorAxis], list[str]] = {}
+        layers: dict[tuple[str, int, TensorAxis], list[str]] = {}
         for requirement in self._requirements():
-            found.setdefault((requirement.what, requirement.size, requirement.axis), []).append(requirement.layer)
-        check_fit(grid, *(Requirement(_together(names), *which) for which, names in found.items()))
+            layers.setdefault((requirement.quantity, requirement.size, requirement.axis), []).append(requirement.layer)
+        check_fit(grid, *(Requirement(_listed(names), *rest) for rest, names in layers.items()))
 
     def initial(self, name: str) -> Initial:
-        """Weights normal with deviation 1/sqrt(inputs), those in `SMALL`'s places less; norms one, biases zero."""
+        """Return normal weights of deviation 1/sqrt(inputs), scaled by `SMALL` in last layers; norms 1, biases 0."""
         layer, _, rest = name.partition(".")
         shape = self._shapes_of(layer)[rest]
         if rest.endswith("bias"):
@@ -224,12 +224,12 @@ class UNet:
         return spec(link.output), TensorSpec((microbatch_size, time), dtype), *map(spec, link.skips)
 
     def loss(self, output: torch.Tensor, targets: torch.Tensor, context: TensorContext) -> torch.Tensor:
-        """Mean squared error of the predicted noise, in float32 at least."""
+        """Return the mean squared error of the predicted noise, in float32 or wider."""
         wide = torch.promote_types(output.dtype, torch.float32)
         return F.mse_loss(output.to(wide), targets.to(wide))
 
     def _requirements(self) -> Iterator[Requirement]:
-        """What must divide, link by link."""
+        """Yield the sizes that the tensor axes must divide, link by link."""
         time = self.config.time_width
         yield Requirement("input", "features of the time embedding", time, "row")
         yield Requirement("input", "features of the time embedding", time, "col")
@@ -246,7 +246,7 @@ class UNet:
                 yield Requirement(link.name, "heads", channels // self.config.head_channels, "col")
 
     def _shapes_of(self, layer: str) -> dict[str, torch.Size]:
-        """Shapes of the whole parameters of one link."""
+        """Return the global shapes of the parameters of one link."""
         if layer not in self._shapes:
             (link,) = [link for link in self.layers if link.name == layer]
             with torch.device("meta"):
@@ -255,7 +255,7 @@ class UNet:
         return self._shapes[layer]
 
 
-def _together(names: Sequence[str]) -> str:
-    """A few of the names, each once."""
+def _listed(names: Sequence[str]) -> str:
+    """Return the first of the distinct names, and the second or how many more there are."""
     first, *others = dict.fromkeys(names)
     return f"{first} and {len(others)} more" if len(others) > 1 else " and ".join([first, *others])

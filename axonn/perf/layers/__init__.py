@@ -1,1 +1,1 @@
-"""Layers as the performance model knows them: kernels, parameters, collectives and what is kept for the backward."""
+"""Layers of the performance model: their kernels, parameters, collectives and saved activations."""

@@ -1,11 +1,11 @@
-"""What a device executes, one kernel or a few at a time: sizes only, no times (those are `axonn.perf.machine.kernel_times`)."""
+"""Operations of a device, each one kernel or a few: sizes only, no times (see `axonn.perf.machine.kernel_times`)."""
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple, TypeAlias
 
 Role = Literal["forward", "input", "weight"]
-"""Of the three products of a linear layer or convolution: the output, and the gradients of the input and the weight."""
+"""The three products of a linear layer or convolution: output, gradient of the input, gradient of the weight."""
 
 
 class Product(NamedTuple):
@@ -19,7 +19,7 @@ class Product(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions."""
+        """Floating-point operations: multiplications and additions."""
         return 2 * self.batch * self.m * self.n * self.k
 
 
@@ -30,15 +30,15 @@ class Convolution(NamedTuple):
     inputs: int
     outputs: int
     size: int
-    """Pixels of a side of the output."""
+    """Side of the output in pixels."""
     kernel: int
-    """Weights of a side."""
+    """Side of the kernel in weights."""
     stride: int = 1
     role: Role = "forward"
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions."""
+        """Floating-point operations: multiplications and additions."""
         return 2 * self.images * self.inputs * self.outputs * (self.size * self.kernel) ** 2
 
 
@@ -75,10 +75,10 @@ StreamKind = Literal[
 
 
 class MemoryBoundKernel(NamedTuple):
-    """Kernels that compute little for what they move between memory and device.
+    """One or several kernels whose time is bound by memory traffic.
 
-    `elements`: of the tensor that they work on. Moved, read and written together: `moved` elements of the type that is
-    computed in, `wide` of single precision, `mask` bytes.
+    `elements`: of the tensor that they work on. Traffic, reads plus writes: `moved` elements of the compute type,
+    `wide` elements of single precision, `mask` bytes. `kernels`: number of kernels.
     """
 
     kind: StreamKind
@@ -89,7 +89,7 @@ class MemoryBoundKernel(NamedTuple):
     kernels: int = 1
 
     def bytes(self, element: int) -> int:
-        """Bytes moved, an element of the type that is computed in having `element` bytes."""
+        """Return the bytes moved, given `element` bytes per element of the compute type."""
         return element * self.moved + 4 * self.wide + self.mask
 
 

@@ -1,7 +1,8 @@
-"""Layers as far as communication goes: which collectives each issues, and how large its parameters are on one rank.
+"""Communication cost of layers: the collectives that each issues, and the sizes of its parameters on one rank.
 
-Written from the definition of the two-dimensional layers (Singh & Bhatele, arXiv 2305.13525), not from their code, and
-it shares none with it. Sizes are per rank and exact; `rows` counts rows of the batch (sequences, images).
+Derived from the definition of the two-dimensional layers (Singh & Bhatele, arXiv 2305.13525), independently of
+`axonn.tensor`, with which it shares no code. Sizes are exact and per rank. `rows`: rows of the batch, sequences or
+images. `positions`: tokens or pixels of one row. A *place* is one position of one row.
 """
 
 from __future__ import annotations
@@ -16,41 +17,41 @@ TensorAxis = Literal["row", "col"]
 Kind = Literal["all-reduce sum", "all-reduce max", "all-gather", "reduce-scatter"]
 When = Literal["before", "beside", "after"]
 Layout = tuple[TensorAxis | None, TensorAxis | None]
-"""Axes along which the features of a layer's input and of its output are cut."""
+"""Axes along which the features of a layer's input and output are cut."""
 NORMAL: Layout = ("row", "col")
 TRANSPOSED: Layout = ("col", "row")
 
 
 class Exchange(NamedTuple):
-    """A collective along a tensor axis. `wide`: in float32 at least, otherwise in the compute type."""
+    """A collective along a tensor axis. `wide`: in float32 or wider instead of the compute type."""
 
     kind: Kind
     axis: TensorAxis
     elements: int
-    """That a rank contributes."""
+    """Elements that a rank contributes."""
     wide: bool = False
     when: When = "after"
-    """Before or after the layer's computation; beside: the first of the products of the backward does not need it."""
+    """Before or after the layer's computation; beside: alongside the first product of the backward."""
 
 
 class LayerCost(Hashable, Protocol):
-    """One layer. Equal ones do and need the same."""
+    """One layer. Equal layers have equal cost."""
 
     @property
     def saves(self) -> bool:
-        """Whether its backward needs a tensor of its forward, which is so kept when its forward is done."""
+        """True if its forward saves a tensor for its backward."""
         ...
 
     def forward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
-        """What a rank issues in the forward of `rows` rows."""
+        """Return the collectives that a rank issues in the forward of `rows` rows."""
         ...
 
     def backward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
-        """As `forward`, in the backward."""
+        """Return the collectives that a rank issues in the backward of `rows` rows."""
         ...
 
     def parameters(self, grid: ProcessGrid) -> dict[str, int]:
-        """Elements of each parameter on one rank."""
+        """Return the elements of each parameter on one rank."""
         ...
 
 
@@ -59,7 +60,7 @@ def _share(grid: ProcessGrid, size: int, axis: TensorAxis | None) -> int:
 
 
 def places_of(grid: ProcessGrid, rows: int, positions: int, spread: TensorAxis | None) -> int:
-    """Places of `rows` rows on the rank that has most of them, the positions being cut along `spread`."""
+    """Return the places of `rows` rows on the rank with the most of them, the positions being cut along `spread`."""
     return rows * (positions if spread is None else -(-positions // grid.extent(spread)))
 
 
@@ -72,28 +73,31 @@ def _exchanges(
     wide: bool = False,
     when: When = "after",
 ) -> list[Exchange]:
-    """One exchange, or none where a single rank has everything."""
+    """Return one collective, or none if the axis has a single rank."""
     return [] if axis is None or grid.extent(axis) == 1 else [Exchange(kind, axis, elements, wide, when)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
+    """A layer whose input is saved for its backward."""
+
     @property
     def saves(self) -> bool:
-        """Whether its input is kept for the backward."""
+        """Always true: the input is saved for the backward."""
         return True
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearCost(Saving):
-    """A linear layer whose output has `positions` places for each row, or a convolution, whose places are pixels.
+    """A linear layer applied to `positions` tokens of each row, or a convolution whose output has `positions` pixels.
 
-    The output is summed along the axis of the input. Its gradient gives that of the input, a sum along the axis of the
-    output, unless nobody asks for it (`input_gradient`). `kernel`: weights for each pair of features.
-    `input_positions`: places of the input, where it has more than the output.
-    `spread`: the side whose places are cut along the tensor axis along which its features are repeated (sequence
-    parallelism, Korthikanti et al., arXiv 2205.05198, section 4.2.2). An input is gathered before the product, and once
-    more for the weight's gradient, so that only a part is kept; what would be summed is summed and scattered.
+    The output is all-reduced along the axis of the input; the input's gradient, if it is needed (`input_gradient`),
+    along the axis of the output. `kernel`: weights per pair of input and output features. `input_positions`: positions
+    of the input, if they differ from those of the output.
+    `spread`: sequence parallelism (Korthikanti et al., arXiv 2205.05198, section 4.2.2): the side, input or output,
+    whose positions are cut along the axis on which its features are replicated. A spread input is all-gathered before
+    the product, and again for the weight's gradient, so that only the shard is saved; all-reduces become
+    reduce-scatters.
     """
 
     positions: int
@@ -105,36 +109,43 @@ class LinearCost(Saving):
     kernel: int = 1
     input_positions: int | None = None
     fused_bias: bool = False
-    """Whether the kernel that follows adds the bias."""
+    """True if the next kernel adds the bias."""
     image: bool = False
-    """Whether it convolves an image; with more than one weight for each pair of features it does in any case."""
+    """True for a 1x1 convolution of an image; with `kernel` above 1 a layer is a convolution in any case."""
     spread: Literal["input", "output"] | None = None
 
     def forward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
-        read, made = self.layout
-        elements = rows * self.positions * _share(grid, self.outputs, made)
+        input_axis, output_axis = self.layout
+        elements = rows * self.positions * _share(grid, self.outputs, output_axis)
         if self.spread == "output":
-            return _exchanges(grid, "reduce-scatter", read, elements)
-        gathered = _exchanges(grid, "all-gather", made, self._spread_elements(grid, rows), when="before")
-        return [*(gathered if self.spread == "input" else []), *_exchanges(grid, "all-reduce sum", read, elements)]
+            return _exchanges(grid, "reduce-scatter", input_axis, elements)
+        reduced = _exchanges(grid, "all-reduce sum", input_axis, elements)
+        if self.spread is None:
+            return reduced
+        return [
+            *_exchanges(grid, "all-gather", output_axis, self._spread_elements(grid, rows), when="before"),
+            *reduced,
+        ]
 
     def backward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
         if not self.input_gradient:
             return []
-        read, made = self.layout
-        elements = rows * (self.input_positions or self.positions) * _share(grid, self.inputs, read)
+        input_axis, output_axis = self.layout
+        elements = rows * (self.input_positions or self.positions) * _share(grid, self.inputs, input_axis)
         if self.spread == "input":
-            gathered = _exchanges(grid, "all-gather", made, self._spread_elements(grid, rows), when="beside")
-            return [*gathered, *_exchanges(grid, "reduce-scatter", made, elements)]
-        gathered = _exchanges(grid, "all-gather", read, self._spread_elements(grid, rows), when="before")
-        return [*(gathered if self.spread == "output" else []), *_exchanges(grid, "all-reduce sum", made, elements)]
+            gathered = _exchanges(grid, "all-gather", output_axis, self._spread_elements(grid, rows), when="beside")
+            return [*gathered, *_exchanges(grid, "reduce-scatter", output_axis, elements)]
+        reduced = _exchanges(grid, "all-reduce sum", output_axis, elements)
+        if self.spread is None:
+            return reduced
+        return [*_exchanges(grid, "all-gather", input_axis, self._spread_elements(grid, rows), when="before"), *reduced]
 
     def _spread_elements(self, grid: ProcessGrid, rows: int) -> int:
-        """Of the side that is spread."""
-        read, made = self.layout
+        """Return the elements on one rank of the side that is spread."""
+        input_axis, output_axis = self.layout
         if self.spread == "output":
-            return places_of(grid, rows, self.positions, read) * _share(grid, self.outputs, made)
-        return places_of(grid, rows, self.positions, made) * _share(grid, self.inputs, read)
+            return places_of(grid, rows, self.positions, input_axis) * _share(grid, self.outputs, output_axis)
+        return places_of(grid, rows, self.positions, output_axis) * _share(grid, self.inputs, input_axis)
 
     def parameters(self, grid: ProcessGrid) -> dict[str, int]:
         outputs = _share(grid, self.outputs, self.layout[1])
@@ -144,11 +155,11 @@ class LinearCost(Saving):
 
 @dataclass(frozen=True, kw_only=True)
 class NormCost(Saving):
-    """A norm over features cut along `axis`, at `positions` places of each row.
+    """A norm over features cut along `axis`, at `positions` of each row.
 
-    Each rank's mean and sum of squares are gathered; the backward sums the two means that the gradient needs. Without
-    a mean (`centred=False`, an RMS norm) the squares are summed, and the backward sums one mean. `weight`, `bias`:
-    whether it has these parameters. `spread`: axis along which the positions are cut.
+    Each rank's mean and sum of squares are all-gathered; the backward all-reduces two means for the gradient.
+    Without a mean (`centred=False`, an RMS norm) the squares are all-reduced, and the backward all-reduces one mean.
+    `weight`, `bias`: whether it has these parameters. `spread`: axis along which the positions are cut.
     """
 
     positions: int
@@ -160,7 +171,7 @@ class NormCost(Saving):
     bias: bool = True
 
     def places(self, grid: ProcessGrid, rows: int) -> int:
-        """Of a rank."""
+        """Return the places on the rank with the most of them."""
         return places_of(grid, rows, self.positions, self.spread)
 
     def forward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
@@ -179,10 +190,10 @@ class NormCost(Saving):
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingCost(Saving):
-    """A lookup among `entries`, cut along the first axis of `layout`; what other ranks hold is summed in.
+    """A lookup among `entries`, cut along the first axis of `layout`, along which the output is all-reduced.
 
-    The gradient of its output is complete, and what it looks up has none. `spread`: axis along which the positions of
-    the output are cut. The rank that looks up a part of the words needs the gradient of all positions.
+    The gradient of its output is complete, and its indices have none. `spread`: axis along which the positions of the
+    output are cut; then each rank needs the gradient of all positions for its shard of the table.
     """
 
     positions: int
@@ -208,14 +219,14 @@ class EmbeddingCost(Saving):
 
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropyCost(Saving):
-    """The loss over a vocabulary cut along `axis`: the largest logit, then sum of exponentials and target's logit.
+    """Cross entropy over a vocabulary cut along `axis`.
 
-    A rank knows all that its part of the gradient needs.
+    Largest logit, sum of exponentials and the target's logit are all-reduced. The backward needs no collective.
     """
 
     positions: int
     entries: int = 0
-    """Words of the vocabulary."""
+    """Size of the vocabulary."""
     axis: TensorAxis = "col"
 
     def forward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
@@ -236,8 +247,8 @@ class CrossEntropyCost(Saving):
 class GroupNormCost(Saving):
     """A group norm whose channels are cut along `axis`, each of `segments` by itself.
 
-    Only groups that lie on several ranks need others: their moments are gathered, and their two sums reduced.
-    `affine`: whether it has a weight and a bias.
+    Only groups that are spread over several ranks need collectives: their moments are all-gathered in the forward, and
+    two sums all-reduced in the backward. `affine`: whether it has a weight and a bias.
     """
 
     groups: int
@@ -247,7 +258,7 @@ class GroupNormCost(Saving):
     affine: bool = True
 
     def crossing(self, extent: int) -> int:
-        """How many groups lie on several of `extent` ranks."""
+        """Return the number of groups that are spread over several of `extent` ranks."""
         borders: list[tuple[int, int]] = []
         start = 0
         for segment in self.segments:
@@ -278,20 +289,20 @@ class GroupNormCost(Saving):
 
 @dataclass(frozen=True, kw_only=True)
 class RedistributionCost:
-    """What is cut along `source` and repeated along `target` is laid out the other way round; its gradient goes back.
+    """Redistribution of a tensor from cut along `source` to cut along `target`, replicated along the other axis.
 
-    Ranks along the source gather the whole, or sum what each has of the part that they all want; the second is less
-    when more than two parts are wanted.
+    The ranks along the source all-gather the tensor, or all-reduce the shard that they all need, to which each
+    contributes what it holds; that is less when the target has more than two ranks. The gradient takes the way back.
     """
 
     elements: int
-    """Of the whole, for one row."""
+    """Elements of the full tensor per row."""
     source: TensorAxis
     target: TensorAxis
 
     @property
     def saves(self) -> bool:
-        """Whether its input is kept for the backward."""
+        """Always false: nothing is saved for the backward."""
         return False
 
     def forward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
@@ -311,7 +322,7 @@ class RedistributionCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Issued:
-    """Collectives as they were found for `rows` rows, on the grid for which they were found."""
+    """Collectives that were observed for `rows` rows, on the grid on which they were observed."""
 
     rows: int
     of_forward: tuple[Exchange, ...]
@@ -319,7 +330,7 @@ class Issued:
 
     @property
     def saves(self) -> bool:
-        """Whether its input is kept for the backward."""
+        """Always false: nothing is saved for the backward."""
         return False
 
     def forward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:

@@ -1,4 +1,4 @@
-"""Layers of which each rank computes its part alone: they issue no collective and have no parameters."""
+"""Layers without communication: each rank computes its shard alone, and they have no parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from axonn.perf.layers.layer_cost import Exchange, Saving, TensorAxis, places_of
 
 @dataclass(frozen=True, kw_only=True)
 class _Local:
-    """A layer of which each rank computes its part alone, without parameters."""
+    """A layer without collectives and parameters."""
 
     def forward(self, grid: ProcessGrid, rows: int) -> list[Exchange]:
         return []
@@ -25,7 +25,7 @@ class _Local:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCoreCost(_Local, Saving):
-    """softmax(q k^T) v of `heads` heads, which are cut along col, over `positions` places; `width`: of one head."""
+    """softmax(q k^T) v of `heads` heads, which are cut along col, over `positions`. `width`: of one head."""
 
     positions: int
     heads: int
@@ -36,7 +36,7 @@ class AttentionCoreCost(_Local, Saving):
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationCost(_Local, Saving):
-    """A nonlinearity at `positions` places of each row, its `features` cut along `axis`."""
+    """A nonlinearity at `positions` of each row, its `features` cut along `axis`."""
 
     kind: Literal["gelu", "silu"]
     positions: int
@@ -46,7 +46,7 @@ class ActivationCost(_Local, Saving):
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualCost(_Local):
-    """What a branch hands on, after dropout if there is any, is added to what went around it."""
+    """Addition of a branch to the residual stream, after dropout if there is any."""
 
     positions: int
     features: int
@@ -56,7 +56,7 @@ class ResidualCost(_Local):
     """Axis along which the positions are cut."""
 
     def places(self, grid: ProcessGrid, rows: int) -> int:
-        """Of a rank."""
+        """Return the places on the rank with the most of them."""
         return places_of(grid, rows, self.positions, self.spread)
 
     @property
@@ -66,7 +66,7 @@ class ResidualCost(_Local):
 
 @dataclass(frozen=True, kw_only=True)
 class DropoutCost(_Local, Saving):
-    """Dropout by itself. `spread`: axis along which the positions are cut."""
+    """Dropout as a kernel of its own. `spread`: axis along which the positions are cut."""
 
     positions: int
     features: int
@@ -74,13 +74,13 @@ class DropoutCost(_Local, Saving):
     spread: TensorAxis | None = None
 
     def places(self, grid: ProcessGrid, rows: int) -> int:
-        """Of a rank."""
+        """Return the places on the rank with the most of them."""
         return places_of(grid, rows, self.positions, self.spread)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RearrangementCost(_Local):
-    """Values copied to other places: maps enlarged, or several tensors joined into one. `inputs`: elements read."""
+    """Copies without arithmetic: up-sampling, or concatenation of several tensors. `inputs`: elements read per row."""
 
     kind: Literal["upsample", "concatenate"]
     positions: int
@@ -95,6 +95,6 @@ class RearrangementCost(_Local):
 
 @dataclass(frozen=True, kw_only=True)
 class WholeLossCost(_Local, Saving):
-    """A loss of an output that is whole on every rank, with `elements` for each row."""
+    """Loss of an output that is replicated on every rank, with `elements` per row."""
 
     elements: int = 0

@@ -1,4 +1,4 @@
-"""Outlines of models for the performance model: the chain of links that stages are cut from, layer by layer."""
+"""Outlines of models for the performance model: the chain that is cut into stages, with the cost of every layer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from axonn.perf.layers.local_layers import ActivationCost, AttentionCoreCost, Dr
 
 @dataclass(frozen=True, kw_only=True)
 class OutlineLink:
-    """A link of the chain that inter-layer parallelism cuts: its layers by name, in the order in which they run.
+    """A link of the chain that inter-layer parallelism cuts. `parts`: its layers by name, in execution order.
 
-    `block`: number of the block that it is part of, which activation checkpointing recomputes; None outside of blocks.
-    `handed_on`: elements of what it hands to the next link, for one row; all of it is cut along row. `cost`: forward
-    work of one row in FLOPs, by which stages are cut.
+    `block`: number of the block that it belongs to, the unit of activation checkpointing; None outside of blocks.
+    `handed_on`: elements that it passes to the next link per row of the batch; all of them are cut along row. `cost`:
+    forward work of one row in FLOPs, by which the chain is partitioned into stages.
     """
 
     name: str
@@ -27,21 +27,21 @@ class OutlineLink:
     cost: float = 0.0
 
     def parameters(self, grid: ProcessGrid) -> dict[str, int]:
-        """Elements of each parameter on one rank, by full name."""
+        """Return the elements of each parameter on one rank, by full name."""
         return {
-            f"{self.name}.{part}.{own}": elements
-            for part, layer in self.parts.items()
-            for own, elements in layer.parameters(grid).items()
+            f"{self.name}.{layer_name}.{parameter}": elements
+            for layer_name, layer in self.parts.items()
+            for parameter, elements in layer.parameters(grid).items()
         }
 
     def message(self, grid: ProcessGrid, rows: int) -> int:
-        """Elements that a rank hands to the next link."""
+        """Return the elements that a rank passes to the next link for `rows` rows."""
         return rows * self.handed_on // grid.row
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOutline:
-    """A model: its chain, its loss, and the pairs of full names that are one parameter.
+    """A model: its chain, its loss, and the pairs of full names that share one parameter (`ties`).
 
     `flops`, `flops_recomputing`: of training on one row, without and with activation checkpointing.
     """
@@ -54,42 +54,44 @@ class ModelOutline:
     flops_recomputing: float = 0.0
 
     def parameters(self, spans: Iterable[range], grid: ProcessGrid) -> dict[str, int]:
-        """Elements of each parameter on a rank that holds the links `spans`; a tied one counts once, by its first
-        name."""
+        """Return the elements of each parameter on a rank that holds the links `spans`, by full name.
+
+        Tied parameters count once, under their first name.
+        """
         first_name = {second: first for first, second in self.ties}
-        found: dict[str, int] = {}
+        parameters: dict[str, int] = {}
         for span in spans:
             for i in span:
                 for name, elements in self.links[i].parameters(grid).items():
-                    found[first_name.get(name, name)] = elements
-        return found
+                    parameters[first_name.get(name, name)] = elements
+        return parameters
 
 
 def with_sequence_parallelism(outline: ModelOutline) -> ModelOutline:
-    """The same model with the positions of the residual stream cut along col, where its features are repeated.
+    """Return the model with the positions of the residual stream cut along col, on which its features are replicated.
 
     Korthikanti et al., arXiv 2205.05198, section 4.2.2. Raises `ConfigError` for layers that mix positions.
     """
-    parts = {part for link in outline.links for part in link.parts.values()}
-    spread = {part: _spread(part, outline.name) for part in parts}
-    links = [replace(link, parts={name: spread[part] for name, part in link.parts.items()}) for link in outline.links]
+    layers = {layer for link in outline.links for layer in link.parts.values()}
+    spread = {layer: _spread(layer, outline.name) for layer in layers}
+    links = [replace(link, parts={name: spread[layer] for name, layer in link.parts.items()}) for link in outline.links]
     return replace(outline, links=links)
 
 
-def _spread(part: LayerCost, model: str) -> LayerCost:
-    match part:
+def _spread(layer: LayerCost, model: str) -> LayerCost:
+    match layer:
         case LinearCost(kernel=1, layout=("row", "col")):
-            return replace(part, spread="input")
+            return replace(layer, spread="input")
         case LinearCost(kernel=1, layout=("col", "row")):
-            return replace(part, spread="output")
+            return replace(layer, spread="output")
         case NormCost() | ResidualCost() | DropoutCost():
-            return replace(part, spread="col") if part.axis == "row" else part
+            return replace(layer, spread="col") if layer.axis == "row" else layer
         case EmbeddingCost():
-            return replace(part, spread="col") if part.layout[0] == "col" else part
+            return replace(layer, spread="col") if layer.layout[0] == "col" else layer
         case AttentionCoreCost() | ActivationCost():
-            return part
+            return layer
         case _:
             raise ConfigError(
-                f"sequence parallelism is for chains of transformer layers; {model} has a {type(part).__name__}: "
+                f"sequence parallelism is for chains of transformer layers; {model} has a {type(layer).__name__}: "
                 "set sequence_parallel to false"
             )

@@ -1,1 +1,1 @@
-"""Machine files: kernels and links of a machine, each number with its unit, source and status."""
+"""Machine files: kernels and links of a machine, every number with its unit, source and status."""

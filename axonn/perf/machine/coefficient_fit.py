@@ -1,14 +1,15 @@
-"""Fits of the machine files' coefficients: `python -m axonn.perf.machine.coefficient_fit CSV` prints them with their errors, as YAML.
+"""Fits of coefficients of machine files, printed with their errors as YAML.
 
-The kind of CSV is told by its columns:
+Run `python -m axonn.perf.machine.coefficient_fit CSV`. The columns of the CSV determine what is fitted:
 
 - `m,n,k,time_ms` (half-precision GEMM measurements, such as the Baidu DeepBench V100 fp16 GEMM results): `GemmCurve`;
 - `bytes` and columns that end in `_ms` (times of messages by size): one `Curve` per column;
-- `batch,seq_len,hidden,heads,part,time_ms` (kernels measured by others than who measured the products): `InLayer`,
-  given the rest of the device by `--machine`. part: layer, of a transformer layer all kernels, forward and backward;
-  gemm, its matrix products; forward, its matrix products forward only; square, one product [hidden, hidden]^2.
+- `batch,seq_len,hidden,heads,part,time_ms` (kernels from another source than the GEMM measurements): `InLayer`, with
+  the other coefficients of the device from `--machine`. part: layer, all kernels of a transformer layer, forward and
+  backward; gemm, its matrix products; forward, its matrix products in the forward only; square, one product
+  [hidden, hidden]^2.
 
-The first two minimise the mean |log(predicted / measured)|, the last the squares of the relative errors.
+The first two fits minimise the mean |log(predicted / measured)|, the last the squares of the relative errors.
 All fits are deterministic.
 """
 
@@ -38,13 +39,16 @@ Array: TypeAlias = npt.NDArray[np.float64]
 Indices: TypeAlias = npt.NDArray[np.intp]
 
 TILES = ((256, 128), (128, 128), (128, 64), (64, 64), (64, 32))
-"""Block sizes that cuBLAS has (NVIDIA, Matrix Multiplication Background User's Guide, section 2.3)."""
+"""Tile sizes of cuBLAS (NVIDIA, Matrix Multiplication Background User's Guide, section 2.3)."""
 _SPLITS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def gemm_model(p: Array, shapes: Array, *, peak: float, bandwidth: float, multiprocessors: int) -> Array:
-    """Vectorised `axonn.perf.machine.kernel_times.gemm_time`: seconds for rows (m, n, k) and coefficients
-    (launch s, k overhead, memory efficiency, wave quantisation, efficiency of each of `TILES`)."""
+    """Return the seconds of products: `axonn.perf.machine.kernel_times.gemm_time`, vectorised.
+
+    `shapes`: rows (m, n, k). `p`: launch (s), k overhead, memory efficiency, wave quantisation, and the efficiency of
+    each of `TILES`.
+    """
     m, n, k = shapes.T
     launch, overhead, memory_efficiency, quantisation = p[:4]
     memory = (m * k + k * n + m * n) * 2 / (bandwidth * memory_efficiency)
@@ -63,7 +67,7 @@ def gemm_model(p: Array, shapes: Array, *, peak: float, bandwidth: float, multip
 
 
 def fit_gemm(shapes: Array, seconds: Array, *, peak: float, bandwidth: float, multiprocessors: int) -> Array:
-    """Coefficients of `gemm_model` by a random coordinate search (one coordinate at a time, shrinking steps)."""
+    """Fit the coefficients of `gemm_model` by random search: one coordinate at a time, with shrinking steps."""
     low = np.array([1e-6, 0.0, 0.3, 0.0] + [0.2] * len(TILES))
     high = np.array([12e-6, 600.0, 1.2, 1.0] + [1.0] * len(TILES))
     rng = np.random.default_rng(0)
@@ -80,14 +84,14 @@ def fit_gemm(shapes: Array, seconds: Array, *, peak: float, bandwidth: float, mu
         j = rng.integers(len(best))
         candidate[j] += rng.normal() * 0.2 * (1 - 0.98 * i / steps) * (high[j] - low[j])
         candidate = np.clip(candidate, low, high)
-        found = loss(candidate)
-        if found < least:
-            best, least = candidate, found
+        candidate_loss = loss(candidate)
+        if candidate_loss < least:
+            best, least = candidate, candidate_loss
     return best
 
 
 def held_out_error(n: int, fit_and_predict: Callable[[Indices, Indices], Array], measured: Array) -> float:
-    """Mean |predicted / measured - 1| over 5 folds. `fit_and_predict(train, test)` takes indices."""
+    """Return the mean |predicted / measured - 1| over 5 folds. `fit_and_predict(train, test)` takes indices."""
     order = np.random.default_rng(1).permutation(n)
     errors = []
     for fold in range(5):
@@ -98,9 +102,10 @@ def held_out_error(n: int, fit_and_predict: Callable[[Indices, Indices], Array],
 
 
 def fit_curve(sizes: Array, seconds: Array, *, segments: int) -> list[tuple[float, float, float, float]]:
-    """Best continuous cut of the sizes into `segments` runs, each `latency + bytes / bandwidth`.
+    """Fit a curve of `segments` segments, each `latency + bytes / bandwidth` over a contiguous range of the sizes.
 
-    Returns (min bytes, max bytes, latency s, bytes/s) per run; at least three points make a run.
+    Returns (min bytes, max bytes, latency s, bytes/s) per segment; a segment has at least three points. The cuts are
+    optimal (dynamic programming).
     """
     count = len(sizes)
     cost = np.full((count, count + 1), np.inf)
@@ -125,7 +130,7 @@ def fit_curve(sizes: Array, seconds: Array, *, segments: int) -> list[tuple[floa
 
 
 def _line(sizes: Array, seconds: Array) -> tuple[float, float]:
-    """(latency, bandwidth) of least relative squares, both kept from being negative."""
+    """Fit (latency, bandwidth) by least squares of the relative errors, both constrained to be non-negative."""
     weights = 1 / seconds
     matrix = np.stack([weights, sizes * weights], axis=1)
     (latency, slope), *_ = np.linalg.lstsq(matrix, np.ones(len(sizes)), rcond=None)
@@ -137,18 +142,18 @@ def _line(sizes: Array, seconds: Array) -> tuple[float, float]:
 
 
 def evaluate_curve(curve: Sequence[tuple[float, float, float, float]], sizes: Array) -> Array:
-    """Seconds by the fitted runs; between two of them the time is interpolated."""
+    """Return the seconds of the fitted curve; between two segments the time is interpolated."""
     result = []
     for size in sizes:
         below = curve[0]
         value = None
-        for run in curve:
-            if size < run[0]:
-                left, right = below[2] + below[1] / below[3], run[2] + run[0] / run[3]
-                value = left + (size - below[1]) / (run[0] - below[1]) * (right - left)
+        for segment in curve:
+            if size < segment[0]:
+                left, right = below[2] + below[1] / below[3], segment[2] + segment[0] / segment[3]
+                value = left + (size - below[1]) / (segment[0] - below[1]) * (right - left)
                 break
-            below = run
-            if size <= run[1]:
+            below = segment
+            if size <= segment[1]:
                 break
         result.append(below[2] + size / below[3] if value is None else value)
     return np.array(result)
@@ -157,16 +162,18 @@ def evaluate_curve(curve: Sequence[tuple[float, float, float, float]], sizes: Ar
 def describe_gemm(
     rows: list[dict[str, str]], *, peak: float, bandwidth: float, multiprocessors: int
 ) -> dict[str, object]:
-    """The `gemm` section of a machine file."""
+    """Fit the `gemm` section of a machine file."""
     shapes = np.array([[float(r["m"]), float(r["n"]), float(r["k"])] for r in rows])
     seconds = np.array([float(r["time_ms"]) for r in rows]) * 1e-3
     machine = {"peak": peak, "bandwidth": bandwidth, "multiprocessors": multiprocessors}
 
-    def predict(p: Array, which: Indices) -> Array:
-        return gemm_model(p, shapes[which], peak=peak, bandwidth=bandwidth, multiprocessors=multiprocessors)
+    def predict(p: Array, points: Indices) -> Array:
+        return gemm_model(p, shapes[points], peak=peak, bandwidth=bandwidth, multiprocessors=multiprocessors)
 
-    def fit(which: Indices) -> Array:
-        return fit_gemm(shapes[which], seconds[which], peak=peak, bandwidth=bandwidth, multiprocessors=multiprocessors)
+    def fit(points: Indices) -> Array:
+        return fit_gemm(
+            shapes[points], seconds[points], peak=peak, bandwidth=bandwidth, multiprocessors=multiprocessors
+        )
 
     everything = np.arange(len(rows))
     p = fit(everything)
@@ -193,7 +200,7 @@ def describe_gemm(
 
 
 def describe_curves(rows: list[dict[str, str]], *, segments: int, min_bytes: float) -> dict[str, object]:
-    """One curve per column that ends in `_ms`."""
+    """Fit one curve per column that ends in `_ms`."""
     kept = [r for r in rows if float(r["bytes"]) >= min_bytes]
     sizes = np.array([float(r["bytes"]) for r in kept])
     curves: dict[str, object] = {}
@@ -227,7 +234,7 @@ def _curve_fold(sizes: Array, seconds: Array, segments: int) -> Callable[[Indice
 
 
 def row_operations(row: dict[str, str]) -> Iterator[Operation]:
-    """What a row of a CSV of kernels timed: of a layer without accumulating its gradients."""
+    """Yield the operations that a row of a kernel CSV timed, in layers without gradient accumulation."""
     hidden, part = int(row["hidden"]), row["part"]
     if part == "square":
         yield Product(hidden, hidden, hidden)
@@ -252,20 +259,20 @@ def row_operations(row: dict[str, str]) -> Iterator[Operation]:
 
 
 def describe_layers(rows: list[dict[str, str]], gpu: GpuSpec) -> dict[str, object]:
-    """The `in_layer` section: two slowdowns by least squares of the relative errors, held out point by point."""
+    """Fit the `in_layer` section: two slowdowns by least squares of the relative errors, validated leave-one-out."""
     kernels = Kernels(gpu)
-    parts = []
+    times = []
     for row in rows:
         gemms = streams = 0.0
         for operation in row_operations(row):
             in_gemm, in_stream = kernels.alone(operation)
             gemms, streams = gemms + in_gemm, streams + in_stream
-        parts.append([gemms, streams if row["part"] == "layer" else 0.0])
+        times.append([gemms, streams if row["part"] == "layer" else 0.0])
     seconds = np.array([float(r["time_ms"]) for r in rows]) * 1e-3
-    relative = np.array(parts) / seconds[:, None]
+    relative = np.array(times) / seconds[:, None]
 
-    def fit(which: Indices) -> Array:
-        solution, *_ = np.linalg.lstsq(relative[which], np.ones(len(which)), rcond=None)
+    def fit(points: Indices) -> Array:
+        solution, *_ = np.linalg.lstsq(relative[points], np.ones(len(points)), rcond=None)
         return np.asarray(solution, dtype=np.float64)
 
     everything = np.arange(len(rows))
@@ -284,7 +291,10 @@ def describe_layers(rows: list[dict[str, str]], gpu: GpuSpec) -> dict[str, objec
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: fit the CSV and print YAML for a machine file. Raises `DataError` for a CSV of another kind."""
+    """Fit the CSV named on the command line and print YAML for a machine file.
+
+    Raises `DataError` for unknown columns.
+    """
     parser = argparse.ArgumentParser(prog="python -m axonn.perf.machine.coefficient_fit", description=__doc__)
     parser.add_argument("csv", type=Path)
     parser.add_argument("--peak-tflops", type=float, default=125.0, help="matrix peak of the device (default: V100)")

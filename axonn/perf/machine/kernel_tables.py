@@ -1,8 +1,8 @@
-"""Kernels of a device as they were measured: seconds on regular grids of sizes, read between the points.
+"""Measured kernel times of a device, tabulated on regular grids of sizes and interpolated.
 
-Between points the logarithm of the time is interpolated linearly in the logarithms of the sizes: exact on the grid,
-between its neighbours elsewhere. Past the largest size of an axis the rate stays what it is there; below the smallest
-the time does, since what is left of a small kernel does not depend on its size.
+Between grid points the logarithm of the time is interpolated linearly in the logarithms of the sizes. Beyond the
+largest size of an axis the rate is constant; below the smallest the time is, because the overhead of a small kernel
+does not depend on its size.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from axonn.perf.layers.kernel_operations import (
 
 
 class KernelTable(StrictModel):
-    """Microseconds by sizes: `us` has one for each point of the grid, the last axis varying fastest."""
+    """Microseconds by sizes: `us` has one value per grid point, the last axis varying fastest."""
 
     axes: ClassVar[tuple[str, ...]]
     powers: ClassVar[tuple[int, ...]]
-    """The work grows with this power of each axis."""
+    """Exponent with which the work grows along each axis."""
     us: list[float]
 
     def model_post_init(self, context: Any) -> None:
@@ -53,11 +53,11 @@ class KernelTable(StrictModel):
 
     @property
     def points(self) -> list[tuple[tuple[int, ...], float]]:
-        """(sizes, seconds) of every point."""
+        """(sizes, seconds) of every grid point."""
         return [(sizes, us * 1e-6) for sizes, us in zip(product(*self._sizes), self.us, strict=True)]
 
     def at(self, *sizes: float) -> float:
-        """Seconds at these sizes, in the order of `axes`."""
+        """Return the seconds at these sizes, given in the order of `axes`."""
         past = 1.0
         corners: list[tuple[int, float]] = [(0, 1.0)]
         for size, grid, power in zip(sizes, self._sizes, self.powers, strict=True):
@@ -74,7 +74,7 @@ class KernelTable(StrictModel):
 
 
 def _place(size: float, grid: Sequence[int]) -> tuple[int, float]:
-    """(index of the point below, share of the way to the next one), kept inside of the grid."""
+    """Return (index of the grid point below, fraction of the way to the next one), clamped to the grid."""
     if size <= grid[0]:
         return 0, 0.0
     if size >= grid[-1]:
@@ -84,7 +84,7 @@ def _place(size: float, grid: Sequence[int]) -> tuple[int, float]:
 
 
 class ProductTable(KernelTable):
-    """Products of [m, k] and [k, n]: one role of those of a linear layer."""
+    """Times of products of [m, k] and [k, n], in one role of a linear layer."""
 
     axes = ("m", "n", "k")
     powers = (1, 1, 1)
@@ -94,9 +94,9 @@ class ProductTable(KernelTable):
 
 
 class ConvolutionTable(KernelTable):
-    """Convolutions of stride 1 that keep the size, one role; those of another stride have the same rate.
+    """Times of convolutions of stride 1 that keep the size, in one role; other strides have the same rate.
 
-    `size`: pixels of a side; `kernel`: weights of a side.
+    `size`: side of the image in pixels. `kernel`: side of the kernel in weights.
     """
 
     axes = ("images", "inputs", "outputs", "size", "kernel")
@@ -109,7 +109,7 @@ class ConvolutionTable(KernelTable):
 
 
 class AttentionTable(KernelTable):
-    """Fused attention without dropout: `matrices` of [rows, width]."""
+    """Times of fused attention without dropout: `matrices` of [rows, width]."""
 
     axes = ("matrices", "rows", "width")
     powers = (1, 2, 1)
@@ -119,22 +119,23 @@ class AttentionTable(KernelTable):
 
 
 class StreamTable(KernelTable):
-    """Kernels of one kind, by the elements of the tensor that they work on."""
+    """Times of memory-bound kernels of one kind, by the elements of the tensor that they work on."""
 
     axes = ("elements",)
     powers = (1,)
     elements: list[int]
 
 
-AttentionWay = Literal["forward", "backward", "causal-forward", "causal-backward"]
+AttentionVariant = Literal["forward", "backward", "causal-forward", "causal-backward"]
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class MeasuredKernels(StrictModel):
-    """What `axonn calibrate` measured with `busy` devices of a node computing at the same time.
+    """Kernels that `axonn calibrate` measured with `busy` devices of a node computing at the same time.
 
-    `precision`: type of what is computed. A measured forward product adds its bias, and a weight's is added to what was
-    there. Convolutions, attention and streams that are not listed are computed by formula, from products and bandwidth.
+    `precision`: compute type. A measured forward product includes adding the bias; a weight gradient includes its
+    accumulation. Convolutions, attention and streams without a table are computed by formula, from products and
+    bandwidth.
     """
 
     busy: int = Field(ge=1)
@@ -143,7 +144,7 @@ class MeasuredKernels(StrictModel):
     status: Literal["measured"] = "measured"
     products: dict[Role, ProductTable]
     convolutions: dict[Role, ConvolutionTable] = {}
-    attention: dict[AttentionWay, AttentionTable] = {}
+    attention: dict[AttentionVariant, AttentionTable] = {}
     streams: dict[StreamKind, StreamTable] = {}
 
     def model_post_init(self, context: Any) -> None:
@@ -154,16 +155,16 @@ class MeasuredKernels(StrictModel):
 
     @property
     def element(self) -> int:
-        """Bytes of an element."""
+        """Bytes per element."""
         return _BYTES[self.precision]
 
     @property
     def best_rate(self) -> float:
-        """The most FLOP/s that any product reached."""
+        """Highest FLOP/s that any product reached."""
         return max(2 * prod(sizes) / seconds for table in self.products.values() for sizes, seconds in table.points)
 
     def seconds(self, operation: Operation) -> float | None:
-        """Of one operation; None where it was not measured."""
+        """Return the seconds of one operation, or None if it was not measured."""
         match operation:
             case Product(m, n, k, batch, role):
                 return batch * self.products[role].at(m, n, k)
@@ -171,10 +172,10 @@ class MeasuredKernels(StrictModel):
                 c = operation
                 return self.convolutions[c.role].at(c.images, c.inputs, c.outputs, c.size, c.kernel)
             case AttentionKernel(matrices, rows, width, causal, False, backward):
-                way: AttentionWay = "backward" if backward else "forward"
+                variant: AttentionVariant = "backward" if backward else "forward"
                 if causal:
-                    way = "causal-backward" if backward else "causal-forward"
-                return self.attention[way].at(matrices, rows, width) if way in self.attention else None
+                    variant = "causal-backward" if backward else "causal-forward"
+                return self.attention[variant].at(matrices, rows, width) if variant in self.attention else None
             case MemoryBoundKernel("bias"):
                 return 0.0
             case MemoryBoundKernel(kind, elements) if kind in self.streams:

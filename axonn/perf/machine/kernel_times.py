@@ -1,6 +1,6 @@
 """Seconds of operations on a device: matrix products from a fitted curve, all else by bytes over bandwidth.
 
-One set of kernels serves every framework and every model. Communication is not in here (see `axonn.perf.machine.network`).
+One set of kernels serves every framework and every model. See `axonn.perf.machine.network` for communication.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from axonn.perf.machine.machine_file import GpuSpec
 HALF = 2
 """Bytes of a half-precision number."""
 SINGLE = 4
+"""Bytes of a single-precision number."""
 _SPLITS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def gemm_time(gpu: GpuSpec, m: int, n: int, k: int, *, batch: int = 1) -> float:
-    """Seconds of `batch` half-precision products of `[m, k]` and `[k, n]`.
+    """Return the seconds of `batch` half-precision products of `[m, k]` and `[k, n]`.
 
-    The fastest of the curve's kernels: blocks are handed to the multiprocessors in waves (NVIDIA, Matrix Multiplication
-    Background User's Guide: tile and wave quantisation), the inner dimension may be split over several blocks, and no
-    kernel is faster than its operands can be moved. Coefficients: `GemmCurve`.
+    They are those of the fastest of the curve's kernels: blocks are assigned to the multiprocessors in waves (NVIDIA,
+    Matrix Multiplication Background User's Guide: tile and wave quantisation), the inner dimension may be split over
+    several blocks, and memory traffic of the operands is a lower bound. Coefficients: `GemmCurve`.
     A product with a dimension that is no multiple of the alignment runs without matrix units (same guide, table of
     tensor core requirements: before cuBLAS 11 multiples of 8; since then odd ones are slow, see `summit.yaml`).
+    Raises `ConfigError` when the machine file has no GEMM curve.
     """
     curve = gpu.gemm
     if curve is None:
@@ -52,37 +54,37 @@ def gemm_time(gpu: GpuSpec, m: int, n: int, k: int, *, batch: int = 1) -> float:
 
 
 def stream_time(gpu: GpuSpec, nbytes: float, *, kernels: int = 1) -> float:
-    """Seconds of `kernels` kernels that together read and write `nbytes` and compute little."""
+    """Return the seconds of `kernels` memory-bound kernels that together read and write `nbytes`."""
     return kernels * gpu.kernel_latency.si + nbytes / gpu.stream_bandwidth.si
 
 
 class Kernels:
-    """Seconds of operations on one device, computing in a type of `element` bytes. Remembers what it was asked."""
+    """Seconds of operations on one device, in a compute type of `element` bytes; results are cached."""
 
     def __init__(self, gpu: GpuSpec, *, element: int = HALF, busy: int = 1) -> None:
-        """`busy`: devices of the node that compute at the same time, which tables tell apart."""
+        """Select the tables for `busy` devices of the node computing at the same time."""
         self.gpu = gpu
         self.element = element
         self.tables = gpu.tables(element=element, busy=busy)
         self._seconds: dict[Operation, float] = {}
 
     def seconds(self, operation: Operation) -> float:
-        """Of one operation inside of a training step."""
-        found = self._seconds.get(operation)
-        if found is None:
+        """Return the seconds of one operation inside a training step."""
+        seconds = self._seconds.get(operation)
+        if seconds is None:
             products, streams = self.alone(operation)
-            slower = self.gpu.in_layer
-            if slower is not None:
-                products, streams = slower.gemm_slowdown * products, slower.stream_slowdown * streams
-            found = self._seconds[operation] = products + streams + self._host(operation)
-        return found
+            in_layer = self.gpu.in_layer
+            if in_layer is not None:
+                products, streams = in_layer.gemm_slowdown * products, in_layer.stream_slowdown * streams
+            seconds = self._seconds[operation] = products + streams + self._host(operation)
+        return seconds
 
     def total(self, operations: Iterable[Operation]) -> float:
-        """Of one operation after the other."""
+        """Return the seconds of operations that run one after the other."""
         return sum(map(self.seconds, operations))
 
     def alone(self, operation: Operation) -> tuple[float, float]:
-        """(matrix products, all else) of an operation that has the device to itself."""
+        """Return the seconds (in matrix products, in all else) of an operation that has the device to itself."""
         measured = self.measured(operation)
         if measured is not None:
             return (0.0, measured) if isinstance(operation, MemoryBoundKernel) else (measured, 0.0)
@@ -98,11 +100,14 @@ class Kernels:
                 return 0.0, stream_time(self.gpu, nbytes, kernels=operation.kernels)
 
     def measured(self, operation: Operation) -> float | None:
-        """Of an operation that has the device to itself, from the machine file's tables; None where it has none."""
+        """Return the seconds of an operation alone on the device from the machine file's tables; None without one."""
         return None if self.tables is None else self.tables.seconds(operation)
 
     def _attention(self, attention: AttentionKernel) -> tuple[float, float]:
-        """Two batched products with the scores in memory between them: scale, mask and softmax, then dropout."""
+        """Return the seconds (in matrix products, in all else) of attention whose scores are in memory.
+
+        Two batched products; between them scale, mask and softmax in one kernel, then dropout.
+        """
         matrices, s, width, _, dropout, backward = attention
         products = self._product(s, s, width, batch=matrices) + self._product(s, width, s, batch=matrices)
         scores = matrices * s * s
@@ -113,12 +118,12 @@ class Kernels:
         return (2 * products if backward else products), seconds
 
     def _convolution(self, c: Convolution) -> float:
-        """As the matrix product that it is when every place of the output gathers its inputs (implicit GEMM)."""
-        places, inside = c.images * c.size**2, c.inputs * c.kernel**2
+        """Return the seconds of the equivalent matrix product, with one row per output pixel (implicit GEMM)."""
+        pixels, window = c.images * c.size**2, c.inputs * c.kernel**2
         m, n, k = {
-            "forward": (places, c.outputs, inside),
-            "input": (places * c.stride**2, c.inputs, -(-c.outputs * c.kernel**2 // c.stride**2)),
-            "weight": (c.outputs, inside, places),
+            "forward": (pixels, c.outputs, window),
+            "input": (pixels * c.stride**2, c.inputs, -(-c.outputs * c.kernel**2 // c.stride**2)),
+            "weight": (c.outputs, window, pixels),
         }[c.role]
         return self._product(m, n, k)
 
@@ -128,7 +133,7 @@ class Kernels:
         return batch * self.tables.products["forward"].at(m, n, k)
 
     def _host(self, operation: Operation) -> float:
-        """What the device waits for its host."""
+        """Return the seconds that the device waits for its host."""
         host = self.gpu.host
         if host is None:
             return 0.0

@@ -1,4 +1,4 @@
-"""A machine described in one YAML file: every number with its unit, its source and its status.
+"""Description of a machine in one YAML file: every number with its unit, source and status.
 
 The models in this package read a machine only through `MachineFile`; `experiments/machines/summit.yaml` is an example
 to copy. `value` and `unit` are written as the source gives them; `si` converts to seconds, bytes, bytes/s or FLOP/s.
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 Library = Literal["mpi", "nccl"]
-"""Who moves a message: a (device-aware) MPI, or NCCL and its kin."""
+"""Communication library that moves a message: a (device-aware) MPI, or NCCL and the like."""
 
 
 class Tile(StrictModel):
@@ -34,25 +34,28 @@ class Tile(StrictModel):
 
 
 class GemmCurve(StrictModel):
-    """Coefficients of `axonn.perf.machine.kernel_times.gemm_time`; print them for other hardware with `python -m axonn.perf.machine.coefficient_fit`."""
+    """Coefficients of `axonn.perf.machine.kernel_times.gemm_time`.
+
+    `python -m axonn.perf.machine.coefficient_fit` fits them for other hardware.
+    """
 
     launch_us: float = Field(ge=0)
     """Time of an empty GEMM."""
     k_overhead: float = Field(ge=0)
     """Prologue and epilogue of a block, in units of the inner dimension."""
     memory_efficiency: float = Field(gt=0)
-    """Share of the memory bandwidth that a memory-bound GEMM reaches."""
+    """Fraction of the memory bandwidth that a memory-bound GEMM reaches."""
     wave_quantisation: float = Field(ge=0, le=1)
-    """1: a partly filled last wave takes as long as a full one; 0: only its share."""
+    """1: a partly filled last wave takes as long as a full one; 0: it takes its share."""
     tiles: list[Tile] = Field(min_length=1)
     fit: FitReport | Origin
 
 
 class InLayer(StrictModel):
-    """How much longer kernels take inside a training step than alone.
+    """Slowdown of kernels inside a training step, relative to each alone.
 
-    Clocks under sustained load, kernels that the library picks, strided operands. Fitted on measured transformer layers
-    (`python -m axonn.perf.machine.coefficient_fit CSV --machine FILE`); both are 1 where nothing is known or none is needed.
+    Causes: clocks under sustained load, the library's choice of kernels, strided operands. Fitted on measured
+    transformer layers (`python -m axonn.perf.machine.coefficient_fit CSV --machine FILE`); 1 if unknown or not needed.
     """
 
     gemm_slowdown: float = Field(gt=0)
@@ -61,7 +64,7 @@ class InLayer(StrictModel):
 
 
 class MessageSegment(StrictModel):
-    """`latency + bytes / bandwidth` for messages of at least `min_bytes` and at most `max_bytes`."""
+    """One segment of a curve: `latency + bytes / bandwidth` for messages of `min_bytes` to `max_bytes`."""
 
     min_bytes: float = Field(ge=0)
     max_bytes: float = Field(gt=0)
@@ -70,7 +73,7 @@ class MessageSegment(StrictModel):
 
 
 class Curve(StrictModel):
-    """Time of a message by its size. Between two segments the time is interpolated; the last one has no upper end."""
+    """Time of a message by its size, interpolated between two segments; the last segment extends to any size."""
 
     segments: list[MessageSegment] = Field(min_length=1)
     fit: FitReport | Origin
@@ -81,15 +84,15 @@ class Curve(StrictModel):
                 raise ValueError("segments must be sorted by size and must not overlap")
 
     def seconds(self, nbytes: float) -> float:
-        """Seconds for a message of `nbytes`."""
+        """Return the seconds of a message of `nbytes`."""
         return self.latency(nbytes) + self.transfer(nbytes)
 
     def latency(self, nbytes: float) -> float:
-        """The part of `seconds` that does not grow with the size."""
+        """Return the part of `seconds` that does not grow with the size."""
         return self._both(nbytes)[0]
 
     def transfer(self, nbytes: float) -> float:
-        """The part of `seconds` that grows with the size."""
+        """Return the part of `seconds` that grows with the size."""
         return self._both(nbytes)[1]
 
     def _both(self, nbytes: float) -> tuple[float, float]:
@@ -108,7 +111,7 @@ class Curve(StrictModel):
 
     @property
     def asymptotic_bandwidth(self) -> float:
-        """Bytes per second of a very long message."""
+        """Bytes per second of a very large message."""
         return self.segments[-1].gb_per_s * 1e9
 
 
@@ -117,20 +120,20 @@ def _evaluate(segment: MessageSegment, nbytes: float) -> tuple[float, float]:
 
 
 class P2PCurves(StrictModel):
-    """Point-to-point messages of one library, between two devices of a node and of two nodes (None: there is one)."""
+    """Point-to-point messages of one library, within a node and between nodes (None: the machine has one node)."""
 
     intra_node: Curve
     inter_node: Curve | None = None
 
     def between(self, *, same_node: bool) -> Curve:
-        """The curve of a message. Raises `ConfigError` for one between nodes of a machine that has one node."""
+        """Return the curve of a message. Raises `ConfigError` for a message between nodes of a single-node machine."""
         if same_node:
             return self.intra_node
         return one_of_several_nodes(self.inter_node, "network.p2p: inter_node")
 
 
 class AllReduceCurves(StrictModel):
-    """All-reduce of one library, measured on one node and on several (None: there is one)."""
+    """All-reduce of one library, measured on one node and on several (None: the machine has one node)."""
 
     intra_node: Curve
     intra_node_ranks: Count
@@ -138,20 +141,20 @@ class AllReduceCurves(StrictModel):
     inter_node_ranks: Count | None = None
     inter_node_nodes: Count | None = None
     multiprocessors: Count | None = None
-    """Of a device, kept busy while a collective is under way, so that kernels beside it have fewer; None: unknown, and
-    kernels are as fast as without."""
+    """Multiprocessors of a device that a collective occupies, so that kernels beside it have fewer. None: unknown;
+    kernels are then taken to be as fast as without a collective."""
     slowdown: Count | None = None
-    """How many times longer kernels take while a collective is under way, measured; None: unknown."""
+    """Measured factor by which kernels take longer while a collective runs. None: unknown."""
 
     def model_post_init(self, context: Any) -> None:
-        given = [x is not None for x in (self.inter_node, self.inter_node_ranks, self.inter_node_nodes)]
-        if any(given) != all(given):
+        present = [x is not None for x in (self.inter_node, self.inter_node_ranks, self.inter_node_nodes)]
+        if any(present) != all(present):
             raise ValueError(
                 "inter_node, inter_node_ranks and inter_node_nodes belong together; give all three or none"
             )
 
     def over_nodes(self) -> tuple[Curve, int, int]:
-        """(curve, ranks, nodes) of the measurement on several nodes. Raises `ConfigError` where there is one node."""
+        """Return (curve, ranks, nodes) of the measurement on several nodes. Raises `ConfigError` if there is none."""
         where = "network.all_reduce: inter_node"
         ranks = one_of_several_nodes(self.inter_node_ranks, where).number
         nodes = one_of_several_nodes(self.inter_node_nodes, where).number
@@ -159,7 +162,7 @@ class AllReduceCurves(StrictModel):
 
 
 def one_of_several_nodes(value: T | None, key: str) -> T:
-    """What is known of several nodes. Raises `ConfigError` where nothing is."""
+    """Return `value`, which describes several nodes. Raises `ConfigError` if it is None."""
     if value is None:
         raise ConfigError(
             f"the machine file describes a single node, and the ranks do not fit on it; use fewer ranks, or give {key}"
@@ -168,48 +171,48 @@ def one_of_several_nodes(value: T | None, key: str) -> T:
 
 
 class HostTimes(StrictModel):
-    """Time of the host that a device waits for, beside its kernels.
+    """Host time that a device waits for, in addition to its kernels.
 
-    None in a machine file where the host runs ahead of the device, as it does of a GPU; a CPU is its own host.
+    A machine file leaves this out if the host runs ahead of the device, as with a GPU; a CPU is its own host.
     """
 
     forward: Time
-    """Of each operation of a forward: the layer's call, and what autograd notes."""
+    """Time per operation of a forward: the call of the layer, and the bookkeeping of autograd."""
     backward: Time
-    """Of each operation of a backward."""
+    """Time per operation of a backward."""
     task: Time
-    """Of each task of a stage."""
+    """Time per task of a stage."""
     batch: Time
-    """Of each batch: its data, its loss."""
+    """Time per batch: its data, its loss."""
     pipelined: Time | None = None
-    """Of each task where there are several stages: to hear of messages, to choose, to send; without `messages`."""
+    """Time per task in a pipeline: to poll for messages, to choose a task, to send; without `messages`."""
     messages: dict[Library, Curve] = {}
-    """Of each side of a message, by its size: what sending or receiving it keeps the core from computing."""
+    """Time that sending or receiving a message takes from the core's computation, on each side, by its size."""
 
 
 class GpuSpec(StrictModel):
-    """One device: a GPU, or a core. Its kernels are given by the curve `gemm` or by tables, `measured`."""
+    """One device: a GPU, or a CPU core. Its kernel times come from the curve `gemm` or from the tables `measured`."""
 
     name: str
     peak: FlopRate
-    """Matrix peak in the type that is trained in (half precision on GPUs), the base of `pct_peak`."""
+    """Matrix peak in the compute type (half precision on GPUs), the base of `pct_peak`."""
     vector_peak: FlopRate
-    """The same without matrix units; GEMMs that the matrix units cannot take run at it."""
+    """Peak without matrix units, for GEMMs that the matrix units do not support."""
     alignment: Count
-    """The matrix units take a GEMM whose dimensions are multiples of this many elements."""
+    """Elements of which all dimensions of a GEMM must be multiples for the matrix units."""
     memory: Size
     memory_bandwidth: Bandwidth
-    """Peak, the base of the GEMM coefficients."""
+    """Peak bandwidth, the base of the GEMM coefficients."""
     stream_bandwidth: Bandwidth
-    """What kernels that only read and write reach."""
+    """Bandwidth that memory-bound kernels reach."""
     kernel_latency: Time
-    """Least time of any kernel on the device."""
+    """Minimum time of any kernel on the device."""
     multiprocessors: Count
     gemm: GemmCurve | None = None
     in_layer: InLayer | None = None
-    """None: kernels take as long inside of a step as alone."""
+    """None: kernels take as long inside a training step as alone."""
     measured: list[MeasuredKernels] = []
-    """By how many devices of the node compute at the same time; and by precision."""
+    """Tables, by the number of devices of a node that compute at the same time and by precision."""
     host: HostTimes | None = None
 
     def model_post_init(self, context: Any) -> None:
@@ -223,20 +226,21 @@ class GpuSpec(StrictModel):
                 )
 
     def tables(self, *, element: int, busy: int) -> MeasuredKernels | None:
-        """Those measured with `busy` devices at once, or with the next number there is; None without any.
+        """Return the tables for `busy` devices computing at once, or the next larger number (else the largest).
 
-        `element`: bytes of the type that is computed in. Raises `ConfigError` when it was not measured.
+        `element`: bytes of the compute type. None if the device has no tables. Raises `ConfigError` when none was
+        measured in such a type.
         """
         if not self.measured:
             return None
-        found = sorted((t for t in self.measured if t.element == element), key=lambda t: t.busy)
-        if not found:
+        tables = sorted((t for t in self.measured if t.element == element), key=lambda t: t.busy)
+        if not tables:
             known = ", ".join(sorted({t.precision for t in self.measured}))
             raise ConfigError(
                 f"the kernels of {self.name} were measured in {known}, not in a type of {element} bytes; "
                 "measure them with axonn calibrate --precision"
             )
-        return next((t for t in found if t.busy >= busy), found[-1])
+        return next((t for t in tables if t.busy >= busy), tables[-1])
 
 
 class NodeSpec(StrictModel):
@@ -245,32 +249,32 @@ class NodeSpec(StrictModel):
     gpus: Count
     gpus_per_socket: Count
     links: Literal["pairs", "switch"] = "pairs"
-    """pairs: each two devices of a socket have a link between them, and a bus joins the sockets; switch: each device
-    has one link, to a switch that reaches all devices of the node."""
+    """pairs: every two devices of a socket share a link, and a bus joins the sockets; switch: each device has one link
+    to a switch that connects all devices of the node."""
     nvlink: Bandwidth
-    """Of one such link, in one direction."""
+    """Bandwidth of one such link, in one direction."""
     host_link: Bandwidth
-    """Between a device and its host."""
+    """Bandwidth between a device and its host."""
     host_memory: Size
     host_memory_bandwidth: Bandwidth
-    """Of one socket, reads and writes together."""
+    """Memory bandwidth of one socket, reads and writes together."""
 
 
 class NetworkSpec(StrictModel):
-    """Between nodes, and the measured behaviour of the communication libraries."""
+    """Network between nodes, and measured times of the communication libraries."""
 
     injection: Bandwidth
-    """What all devices of a node together can send to other nodes."""
+    """Bandwidth at which all devices of a node together can send to other nodes."""
     nccl_injection: Bandwidth | None = None
-    """What NCCL gets of it in training runs, where that is known to be less."""
+    """Bandwidth that NCCL reaches in training runs instead, if that is known to be less."""
     ports: Count
-    """Network ports of a node; one message goes through one of them."""
+    """Network ports of a node; a message uses one of them."""
     p2p: dict[Library, P2PCurves]
     all_reduce: AllReduceCurves
 
 
 class MachineFile(StrictModel):
-    """Everything that the performance model knows about a machine."""
+    """Everything that the performance model knows about one machine."""
 
     name: Name
     about: str
@@ -278,11 +282,11 @@ class MachineFile(StrictModel):
     node: NodeSpec
     network: NetworkSpec
     nodes: Count | None = None
-    """Nodes of the whole machine; None where it is not known how many there are."""
+    """Number of nodes of the machine; None if unknown."""
 
     @property
     def beside_collectives(self) -> float:
-        """How much longer kernels take while a collective is under way on the device."""
+        """Factor by which kernels take longer while a collective runs on the device."""
         measured, taken = self.network.all_reduce.slowdown, self.network.all_reduce.multiprocessors
         if measured is not None:
             return max(1.0, measured.value)
@@ -304,7 +308,7 @@ class MachineFile(StrictModel):
             raise ValueError(f"network.p2p lacks {', '.join(sorted(missing))}")
 
     def check_gpus(self, gpus: int) -> None:
-        """Raise `ConfigError` when the machine does not have so many."""
+        """Raise `ConfigError` when the machine has fewer than `gpus` GPUs."""
         if self.nodes is not None and gpus > self.nodes.number * self.node.gpus.number:
             raise ConfigError(
                 f"{self.name} has {self.nodes.number * self.node.gpus.number} GPUs ({self.nodes.number} nodes with "

@@ -1,8 +1,8 @@
-"""Seconds of messages and all-reduces, given where their ranks are placed.
+"""Seconds of messages and all-reduces, given the placement of their ranks.
 
-A placement says which links a message or a group crosses and with whom it shares them. Measured curves (`Curve`) give
-the time of the configuration they were measured in; another configuration moves other amounts over other links, and
-its time per byte is scaled by the load of its busiest link.
+A placement determines which links a message or a group crosses, and how many others share them. A measured curve
+(`Curve`) gives the time in the configuration that was measured; for any other configuration the time per byte is scaled
+by the load of the busiest link.
 """
 
 from __future__ import annotations
@@ -18,38 +18,35 @@ from axonn.perf.machine.machine_file import Library, MachineFile
 
 @dataclass(frozen=True)
 class MessageTime:
-    """Time of one message: it arrives `latency + transfer` after it was sent; the link is busy for `transfer`.
-
-    Both in seconds.
-    """
+    """Seconds of one message: it arrives `latency + transfer` after the send; the link is busy for `transfer`."""
 
     latency: float
     transfer: float
 
     @property
     def seconds(self) -> float:
-        """Until the message is there."""
+        """Seconds from the send to the arrival."""
         return self.latency + self.transfer
 
 
 @dataclass(frozen=True)
 class GroupPlacement:
-    """Where the ranks of a group are, and with how many like groups it shares its links."""
+    """Placement of a group's ranks on nodes and sockets, and the number of similar groups that share its links."""
 
     ranks: int
     nodes: int
     most_per_node: int
-    """Ranks of the group on the node that holds most of them."""
+    """Ranks of the group on the node with the most of them."""
     sockets_per_node: int
-    """Sockets of one node that the group touches."""
+    """Sockets of one node on which the group has ranks."""
     sharing_network: float
-    """Groups that cross nodes and have a rank on the same node, this one included; see `shared_with`."""
+    """Groups with a rank on the same node that cross nodes, including this one; see `shared_with`."""
     sharing_bus: int
-    """Groups that cross sockets inside the same node, this one included."""
+    """Groups that cross sockets within the same node, including this one."""
 
 
 def place(grid: ProcessGrid, axes: Sequence[Axis], rank: int, machine: MachineFile) -> GroupPlacement:
-    """Placement of the group of `rank` along `axes`, all groups along these axes being active at once."""
+    """Return the placement of the group of `rank` along `axes`, all groups along these axes being active at once."""
     group = grid.group(rank, axes)
     home = grid.node(rank)
     per_socket = machine.node.gpus_per_socket.number
@@ -58,7 +55,7 @@ def place(grid: ProcessGrid, axes: Sequence[Axis], rank: int, machine: MachineFi
     def sockets(ranks: Sequence[int], node: int) -> set[int]:
         return {(r % per_node) // per_socket for r in ranks if grid.node(r) == node}
 
-    neighbours = {grid.group(other, axes) for other in ranks_of_node(grid, rank)}
+    neighbours = {grid.group(r, axes) for r in ranks_of_node(grid, rank)}
     counts = grid.nodes_of(group)
     return GroupPlacement(
         ranks=len(group),
@@ -71,25 +68,26 @@ def place(grid: ProcessGrid, axes: Sequence[Axis], rank: int, machine: MachineFi
 
 
 def ranks_of_node(grid: ProcessGrid, rank: int) -> range:
-    """The ranks on the node of `rank`."""
+    """Return the ranks on the node of `rank`."""
     per_node = grid.ranks_per_node or grid.size
     first = grid.node(rank) * per_node
     return range(first, min(first + per_node, grid.size))
 
 
-def shared_with(placement: GroupPlacement, own: float, others: Sequence[float]) -> GroupPlacement:
-    """The placement when the groups of the node reduce unequal sizes: `own`, and `others` by rank of the node.
+def shared_with(placement: GroupPlacement, size: float, sizes_on_node: Sequence[float]) -> GroupPlacement:
+    """Return the placement of a group that reduces `size`, while the ranks of its node reduce `sizes_on_node`.
 
-    They share the node's links while they last, so the largest group is done when all bytes are through.
+    A group shares the node's links only as long as the others are active, so the largest ends when all bytes are
+    through.
     """
     if placement.sharing_network <= 1:
         return placement
-    together = placement.sharing_network * sum(others) / (len(others) * own)
-    return replace(placement, sharing_network=min(placement.sharing_network, together))
+    effective = placement.sharing_network * sum(sizes_on_node) / (len(sizes_on_node) * size)
+    return replace(placement, sharing_network=min(placement.sharing_network, effective))
 
 
 def ring_factor(ranks: int) -> float:
-    """Bytes that each rank of a ring sends in an all-reduce, over the bytes reduced: 2 (n - 1) / n.
+    """Return the ratio of bytes that each rank sends in a ring all-reduce to the bytes reduced: 2 (n - 1) / n.
 
     Thakur, Rabenseifner & Gropp, IJHPCA 2005.
     """
@@ -97,21 +95,23 @@ def ring_factor(ranks: int) -> float:
 
 
 PAYLOAD_SHARE = 370 / 450
-"""Of the bandwidth of a link between devices, or of a device and its host, what data get; the rest is protocol.
-Rings of NCCL get 370 of NVLink's 450 GB/s (a maintainer in github.com/NVIDIA/nccl-tests, issue 212), copies from device
-to device 376 to 380 (github.com/NVIDIA/nccl, issue 1264)."""
+"""Fraction of the bandwidth of a link, between devices or to the host, that is payload; the rest is protocol overhead.
+NCCL's rings reach 370 of NVLink's 450 GB/s (a maintainer in github.com/NVIDIA/nccl-tests, issue 212), copies between
+devices 376 to 380 (github.com/NVIDIA/nccl, issue 1264)."""
 
 
 def _load(machine: MachineFile, placement: GroupPlacement, injection: float) -> float:
-    """Seconds per byte reduced that the busiest link of the group is occupied. `injection`: bytes per second that its
-    node can send."""
+    """Return the seconds per byte reduced for which the group's busiest link is occupied.
+
+    `injection`: bytes per second that a node can send.
+    """
     ring = ring_factor(placement.ranks)
     loads = [0.0]
     switched = machine.node.links == "switch"
     if placement.most_per_node > 1:
         link = machine.node.nvlink.si * PAYLOAD_SHARE
         if not switched:
-            # Between n devices of a socket there are rings over all of their n - 1 links to each other.
+            # The rings of n devices of a socket use all n - 1 links of each device.
             link *= max(1, min(placement.most_per_node, machine.node.gpus_per_socket.number) - 1)
         loads.append(ring / link)
     if placement.most_per_node > 1 and placement.sockets_per_node > 1 and not switched:
@@ -127,15 +127,17 @@ def _load(machine: MachineFile, placement: GroupPlacement, injection: float) -> 
 
 
 def _bus_bandwidth(machine: MachineFile) -> float:
-    """Bytes per second and rank of a ring over all devices of a node, from the measured all-reduce."""
+    """Return the bytes per second and rank of a ring over all devices of a node, from the measured all-reduce."""
     curves = machine.network.all_reduce
     return curves.intra_node.asymptotic_bandwidth * ring_factor(curves.intra_node_ranks.number)
 
 
 def all_reduce_time(machine: MachineFile, nbytes: float, placement: GroupPlacement) -> float:
-    """Seconds to all-reduce `nbytes` in a group: the measured curve of one or of several nodes, its time per byte
-    scaled by the group's load over that of the group it was measured with; the latency grows with log2 of the nodes.
-    The curve was measured alone, the group is in a training run (`NetworkSpec.nccl_injection`).
+    """Return the seconds to all-reduce `nbytes` in a group.
+
+    The measured curve, of one node or of several, with its time per byte scaled by the load of the group relative to
+    the group that was measured; the latency grows with log2 of the number of nodes. The curve was measured in
+    isolation, the group runs in training (`NetworkSpec.nccl_injection`).
     """
     if placement.ranks < 2 or nbytes <= 0:
         return 0.0
@@ -156,16 +158,18 @@ def all_reduce_time(machine: MachineFile, nbytes: float, placement: GroupPlaceme
 
 
 def nccl_injection(machine: MachineFile) -> float:
-    """Bytes per second that NCCL gets out of a node in a training run."""
-    own = machine.network.nccl_injection
-    return (machine.network.injection if own is None else own).si
+    """Return the bytes per second that NCCL sends from a node in a training run."""
+    injection = machine.network.nccl_injection or machine.network.injection
+    return injection.si
 
 
 def message_time(
     machine: MachineFile, nbytes: float, *, library: Library, same_node: bool, flows: int = 1
 ) -> MessageTime:
-    """One message of `nbytes` between two devices; `flows` messages leave the node at the same time and share its
-    injection bandwidth."""
+    """Return the time of a message of `nbytes` between two devices.
+
+    `flows`: messages that leave the node at the same time and share its injection bandwidth.
+    """
     curves = machine.network.p2p[library]
     curve = curves.between(same_node=same_node)
     latency, transfer = curve.latency(nbytes), curve.transfer(nbytes)
@@ -177,18 +181,18 @@ def message_time(
 
 @dataclass(frozen=True)
 class StageEdge:
-    """The messages between two stages: the worst pair of ranks."""
+    """Messages between two stages, for the worst pair of ranks. `flows`: messages that leave a node at once."""
 
     same_node: bool
     flows: int
 
 
-def edge(grid: ProcessGrid, stage: int, other: int | None = None) -> StageEdge:
-    """How the ranks of `stage` reach those of `other` (default `stage + 1`), every replica sending at once."""
-    other = stage + 1 if other is None else other
+def edge(grid: ProcessGrid, stage: int, target: int | None = None) -> StageEdge:
+    """Return the edge from `stage` to stage `target` (default: the next one), with every replica sending at once."""
+    target = stage + 1 if target is None else target
     leaving: dict[int, int] = {}
     for rank in grid.group(grid.rank(inter=stage), ("data", *TENSOR_AXES)):
-        peer = grid.neighbour(rank, other - stage)
+        peer = grid.neighbour(rank, target - stage)
         assert peer is not None
         if grid.node(peer) != grid.node(rank):
             node = grid.node(rank)

@@ -1,4 +1,4 @@
-"""Numbers of a machine file, with unit, source and status.
+"""Quantities of a machine file: numbers with unit, source and status.
 
 `value` and `unit` are written as the source gives them; `si` converts to seconds, bytes, bytes/s or FLOP/s.
 """
@@ -12,7 +12,8 @@ from pydantic import Field
 from axonn.config.train_config import StrictModel
 
 Status = Literal["text", "figure", "fitted", "doc", "measured", "assumed"]
-"""text, figure: read from a paper; doc: vendor or site documentation; measured: by `axonn calibrate` or the like."""
+"""Provenance. text, figure: read from a paper; doc: vendor or site documentation; measured: by `axonn calibrate` or the
+like."""
 
 
 _SI: dict[str, float] = {
@@ -31,7 +32,7 @@ _SI: dict[str, float] = {
 
 
 class Quantity(StrictModel):
-    """A number, its unit, and where it comes from."""
+    """A number with its unit, source and status."""
 
     value: float = Field(gt=0)
     unit: str
@@ -45,31 +46,31 @@ class Quantity(StrictModel):
 
 
 class FlopRate(Quantity):
-    """Floating-point operations per second."""
+    """A rate of floating-point operations."""
 
     unit: Literal["TFLOP/s", "GFLOP/s"]
 
 
 class Bandwidth(Quantity):
-    """Bytes per second in one direction, unless its source says otherwise."""
+    """A bandwidth in one direction, unless its source says otherwise."""
 
     unit: Literal["GB/s"]
 
 
 class Size(Quantity):
-    """Bytes."""
+    """An amount of memory."""
 
     unit: Literal["bytes", "MB", "GB", "GiB"]
 
 
 class Time(Quantity):
-    """Seconds."""
+    """A duration."""
 
     unit: Literal["us", "ms", "s"]
 
 
 class Count(Quantity):
-    """A number of things."""
+    """A count."""
 
     unit: Literal["1"] = "1"
 
@@ -80,19 +81,19 @@ class Count(Quantity):
 
 
 class FitReport(StrictModel):
-    """What coefficients were fitted on and how well. Errors are mean |predicted / measured - 1| in percent."""
+    """Data and quality of a fit of coefficients. Errors are mean |predicted / measured - 1| in percent."""
 
     source: str
     points: int = Field(ge=1)
     in_sample_error_pct: float = Field(ge=0)
     held_out_error_pct: float = Field(ge=0)
-    """Mean over 5 folds, each predicted by a fit on the other four; with very few points, point by point."""
+    """Mean of a 5-fold cross-validation; with very few points, leave-one-out."""
     note: str = ""
     status: Literal["fitted"] = "fitted"
 
 
 class Origin(StrictModel):
-    """Where coefficients come from that were not fitted: taken from a source, or assumed."""
+    """Origin of coefficients that were not fitted: taken from a source, or assumed."""
 
     source: str
     status: Literal["text", "figure", "doc", "measured", "assumed"]

@@ -1,1 +1,1 @@
-"""The event-driven simulation of one pipeline."""
+"""Event-driven simulation of one pipeline."""

@@ -1,7 +1,7 @@
-"""The pipeline phase of many microbatches from a simulation of few.
+"""Extrapolation of the pipeline phase: many microbatches from simulations of few.
 
-After its fill a pipeline repeats itself, so what more microbatches take follows from how much longer one run of the
-simulator takes than a shorter one.
+After its fill a pipeline is periodic, so the time per additional microbatch follows from two simulations of different
+length.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from axonn.schedules import ScheduleSpec
 
 def extrapolated(run: Callable[[int], float], schedule: ScheduleSpec, *, stages: int, microbatches: int) -> float:
     """Return what `run(microbatches)` comes to, from runs of few where they are many; both may be of any unit."""
-    # Whole rounds of the stages, for schedules that take microbatches in groups of as many.
+    # Multiples of the number of stages, for schedules that group microbatches by it.
     limit = max(schedule.limit_on(stages), stages)
     short = stages * (-(-limit // stages) + 2)
-    # What follows arrivals with several chunks repeats itself only after many rounds.
+    # With several chunks, schedules that depend on arrivals have a longer period.
     long = short + 2 * stages * (1 if schedule.chunks == 1 else 3)
     if microbatches <= short + long:
         return run(microbatches)
@@ -38,7 +38,7 @@ def pipeline_seconds(
     microbatches: int,
     stages: Sequence[StageTimes],
 ) -> float:
-    """Seconds of the pipeline phase; within 1% of simulating all microbatches, with chunks 2% (a test)."""
+    """Return the seconds of the pipeline phase, within 1% of simulating all microbatches (2% with chunks; tested)."""
 
     def run(count: int) -> float:
         return simulate_pipeline(outline, machine, strategy, microbatches=count, stages=stages).makespan

@@ -1,12 +1,12 @@
-"""Event-driven simulation of one pipeline: the schedules that the engine runs, with a modelled clock.
+"""Event-driven simulation of one pipeline: the engine's own schedules, with a modelled clock.
 
-Each stage computes one task at a time, whichever its schedule hands out. What a task hands to another chunk of the same
-stage is there at once. To another stage it goes as a message, in one of two ways:
+Each stage computes one task at a time, chosen by its schedule. The output of a task reaches another chunk of the same
+stage immediately, and another stage as a message, in one of two modes:
 
-- asynchronous: the stage goes on at once; the messages from one stage to another follow each other, each keeps the link
-  busy for its transfer time and arrives a latency later;
-- blocking: the message starts once its sender has finished the task and its receiver computes nothing (a rendezvous);
-  neither begins a task until it has arrived. Messages of a stage with several neighbours run side by side.
+- asynchronous: the stage continues at once. The messages from one stage to another are serialized; each occupies the
+  link for its transfer time and arrives one latency later;
+- blocking: the message starts when its sender has finished the task and its receiver computes nothing (a rendezvous);
+  neither begins a task until it has arrived. A stage exchanges messages with several neighbours concurrently.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TaskRow = tuple[int, Task, float, float]
 
 
 class TimedMessage(NamedTuple):
-    """A message: its sender, its receiver with the chunk it is for, when it was posted and had arrived (seconds)."""
+    """A message: sender, receiver and the receiver's chunk, and the times of sending and arrival in seconds."""
 
     stage: int
     receiver: int
@@ -41,26 +41,26 @@ class TimedMessage(NamedTuple):
 
 @dataclass
 class Simulation:
-    """What a simulated batch took. Times are seconds, lists are per stage."""
+    """Result of the simulation of one batch. Times are in seconds, lists are per stage."""
 
     makespan: float
     busy: list[float]
-    """Computing."""
+    """Time spent computing."""
     point_to_point: list[float]
-    """Idle although the message that the next task needed was under way (as in `axonn.spans.breakdown`)."""
+    """Idle time while the message that the next task needed was in flight (as in `axonn.spans.breakdown`)."""
     bubble: list[float]
-    """Idle otherwise: that message was not sent yet, the stage sends what blocks it, or it is done before others."""
+    """Other idle time: that message was not yet sent, a blocking send of the stage's own, or the end of the batch."""
     ends: list[float]
-    """When its last task, and the message of it that blocks, is done."""
+    """End of the last task, and of its message if that blocks."""
     most_held: list[int]
-    """Most (chunk, microbatch) pairs that were between their forward and the end of their backward."""
+    """Largest number of (chunk, microbatch) pairs between their forward and the end of their backward."""
     tasks: list[_TaskRow] = field(repr=False)
-    """(stage, task, start, end), in order of their start."""
+    """(stage, task, start, end), in order of start."""
     messages: list[TimedMessage] = field(repr=False)
-    """Only with `record`."""
+    """Messages, if `record` was set."""
 
     def orders(self) -> list[list[Task]]:
-        """Tasks of each stage in the order they ran."""
+        """Return the tasks of each stage in execution order."""
         orders: list[list[Task]] = [[] for _ in self.busy]
         for stage, task, _, _ in self.tasks:
             orders[stage].append(task)
@@ -74,10 +74,10 @@ class Simulation:
         only: int | None = None,
         step: int = 0,
     ) -> list[Span]:
-        """Spans as a traced run writes them (needs `record`), or those of the stage `only`; the rank is the stage.
+        """Return spans like those of a traced run (needs `record`), or those of stage `only`; the rank is the stage.
 
-        `first_layers(stage, chunk)` is the number of the chunk's first layer; `inside(stage, task)` says when a task
-        computes and when its collectives are under way (default: it computes all the time).
+        `first_layers(stage, chunk)`: number of the chunk's first layer. `inside(stage, task)`: the intervals in which a
+        task computes, and in which its collectives run (default: it computes all the time).
         """
         spans: list[Span] = []
         free = [0.0] * len(self.busy)
@@ -95,18 +95,29 @@ class Simulation:
                 spans.append(Span(stage, SpanKind(kind.label), step, m, layer, direction, start, end, chunk))
             else:
                 scale = (end - start) / time.total
-                for what, way, intervals, turns in (
+                for span_kind, span_direction, intervals, turns in (
                     (SpanKind(kind.label), direction, time.computing, time.computed_in),
                     (SpanKind.TENSOR, -1, time.collectives, time.issued_in),
                 ):
                     for (begin, stop), turn in zip(intervals, turns, strict=True):
-                        own = layer if layer < 0 else layer + time.layer(turn)
-                        when = (start + scale * begin, start + scale * stop)
-                        spans.append(Span(stage, what, step, m, own, way, *when, chunk, shard=time.shard(turn)))
+                        spans.append(
+                            Span(
+                                stage,
+                                span_kind,
+                                step,
+                                m,
+                                layer if layer < 0 else layer + time.layer(turn),
+                                span_direction,
+                                start + scale * begin,
+                                start + scale * stop,
+                                chunk,
+                                shard=time.shard(turn),
+                            )
+                        )
             free[stage] = end
-        for stage, receiver, way, chunk, m, sent, arrived in self.messages:
+        for stage, receiver, sent_in, chunk, m, sent, arrived in self.messages:
             if only in (None, stage):
-                spans.append(Span(stage, SpanKind.SEND, step, m, -1, int(way), sent, arrived, chunk, receiver))
+                spans.append(Span(stage, SpanKind.SEND, step, m, -1, int(sent_in), sent, arrived, chunk, receiver))
         for stage, end in enumerate(free):
             if end < self.makespan and only in (None, stage):
                 spans.append(Span(stage, SpanKind.IDLE, step, -1, -1, -1, end, self.makespan))
@@ -122,12 +133,12 @@ def simulate(
     record: bool = False,
     noise: Callable[[], float] | None = None,
 ) -> Simulation:
-    """Run one fresh schedule object per stage to the end.
+    """Run one new schedule object per stage to the end.
 
-    `seconds(stage, task)` is how long a task takes, asked once per task as it starts; `message(sender, receiver)` the
-    time of a message from one stage to another, asked once per pair (None: no time). `record` keeps the messages.
-    `noise()`: factors by which each task and each message takes longer, one for each.
-    Raises `ConfigError` unless there is one schedule per stage in order, and `DeadlockError`, with the timeline, when
+    `seconds(stage, task)`: duration of a task, called once per task as it starts. `message(sender, receiver)`: time of
+    a message from one stage to another, called once per pair (None: messages take no time). `record`: keep messages.
+    `noise()`: factor on the duration of each task and each message, called once for each.
+    Raises `ConfigError` unless there is one schedule per stage, in order, and `DeadlockError`, with the timeline, when
     stages wait for each other.
     """
     if not schedules or [(s.stage, s.layout) for s in schedules] != [
@@ -155,38 +166,38 @@ def _deadlock(waiting: Sequence[StageSchedule], tasks: Sequence[_TaskRow], now: 
 
 
 class _Link:
-    """From one stage to another."""
+    """The link from one stage to another."""
 
     def __init__(self, time: MessageTime) -> None:
         self.latency = time.latency
         self.transfer = time.transfer
         self.free = 0.0
-        """When the last message put on it has left."""
+        """Time at which its last message has left."""
 
 
 @dataclass(slots=True, eq=False)
-class _Way:
-    """From a chunk to the next or the one before."""
+class _Route:
+    """The route of messages from a chunk to the next or the previous one."""
 
     sender: int
     receiver: int
     direction: Direction
     chunk: int
-    """The receiver's."""
+    """Chunk of the receiver."""
     link: _Link
     sent: dict[int, float]
-    """When the message of a microbatch was sent."""
+    """Send time of the message of each microbatch."""
 
 
-_WayTable = list[list[list[_Way | None]]]
-"""By stage, kind of the task, and chunk."""
+_RouteTable = list[list[list[_Route | None]]]
+"""Routes by stage, kind of the task, and chunk."""
 
 
 class _Run:
-    """State of one simulation; lists are by stage.
+    """State of one simulation; lists are per stage.
 
-    Events are (time, number, stage, way, task): the end of a task (way None), or the arrival at a stage of the message
-    that a task sent. All events of one instant are handled before stages are asked for their next task.
+    Events are (time, number, stage, route, task): the end of a task (route None), or the arrival at a stage of the
+    message that a task sent. All simultaneous events are handled before stages choose their next task.
     """
 
     def __init__(
@@ -200,10 +211,10 @@ class _Run:
         n = len(schedules)
         self.schedules = schedules
         self.seconds = seconds
-        self.out, self.into = _ways(schedules[0].layout, message)
+        self.out, self.into = _routes(schedules[0].layout, message)
         self.record = record
         self.noise = noise
-        self.heap: list[tuple[float, int, int, _Way | None, Task]] = []
+        self.heap: list[tuple[float, int, int, _Route | None, Task]] = []
         self.number = 0
         self.computing = [False] * n
         self.idle_since = [0.0] * n
@@ -215,7 +226,7 @@ class _Run:
         self.messages: list[TimedMessage] = []
 
     def start_task(self, stage: int, now: float) -> None:
-        """Ask the schedule of a free stage for its next task and start it, if there is one."""
+        """Start the next task of a free stage, if its schedule has one ready."""
         schedule = self.schedules[stage]
         task = schedule.next_task()
         if task is None:
@@ -223,8 +234,8 @@ class _Run:
         begun = self.idle_since[stage]
         if now > begun:
             kind, chunk, microbatch = task
-            way = self.into[stage][kind][chunk]
-            since = now if way is None else way.sent.get(microbatch, now)
+            route = self.into[stage][kind][chunk]
+            since = now if route is None else route.sent.get(microbatch, now)
             self.waited[stage] += now - (since if since > begun else begun)
         taken = self.seconds(stage, task)
         end = now + (taken if self.noise is None else taken * self.noise())
@@ -235,34 +246,34 @@ class _Run:
         heappush(self.heap, (end, self.number, stage, None, task))
         self.tasks.append((stage, task, now, end))
 
-    def finish_task(self, stage: int, task: Task, now: float) -> _Way | None:
-        """The stage's task has ended. Returns the way that its message takes, or None without one."""
+    def finish_task(self, stage: int, task: Task, now: float) -> _Route | None:
+        """End the task of a stage and return the route of its message, or None if it sends none."""
         self.computing[stage] = False
         self.idle_since[stage] = self.ends[stage] = now
         schedule = self.schedules[stage]
         schedule.finished(task)
         kind, chunk, microbatch = task
-        way = self.out[stage][kind][chunk]
-        if way is None:
+        route = self.out[stage][kind][chunk]
+        if route is None:
             return None
-        if way.receiver == stage:
-            schedule.arrived(way.direction, way.chunk, microbatch)
+        if route.receiver == stage:
+            schedule.arrived(route.direction, route.chunk, microbatch)
             return None
-        way.sent[microbatch] = now
-        return way
+        route.sent[microbatch] = now
+        return route
 
-    def put_under_way(self, way: _Way, task: Task, posted: float, arrival: float) -> None:
-        """Let a message arrive."""
+    def send(self, route: _Route, task: Task, sent: float, arrival: float) -> None:
+        """Schedule the arrival of a message."""
         self.number += 1
-        heappush(self.heap, (arrival, self.number, way.receiver, way, task))
+        heappush(self.heap, (arrival, self.number, route.receiver, route, task))
         if self.record:
             microbatch = task[2]
             self.messages.append(
-                TimedMessage(way.sender, way.receiver, way.direction, way.chunk, microbatch, posted, arrival)
+                TimedMessage(route.sender, route.receiver, route.direction, route.chunk, microbatch, sent, arrival)
             )
 
     def asynchronous(self) -> float:
-        """Messages beside computation. Returns the time of the last event."""
+        """Run with messages that overlap computation; return the time of the last event."""
         heap, computing, schedules = self.heap, self.computing, self.schedules
         now = 0.0
         touched = set(range(len(schedules)))
@@ -275,39 +286,39 @@ class _Run:
             touched.clear()
             now = heap[0][0]
             while heap and heap[0][0] == now:
-                _, _, stage, way, task = heappop(heap)
+                _, _, stage, route, task = heappop(heap)
                 touched.add(stage)
-                if way is not None:
-                    schedules[stage].arrived(way.direction, way.chunk, task[2])
+                if route is not None:
+                    schedules[stage].arrived(route.direction, route.chunk, task[2])
                     continue
-                way = self.finish_task(stage, task, now)
-                if way is not None:
-                    link = way.link
+                route = self.finish_task(stage, task, now)
+                if route is not None:
+                    link = route.link
                     factor = 1.0 if self.noise is None else self.noise()
                     link.free = (now if now > link.free else link.free) + factor * link.transfer
-                    self.put_under_way(way, task, now, link.free + factor * link.latency)
+                    self.send(route, task, now, link.free + factor * link.latency)
 
     def blocking(self) -> float:
-        """Messages that occupy both ends. Returns the time of the last event."""
+        """Run with messages that occupy sender and receiver; return the time of the last event."""
         heap, computing, schedules = self.heap, self.computing, self.schedules
         n = len(schedules)
         engaged = [0] * n
-        posted: list[tuple[_Way, Task, float] | None] = [None] * n
-        senders = [{way.sender for ways in kinds for way in ways if way is not None} for kinds in self.into]
+        posted: list[tuple[_Route, Task, float] | None] = [None] * n
+        senders = [{route.sender for routes in kinds for route in routes if route is not None} for kinds in self.into]
         now = 0.0
         touched = set(range(n))
         while True:
-            # A stage that stopped computing can now receive what its neighbours have posted, and send its own.
+            # A stage that stopped computing can now receive what its neighbours have posted, and send its own message.
             for sender in touched.union(*(senders[stage] for stage in touched)):
                 message = posted[sender]
                 if message is None or computing[message[0].receiver]:
                     continue
-                way, task, since = message
+                route, task, since = message
                 posted[sender] = None
                 engaged[sender] += 1
-                engaged[way.receiver] += 1
+                engaged[route.receiver] += 1
                 factor = 1.0 if self.noise is None else self.noise()
-                self.put_under_way(way, task, since, now + factor * (way.link.latency + way.link.transfer))
+                self.send(route, task, since, now + factor * (route.link.latency + route.link.transfer))
             for stage in touched:
                 if not computing[stage] and not engaged[stage] and posted[stage] is None:
                     self.start_task(stage, now)
@@ -319,8 +330,8 @@ class _Run:
                 _, _, stage, arrived, task = heappop(heap)
                 touched.add(stage)
                 if arrived is None:
-                    way_out = self.finish_task(stage, task, now)
-                    posted[stage] = None if way_out is None else (way_out, task, now)
+                    route_out = self.finish_task(stage, task, now)
+                    posted[stage] = None if route_out is None else (route_out, task, now)
                 else:
                     touched.add(arrived.sender)
                     self.ends[arrived.sender] = now
@@ -329,28 +340,27 @@ class _Run:
                     schedules[stage].arrived(arrived.direction, arrived.chunk, task[2])
 
 
-def _ways(layout: ChunkLayout, message: Callable[[int, int], MessageTime] | None) -> tuple[_WayTable, _WayTable]:
-    """The ways that results of tasks take, and the ways on which their inputs come; none past the network's ends."""
+def _routes(layout: ChunkLayout, message: Callable[[int, int], MessageTime] | None) -> tuple[_RouteTable, _RouteTable]:
+    """Return the routes of the outputs and of the inputs of tasks; None past the ends of the network."""
     links: dict[tuple[int, int], _Link] = {}
 
     def link(sender: int, receiver: int) -> _Link:
         if (sender, receiver) not in links:
-            none = message is None or sender == receiver
-            links[sender, receiver] = _Link(
-                MessageTime(0.0, 0.0) if none or message is None else message(sender, receiver)
-            )
+            instant = MessageTime(0.0, 0.0)
+            time = instant if message is None or sender == receiver else message(sender, receiver)
+            links[sender, receiver] = _Link(time)
         return links[sender, receiver]
 
     stages, chunks = range(layout.stages), range(layout.chunks)
-    out: _WayTable = [[[None for _ in chunks] for _ in Kind] for _ in stages]
-    into: _WayTable = [[[None for _ in chunks] for _ in Kind] for _ in stages]
+    out: _RouteTable = [[[None for _ in chunks] for _ in Kind] for _ in stages]
+    into: _RouteTable = [[[None for _ in chunks] for _ in Kind] for _ in stages]
     for stage, chunk, direction in itertools.product(stages, chunks, Direction):
         target = layout.target(stage, chunk, direction)
         if target is None:
             continue
-        way = _Way(stage, target[0], direction, target[1], link(stage, target[0]), {})
+        route = _Route(stage, target[0], direction, target[1], link(stage, target[0]), {})
         for kind in Kind:
             if kind.sends == direction:
-                out[stage][kind][chunk] = way
-                into[target[0]][kind][target[1]] = way
+                out[stage][kind][chunk] = route
+                into[target[0]][kind][target[1]] = route
     return out, into

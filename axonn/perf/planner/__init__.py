@@ -1,1 +1,1 @@
-"""The search for the best configuration of the engine."""
+"""Search for the best configuration of the engine."""

@@ -1,7 +1,7 @@
-"""Batch time and memory of a configuration of our engine in closed form: fast enough to look at all of them.
+"""Closed-form estimate of batch time and memory of a configuration of our engine, fast enough to search all of them.
 
-It knows what the simulator knows of a stage (kernels, collectives, messages, memory) but runs no schedule: a pipeline
-takes its fill and drain, and then one period for each microbatch. It prunes; the simulator ranks.
+It uses the same model of a stage as the simulator (kernels, collectives, messages, memory) but runs no schedule: a
+pipeline takes its fill and drain, and one period per microbatch. It prunes; the simulator ranks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Extents = tuple[int, int, int, int]
 
 
 class Shape(NamedTuple):
-    """What of a configuration decides how long its tasks are."""
+    """The part of a configuration that determines the durations of its tasks."""
 
     grid: Extents
     microbatch_size: int
@@ -48,7 +48,7 @@ class Shape(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A configuration. `together`: blocks that are recomputed together, None without checkpointing."""
+    """A configuration. `together`: blocks per activation checkpoint, None without checkpointing."""
 
     shape: Shape
     schedule: ScheduleSpec
@@ -59,7 +59,7 @@ class Candidate(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Of a candidate. `seconds`: of a batch. `needs`: bytes of the fullest device; `host`: of the fullest node."""
+    """Estimate of a candidate: seconds of a batch, and bytes of the fullest device and of the fullest node's host."""
 
     seconds: float
     needs: int
@@ -73,14 +73,14 @@ class Stages:
     forward: Sequence[float]
     backward: Sequence[float]
     again: Sequence[float]
-    """Of the forward of the blocks, which checkpointing runs again."""
+    """Seconds of the forward of the blocks, which checkpointing recomputes."""
     weight: Sequence[float]
-    """The part of the backward that only gives gradients of parameters."""
+    """Seconds of the part of the backward that computes only gradients of parameters."""
     parameters: Sequence[int]
     activations: Callable[[int | None], Sequence[tuple[int, int]]]
-    """(kept of each microbatch, working) by the number of blocks recomputed together."""
+    """Bytes (saved per microbatch, working) for a number of blocks per checkpoint, by stage."""
     blocks: int
-    """In the chunk that has most of them."""
+    """Blocks in the chunk with the most of them."""
 
     @cached_property
     def most_parameters(self) -> int:
@@ -88,7 +88,7 @@ class Stages:
 
 
 class _Table(NamedTuple):
-    """Sums over the links before each one, for cutting the chain anywhere."""
+    """Prefix sums over the links, for cutting the chain anywhere."""
 
     forward: list[float]
     backward: list[float]
@@ -100,8 +100,8 @@ class _Table(NamedTuple):
 
 
 class _Cut(NamedTuple):
-    """The chunks of each stage, the stage with the end of the network, parameters of each stage, and blocks of the
-    chunk that has most of them."""
+    """A partition of the chain: links of each stage's chunks, stage with the end of the network, parameters of each
+    stage, and blocks of the chunk with the most of them."""
 
     spans: list[list[range]]
     sink: int
@@ -110,9 +110,9 @@ class _Cut(NamedTuple):
 
 
 class ClosedForm:
-    """Estimates candidates for a machine, a batch and a type; remembers what they have in common.
+    """Estimator of candidates for a machine, a batch and a compute type; it caches what candidates have in common.
 
-    `outline(row, col)` is the model on such a tensor grid. `fixed`: what is otherwise than our engine has it.
+    `outline(row, col)`: the model on that tensor grid. `fixed`: fields of `Strategy` that differ from our engine.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class ClosedForm:
         self.compute: FloatType = compute
         self.order = order
         any_model = GPTConfig(name="any", layers=1, hidden=1, heads=1, seq_len=1, vocab=2)
-        # What the engine does whatever it is told.
+        # Settings of the engine that no configuration changes.
         precision = PrecisionConfig(compute=compute)
         engine = strategy_of_config(TrainConfig(model=any_model, batch_size=1, microbatch_size=1, precision=precision))
         self._engine = engine.model_copy(update=dict(fixed or {}))
@@ -144,7 +144,7 @@ class ClosedForm:
         self._steps: dict[object, float] = {}
 
     def strategy(self, candidate: Candidate) -> Strategy:
-        """What the engine does in it."""
+        """Return the strategy with which the engine runs a candidate."""
         shape = candidate.shape
         data, inter, row, col = shape.grid
         found = {
@@ -163,11 +163,11 @@ class ClosedForm:
         return self._engine.model_copy(update=found)
 
     def microbatches(self, shape: Shape) -> int:
-        """Of each pipeline."""
+        """Return the microbatches per pipeline."""
         return self.batch_size // (shape.grid[0] * shape.microbatch_size)
 
     def estimate(self, candidate: Candidate) -> Estimate:
-        """Of a candidate whose stages the model has (`stages`)."""
+        """Return the estimate for a candidate. Raises `GridError` like `stages`."""
         stages = self.stages(candidate.shape)
         seconds = self._pipeline(candidate, stages) + self.step_seconds(candidate, stages)
         needs = self.needs(candidate, stages)
@@ -176,7 +176,7 @@ class ClosedForm:
         return Estimate(seconds, needs, host)
 
     def needs(self, candidate: Candidate, stages: Stages) -> int:
-        """Bytes of the fullest device, each stage holding as many microbatches as its schedule may ever let it."""
+        """Return the bytes of the fullest device, with as many microbatches per stage as the schedule can ever hold."""
         held = most_held(candidate.schedule, candidate.shape.grid[1], self.microbatches(candidate.shape))
         state = {
             phi: model_state_bytes(
@@ -195,7 +195,7 @@ class ClosedForm:
         )
 
     def stages(self, shape: Shape) -> Stages:
-        """Raises `GridError` when there are more chunks than links."""
+        """Return the stages of a shape. Raises `GridError` when there are more chunks than links."""
         _, inter, row, col = shape.grid
         places = self._placed(shape.grid)[1:]
         key = (shape[1:], inter, row, col, places)
@@ -204,7 +204,7 @@ class ClosedForm:
         return self._stages[key]
 
     def _cut(self, shape: Shape) -> _Cut:
-        """Where the chain is cut, whatever the microbatches."""
+        """Return the partition of the chain, which does not depend on the microbatches."""
         _, inter, row, col = shape.grid
         key = (inter, row, col, shape.chunks, shape.placement)
         if key not in self._cuts:
@@ -265,7 +265,7 @@ class ClosedForm:
         return self._tables[key]
 
     def _placed(self, extents: Extents) -> tuple[GroupPlacement, ...]:
-        """Of the replicas, and along row, col and both, on the first stage."""
+        """Return the placements, on the first stage, of the groups along data, row, col, and row x col."""
         if extents not in self._places:
             data, inter, row, col = extents
             per_node = self.machine.node.gpus.number
@@ -286,13 +286,13 @@ class ClosedForm:
         hop = self._hop(shape)
         splits = splits_backward(schedule, inter)
         around = sum(whole) - (sum(stages.weight) if splits else 0.0) + 2 * (inter * shape.chunks - 1) * hop
-        # Interleaved 1F1B takes longer than that where chunks are uneven; the simulator knows.
+        # Interleaved 1F1B takes longer if chunks are uneven; the simulator accounts for it.
         period = max(*whole, around / in_flight(schedule, inter, count))
         fill = bubble(schedule, count, period=period, whole=whole, weight=stages.weight)
         return count * period + fill + 2 * (inter - 1) * hop
 
     def _hop(self, shape: Shape) -> float:
-        """Seconds of a message to the next stage."""
+        """Return the seconds of a message to the next stage."""
         key = (shape.grid, shape.microbatch_size)
         if key not in self._messages:
             _, _, row, col = shape.grid
@@ -311,7 +311,7 @@ class ClosedForm:
         return self._messages[key]
 
     def step_seconds(self, candidate: Candidate, stages: Stages) -> float:
-        """Of the reduction and the optimizer after the pipeline."""
+        """Return the seconds of the reduction and the optimizer after the pipeline."""
         where = self._placed(candidate.shape.grid)[0]
         phi = stages.most_parameters
         key = (phi, where, candidate.optimizer, candidate.bsize, candidate.k)
@@ -321,7 +321,7 @@ class ClosedForm:
 
 
 def _before(values: Sequence[float]) -> list[float]:
-    """Sums of what comes before each value, and of all."""
+    """Return the sum of the values before each one, and of all of them."""
     found = [0.0]
     for value in values:
         found.append(found[-1] + value)
@@ -329,6 +329,6 @@ def _before(values: Sequence[float]) -> list[float]:
 
 
 def _of_chunks(links: Sequence[LinkBytes], spans: Sequence[range], together: int | None) -> tuple[int, int]:
-    """(kept, working) of the chunks of a stage."""
+    """Return the bytes (saved, working) of all chunks of a stage."""
     each = [activation_bytes(links, span, together=together) for span in spans]
     return sum(kept for kept, _ in each), max(working for _, working in each)

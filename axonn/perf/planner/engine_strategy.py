@@ -1,4 +1,4 @@
-"""How our engine runs a configuration, as a `Strategy`, and the configuration with which it runs a strategy."""
+"""Conversion between configurations of our engine and strategies of the performance model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from axonn.perf.strategy import Strategy
 from axonn.schedules import make_schedule
 
 _LIBRARIES: dict[str, str] = {"mpi": "mpi", "torch": "nccl"}
-"""Who moves the messages of a transport: `torch.distributed` has NCCL, or Gloo where there is none."""
+"""Library of each transport: `torch.distributed` uses NCCL, or Gloo without GPUs."""
 _ENGINE = {
     "order": AXES,
     "blocking_messages": False,
-    # A rank sends what it holds, to the rank that needs just that: nothing is gathered.
+    # A rank sends its shard to the rank that needs that shard: nothing is gathered.
     "partition_messages": False,
     "partition": "work",
     "overlap_input_gradients": True,
@@ -24,18 +24,19 @@ _ENGINE = {
     "sequence_parallel": False,
     "overlap_reduction": False,
     "optimizer_kernels": "fused",
-    # As follows from the type.
+    # The default of the compute type.
     "agree_on_overflow": None,
 }
-"""What the engine always does."""
+"""Fields of a strategy that are fixed in the engine."""
 _TENSOR_ONLY = frozenset({"partition_messages", "overlap_input_gradients", "sequence_parallel"})
-"""What of it has no effect where layers are not cut."""
+"""Fields among them that have no effect without tensor parallelism."""
 
 
 def strategy_of_config(config: TrainConfig) -> Strategy:
-    """What the engine does when it runs `config`. Raises `ConfigError` or `GridError` where it would refuse it.
+    """Return the strategy of the engine under `config`. Raises `ConfigError` or `GridError` if the engine refuses it.
 
-    Checkpointing "auto" may choose other numbers of blocks for other stages; the strategy has that of the first.
+    Activation checkpointing "auto" may choose a different number of blocks on each stage; the strategy has that of the
+    first stage.
     """
     grid = config.grid
     optimizer = config.optimizer
@@ -47,7 +48,7 @@ def strategy_of_config(config: TrainConfig) -> Strategy:
         "message_library": _LIBRARIES[config.transport],
         "optimizer": optimizer.placement,
         "bsize": optimizer.bsize,
-        # One chunk of all is one of so many buckets.
+        # Without k all buckets form one chunk.
         "k": optimizer.k or -(-phi // optimizer.bsize),
         "buckets_resident": optimizer.buckets_resident,
         "compute": config.precision.compute,
@@ -75,7 +76,7 @@ def strategy_of_config(config: TrainConfig) -> Strategy:
 
 
 def differences(strategy: Strategy) -> list[str]:
-    """In what `strategy` computes the same in another way than the engine does, in words."""
+    """Describe the fields of `strategy` in which it differs from the engine while computing the same result."""
     ours = as_the_engine(strategy)
     without_effect = _TENSOR_ONLY if strategy.tensor == 1 else frozenset()
     extents = strategy.grid.extents()
@@ -91,24 +92,24 @@ def differences(strategy: Strategy) -> list[str]:
 
 
 def as_the_engine(strategy: Strategy) -> Strategy:
-    """`strategy` without these differences."""
+    """Return `strategy` without these differences."""
     return strategy.model_copy(update=_ENGINE)
 
 
 def config_of_strategy(strategy: Strategy, model: ModelConfig, *, batch_size: int, steps: int = 11) -> TrainConfig:
-    """The configuration with which the engine runs `strategy`; the inverse of `strategy_of_config`.
+    """Return the configuration with which the engine runs `strategy`; the inverse of `strategy_of_config`.
 
-    Raises `ConfigError` naming what the engine does not do: blocking messages, a sharded optimizer and the like.
+    Raises `ConfigError` naming what the engine does not support: blocking messages, a sharded optimizer and the like.
     """
-    foreign = differences(strategy)
+    unsupported = differences(strategy)
     if strategy.recompute == "selective":
-        foreign.append("recompute 'selective' (the engine: 'full' or 'none')")
+        unsupported.append("recompute 'selective' (the engine: 'full' or 'none')")
     if strategy.clip_norm:
-        foreign.append("clip_norm without the norm (say it in the configuration's optimizer)")
+        unsupported.append("clip_norm without the norm (say it in the configuration's optimizer)")
     if strategy.optimizer == "sharded":
-        foreign.append("optimizer 'sharded' (the engine: 'device' or 'offloaded')")
-    if foreign:
-        raise ConfigError(f"the engine does not run a strategy with {', '.join(foreign)}; change it")
+        unsupported.append("optimizer 'sharded' (the engine: 'device' or 'offloaded')")
+    if unsupported:
+        raise ConfigError(f"the engine does not run a strategy with {', '.join(unsupported)}; change it")
     strategy.microbatches(batch_size)
     (transport,) = [name for name, library in _LIBRARIES.items() if library == strategy.message_library]
     return TrainConfig(

@@ -1,8 +1,8 @@
-"""The best configurations of our engine for a model, a machine and a number of ranks.
+"""Planner: the best configurations of our engine for a model, a machine and a number of ranks.
 
-All configurations are estimated in closed form (`axonn.perf.planner.closed_form`); those that fit and are estimated fastest are
-simulated, of every tensor grid and number of stages the best ones; then the finalists are tried with other in-flight
-limits, buckets and coarsening factors. What is handed back has been predicted in full.
+All configurations are estimated in closed form (`axonn.perf.planner.closed_form`). Of those that fit, the fastest by
+that estimate are simulated, a few per grid; then the finalists are tried with other in-flight limits, bucket sizes and
+coarsening factors. The configurations returned are predicted in full.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from axonn.perf.timing.stage_times import stage_times
 from axonn.perf.timing.update_times import step_times
 
 SIMULATED, OF_A_GRID = 32, 4
-"""Candidates that are simulated, and how many of them may have the same grid."""
+"""Number of candidates that are simulated, and how many of them may share a grid."""
 FINALISTS = 5
-"""Whose in-flight limits, buckets and coarsening factors are searched."""
+"""Number of candidates whose in-flight limits, bucket sizes and coarsening factors are searched."""
 SHOWN = 10
+"""Number of configurations that are returned by default."""
 
 OnProgress = Callable[[str, int, int], None]
-"""Hears what is done, how much of it, and of how much."""
+"""Callback with the name of the current step, how much of it is done, and the total."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plannable:
-    """A model to plan for: `outline(row, col)` is it on such a tensor grid.
+    """A model to plan for. `outline(row, col)`: the model on that tensor grid; raises `ConfigError` if it does not fit.
 
-    It raises `ConfigError` where the grid does not fit. `stages`: whether it can be cut into stages.
+    `stages`: whether it can be cut into pipeline stages.
     """
 
     name: str
@@ -48,20 +49,20 @@ class Plannable:
 
 @dataclass
 class Discarded:
-    """What was not considered further: how many configurations, by reason; an example of each."""
+    """Discarded configurations: their number and an example, by reason."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     nearest: tuple[int, Candidate] | None = None
-    """The configuration that lacks the least memory, and how many bytes."""
+    """The configuration that lacks the least memory, after the bytes that it lacks."""
 
     def add(self, reason: str, example: str, count: int = 1) -> None:
-        """Count configurations that are not possible, with an example."""
+        """Count discarded configurations, with an example."""
         self.counts[reason] += count
         self.examples.setdefault(reason, example)
 
     def short_of_memory(self, lacking: int, candidate: Candidate) -> None:
-        """Remember the configuration that lacks the fewest bytes."""
+        """Keep the configuration that lacks the fewest bytes."""
         if self.nearest is None or lacking < self.nearest[0]:
             self.nearest = lacking, candidate
 
@@ -75,13 +76,13 @@ class PlannedStrategy:
 
     @property
     def seconds(self) -> float:
-        """Predicted for a batch."""
+        """Predicted seconds per batch."""
         return self.prediction.batch_time_s
 
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyPlan:
-    """The best configurations, fastest first. `estimated`, `simulated`: how many were."""
+    """The best configurations, fastest first. `estimated`, `simulated`: how many were; `estimating_s`: seconds."""
 
     best: list[PlannedStrategy]
     estimated: int
@@ -96,9 +97,9 @@ def plan(
     space: Space,
     *,
     shown: int = SHOWN,
-    on_progress: OnProgress = lambda what, done, total: None,
+    on_progress: OnProgress = lambda step, done, total: None,
 ) -> StrategyPlan:
-    """The `shown` best configurations of `space`.
+    """Return the `shown` best configurations of `space`.
 
     Raises `ConfigError` when the machine has fewer GPUs or no configuration is possible, and `DoesNotFit` when none
     fits in memory.
@@ -106,11 +107,11 @@ def plan(
     machine.check_gpus(space.gpus)
     search = _Search(model, machine, space, on_progress)
     begun = time.perf_counter()
-    found = search.fitting()
+    fitting = search.fitting()
     seconds = time.perf_counter() - begun
-    if not found:
+    if not fitting:
         raise search.nothing()
-    ranked = search.simulated(_chosen(found))
+    ranked = search.simulated(_chosen(fitting))
     ranked = search.refined(ranked)
     return StrategyPlan(
         best=search.predicted(ranked, shown),
@@ -134,15 +135,15 @@ class _Search:
         )
         self.discarded = Discarded()
         self.capacity = int((1 - space.reserve) * machine.gpu.memory.si)
-        """Bytes of a device that a configuration may need."""
+        """Bytes of a device that a configuration may use."""
         self._problems: dict[tuple[int, int], str] = {}
         self.estimated = 0
         self.times: dict[tuple[object, ...], float] = {}
-        """Seconds of the pipelines that were simulated."""
+        """Seconds of the pipelines simulated so far."""
 
     def fitting(self) -> list[tuple[Estimate, Candidate]]:
-        """All that fit, with what the closed form says."""
-        found = []
+        """Return all candidates that fit with their estimates, fastest first."""
+        fitting = []
         grids = self.space.grids()
         capacity = self.capacity
         for done, grid in enumerate(grids):
@@ -156,12 +157,12 @@ class _Search:
                 elif estimate.host > self.machine.node.host_memory.si:
                     self.discarded.add("host memory for the offloaded optimizer", _shown(candidate))
                 else:
-                    found.append((estimate, candidate))
+                    fitting.append((estimate, candidate))
         self.on_progress("estimating", len(grids), len(grids))
-        return sorted(found, key=lambda pair: pair[0].seconds)
+        return sorted(fitting, key=lambda pair: pair[0].seconds)
 
     def _candidates(self, grid: Extents) -> Iterator[Candidate]:
-        """Of a grid, and of what its stages need the least memory by recomputing."""
+        """Yield the candidates of a grid; checkpointing "auto" is resolved to what needs the least memory."""
         data, inter, row, col = grid
         shown = f"data {data}, inter {inter}, row {row}, col {col}"
         if inter > 1 and not self.model.stages:
@@ -181,13 +182,13 @@ class _Search:
                         self.discarded.add("more stages than layers", f"{shown}: {error}")
                         continue
                     for optimizer in self.space.optimizers():
-                        # Without blocks there is nothing to recompute: one configuration, whatever is asked for.
+                        # Without blocks there is nothing to recompute, so all settings are one configuration.
                         for checkpointing in self.space.checkpointings() if blocks else ("none",):
                             candidate = Candidate(shape, schedule, None, optimizer)
                             yield self._checkpointed(candidate, checkpointing, blocks)
 
     def _problem(self, row: int, col: int) -> str:
-        """Why the model does not lie on such a tensor grid; empty where it does."""
+        """Return the reason why the model does not fit the tensor grid; empty if it fits."""
         if (row, col) not in self._problems:
             try:
                 self.model.outline(row, col)
@@ -206,7 +207,7 @@ class _Search:
         return min(tried, key=lambda c: self.closed.needs(c, stages))
 
     def nothing(self) -> AxonnError:
-        """The error of a search that has found nothing."""
+        """Return the error of a search without a result."""
         space, where = self.space, f"{self.model.name} on {self.space.gpus} GPUs of {self.machine.name}"
         if self.discarded.nearest is not None:
             lacking, candidate = self.discarded.nearest
@@ -223,25 +224,25 @@ class _Search:
         )
 
     def simulated(self, candidates: list[Candidate]) -> list[tuple[float, Candidate]]:
-        """With the seconds of a batch, fastest first."""
-        found = []
+        """Return the candidates with their simulated seconds per batch, fastest first."""
+        timed = []
         for done, candidate in enumerate(candidates):
             self.on_progress("simulating", done, len(candidates))
-            found.append((self._seconds(candidate), candidate))
+            timed.append((self._seconds(candidate), candidate))
         self.on_progress("simulating", len(candidates), len(candidates))
-        return sorted(found, key=lambda pair: pair[0])
+        return sorted(timed, key=lambda pair: pair[0])
 
     def refined(self, ranked: list[tuple[float, Candidate]]) -> list[tuple[float, Candidate]]:
-        """The same, the finalists with all in-flight limits and the best buckets of each."""
-        found = dict.fromkeys(candidate for _, candidate in ranked)
+        """Return the candidates, and the finalists with all in-flight limits, each with its best bucket size."""
+        candidates = dict.fromkeys(candidate for _, candidate in ranked)
         capacity = self.capacity
         for _, candidate in ranked[:FINALISTS]:
             stages = self.closed.stages(candidate.shape)
             for schedule in self.space.limits(candidate.schedule, candidate.shape.grid[1]):
-                other = candidate._replace(schedule=schedule)
-                if self.closed.needs(other, stages) <= capacity:
-                    found[other] = None
-        with_buckets = [self._with_best_buckets(candidate) for candidate in found]
+                variant = candidate._replace(schedule=schedule)
+                if self.closed.needs(variant, stages) <= capacity:
+                    candidates[variant] = None
+        with_buckets = [self._with_best_buckets(candidate) for candidate in candidates]
         return self.simulated(list(dict.fromkeys(with_buckets)))
 
     def _with_best_buckets(self, candidate: Candidate) -> Candidate:
@@ -253,19 +254,19 @@ class _Search:
         return min(fitting, key=lambda c: self.closed.step_seconds(c, stages), default=candidate)
 
     def predicted(self, ranked: list[tuple[float, Candidate]], shown: int) -> list[PlannedStrategy]:
-        """In full."""
-        found = []
+        """Return the `shown` best candidates with their full predictions, fastest first."""
+        planned = []
         for done, (_, candidate) in enumerate(ranked[:shown]):
             self.on_progress("predicting", done, shown)
             strategy = self.closed.strategy(candidate)
             outline = self.model.outline(strategy.grid.row, strategy.grid.col)
             prediction = predict(outline, self.machine, strategy, batch_size=self.space.batch_size)
-            found.append(PlannedStrategy(strategy=strategy, prediction=prediction))
+            planned.append(PlannedStrategy(strategy=strategy, prediction=prediction))
         self.on_progress("predicting", shown, shown)
-        return sorted(found, key=lambda choice: choice.seconds)
+        return sorted(planned, key=lambda choice: choice.seconds)
 
     def _seconds(self, candidate: Candidate) -> float:
-        """Of a batch, its pipeline simulated once whatever the optimizer."""
+        """Return the seconds of a batch; the pipeline is simulated once for all optimizer settings."""
         strategy = self.closed.strategy(candidate)
         outline = self.model.outline(strategy.grid.row, strategy.grid.col)
         key = (candidate.shape, candidate.schedule, candidate.together)
@@ -280,11 +281,11 @@ class _Search:
         return self.times[key] + sum(step_times(outline, self.machine, strategy))
 
 
-def _chosen(found: list[tuple[Estimate, Candidate]]) -> list[Candidate]:
-    """The fastest, a few of each grid, so that one grid's variants do not crowd out all others."""
+def _chosen(fitting: list[tuple[Estimate, Candidate]]) -> list[Candidate]:
+    """Return the fastest candidates, a few per grid, so that the variants of one do not crowd out the others."""
     taken: Counter[Extents] = Counter()
     chosen = []
-    for _, candidate in found:
+    for _, candidate in fitting:
         grid = candidate.shape.grid
         if taken[grid] < OF_A_GRID:
             taken[grid] += 1
@@ -295,7 +296,7 @@ def _chosen(found: list[tuple[Estimate, Candidate]]) -> list[Candidate]:
 
 
 def _shown(candidate: Candidate) -> str:
-    """In words, for errors."""
+    """Return a description of a candidate, for errors."""
     data, inter, row, col = candidate.shape.grid
     checkpointing = "" if candidate.together is None else f", checkpoints of {candidate.together}"
     return (

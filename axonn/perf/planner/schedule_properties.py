@@ -25,18 +25,20 @@ class UnitRun(NamedTuple):
 
     makespan: float
     in_flight: int
-    """Most microbatches that were under way at once."""
+    """Most microbatches that were in flight at once."""
 
 
 def most_held(schedule: ScheduleSpec, stages: int, microbatches: int) -> list[int]:
-    """Microbatches that each stage holds at most, whatever the order in which messages arrive, all chunks together
-    counted as one."""
+    """Return the most microbatches that each stage can hold, in any order of arriving messages.
+
+    A microbatch that all chunks of a stage hold counts as one.
+    """
     stated = definition_of(schedule.name).most_held
     return _limits(schedule, stages, microbatches) if stated is None else stated(schedule, stages, microbatches)
 
 
 def in_flight(schedule: ScheduleSpec, stages: int, microbatches: int) -> float:
-    """Microbatches that can be under way at once, in the pipeline."""
+    """Return the number of microbatches that can be in flight at once in the pipeline."""
     if (stated := definition_of(schedule.name).in_flight) is not None:
         return stated(schedule, stages, microbatches)
     return extrapolated(
@@ -60,7 +62,7 @@ def bubble(
     """
     stages = len(whole)
     if (stated := definition_of(schedule.name).weights_in_bubble) is not None:
-        # A weight half fills what would be idle, the more of them the more microbatches a stage may hold.
+        # Weight halves fill idle time: more of them, the more microbatches a stage may hold.
         filling = stated(schedule)
         idle = [max(0.0, t - filling * w) for t, w in zip(whole, weight, strict=True)]
         return (sum(idle) - max(idle)) / schedule.chunks
@@ -78,7 +80,7 @@ def unit_run(schedule: ScheduleSpec, stages: int, microbatches: int) -> UnitRun:
     run = simulate(
         _machines(schedule, stages, microbatches), seconds=lambda stage, task: _UNITS[task.kind] / schedule.chunks
     )
-    # A microbatch is under way between its first task and its last gradient on the stage with the inputs.
+    # A microbatch is in flight between its first task and its last gradient on the stage with the inputs.
     changes = [
         (start, 1) if task.kind == Kind.FORWARD else (end, -1)
         for stage, task, start, end in run.tasks

@@ -1,4 +1,4 @@
-"""All configurations of our engine that a number of ranks could run, with what the user has pinned."""
+"""Search space of the planner: all configurations of our engine on a number of ranks, within the user's pins."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from axonn.perf.strategy import OptimizerPlacement
 from axonn.schedules import ScheduleSpec, definition_of, variants
 
 Checkpointing = Literal["none", "auto"] | int
-"""auto: as many blocks together as need the least memory."""
+"""auto: the number of blocks per checkpoint that needs the least memory."""
 
 MOST_ROWS = 64
-"""Of a microbatch that are tried, unless it is pinned."""
+"""Largest microbatch size that is tried, unless it is pinned."""
 LIMITS = (1.0, 1.5, 2.0, 3.0, 4.0)
-"""In-flight limits that are tried with the finalists, in G_inter."""
+"""In-flight limits that are tried with the finalists, in units of G_inter."""
 BSIZES = (1_000_000, 4_000_000, 16_000_000)
 COARSENING = (1, 4, 16)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """What is searched; a pin is None where everything is tried.
+    """The search space. A setting that is None is searched; any other value pins it.
 
-    `order`: placement on nodes, from the slowest to the fastest axis; the engine runs the default. `reserve`: share of
-    a device's memory that is left to what no model counts: the runtime's own, buffers of libraries, fragmentation.
-    `fixed`: fields of `Strategy` that are otherwise than our engine has them, in every configuration.
+    `order`: placement on nodes, from the slowest to the fastest axis; the engine runs the default. `reserve`: fraction
+    of a device's memory that is left for what no model counts: the runtime, buffers of libraries, fragmentation.
+    `fixed`: fields of `Strategy` that differ from our engine in every configuration.
     """
 
     gpus: int
@@ -50,7 +50,7 @@ class Space:
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def grids(self) -> list[Extents]:
-        """All products of four factors that the pins allow. Raises `ConfigError` when there is none."""
+        """Return all grids of `gpus` ranks that the pins allow. Raises `ConfigError` when there is none."""
         found = [
             (data, inter, row, self.gpus // (data * inter * row))
             for data in _factors(self.gpus, self.data)
@@ -64,7 +64,7 @@ class Space:
         return found
 
     def microbatch_sizes(self, data: int) -> list[int]:
-        """That divide a pipeline's share of the batch; none where it has none."""
+        """Return the microbatch sizes that divide the batch shard of a pipeline; none if the batch does not divide."""
         share, rest = divmod(self.batch_size, data)
         if rest or not share:
             return []
@@ -73,28 +73,28 @@ class Space:
         return [n for n in range(1, min(share, MOST_ROWS) + 1) if share % n == 0]
 
     def schedules(self, inter: int) -> list[ScheduleSpec]:
-        """With one stage all are the same."""
+        """Return the schedules to try; with one stage they are all equal, so only one."""
         if self.schedule is not None:
             return [self.schedule]
         return [ScheduleSpec()] if inter == 1 else variants(inter)
 
     def limits(self, schedule: ScheduleSpec, inter: int) -> list[ScheduleSpec]:
-        """The schedule with all its in-flight limits."""
+        """Return the schedule with each in-flight limit to try."""
         if not definition_of(schedule.name).has_limit or inter == 1 or self.schedule is not None:
             return [schedule]
         limits = sorted({max(1, round(limit * inter)) for limit in LIMITS})
         return [replace(schedule, in_flight_limit=limit) for limit in limits]
 
     def optimizers(self) -> Sequence[OptimizerPlacement]:
-        """Places of the optimizer to try."""
+        """Return the placements of the optimizer to try."""
         return ("device", "offloaded") if self.optimizer is None else (self.optimizer,)
 
     def checkpointings(self) -> Sequence[Checkpointing]:
-        """Ways of checkpointing to try."""
+        """Return the settings of activation checkpointing to try."""
         return ("none", "auto") if self.checkpointing is None else (self.checkpointing,)
 
     def sub_shards(self, tensor: int, microbatch_size: int) -> Sequence[int]:
-        """Overdecomposition hides the collectives of tensor parallelism, where there are any."""
+        """Return the numbers of sub-shards to try; only tensor-parallel collectives make overdecomposition pay."""
         if self.overdecomposition is not None:
             return (self.overdecomposition,) if self.overdecomposition <= microbatch_size else ()
         return (1, 2) if tensor > 1 and microbatch_size > 1 else (1,)

@@ -1,1 +1,1 @@
-"""Seconds and bytes of the parts of a training step: compute, collectives, update, memory."""
+"""Seconds and bytes of a training step: compute, collectives, update, memory."""

@@ -1,4 +1,4 @@
-"""Bytes that a rank sends for a batch of a strategy, as records state them."""
+"""Bytes that a rank sends per batch under a strategy, as records state them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from axonn.perf.timing.communication import BYTES, Training
 
 
 def bytes_by_axis(outline: ModelOutline, strategy: Strategy, *, batch_size: int) -> dict[str, int]:
-    """By axis of the grid, of the rank that sends most along it (`axonn.observability.records.Record.bytes_per_batch`).
+    """Return the bytes by axis of the grid, for the rank that sends most along it.
 
-    `axonn.perf.timing.communication` without what only our engine sends; messages whose parts the ranks of col send each count
-    with that part, and the gathering of the parts along col.
+    As in `axonn.observability.records.Record.bytes_per_batch`: the traffic of `axonn.perf.timing.communication` without
+    what only our engine sends. Of a partitioned message (`Strategy.partition_messages`) a rank's shard counts along
+    inter, and the all-gather of the shards along col.
     """
     grid = strategy.logical_grid
     layout = strategy.schedule.layout(grid.inter)

@@ -1,4 +1,4 @@
-"""The predictor to beat: every GPU runs at one constant rate, whatever the strategy."""
+"""Baseline predictor: every GPU runs at one constant rate, whatever the strategy."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ Batch = tuple[float, int, float]
 
 
 def naive_constant(batches: Sequence[Batch]) -> float:
-    """FLOP/s per GPU that fits `batches` best: least mean |error| over them.
+    """Return the FLOP/s per GPU that fits `batches` best, by mean |error|.
 
-    The error of `naive_predict` is quoted beside the model's; it is fitted on the very points that it predicts.
+    The error of `naive_predict` is reported next to the model's; it is in-sample, on the points of the fit.
     """
     return naive_constants(batches, [None] * len(batches))[0]
 
 
 def naive_constants(batches: Sequence[Batch], groups: Sequence[Hashable]) -> tuple[float, dict[Hashable, float]]:
-    """FLOP/s per GPU that fits all `batches` best, and for each of `groups` (one name per batch) the rate that fits
-    those of the other groups best; a group has none where there is no other.
+    """Return the FLOP/s per GPU that fits `batches` best, and for each group the best fit to the others.
 
-    A rate x predicts a batch whose own rate is r with the relative error |r / x - 1| = r |1/x - 1/r|, so that the best
-    1/x is the median of the 1/r weighted by r: one sort finds it, also of what is left without a group.
+    `groups`: the group of each batch. A group has no rate if it is the only one. A rate x predicts a batch of rate r
+    with the relative error |r / x - 1| = r |1/x - 1/r|, so the best 1/x is the median of the 1/r weighted by r. One
+    sort serves all groups.
     """
     if not batches:
         raise ConfigError("the naive predictor needs at least one batch to be fitted on")
@@ -37,12 +37,12 @@ def naive_constants(batches: Sequence[Batch], groups: Sequence[Hashable]) -> tup
         of_group.setdefault(groups[i], []).append(place)
 
     def median(without: Sequence[int] = ()) -> float:
-        """Of all places in the order but those `without`, which ascend."""
-        own = list(accumulate((rates[order[place]] for place in without), initial=0.0))
+        """Return the weighted median over all positions in the order except `without`, which ascend."""
+        excluded_below = list(accumulate((rates[order[place]] for place in without), initial=0.0))
 
         def weight(end: int) -> float:
-            """Of the first `end` places that count."""
-            return below[end] - own[bisect_right(without, end - 1)]
+            """Return the total weight of the included positions before `end`."""
+            return below[end] - excluded_below[bisect_right(without, end - 1)]
 
         half = weight(len(order)) / 2
         first, last = 0, len(order) - 1
@@ -53,15 +53,15 @@ def naive_constants(batches: Sequence[Batch], groups: Sequence[Hashable]) -> tup
             else:
                 first = middle + 1
         excluded = set(without)
-        # Where sums are rounded, the half may seem to be reached at a place that does not count.
+        # With rounded sums the half may appear to be reached at an excluded position.
         places = (*range(first, len(order)), *reversed(range(first)))
         chosen: int = next(place for place in places if place not in excluded)
         return rates[order[chosen]]
 
-    held_out = {name: median(own) for name, own in of_group.items() if len(own) < len(order)}
+    held_out = {name: median(places) for name, places in of_group.items() if len(places) < len(order)}
     return median(), held_out
 
 
 def naive_predict(*, flops: float, gpus: int, flops_per_s: float) -> float:
-    """Seconds of a batch of `flops` if every GPU ran at a constant `flops_per_s`, whatever the strategy."""
+    """Return the seconds of a batch of `flops` if every GPU runs at a constant `flops_per_s`, whatever the strategy."""
     return flops / gpus / flops_per_s

@@ -1,4 +1,4 @@
-"""Times that are not the same every time: the spread of predicted batch times."""
+"""Random variation of task times, and the spread of predicted batch times."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from axonn.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Jitter:
-    """Each task, each message, each reduction and each update takes its time times a log-normal factor of its own.
+    """Multiplication of the time of each task, message, reduction and update by an independent log-normal factor.
 
-    `relative`: standard deviation of the factors, whose mean is 1. `repeats` batches are simulated, and in each all
-    replicas, since the reduction waits for the last; equal seeds give equal times.
+    `relative`: standard deviation of the factors, whose mean is 1. `repeats`: batches to simulate, each with all
+    replicas, since the reduction waits for the last one. Equal seeds give equal times.
     """
 
     relative: float
@@ -29,7 +29,7 @@ class Jitter:
             raise ConfigError(f"jitter needs at least one batch, not {self.repeats}")
 
     def noise(self, *where: int) -> Callable[[], float]:
-        """Factors one after another, others for other numbers `where`."""
+        """Return a function that yields the next factor; each tuple of numbers `where` has its own sequence."""
         variance = log(1 + self.relative**2)
         mean, deviation = -variance / 2, sqrt(variance)
         gauss = random.Random(repr((self.seed, *where))).gauss
@@ -44,13 +44,13 @@ class JitterSpread:
 
     @property
     def mean(self) -> float:
-        """Of the batch times, in seconds."""
+        """Mean of the batch times in seconds."""
         return sum(self.batch_times_s) / len(self.batch_times_s)
 
     def percentile(self, percent: float) -> float:
-        """Interpolated between the two next to it."""
+        """Return a percentile of the batch times in seconds, linearly interpolated."""
         times = sorted(self.batch_times_s)
-        place = percent / 100 * (len(times) - 1)
-        below = int(place)
+        position = percent / 100 * (len(times) - 1)
+        below = int(position)
         above = min(below + 1, len(times) - 1)
-        return times[below] + (place - below) * (times[above] - times[below])
+        return times[below] + (position - below) * (times[above] - times[below])

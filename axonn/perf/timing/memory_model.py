@@ -1,4 +1,4 @@
-"""Bytes of device memory that a strategy needs."""
+"""Device and host memory of a strategy, in bytes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from axonn.perf.timing.communication import BYTES
 
 
 class OptimizerBytes(NamedTuple):
-    """Bytes per parameter of AdamW. `kept`: weight and gradient in the type that is computed in; `optimizer`: the rest
-    of the step; `streamed`: what of it the offloaded optimizer has in host memory."""
+    """Bytes per parameter under AdamW. `kept`: weight and gradient in the compute type; `optimizer`: everything else
+    that the step needs; `streamed`: the part of it that the offloaded optimizer keeps in host memory."""
 
     kept: int
     optimizer: int
@@ -27,14 +27,18 @@ class OptimizerBytes(NamedTuple):
 
 
 def state_bytes(compute: FloatType) -> OptimizerBytes:
-    """Half precision: 2 + 2, and 4 + 8 + 4 of single-precision weight, moments and gradient (Singh & Bhatele, IPDPS
-    2022, section V-B: 20 together). Other types: the weights are the masters, and only the moments are beside them."""
+    """Return the bytes per parameter for a compute type.
+
+    Half precision: 2 + 2 for weight and gradient, and 4 + 8 + 4 for the single-precision weight, moments and gradient,
+    20 in total (Singh & Bhatele, IPDPS 2022, section V-B). Other types: the weights are the master weights, and only
+    the moments are added.
+    """
     element = BYTES[compute]
     return OptimizerBytes(4, 16, 12) if element == 2 else OptimizerBytes(2 * element, 2 * element, 2 * element)
 
 
 class DoesNotFit(AxonnError):
-    """A strategy whose memory exceeds the device's. Says by how much."""
+    """A strategy needs more memory than the device or the host has; the message says by how much."""
 
 
 def model_state_bytes(
@@ -46,10 +50,10 @@ def model_state_bytes(
     shards: int = 1,
     compute: FloatType = "float16",
 ) -> int:
-    """Bytes of parameters, gradients and optimizer state for `phi` parameters on a device.
+    """Return the bytes of parameters, gradients and optimizer state for `phi` parameters on a device.
 
-    In half precision: device: `20 phi`; offloaded: `4 phi + 16 buckets bsize` (IPDPS 2022, section V-B); sharded (ZeRO
-    stage 1, Rajbhandari et al., SC 2020): `4 phi + 16 phi / shards`.
+    In half precision: `20 phi` for "device", `4 phi + 16 buckets bsize` for "offloaded" (IPDPS 2022, section V-B), and
+    `4 phi + 16 phi / shards` for "sharded" (ZeRO stage 1, Rajbhandari et al., SC 2020).
     """
     state = state_bytes(compute)
     if optimizer == "offloaded":
@@ -58,48 +62,48 @@ def model_state_bytes(
 
 
 def host_bytes(phi: int, machine: MachineFile, compute: FloatType) -> int:
-    """Host memory of a node whose devices hold `phi` parameters each, for the offloaded optimizer."""
+    """Return the host memory of the offloaded optimizer on a node whose devices hold `phi` parameters each."""
     return state_bytes(compute).streamed * phi * machine.node.gpus.number
 
 
 def stage_parameters(outline: ModelOutline, strategy: Strategy) -> list[int]:
-    """Parameters of a rank of each stage. A tied one counts on every stage that holds a copy, once on each."""
+    """Return the parameters on a rank of each stage. A tied parameter counts once on every stage that holds it."""
     grid = strategy.logical_grid
     return [sum(outline.parameters(spans, grid).values()) for spans in strategy.spans_of_stages(outline)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one rank of one stage."""
+    """Memory of one rank of one stage, in bytes."""
 
     stage: int
     model_state: int
     checkpoints: int
-    """Kept for the backwards of the microbatches in flight."""
+    """Activations saved for the backwards of the microbatches in flight."""
     working: int
-    """Activations of the part that is being recomputed, and on the last stage the logits."""
+    """Activations of the checkpoint that is being recomputed, and on the last stage the logits."""
     capacity: int
     host: int
-    """Host memory that the ranks of a node need together, for the offloaded optimizer's state."""
+    """Host memory for the offloaded optimizer's state, of all ranks of a node together."""
     host_capacity: int
 
     @property
     def total(self) -> int:
-        """Bytes of all categories together."""
+        """Bytes on the device, the sum of `parts`."""
         return self.model_state + self.checkpoints + self.working
 
     @property
     def parts(self) -> dict[str, int]:
-        """What `total` consists of, by name."""
+        """Parts of `total`, by name."""
         return {name: getattr(self, name) for name in ("model_state", "checkpoints", "working")}
 
     @property
     def fits(self) -> bool:
-        """Whether it is within the memory of the GPU, less what is reserved."""
+        """True if device and host have enough memory."""
         return self.total <= self.capacity and self.host <= self.host_capacity
 
     def check(self) -> None:
-        """Raise `DoesNotFit`, with numbers, when the memory exceeds the device's."""
+        """Raise `DoesNotFit`, with the numbers, unless device and host have enough memory."""
         if self.host > self.host_capacity:
             raise DoesNotFit(
                 f"stage {self.stage} needs {self.host / 1e9:.2f} GB of host memory per node for the optimizer, the "
@@ -114,8 +118,8 @@ class Memory:
 
 
 class RankBytes(NamedTuple):
-    """Bytes of one rank of a stage, wherever it runs: see `Memory`. `streamed`: what the offloaded optimizer keeps of
-    it in host memory, beside."""
+    """Bytes of one rank of a stage, independent of a machine: see `Memory`. `streamed`: additional bytes that the
+    offloaded optimizer keeps in host memory."""
 
     model_state: int
     checkpoints: int
@@ -129,8 +133,10 @@ class RankBytes(NamedTuple):
 
 
 def rank_bytes(outline: ModelOutline, strategy: Strategy, *, stage: int, held: int) -> RankBytes:
-    """Bytes of one rank of `stage` while it holds `held` pairs of a chunk and a microbatch, taken to be spread evenly
-    over its chunks."""
+    """Return the bytes of one rank of `stage` while it holds activations of `held` (chunk, microbatch) pairs.
+
+    The pairs are assumed to be spread evenly over its chunks.
+    """
     grid = strategy.logical_grid
     spans = strategy.spans_of_stages(outline)[stage]
     phi = sum(outline.parameters(spans, grid).values())
@@ -158,7 +164,7 @@ def rank_bytes(outline: ModelOutline, strategy: Strategy, *, stage: int, held: i
 
 
 def stage_memory(outline: ModelOutline, machine: MachineFile, strategy: Strategy, *, stage: int, held: int) -> Memory:
-    """Memory of one rank of `stage` of a machine; `held` as of `rank_bytes`."""
+    """Return the memory of one rank of `stage` on a machine; `held` as in `rank_bytes`."""
     rank = rank_bytes(outline, strategy, stage=stage, held=held)
     return Memory(
         stage=stage,
@@ -172,8 +178,8 @@ def stage_memory(outline: ModelOutline, machine: MachineFile, strategy: Strategy
 
 
 class LinkBytes(NamedTuple):
-    """What a link keeps of a microbatch for its backward, and what it hands on, in bytes of one rank. `scores`: what of
-    it selective recomputation does not keep."""
+    """Bytes on one rank that a link saves per microbatch for its backward, and that it passes on. `scores`: the part of
+    `saved` that selective recomputation drops."""
 
     block: int | None
     saved: int
@@ -182,11 +188,11 @@ class LinkBytes(NamedTuple):
 
 
 def link_bytes(outline: ModelOutline, strategy: Strategy) -> list[LinkBytes]:
-    """Of every link, for a microbatch.
+    """Return the bytes of every link, for a microbatch.
 
-    For a transformer layer in half precision `s b h (10 + 24 / t + 5 a s / (h t))` (Korthikanti et al., arXiv
-    2205.05198, equation 2), the 10 cut along row; with sequence parallelism `s b h / t (34 + 5 a s / h)` (equation 4).
-    Selective recomputation leaves out the 5 a s (equation 6).
+    A transformer layer in half precision saves `s b h (10 + 24 / t + 5 a s / (h t))` (Korthikanti et al., arXiv
+    2205.05198, equation 2), the 10 being cut along row; with sequence parallelism `s b h / t (34 + 5 a s / h)`
+    (equation 4). Selective recomputation drops the term with 5 a s (equation 6).
     """
     grid, rows, element = strategy.logical_grid, strategy.microbatch_size, BYTES[strategy.compute]
     parts = grid.col if strategy.sequence_parallel else 1
@@ -203,7 +209,7 @@ def link_bytes(outline: ModelOutline, strategy: Strategy) -> list[LinkBytes]:
 
 
 def _scores(work: LayerWork, element: int) -> int:
-    """Bytes of an attention's scores: all that it saves but queries, keys and values."""
+    """Return the bytes of an attention's scores: all that it saves except queries, keys and values."""
     inputs = (3 * o.matrices * o.rows * o.width for o in work.forward if isinstance(o, AttentionKernel))
     return sum(work.saved.bytes(element) - element * of_attention for of_attention in inputs)
 
@@ -211,10 +217,10 @@ def _scores(work: LayerWork, element: int) -> int:
 def activation_bytes(
     links: Sequence[LinkBytes], span: range, *, together: int | None, selective: bool = False
 ) -> tuple[int, int]:
-    """Bytes that the chunk `span` keeps of a microbatch until its backward, and those of what is recomputed at once.
+    """Return the bytes that the chunk `span` saves of a microbatch until its backward, and those recomputed at once.
 
-    Every `together` blocks keep their input and are recomputed; what is in no block is kept as it is, and so is
-    everything without recomputation (None), but for the scores of attention with `selective`.
+    Every `together` blocks save only their input and are recomputed. Links outside of blocks save everything, and so do
+    all links without recomputation (`together` None), except the attention scores with `selective`.
     """
     if together is None:
         scores = [links[i].scores for i in span] if selective else []
@@ -238,9 +244,9 @@ def activation_bytes(
 
 
 def loss_bytes(outline: ModelOutline, strategy: Strategy) -> int:
-    """What the loss of a microbatch saves, and its gradient in single precision."""
+    """Return the bytes that the loss of a microbatch saves, with its gradient in single precision."""
     loss = work_of(outline.loss, strategy.logical_grid, strategy.microbatch_size).saved
     element = BYTES[strategy.compute]
-    # In single precision already, what it works on is no copy.
+    # Logits already in single precision are not copied.
     copied = loss.elements if element < SINGLE else 0
     return element * copied + 2 * max(SINGLE, element) * loss.wide

@@ -1,9 +1,8 @@
-"""When each stage reduces its gradients and updates its parameters, after the last of its own tasks.
+"""Timeline of each stage after its last task: reduction of its gradients and update of its parameters.
 
-As `axonn.engine.Engine.train_batch` does it: a stage that is done early goes on while others still run backwards.
-First the stages that hold a tied parameter add up its gradients, then the replicas of each stage reduce theirs, then
-each updates. Where gradients may overflow, all ranks agree on it, before the reduction or after it: all wait for the
-last.
+As in `axonn.engine.Engine.train_batch`, a stage that is done early continues while others still run backwards. First
+the stages that share a tied parameter all-reduce its gradients, then the replicas of each stage reduce theirs, then
+each updates. If gradients may overflow, all ranks agree on it, before or after the reduction, and so wait for the last.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ _FLAG_BYTES = 4
 
 
 class Tie(NamedTuple):
-    """A parameter that two stages hold: which, and the seconds in which they add up its gradients."""
+    """A tied parameter: the two stages that hold it, and the seconds of the all-reduce of its gradients."""
 
     stages: tuple[int, int]
     seconds: float
 
 
 class StageEnd(NamedTuple):
-    """What a stage does after its last task, as seconds since the beginning of the batch."""
+    """Intervals of a stage after its last task, in seconds since the start of the batch."""
 
     tied: Interval
     reduction: Interval
@@ -40,7 +39,7 @@ class StageEnd(NamedTuple):
 
     @property
     def reducing(self) -> float:
-        """Seconds in collectives."""
+        """Seconds in gradient all-reduces."""
         return self.tied[1] - self.tied[0] + self.reduction[1] - self.reduction[0]
 
     @property
@@ -49,17 +48,17 @@ class StageEnd(NamedTuple):
         return self.optimizer[1] - self.optimizer[0]
 
     def spans(self, stage: int, last_task: float, end: float) -> list[Span]:
-        """Up to the end of the batch, what is left between its parts being idle."""
-        found: list[Span] = []
+        """Return spans from the last task to the end of the batch, with idle spans in between."""
+        spans: list[Span] = []
         free = last_task
         parts = (SpanKind.ALL_REDUCE, self.tied), (SpanKind.ALL_REDUCE, self.reduction)
         for kind, (begin, stop) in (*parts, (SpanKind.OPTIMIZER, self.optimizer), (SpanKind.IDLE, (end, end))):
             if begin > free:
-                found.append(Span(stage, SpanKind.IDLE, 0, -1, -1, -1, free, begin))
+                spans.append(Span(stage, SpanKind.IDLE, 0, -1, -1, -1, free, begin))
             if stop > begin:
-                found.append(Span(stage, kind, 0, -1, -1, -1, begin, stop))
+                spans.append(Span(stage, kind, 0, -1, -1, -1, begin, stop))
             free = max(free, stop)
-        return found
+        return spans
 
 
 def finish(
@@ -70,8 +69,10 @@ def finish(
     agreement: Literal["before", "after", "never"] = "never",
     flag: float = 0.0,
 ) -> list[StageEnd]:
-    """What each stage does after its last task, which ends at `ends`: "before" or "after" the reduction (or never,
-    "never") all agree, in `flag` seconds."""
+    """Return the end of each stage, whose last task ends at `ends`.
+
+    `agreement`: whether all ranks agree on overflow "before" or "after" the reduction, in `flag` seconds, or "never".
+    """
     tied = [(end, end) for end in ends]
     for tie in ties:
         begin = max(tied[stage][1] for stage in tie.stages)
@@ -90,23 +91,25 @@ def finish(
 
 
 def ties_of(outline: ModelOutline, machine: MachineFile, strategy: Strategy) -> list[Tie]:
-    """The tied parameters whose stages are not the same, each with the time of an all-reduce of two ranks, which moves
-    everything once each way."""
+    """Return the tied parameters that several stages hold, each with the time of an all-reduce of two ranks.
+
+    That moves all elements once each way, which takes as long as one message.
+    """
     grid = strategy.process_grid(machine)
     held = [outline.parameters(spans, grid) for spans in strategy.spans_of_stages(outline)]
-    found = []
+    ties = []
     for name in {first for first, _ in outline.ties}:
         stages = [stage for stage, parameters in enumerate(held) if name in parameters]
         if len(stages) < 2:
             continue
         first, last = stages[0], stages[-1]
-        way = edge(grid, first, last)
+        between = edge(grid, first, last)
         nbytes = BYTES[strategy.gradient_type] * held[first][name]
-        time = message_time(machine, nbytes, library="nccl", same_node=way.same_node, flows=way.flows)
-        found.append(Tie((first, last), time.seconds))
-    return found
+        time = message_time(machine, nbytes, library="nccl", same_node=between.same_node, flows=between.flows)
+        ties.append(Tie((first, last), time.seconds))
+    return ties
 
 
 def flag_time(machine: MachineFile, strategy: Strategy) -> float:
-    """Seconds of the all-reduce of one number over all ranks."""
+    """Return the seconds of the all-reduce of the overflow flag over all ranks."""
     return all_reduce_time(machine, _FLAG_BYTES, place(strategy.process_grid(machine), AXES, 0, machine))

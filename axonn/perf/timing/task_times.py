@@ -1,8 +1,8 @@
-"""How long a task of a stage takes: its kernels, its tensor-parallel collectives, and what runs beside what.
+"""Duration of a task of a stage: its kernels, its tensor-parallel collectives, and their overlap.
 
-A task is cut into one lane per sub-shard (overdecomposition, Singh & Bhatele, arXiv 2305.13525). A lane computes until
-it needs the result of a collective, then gives its turn to the next lane; turns go round in a fixed order, as in
-`axonn.tensor.overdecomposition`. The collectives of a rank follow each other, and computing is slower while one is under way.
+A task has one lane per sub-shard (overdecomposition, Singh & Bhatele, arXiv 2305.13525). A lane computes until it needs
+the result of a collective, then yields to the next lane; turns are round-robin, as in `axonn.tensor.overdecomposition`.
+The collectives of a rank are serialized, and computation is slower while one runs.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 
 class TaskSegment(NamedTuple):
-    """Computes for `compute` seconds, starts a collective of `exchange` seconds, and computes for `beside` seconds more
-    before it needs the result."""
+    """A turn of a lane: `compute` seconds of computation, then a collective of `exchange` seconds, and alongside it
+    `beside` seconds of computation before its result is needed."""
 
     compute: float
     exchange: float = 0.0
@@ -23,62 +23,62 @@ class TaskSegment(NamedTuple):
 Interval = tuple[float, float]
 """Start and end, in seconds from the beginning of the task."""
 Turn = tuple[int, int]
-"""Lane, and which of its turns."""
+"""Lane, and number of the turn in it."""
 
 
 class TaskTime(NamedTuple):
-    """Seconds of a task, how many of them it waits for collectives, and when it computes and communicates."""
+    """Seconds of a task and of its waits for collectives, and the intervals of computation and communication."""
 
     total: float
     waited: float
     computing: tuple[Interval, ...] = ()
     collectives: tuple[Interval, ...] = ()
-    """From the issue of each to its result."""
+    """Interval of each collective, from its issue to its result."""
     computed_in: tuple[Turn, ...] = ()
-    """Turn of each of `computing`."""
+    """Turn of each interval in `computing`."""
     issued_in: tuple[Turn, ...] = ()
-    """Turn of each of `collectives`."""
+    """Turn of each interval in `collectives`."""
     lanes: int = 1
     layers: tuple[tuple[int, ...], ...] = ()
-    """By lane the layer whose collective ends each turn, counted from the first of the chunk, where it is known."""
+    """Per lane, the layer whose collective ends each turn, counted from the first of the chunk; empty if unknown."""
 
     def layer(self, turn: Turn) -> int:
-        """That of a turn; 0 where it is not known."""
+        """Return the layer of a turn, or 0 if unknown."""
         return self.layers[turn[0]][turn[1]] if self.layers else 0
 
     def shard(self, turn: Turn) -> int:
-        """The sub-shard of a turn, -1 where there is only one."""
+        """Return the sub-shard of a turn, or -1 if there is only one."""
         return turn[0] if self.lanes > 1 else -1
 
 
 def joined(segments: Iterable[TaskSegment]) -> list[TaskSegment]:
-    """The same with as few segments as possible: only the last may be without a collective."""
-    found: list[TaskSegment] = []
-    before = 0.0
-    for compute, exchange, beside in segments:
-        if exchange > 0:
-            found.append(TaskSegment(before + compute, exchange, beside))
-            before = 0.0
+    """Merge segments until each has a collective, except possibly the last."""
+    merged: list[TaskSegment] = []
+    pending = 0.0
+    for segment in segments:
+        if segment.exchange > 0:
+            merged.append(TaskSegment(pending + segment.compute, segment.exchange, segment.beside))
+            pending = 0.0
         else:
-            before += compute + beside
-    if before > 0 or not found:
-        found.append(TaskSegment(before))
-    return found
+            pending += segment.compute + segment.beside
+    if pending > 0 or not merged:
+        merged.append(TaskSegment(pending))
+    return merged
 
 
 def computed(now: float, seconds: float, link: float, slowdown: float) -> float:
-    """When what takes `seconds` and is begun `now` is done, computing being slower while the link is busy."""
-    beside = max(0.0, link - now)
-    if seconds * slowdown <= beside:
+    """Return the end of a computation of `seconds` that starts `now`, slowed down until the link is free at `link`."""
+    link_busy = max(0.0, link - now)
+    if seconds * slowdown <= link_busy:
         return now + seconds * slowdown
-    return now + seconds + beside * (1 - 1 / slowdown)
+    return now + seconds + link_busy * (1 - 1 / slowdown)
 
 
 def task_time(lanes: Sequence[Sequence[TaskSegment]], *, slowdown: float = 1.0) -> TaskTime:
-    """Seconds of the lanes' (`joined`) segments in turns, on one device and one link.
+    """Return the time of a task whose `lanes` (`joined` segments) take turns on one device and one link.
 
-    `slowdown`: how much longer computing takes while a collective is under way. What is under way when a computation
-    begins follows each other without a gap, so the link is busy up to the end of the last.
+    `slowdown`: factor by which computation takes longer while a collective runs. The collectives pending when a
+    computation starts run without a gap, so the link is busy until the end of the last one.
     """
     now = link = waited = 0.0
     ready = [0.0] * len(lanes)
@@ -95,14 +95,14 @@ def task_time(lanes: Sequence[Sequence[TaskSegment]], *, slowdown: float = 1.0) 
                 waited += ready[lane] - now
                 now = ready[lane]
             begun = now
-            compute, exchange, beside = segments[turn]
-            now = computed(now, compute, link, slowdown)
-            if exchange > 0:
-                link = max(link, now) + exchange
+            segment = segments[turn]
+            now = computed(now, segment.compute, link, slowdown)
+            if segment.exchange > 0:
+                link = max(link, now) + segment.exchange
                 collectives.append((now, link))
                 issued_in.append((lane, turn))
                 ready[lane] = link
-            now = computed(now, beside, link, slowdown)
+            now = computed(now, segment.beside, link, slowdown)
             if now > begun:
                 computing.append((begun, now))
                 computed_in.append((lane, turn))

@@ -1,4 +1,4 @@
-"""Seconds that each stage needs, after its last task, to reduce its gradients over the replicas and to update."""
+"""Seconds of each stage, after its last task, to reduce its gradients over the replicas and update its parameters."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from axonn.perf.timing.stage_times import StageTimes, kernels_of
 _STREAMED = 12
 """Bytes per parameter that the offloaded optimizer moves over the host link each way: weight and two moments."""
 _CLIPPING = 12
-"""Bytes per parameter to clip: for the norm (4), and to scale (4 in, 4 out)."""
+"""Bytes per parameter of clipping: the norm (4), and the scaling (4 in, 4 out)."""
 
 
 class _Passes(NamedTuple):
-    """Bytes per parameter that the device moves."""
+    """Bytes per parameter that the device moves in each pass."""
 
     descale: int
     update: int
 
 
 _PASSES = {
-    # Descaling in place with the test for overflow (6 + 4), gradients set to zero (2); gradient (4), weight and two
-    # moments in and out (24), half-precision weight (2 out; 4 in, since it is cast by itself), descaled copy (4).
+    # Descaling in place with the overflow check (6 + 4), zeroing of gradients (2); gradient (4), weight and two
+    # moments in and out (24), half-precision weight (2 out; 4 in for a separate cast), descaled copy (4).
     "fused": _Passes(12, 38),
-    # The half-precision gradient to single precision (6), divided (8), looked at for overflow (4); weight decay (8),
+    # Cast of the half-precision gradient to single precision (6), division (8), overflow check (4); weight decay (8),
     # two moments (20 + 20), denominator (24), update (16), and the half-precision weight (6).
     "separate": _Passes(18, 94),
 }
 
 
 class StepTime(NamedTuple):
-    """Seconds of one stage; of what overlaps, only the rest of the optimizer counts as `optimizer`."""
+    """Seconds of one stage; `optimizer` excludes the part that overlaps the reduction."""
 
     reduction: float
     optimizer: float
@@ -49,7 +49,7 @@ class StepTime(NamedTuple):
 def stage_steps(
     outline: ModelOutline, machine: MachineFile, strategy: Strategy, *, stages: Sequence[StageTimes] | None = None
 ) -> list[StepTime]:
-    """Of each stage. `stages`: times of the last backward, beside which gradients may be reduced."""
+    """Return the time of each stage. `stages`: times of the last backward, which the reduction may overlap."""
     grid = strategy.process_grid(machine)
     sizes = stage_parameters(outline, strategy)
     found = []
@@ -66,18 +66,21 @@ def stage_steps(
 
 
 def step_time(machine: MachineFile, strategy: Strategy, phi: int, where: GroupPlacement) -> StepTime:
-    """Of a rank with `phi` parameters whose replicas lie at `where`."""
+    """Return the time of a rank with `phi` parameters, whose replicas are placed at `where`."""
     of_placement = _offloaded if strategy.optimizer == "offloaded" else _on_device
     return of_placement(machine, strategy, phi, where)
 
 
 def step_times(outline: ModelOutline, machine: MachineFile, strategy: Strategy) -> StepTime:
-    """`stage_steps` of the stage that takes longest."""
+    """Return the time of the stage that takes longest (`stage_steps`)."""
     return max(stage_steps(outline, machine, strategy), key=sum)
 
 
 def _on_device(machine: MachineFile, strategy: Strategy, phi: int, where: GroupPlacement) -> StepTime:
-    """Gradients that are descaled all at once count as reduction, as in the reference implementation of AxoNN."""
+    """Return the time with the optimizer on the device.
+
+    Descaling all gradients at once counts as reduction, as in the reference implementation of AxoNN.
+    """
     # Sharded: reduce-scatter the gradients and all-gather the weights, together as much as one all-reduce.
     reduction = all_reduce_time(machine, BYTES[strategy.gradient_type] * phi, where)
     mine = ceil(phi / where.ranks) if strategy.optimizer == "sharded" else phi
@@ -90,10 +93,11 @@ def _on_device(machine: MachineFile, strategy: Strategy, phi: int, where: GroupP
 
 
 def _offloaded(machine: MachineFile, strategy: Strategy, phi: int, where: GroupPlacement) -> StepTime:
-    """Chunks of k buckets are all-reduced one after the other; a chunk's optimizer runs while the next one reduces.
+    """Return the time with the offloaded optimizer, which updates a chunk while the next one is reduced.
 
-    To other nodes and to the host a device has the same link, and its copies hold up the all-reduce: of 1.75 s that the
-    optimizer takes alone, overlap saved 0.5 s at most (IPDPS 2022, Figures 6 and 8).
+    Chunks of k buckets are all-reduced one after the other. A device reaches other nodes and its host over the same
+    link, so copies delay the all-reduce: of 1.75 s that the optimizer takes alone, overlap saved 0.5 s at most (IPDPS
+    2022, Figures 6 and 8).
     """
     chunk = strategy.k * strategy.bsize
     reduced = done = held_up = 0.0
@@ -109,7 +113,7 @@ def _offloaded(machine: MachineFile, strategy: Strategy, phi: int, where: GroupP
 
 
 def _streamed(machine: MachineFile, strategy: Strategy, size: int) -> tuple[float, float]:
-    """Seconds in which the offloaded optimizer updates `size` parameters, and of copies among them."""
+    """Return the seconds in which the offloaded optimizer updates `size` parameters, and those of its copies."""
     copies, compute = _seconds_per_offloaded(machine, strategy)
     per_element = max(copies, compute) if strategy.buckets_resident > 1 else copies + compute
     full, rest = divmod(size, strategy.bsize)
@@ -122,8 +126,11 @@ def _streamed(machine: MachineFile, strategy: Strategy, size: int) -> tuple[floa
 
 
 def _seconds_per_offloaded(machine: MachineFile, strategy: Strategy) -> tuple[float, float]:
-    """(copies, computation) per parameter of the offloaded optimizer. One resident bucket is copied in and out in turn,
-    with more this is done at once. The host's memory serves the devices of its socket."""
+    """Return the seconds (of copies, of computation) per parameter of the offloaded optimizer.
+
+    One resident bucket is copied in and out in turn, several concurrently. The devices of a socket share the bandwidth
+    of its host memory.
+    """
     node = machine.node
     host = node.host_memory_bandwidth.si / node.gpus_per_socket.number
     one_way = _STREAMED / min(PAYLOAD_SHARE * node.host_link.si, host)

@@ -1,1 +1,1 @@
-"""Layers whose weights are cut along row and col."""
+"""Tensor-parallel layers, whose weights are cut along row and col."""

@@ -1,4 +1,4 @@
-"""Multi-head attention with the heads along col: each rank has some heads, whole."""
+"""Multi-head attention with its heads cut along col: each rank computes some whole heads."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def attention(
     is_causal: bool = False,
     attn_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(head size)) v of [batch, heads, seq, head size]; `dropout` is of the softmax.
+    """Return softmax(q k^T / sqrt(head size)) v of [batch, heads, seq, head size]; `dropout` applies to the softmax.
 
-    `attn_mask` [..., seq of q, seq of k], which broadcasts against batch and heads: what is added to the products, or
-    whether a key takes part (as in `F.scaled_dot_product_attention`). While dropout is active, the probabilities
-    [batch, heads, seq of q, seq of k] are in memory, which the fused function avoids.
+    `attn_mask` [..., seq of q, seq of k], broadcast against batch and heads: added to the scores, or, if boolean, True
+    for keys that take part (as in `F.scaled_dot_product_attention`). While dropout is active, the probabilities
+    [batch, heads, seq of q, seq of k] are kept in memory, which the fused function avoids.
     """
     if is_causal and attn_mask is not None:
         attn_mask, is_causal = _also_causal(attn_mask, q.shape[-2], k.shape[-2]), False
@@ -45,7 +45,7 @@ def attention(
 
 
 def _causal(queries: int, keys: int, device: torch.device) -> torch.Tensor:
-    """Which keys take part: as in `F.scaled_dot_product_attention`, the first query sees the first key alone."""
+    """Return the causal mask, as in `F.scaled_dot_product_attention`: the first query sees only the first key."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
 
 
@@ -55,11 +55,11 @@ def _also_causal(mask: torch.Tensor, queries: int, keys: int) -> torch.Tensor:
 
 
 class MultiheadAttention(nn.Module):
-    """`nn.MultiheadAttention` with batch_first and need_weights=False, its heads along col:
-    [batch, seq, embed_dim / G_row] -> the same.
+    """`nn.MultiheadAttention` with batch_first and need_weights=False, its heads cut along col.
 
-    `name`: of its stream of random values, which no other layer may have. Raises `GridError` when the heads cannot
-    be cut along col or `embed_dim` along row.
+    [batch, seq, embed_dim / G_row] -> the same. `name`: name of its stream of random values, which no other layer may
+    use. Raises `GridError` when the heads cannot be cut along col or `embed_dim` along row, `ValueError` when
+    `num_heads` does not divide `embed_dim`.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class MultiheadAttention(nn.Module):
         name: str = "attention",
     ) -> None:
         super().__init__()
-        what = f"num_heads of MultiheadAttention({embed_dim}, {num_heads})"
+        label = f"num_heads of MultiheadAttention({embed_dim}, {num_heads})"
         if num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(f"{what} must be a divisor of embed_dim")
+            raise ValueError(f"{label} must be a divisor of embed_dim")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.context = context
-        self.heads = context.part(num_heads, "col", what)
-        """Heads of this rank."""
+        self.heads = context.part(num_heads, "col", label)
+        """Number of heads of this rank."""
         segments = [embed_dim] * 3
         self.in_proj = Linear(
             embed_dim, 3 * embed_dim, bias, device, dtype, context=context, layout=NORMAL, out_segments=segments
@@ -99,10 +99,10 @@ class MultiheadAttention(nn.Module):
         is_causal: bool = False,
         attn_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of `query` to `key` (default: itself), whose values are `value` (default: `key`).
+        """Return the attention of `query` to `key` (default: `query`) with values `value` (default: `key`).
 
-        `attn_mask` as nn.MultiheadAttention has it: [seq of query, seq of key], or [batch x num_heads, ...] with all
-        heads; what is added, or true where a key takes *no* part. `is_causal` masks by itself as well.
+        `attn_mask` as in nn.MultiheadAttention: [seq of query, seq of key], or [batch x num_heads, ...] for all heads;
+        added to the scores, or, if boolean, True for keys that take *no* part. `is_causal` adds the causal mask.
         """
         key = query if key is None else key
         value = key if value is None else value
@@ -114,7 +114,7 @@ class MultiheadAttention(nn.Module):
     def _projected(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One product for all that comes from the same tensor."""
+        """Project query, key and value, with a single product for those that are the same tensor."""
         if query is key is value:
             q, k, v = self.in_proj(query).chunk(3, -1)
         elif key is value:
@@ -125,16 +125,16 @@ class MultiheadAttention(nn.Module):
         return q, k, v
 
     def _part(self, x: torch.Tensor, first: int, stop: int) -> torch.Tensor:
-        """Segments `first` to `stop` of the projection of `x`."""
+        """Return segments `first` to `stop` (exclusive) of the projection of `x`."""
         layer = self.in_proj
         size = layer.weight.shape[0] // 3
         rows = slice(first * size, stop * size)
         bias = None if layer.bias is None else layer.bias[rows]
-        # Of slices autograd itself accumulates the gradients.
+        # Autograd accumulates the gradients of the slices.
         return linear(x, layer.weight[rows], bias, context=self.context, layout=layer.layout)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        """[batch, seq, features] -> [batch, heads, seq, head size]."""
+        """Reshape [batch, seq, features] -> [batch, heads, seq, head size]."""
         return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
     def _mask(self, mask: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""The two-dimensional convolution: channels are its features, cut along row and col like those of a linear layer."""
+"""Tensor-parallel `nn.Conv2d`: its channels are cut along row and col like the features of a linear layer."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 class Conv2d(TensorLayer):
-    """`nn.Conv2d` with its weight [out, in, height, width] cut in both dims of channels:
-    [batch, in / G_in, height, width] -> [batch, out / G_out, height', width'], or without the batch.
+    """`nn.Conv2d` with its weight [out, in, height, width] cut in both channel dims.
 
-    Each rank convolves its part, the output is summed along the axis of the input, the input's gradient along that of
-    the output, while the weight's gradient, which needs no sum, is computed. The bias lies as the output does and is
-    added after the sum. Channels that are not cut (those of an image) have None in `layout`.
+    [batch, in / G_in, height, width] -> [batch, out / G_out, height', width'], also without the batch dim. Each rank
+    convolves its part. The output is all-reduced along the axis of the input; the input gradient is all-reduced along
+    the axis of the output while the weight gradient, which needs no reduction, is computed. The bias is cut like the
+    output and added after the reduction. Channels that are not cut (those of an image) have None in `layout`.
 
-    `in_segments`, `out_segments`: parts of the channels that are each cut by themselves. `groups` other than 1 work
-    where no channels are cut: a group connects few channels, and of most pairs of parts none at all, so most ranks
-    would have nothing to compute. Raises `GridError` when the channels cannot be cut so.
+    `in_segments`, `out_segments`: segments of the channels that are each cut by themselves. `groups` other than 1 work
+    only where no channels are cut: a group connects few channels, so most ranks would have nothing to compute. Raises
+    `GridError` when the channels cannot be cut so.
     """
 
     weight: torch.nn.Parameter
@@ -54,17 +54,17 @@ class Conv2d(TensorLayer):
         out_segments: Sequence[int] | None = None,
     ) -> None:
         super().__init__(context)
-        what = f"Conv2d({in_channels}, {out_channels}, {kernel_size})"
-        check_layout(layout, what)
+        label = f"Conv2d({in_channels}, {out_channels}, {kernel_size})"
+        check_layout(layout, label)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = _pair(kernel_size)
         self.layout = layout
-        rows = segments_of(in_channels, in_segments, context, layout.input, f"in_channels of {what}")
-        columns = segments_of(out_channels, out_segments, context, layout.output, f"out_channels of {what}")
-        self._check_groups(groups, what)
+        rows = segments_of(in_channels, in_segments, context, layout.input, f"in_channels of {label}")
+        columns = segments_of(out_channels, out_segments, context, layout.output, f"out_channels of {label}")
+        self._check_groups(groups, label)
         self.groups = groups
-        self._set_padding(padding, padding_mode, _pair(stride), _pair(dilation), what)
+        self._set_padding(padding, padding_mode, _pair(stride), _pair(dilation), label)
         out = cut(0, layout.output, columns)
         shape = (out_channels, in_channels // groups, *self.kernel_size)
         self.place("weight", shape, out, cut(1, layout.input, rows), device=device, dtype=dtype)
@@ -76,15 +76,17 @@ class Conv2d(TensorLayer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._pad is not None:
             x = F.pad(x, self._pad, "constant" if self.padding_mode == "zeros" else self.padding_mode)
-        how = self._geometry
+        geometry = self._geometry
         if self.weight_gradients is None and self.context.grid.tensor == 1:
-            return F.conv2d(x, self.weight, self.bias, how.stride, how.padding, how.dilation, how.groups)
+            return F.conv2d(
+                x, self.weight, self.bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+            )
         batch = x if x.dim() == 4 else x.unsqueeze(0)
-        given = batch, self.weight, self.bias
-        # What is accumulated in place is computed in the parameters' own type.
-        given = given if self.weight_gradients is not None else product_inputs(*given)  # type: ignore[assignment]
+        operands: tuple[torch.Tensor | None, ...] = batch, self.weight, self.bias
+        if self.weight_gradients is None:  # Gradients accumulated in place are computed in the parameters' own type.
+            operands = product_inputs(*operands)
         with without_autocast(x):
-            y: torch.Tensor = _Conv2d.apply(*given, self, how)  # type: ignore[no-untyped-call]
+            y: torch.Tensor = _Conv2d.apply(*operands, self, geometry)  # type: ignore[no-untyped-call]
         return y if x.dim() == 4 else y.squeeze(0)
 
     def extra_repr(self) -> str:
@@ -94,27 +96,27 @@ class Conv2d(TensorLayer):
             f"padding_mode={self.padding_mode}, layout={tuple(self.layout)}"
         )
 
-    def _check_groups(self, groups: int, what: str) -> None:
+    def _check_groups(self, groups: int, label: str) -> None:
         if groups < 1 or self.in_channels % groups or self.out_channels % groups:
-            raise ValueError(f"groups ({groups}) of {what} must be a divisor of in_channels and of out_channels")
+            raise ValueError(f"groups ({groups}) of {label} must be a divisor of in_channels and of out_channels")
         for axis in self.layout:
             if groups > 1 and self.context.extent(axis) > 1:
                 raise GridError(
-                    f"{what} with groups = {groups} cannot be cut along {axis} = {self.context.extent(axis)}: "
+                    f"{label} with groups = {groups} cannot be cut along {axis} = {self.context.extent(axis)}: "
                     "most ranks would hold no weights that connect channels; "
                     f"set groups=1, G_{axis} = 1 or layout=Layout(None, None)"
                 )
 
     def _set_padding(
-        self, padding: int | Pair | str, padding_mode: str, stride: Pair, dilation: Pair, what: str
+        self, padding: int | Pair | str, padding_mode: str, stride: Pair, dilation: Pair, label: str
     ) -> None:
-        """What is padded beforehand, because the convolution itself only pads zeros, both sides alike, and the rest."""
+        """Set the geometry and what `F.pad` has to pad: the convolution itself only pads zeros, symmetrically."""
         if padding_mode not in _PADDING_MODES:
-            raise ValueError(f"padding_mode {padding_mode!r} of {what} is none of {', '.join(_PADDING_MODES)}")
+            raise ValueError(f"padding_mode {padding_mode!r} of {label} is none of {', '.join(_PADDING_MODES)}")
         if isinstance(padding, str) and padding not in ("same", "valid"):
-            raise ValueError(f"padding {padding!r} of {what} is neither a number nor 'same' or 'valid'")
+            raise ValueError(f"padding {padding!r} of {label} is neither a number nor 'same' or 'valid'")
         if padding == "same" and stride != (1, 1):
-            raise ValueError(f"padding 'same' of {what} needs stride 1, not {stride}: the output would be smaller")
+            raise ValueError(f"padding 'same' of {label} needs stride 1, not {stride}: the output would be smaller")
         self.stride, self.padding, self.dilation, self.padding_mode = stride, padding, dilation, padding_mode
         if isinstance(padding, str):
             missing = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, self.kernel_size, strict=True)]
@@ -129,7 +131,7 @@ class Conv2d(TensorLayer):
 
 
 class _Geometry(NamedTuple):
-    """How the kernel goes over the image, in the order of torch's own functions."""
+    """Geometry of a convolution, in the order of the arguments of torch's functions."""
 
     stride: Pair
     padding: Pair
@@ -140,75 +142,77 @@ class _Geometry(NamedTuple):
 class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layer: Conv2d, how: _Geometry
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layer: Conv2d, geometry: _Geometry
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        # The layer's own parameters, not the tensors that autograd saves for them: their `.grad` is what counts.
-        ctx.layer, ctx.how = layer, how
+        # `accumulate` adds to the `.grad` of the layer's own parameters, not of the tensors that autograd saves.
+        ctx.layer, ctx.geometry = layer, geometry
         context, axis = layer.context, layer.layout.input
         if context.extent(axis) == 1:
-            return F.conv2d(x, weight, bias, *how)
-        y = context.all_reduce(_dense(F.conv2d(x, weight, None, *how)), axis)
+            return F.conv2d(x, weight, bias, *geometry)
+        y = context.all_reduce(_dense(F.conv2d(x, weight, None, *geometry)), axis)
         return y if bias is None else y.add_(bias.view(-1, 1, 1))
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        layer, how = ctx.layer, ctx.how
+        layer, geometry = ctx.layer, ctx.geometry
         needs_input, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
-        pending = of_input = of_weight = of_bias = None
+        reduction = grad_input = grad_weight = grad_bias = None
         if needs_input:
-            of_input = _dense(_backward(gradient, x, weight, how, of_input=True))
-            pending = layer.context.start_all_reduce(of_input, layer.layout.output)
+            grad_input = _dense(_gradient(grad_output, x, weight, geometry, wrt_input=True))
+            reduction = layer.context.start_all_reduce(grad_input, layer.layout.output)
 
         def weight_gradient() -> torch.Tensor:
-            return _backward(gradient, x, weight, how, of_input=False)
+            return _gradient(grad_output, x, weight, geometry, wrt_input=False)
 
         def accumulate() -> None:
             if needs_weight:
                 add_gradient(layer.weight, weight_gradient())
             if needs_bias:
-                add_gradient(layer.bias, gradient.sum((0, 2, 3)))
+                add_gradient(layer.bias, grad_output.sum((0, 2, 3)))
 
         queue = layer.weight_gradients
         if queue is not None:
             queue.add(accumulate)
         else:
-            of_weight = weight_gradient() if needs_weight else None
-            of_bias = gradient.sum((0, 2, 3)) if needs_bias else None
-        if pending is not None:
-            pending.wait()
-        return of_input, of_weight, of_bias, None, None
+            grad_weight = weight_gradient() if needs_weight else None
+            grad_bias = grad_output.sum((0, 2, 3)) if needs_bias else None
+        if reduction is not None:
+            reduction.wait()
+        return grad_input, grad_weight, grad_bias, None, None
 
 
-def _backward(
-    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, how: _Geometry, *, of_input: bool
+def _gradient(
+    grad_output: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, geometry: _Geometry, *, wrt_input: bool
 ) -> torch.Tensor:
-    """The gradient of the input, or else that of the weight."""
-    found: torch.Tensor = torch.ops.aten.convolution_backward(
-        gradient,
+    """Return the gradient with respect to the input (`wrt_input`), or else to the weight."""
+    grad: torch.Tensor = torch.ops.aten.convolution_backward(
+        grad_output,
         x,
         weight,
         None,
-        how.stride,
-        how.padding,
-        how.dilation,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
         False,
         (0, 0),
-        how.groups,
-        (of_input, not of_input, False),
-    )[0 if of_input else 1]
-    return found
+        geometry.groups,
+        (wrt_input, not wrt_input, False),
+    )[0 if wrt_input else 1]
+    return grad
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """Images [batch, channels, height, width], on a GPU in the order in memory in which its convolutions compute; what
-    follows keeps it. A CPU's take any."""
+    """Convert images [batch, channels, height, width] on a GPU to the memory format that its convolutions compute in.
+
+    Later operations keep it. Images on a CPU are returned as they are.
+    """
     return x if x.is_cpu else x.contiguous(memory_format=torch.channels_last)
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
-    """Such that it can be reduced as it lies, which is the same on every rank."""
+    """Make `x` dense in memory, in the same order on every rank, so that it can be reduced in place."""
     return x if not x.is_cpu and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 

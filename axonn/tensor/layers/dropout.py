@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of the position in training: every grid and every recomputation draws the same."""
+"""Dropout whose mask depends only on the position in training: every grid and every recomputation draws the same."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from axonn.tensor.counter_random import keep_elements, keep_mask, keep_threshold
 
 
 class Dropout(nn.Module):
-    """`nn.Dropout` with counter-based masks: [samples, ...] -> the same, elements zero with probability `p`, the others
-    divided by 1 - p; the input itself where p is 0 or the module not in training.
+    """`nn.Dropout` with counter-based masks.
 
-    Whether an element is kept is a function of the seed, `name`, the step, the number of its sample (both from
-    `context.positions.now`) and its place in the whole activation of that sample. `cuts`: dims of the activation (the
-    samples being dim 0, which is none) that are cut, and along which axis.
+    [samples, ...] -> the same, with elements zero with probability `p` and the others divided by 1 - p; the input
+    itself if p is 0 or the module is in evaluation mode. The mask of an element is a function of the seed, `name`, the
+    step and the number of its sample (both from `context.positions.now`), and its place in the whole activation of that
+    sample. `cuts`: dims of the activation that are cut (never dim 0, the samples), each with its axis.
 
     Raises `ConfigError` in forward when the position in training is unknown or has another number of samples than
     the activation has rows.
@@ -43,13 +43,13 @@ class Dropout(nn.Module):
 
     @property
     def active(self) -> bool:
-        """Whether a forward drops anything now."""
+        """True if a forward would drop elements now."""
         return self.training and self.p > 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.active:
             return x
-        # Autograd keeps the mask, a byte for each element, and nothing else.
+        # Autograd keeps only the mask, one byte per element.
         return x.mul(self._mask(x)).mul(1 / (1 - self.p))
 
     def extra_repr(self) -> str:
@@ -62,16 +62,16 @@ class Dropout(nn.Module):
                 f"dropout {self.name} gets {x.shape[0]} rows, but {len(position.samples)} samples are being computed; "
                 "it needs the samples in dim 0"
             )
-        whole, box = list(x.shape[1:]), [slice(0, n) for n in x.shape[1:]]
+        whole_shape, box = list(x.shape[1:]), [slice(0, n) for n in x.shape[1:]]
         for dim, axis in self.cuts:
             size, index = x.shape[dim], self.context.index(axis)
-            whole[dim - 1] = size * self.context.extent(axis)
+            whole_shape[dim - 1] = size * self.context.extent(axis)
             box[dim - 1] = slice(index * size, (index + 1) * size)
         seed, step = self.context.seed, position.step
         keys = [stream_key(seed, self.name, step, sample) for sample in position.samples]
         compiler = self.context.compiler
         if compiler.wanted(keep_elements, x):
-            given = on_device(packed_keys(keys), x.device)
-            sides = tuple((part.start, part.stop) for part in box)
-            return compiler.run(keep_elements, given, keep_threshold(self.p), tuple(whole), sides, like=x)
-        return keep_mask(keys, self.p, shape=whole, box=box, device=x.device).view(x.shape)
+            packed = on_device(packed_keys(keys), x.device)
+            bounds = tuple((side.start, side.stop) for side in box)
+            return compiler.run(keep_elements, packed, keep_threshold(self.p), tuple(whole_shape), bounds, like=x)
+        return keep_mask(keys, self.p, shape=whole_shape, box=box, device=x.device).view(x.shape)

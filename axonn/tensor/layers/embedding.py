@@ -1,4 +1,4 @@
-"""The two-dimensional embedding: vocabulary along one axis, features along the other."""
+"""Tensor-parallel `nn.Embedding`: vocabulary along one axis, features along the other."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from axonn.tensor.layers.layer import TRANSPOSED, Layout, TensorLayer, check_lay
 class Embedding(TensorLayer):
     """`nn.Embedding` with its weight [V, H] cut in both dims: indices [...], whole on every rank -> [..., H / G_out].
 
-    A rank looks up what lies in its part of the vocabulary; the sum along that axis (the input's of `layout`) completes
-    it. With `padding_idx` the row gets no gradient. Raises `GridError` when vocabulary or features cannot be cut so.
+    Each rank looks up the indices in its part of the vocabulary; an all-reduce along that axis (the input's of
+    `layout`) completes the output. The row of `padding_idx` gets no gradient. Raises `GridError` when vocabulary or
+    features cannot be cut so.
     """
 
     weight: torch.nn.Parameter
@@ -39,10 +40,10 @@ class Embedding(TensorLayer):
             raise ValueError(f"padding_idx {padding_idx} is not one of {num_embeddings} embeddings")
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         self.layout = layout
-        what = f"Embedding({num_embeddings}, {embedding_dim})"
-        check_layout(layout, what)
-        rows = segments_of(num_embeddings, None, context, layout.input, f"num_embeddings of {what}")
-        features = segments_of(embedding_dim, None, context, layout.output, f"embedding_dim of {what}")
+        label = f"Embedding({num_embeddings}, {embedding_dim})"
+        check_layout(layout, label)
+        rows = segments_of(num_embeddings, None, context, layout.input, f"num_embeddings of {label}")
+        features = segments_of(embedding_dim, None, context, layout.output, f"embedding_dim of {label}")
         cuts = cut(0, layout.input, rows), cut(1, layout.output, features)
         self.place("weight", (num_embeddings, embedding_dim), *cuts, device=device, dtype=dtype)
 
@@ -69,9 +70,9 @@ def embedding(
     padding_idx: int | None = None,
     weight_gradients: WeightGradients | None = None,
 ) -> torch.Tensor:
-    """What `Embedding` computes, with this part of the weight: [...] -> [..., H / G_out].
+    """Compute what `Embedding` does, with this rank's part of the weight: [...] -> [..., H / G_out].
 
-    With `weight_gradients`, `weight` is a parameter, to whose gradient is added there.
+    With `weight_gradients`, `weight` is a parameter whose gradient is accumulated there.
     """
     if weight_gradients is None and context.grid.tensor == 1:
         return F.embedding(index, weight, padding_idx)
@@ -92,44 +93,44 @@ class _Embedding(torch.autograd.Function):
         padding_idx: int | None,
         queue: WeightGradients | None,
     ) -> torch.Tensor:
-        # The parameter itself, not the tensor that autograd saves for it: its `.grad` is what counts.
+        # `accumulate` adds to the `.grad` of the parameter itself, not of the tensor that autograd saves.
         ctx.weight, ctx.queue = weight, queue
         first = context.index(layout.input) * weight.shape[0]
         ctx.padding = None if padding_idx is None else padding_idx - first
         if context.extent(layout.input) == 1:
             ctx.save_for_backward(index, None)
             return F.embedding(index, weight)
-        here = index - first
-        missing = (here < 0) | (here >= weight.shape[0])
-        here = here.masked_fill_(missing, 0)
-        ctx.save_for_backward(here, missing)
-        y = F.embedding(here, weight).masked_fill_(missing.unsqueeze(-1), 0)
+        local_index = index - first
+        missing = (local_index < 0) | (local_index >= weight.shape[0])
+        local_index = local_index.masked_fill_(missing, 0)
+        ctx.save_for_backward(local_index, missing)
+        y = F.embedding(local_index, weight).masked_fill_(missing.unsqueeze(-1), 0)
         return context.all_reduce(y, layout.input)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        here, missing = ctx.saved_tensors
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        local_index, missing = ctx.saved_tensors
         weight, padding = ctx.weight, ctx.padding
-        of_weight = None
+        grad_weight = None
 
-        def accumulate(weight_gradient: torch.Tensor) -> None:
-            rows = gradient.reshape(-1, gradient.shape[-1])
+        def accumulate(total: torch.Tensor) -> None:
+            rows = grad_output.reshape(-1, grad_output.shape[-1])
             unused = missing
             if padding is not None:
-                unused = here == padding if unused is None else unused | (here == padding)
+                unused = local_index == padding if unused is None else unused | (local_index == padding)
             if unused is not None:
                 rows = rows.masked_fill(unused.reshape(-1, 1), 0)
-            if weight_gradient.is_cpu:
-                weight_gradient.index_add_(0, here.reshape(-1), rows.to(weight_gradient.dtype))
+            if total.is_cpu:
+                total.index_add_(0, local_index.reshape(-1), rows.to(total.dtype))
                 return
-            # A GPU would add the rows of a token one by one, each sum rounded to the gradient's type. This adds them
-            # up in float32, in an order of their own.
-            sums = torch.ops.aten.embedding_dense_backward(rows, here.reshape(-1), len(weight_gradient), -1, False)
-            weight_gradient.add_(sums)
+            # On a GPU, index_add_ would round to the gradient's type after each row of a token. This function adds the
+            # rows up in float32, in an order of its own.
+            sums = torch.ops.aten.embedding_dense_backward(rows, local_index.reshape(-1), len(total), -1, False)
+            total.add_(sums)
 
         if ctx.needs_input_grad[1] and ctx.queue is not None:
             ctx.queue.add(lambda: add_rows(weight, accumulate))
         elif ctx.needs_input_grad[1]:
-            of_weight = torch.zeros_like(weight)
-            accumulate(of_weight)
-        return None, of_weight, None, None, None, None
+            grad_weight = torch.zeros_like(weight)
+            accumulate(grad_weight)
+        return None, grad_weight, None, None, None, None

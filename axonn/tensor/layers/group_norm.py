@@ -1,4 +1,4 @@
-"""Group norm over channels that are cut, where a group may lie on one rank or across several."""
+"""Tensor-parallel `nn.GroupNorm` over cut channels; a group may be on one rank or across several."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from axonn.tensor.layers.norm import mean_and_variance, wide_type
 class GroupNorm(TensorLayer):
     """`nn.GroupNorm` over channels, dim 1, that are cut along `axis`: [batch, channels / G_axis, ...] -> the same.
 
-    `segments`: lengths of the segments of the channels that are each cut by themselves, when they have been
-    concatenated from several sources; groups are counted through all of them, as nn.GroupNorm does. A group that lies
-    on one rank needs no communication. Raises `GridError` when the channels cannot be cut so.
+    `segments`: lengths of the segments of the channels that are each cut by themselves, when they are concatenated from
+    several sources; groups are numbered through all of them, as in nn.GroupNorm. A group that is on one rank needs no
+    communication. Raises `GridError` when the channels cannot be cut so.
     """
 
     weight: torch.nn.Parameter | None
@@ -41,20 +41,20 @@ class GroupNorm(TensorLayer):
         segments: Sequence[int] | None = None,
     ) -> None:
         super().__init__(context)
-        what = f"num_channels of GroupNorm({num_groups}, {num_channels})"
+        label = f"num_channels of GroupNorm({num_groups}, {num_channels})"
         if num_groups < 1 or num_channels % num_groups:
-            raise ValueError(f"{what} must be a multiple of num_groups")
+            raise ValueError(f"{label} must be a multiple of num_groups")
         self.num_groups = num_groups
         self.num_channels = num_channels
         self.eps = eps
         self.axis: TensorAxis | None = axis
-        of_channels = cut(0, axis, segments_of(num_channels, segments, context, axis, what))
+        channel_cut = cut(0, axis, segments_of(num_channels, segments, context, axis, label))
         for name in ("weight", "bias"):
             if affine:
-                self.place(name, (num_channels,), of_channels, device=device, dtype=dtype)
+                self.place(name, (num_channels,), channel_cut, device=device, dtype=dtype)
             else:
                 self.register_parameter(name, None)
-        self._groups = _groups(num_groups, num_channels, context, axis, of_channels)
+        self._groups = _groups(num_groups, num_channels, context, axis, channel_cut)
         self._tables: dict[tuple[torch.device, torch.dtype], _Tables] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,7 @@ class GroupNorm(TensorLayer):
         return f"{self.num_groups}, {self.num_channels}, eps={self.eps}, axis={self.axis}"
 
     def tables(self, like: torch.Tensor) -> _Tables:
-        """Where the groups lie, as tensors on the device of `like`; made once."""
+        """Return the groups' index tables on the device of `like`; they are made once."""
         key = like.device, like.dtype
         if key not in self._tables:
             self._tables[key] = _Tables.of(self._groups, like)
@@ -80,8 +80,10 @@ class GroupNorm(TensorLayer):
 def _channels_last(
     x: torch.Tensor, groups: int, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
-    """`F.group_norm` of [batch, channels, height, width] that lie channels last, and stay so: that of a GPU would copy
-    them into the other order."""
+    """Compute `F.group_norm` of [batch, channels, height, width] in channels-last format, and keep the format.
+
+    On a GPU `F.group_norm` would copy them to the contiguous format.
+    """
     batch, channels, height, width = x.shape
     wide = x.to(wide_type(x.dtype)).permute(0, 2, 3, 1).reshape(batch, height * width, groups, channels // groups)
     variance, mean = torch.var_mean(wide, (1, 3), correction=0, keepdim=True)
@@ -94,53 +96,53 @@ def _channels_last(
 
 
 class _Groups(NamedTuple):
-    """The groups of which a rank has channels, numbered as they follow each other on it."""
+    """The groups of which a rank has channels, numbered in their order on it."""
 
     counts: list[int]
-    """Channels of each that it has."""
+    """Number of channels of each group on this rank."""
     crossing: list[int]
-    """The groups, by their numbers in the whole, of which several ranks have channels: the same on every rank."""
+    """Global numbers of the groups of which several ranks have channels; the same on every rank."""
     shares: list[list[float]]
-    """[rank][crossing group]: what share of its channels the rank has."""
+    """Share of a crossing group's channels that a rank has: [rank][crossing group]."""
     mine: dict[int, int]
-    """Number on this rank -> index in `crossing`, of the crossing groups of which it has channels."""
+    """Local number -> index in `crossing`, for the crossing groups of which this rank has channels."""
 
 
 def _groups(
-    groups: int, channels: int, context: TensorContext, axis: TensorAxis | None, of_channels: Cut | None
+    groups: int, channels: int, context: TensorContext, axis: TensorAxis | None, channel_cut: Cut | None
 ) -> _Groups:
     size = channels // groups
-    placement = Placement(shape=(channels,), cuts=() if of_channels is None else (of_channels,))
-    held = []
+    placement = Placement(shape=(channels,), cuts=() if channel_cut is None else (channel_cut,))
+    groups_by_rank = []
     for rank in range(context.extent(axis)):
-        there = context.here if axis is None else context.here._replace(**{axis: rank})
-        (boxes,) = zip(*(piece.whole for piece in placement.pieces(context.grid, there)), strict=True)
-        held.append(Counter(channel // size for box in boxes for channel in range(box.start, box.stop)))
-    crossing = [group for group in range(groups) if sum(group in there for there in held) > 1]
-    here = held[context.index(axis)]
+        coordinates = context.coordinates if axis is None else context.coordinates._replace(**{axis: rank})
+        (boxes,) = zip(*(piece.whole for piece in placement.pieces(context.grid, coordinates)), strict=True)
+        groups_by_rank.append(Counter(channel // size for box in boxes for channel in range(box.start, box.stop)))
+    crossing = [group for group in range(groups) if sum(group in counts for counts in groups_by_rank) > 1]
+    own_groups = groups_by_rank[context.index(axis)]
     return _Groups(
-        counts=list(here.values()),
+        counts=list(own_groups.values()),
         crossing=crossing,
-        shares=[[there[group] / size for group in crossing] for there in held],
-        mine={number: crossing.index(group) for number, group in enumerate(here) if group in crossing},
+        shares=[[counts[group] / size for group in crossing] for counts in groups_by_rank],
+        mine={number: crossing.index(group) for number, group in enumerate(own_groups) if group in crossing},
     )
 
 
 class _Tables(NamedTuple):
-    """Where a rank's groups lie. C: its channels, R: its groups, K: crossing groups of all ranks."""
+    """Index tables of a rank's groups. C: its channels, R: its groups, K: crossing groups of all ranks."""
 
     members: torch.Tensor
-    """[R, largest count]: the channels of each group; C where there are no more."""
+    """Channels of each group: [R, largest count], padded with C."""
     group: torch.Tensor
-    """[C]: the group of each channel."""
+    """Group of each channel: [C]."""
     counts: torch.Tensor
-    """[R]: channels of each."""
+    """Number of channels of each group: [R]."""
     shares: torch.Tensor
-    """[ranks, 1, K]: what share of a crossing group a rank has."""
+    """Share of a crossing group's channels that a rank has: [ranks, 1, K]."""
     mine: torch.Tensor
-    """Numbers here of the crossing groups, and their"""
+    """Local numbers of this rank's crossing groups."""
     places: torch.Tensor
-    """indices among the K."""
+    """Indices of the same groups among the K."""
 
     @classmethod
     def of(cls, groups: _Groups, like: torch.Tensor) -> _Tables:
@@ -158,23 +160,23 @@ class _Tables(NamedTuple):
         )
         return cls(*(t.to(like.device) for t in tables))
 
-    def total(self, of_channels: torch.Tensor) -> torch.Tensor:
-        """[..., C] -> [..., R]: the sum over the channels of each group, in a fixed order."""
-        return F.pad(of_channels, (0, 1))[..., self.members].sum(-1)
+    def total(self, channel_values: torch.Tensor) -> torch.Tensor:
+        """Sum over the channels of each group, in a fixed order: [..., C] -> [..., R]."""
+        return F.pad(channel_values, (0, 1))[..., self.members].sum(-1)
 
-    def spread(self, of_groups: torch.Tensor) -> torch.Tensor:
-        """[..., R] -> [..., C, 1]: to each channel the value of its group."""
-        return of_groups[..., self.group].unsqueeze(-1)
+    def spread(self, group_values: torch.Tensor) -> torch.Tensor:
+        """Give each channel the value of its group: [..., R] -> [..., C, 1]."""
+        return group_values[..., self.group].unsqueeze(-1)
 
-    def crossing(self, of_groups: torch.Tensor) -> torch.Tensor:
-        """[..., R] -> [..., K]: this rank's values of the crossing groups, zero where it has none of a group."""
-        found = of_groups.new_zeros(*of_groups.shape[:-1], self.shares.shape[-1])
-        found[..., self.places] = of_groups[..., self.mine]
-        return found
+    def crossing(self, group_values: torch.Tensor) -> torch.Tensor:
+        """Return this rank's values of the crossing groups, zero for those that it is not in: [..., R] -> [..., K]."""
+        values = group_values.new_zeros(*group_values.shape[:-1], self.shares.shape[-1])
+        values[..., self.places] = group_values[..., self.mine]
+        return values
 
-    def replace_crossing(self, of_groups: torch.Tensor, crossing: torch.Tensor) -> None:
-        """Put the values of the crossing groups [..., K] in place of this rank's own [..., R]."""
-        of_groups[..., self.mine] = crossing[..., self.places]
+    def replace_crossing(self, group_values: torch.Tensor, crossing: torch.Tensor) -> None:
+        """Replace this rank's values [..., R] of the crossing groups by `crossing` [..., K]."""
+        group_values[..., self.mine] = crossing[..., self.places]
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -184,17 +186,17 @@ class _GroupNorm(torch.autograd.Function):
     ) -> torch.Tensor:
         local = x.to(wide_type(x.dtype)).flatten(2) if x.dim() > 2 else x.to(wide_type(x.dtype)).unsqueeze(2)
         tables = layer.tables(local)
-        # Means and mean squared differences: of each channel, of each group here, of each group.
-        of_channel = local.mean(-1)
-        squares = (local - of_channel.unsqueeze(-1)).square().mean(-1)
-        mean = tables.total(of_channel) / tables.counts
-        squares += (of_channel.unsqueeze(-1) - tables.spread(mean)).squeeze(-1).square()
+        # Means and mean squared differences: of each channel, of each group on this rank, of each whole group.
+        channel_mean = local.mean(-1)
+        squares = (local - channel_mean.unsqueeze(-1)).square().mean(-1)
+        mean = tables.total(channel_mean) / tables.counts
+        squares += (channel_mean.unsqueeze(-1) - tables.spread(mean)).squeeze(-1).square()
         variance = tables.total(squares) / tables.counts
-        whole = mean_and_variance(
+        crossing_moments = mean_and_variance(
             tables.crossing(mean), tables.crossing(variance), tables.shares, layer.context, layer.axis
         )
-        tables.replace_crossing(mean, whole[0])
-        tables.replace_crossing(variance, whole[1])
+        tables.replace_crossing(mean, crossing_moments[0])
+        tables.replace_crossing(variance, crossing_moments[1])
         scale = tables.spread((variance + layer.eps).rsqrt())
         normal = (local - tables.spread(mean)).mul_(scale).to(x.dtype)
         ctx.save_for_backward(normal, scale, weight)
@@ -203,22 +205,22 @@ class _GroupNorm(torch.autograd.Function):
         return (y if bias is None else y + bias.unsqueeze(-1)).view(x.shape).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         normal, scale, weight = ctx.saved_tensors
         layer = ctx.layer
-        of_output, wide = gradient.reshape(normal.shape).to(scale.dtype), normal.to(scale.dtype)
+        grad_output, wide = grad.reshape(normal.shape).to(scale.dtype), normal.to(scale.dtype)
         tables = layer.tables(wide)
-        sums = torch.stack([of_output.sum(-1), (of_output * wide).sum(-1)])
-        of_groups = tables.total(sums if weight is None else sums * weight)
-        crossing = tables.crossing(of_groups)
-        pending = layer.context.start_all_reduce(crossing, layer.axis)
-        of_bias, of_weight = sums.sum(1)
-        of_normal = of_output if weight is None else of_output * weight.unsqueeze(-1)
-        pending.wait()
-        tables.replace_crossing(of_groups, crossing)
+        sums = torch.stack([grad_output.sum(-1), (grad_output * wide).sum(-1)])
+        group_sums = tables.total(sums if weight is None else sums * weight)
+        crossing = tables.crossing(group_sums)
+        reduction = layer.context.start_all_reduce(crossing, layer.axis)
+        grad_bias, grad_weight = sums.sum(1)
+        grad_normal = grad_output if weight is None else grad_output * weight.unsqueeze(-1)
+        reduction.wait()
+        tables.replace_crossing(group_sums, crossing)
         values = layer.num_channels // layer.num_groups * normal.shape[-1]
-        first, second = tables.spread(of_groups / values)
-        of_input = (of_normal - first - wide * second).mul_(scale).to(gradient.dtype).view(gradient.shape)
+        first, second = tables.spread(group_sums / values)
+        grad_input = (grad_normal - first - wide * second).mul_(scale).to(grad.dtype).view(grad.shape)
         if weight is None:
-            return of_input, None, None, None
-        return of_input, of_weight.to(weight.dtype), of_bias.to(weight.dtype), None
+            return grad_input, None, None, None
+        return grad_input, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None

@@ -1,4 +1,4 @@
-"""The two-dimensional linear layer, whose input gradient is all-reduced under the product of the weight gradient."""
+"""Tensor-parallel `nn.Linear`; the all-reduce of its input gradient overlaps with computing its weight gradient."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from axonn.tensor.layers.layer import NORMAL, Layout, TensorLayer, check_layout,
 class Linear(TensorLayer):
     """`nn.Linear` with its weight [out, in] cut in both dims: [..., in / G_in] -> [..., out / G_out].
 
-    Singh & Bhatele, arXiv 2305.13525, after Agarwal et al., IBM J. R&D 39(5), 1995: each rank multiplies its part, the
-    output is summed along the axis of the input, the input's gradient along that of the output, while the weight's
-    gradient, which needs no sum, is computed. The bias lies as the output does and is added after the sum.
+    Singh & Bhatele, arXiv 2305.13525, after Agarwal et al., IBM J. R&D 39(5), 1995: each rank multiplies its part. The
+    output is all-reduced along the axis of the input; the input gradient is all-reduced along the axis of the output
+    while the weight gradient, which needs no reduction, is computed. The bias is cut like the output and added after
+    the reduction.
 
-    `in_segments`, `out_segments`: parts of the features that are each cut by themselves. Raises `GridError` when the
+    `in_segments`, `out_segments`: segments of the features that are each cut by themselves. Raises `GridError` when the
     features cannot be cut so.
     """
 
@@ -45,10 +46,10 @@ class Linear(TensorLayer):
         self.in_features = in_features
         self.out_features = out_features
         self.layout = layout
-        what = f"Linear({in_features}, {out_features})"
-        check_layout(layout, what)
-        rows = segments_of(in_features, in_segments, context, layout.input, f"in_features of {what}")
-        columns = segments_of(out_features, out_segments, context, layout.output, f"out_features of {what}")
+        label = f"Linear({in_features}, {out_features})"
+        check_layout(layout, label)
+        rows = segments_of(in_features, in_segments, context, layout.input, f"in_features of {label}")
+        columns = segments_of(out_features, out_segments, context, layout.output, f"out_features of {label}")
         out = cut(0, layout.output, columns)
         shape = (out_features, in_features)
         self.place("weight", shape, out, cut(1, layout.input, rows), device=device, dtype=dtype)
@@ -75,16 +76,16 @@ def linear(
     layout: Layout,
     weight_gradients: WeightGradients | None = None,
 ) -> torch.Tensor:
-    """What `Linear` computes, with these parts of weight and bias: [..., in / G_in] -> [..., out / G_out].
+    """Compute what `Linear` does, with this rank's parts of weight and bias: [..., in / G_in] -> [..., out / G_out].
 
-    With `weight_gradients`, `weight` and `bias` are parameters, to whose gradients is added there.
+    With `weight_gradients`, `weight` and `bias` are parameters whose gradients are accumulated there.
     """
     if weight_gradients is None and context.grid.tensor == 1:
         return F.linear(x, weight, bias)
-    # What is accumulated in place is computed in the parameters' own type.
-    given = (x, weight, bias) if weight_gradients is not None else product_inputs(x, weight, bias)
+    # Gradients accumulated in place are computed in the parameters' own type.
+    operands = (x, weight, bias) if weight_gradients is not None else product_inputs(x, weight, bias)
     with without_autocast(x):
-        y: torch.Tensor = _Linear.apply(*given, context, layout, weight_gradients)  # type: ignore[no-untyped-call]
+        y: torch.Tensor = _Linear.apply(*operands, context, layout, weight_gradients)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -100,7 +101,7 @@ class _Linear(torch.autograd.Function):
         queue: WeightGradients | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        # The parameters themselves, not the tensors that autograd saves for them: their `.grad` is what counts.
+        # `accumulate` adds to the `.grad` of the parameters themselves, not of the tensors that autograd saves.
         ctx.parameters = None if queue is None else (weight, bias)
         ctx.context, ctx.layout, ctx.queue = context, layout, queue
         if context.extent(layout.input) == 1:
@@ -109,14 +110,14 @@ class _Linear(torch.autograd.Function):
         return y if bias is None else y.add_(bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        pending = of_input = of_weight = of_bias = None
+        reduction = grad_input = grad_weight = grad_bias = None
         if needs_input:
-            of_input = gradient @ weight
-            pending = ctx.context.start_all_reduce(of_input, ctx.layout.output)
-        rows, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
+            grad_input = grad_output @ weight
+            reduction = ctx.context.start_all_reduce(grad_input, ctx.layout.output)
+        rows, inputs = grad_output.reshape(-1, grad_output.shape[-1]), x.reshape(-1, x.shape[-1])
 
         def accumulate() -> None:
             if needs_weight:
@@ -127,8 +128,8 @@ class _Linear(torch.autograd.Function):
         if ctx.queue is not None:
             ctx.queue.add(accumulate)
         else:
-            of_weight = rows.t() @ inputs if needs_weight else None
-            of_bias = rows.sum(0) if needs_bias else None
-        if pending is not None:
-            pending.wait()
-        return of_input, of_weight, of_bias, None, None, None
+            grad_weight = rows.t() @ inputs if needs_weight else None
+            grad_bias = rows.sum(0) if needs_bias else None
+        if reduction is not None:
+            reduction.wait()
+        return grad_input, grad_weight, grad_bias, None, None, None

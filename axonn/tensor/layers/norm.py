@@ -1,4 +1,4 @@
-"""Norms over features that are cut: they reduce their moments and so are the same function as the serial ones."""
+"""Tensor-parallel norms over cut features: they all-reduce their moments, and so equal the serial norms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from axonn.tensor.layers.layer import TensorLayer, cut, segments_of
 
 
 class _FeatureNorm(TensorLayer):
-    """A norm over the last dims, `normalized_shape`, of which the last one is cut along `axis`."""
+    """A norm over the last dims, `normalized_shape`, the very last of which is cut along `axis`."""
 
     weight: torch.nn.Parameter | None
     bias: torch.nn.Parameter | None
@@ -39,11 +39,11 @@ class _FeatureNorm(TensorLayer):
         """Number of values that are normalised together, over all ranks."""
         self.eps = eps
         self.axis: TensorAxis | None = axis
-        what = f"normalized_shape of {type(self).__name__}({normalized_shape})"
-        of_features = cut(len(shape) - 1, axis, segments_of(shape[-1], None, context, axis, what))
-        for name, wanted in parameters.items():
-            if wanted:
-                self.place(name, shape, of_features, device=device, dtype=dtype)
+        label = f"normalized_shape of {type(self).__name__}({normalized_shape})"
+        feature_cut = cut(len(shape) - 1, axis, segments_of(shape[-1], None, context, axis, label))
+        for name, present in parameters.items():
+            if present:
+                self.place(name, shape, feature_cut, device=device, dtype=dtype)
             else:
                 self.register_parameter(name, None)
 
@@ -86,8 +86,8 @@ class LayerNorm(_FeatureNorm):
 class RMSNorm(_FeatureNorm):
     """`nn.RMSNorm` whose last dim is cut along `axis`: [..., features / G_axis] -> the same.
 
-    `eps` of None is the epsilon of the type that is computed in: float32 for half types. Raises `GridError` when the
-    last dim cannot be cut so.
+    `eps` of None is the machine epsilon of the type of the computation, float32 for half types. Raises `GridError` when
+    the last dim cannot be cut so.
     """
 
     def __init__(
@@ -113,22 +113,22 @@ class RMSNorm(_FeatureNorm):
 
 
 def wide_type(dtype: torch.dtype) -> torch.dtype:
-    """The type that moments of values of `dtype` are computed in: float32 at least."""
+    """Return the type in which moments of values of `dtype` are computed: float32 at least."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def mean_and_variance(
     mean: torch.Tensor, squares: torch.Tensor, shares: torch.Tensor, context: TensorContext, axis: TensorAxis | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance of values that lie on several ranks along `axis`.
+    """Return mean and variance of values that are spread over the ranks along `axis`.
 
-    From the mean of the values of each rank and their mean squared difference from it, both of one shape. `shares`
-    [ranks, ...], which broadcasts against [ranks, *shape]: the share of all values that each rank has. (Chan, Golub &
-    LeVeque, 1979: nothing cancels.)
+    `mean`: mean of this rank's values; `squares`: their mean squared difference from it, of the same shape. `shares`
+    [ranks, ...], broadcast against [ranks, *shape]: the share of all values that each rank has. (Chan, Golub & LeVeque,
+    1979, without cancellation.)
     """
     means, squares = context.all_gather(torch.stack([mean, squares]), axis).unbind(1)
-    whole = (shares * means).sum(0)
-    return whole, (shares * (squares + (means - whole).square())).sum(0)
+    total_mean = (shares * means).sum(0)
+    return total_mean, (shares * (squares + (means - total_mean).square())).sum(0)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -150,20 +150,20 @@ class _LayerNorm(torch.autograd.Function):
         return (y if bias is None else y + bias).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         normal, scale, weight = ctx.saved_tensors
         layer = ctx.layer
-        of_normal = (gradient if weight is None else gradient * weight).to(scale.dtype)
+        grad_normal = (grad_output if weight is None else grad_output * weight).to(scale.dtype)
         wide = normal.to(scale.dtype)
-        sums = torch.stack([of_normal.sum(-1), (of_normal * wide).sum(-1)])
-        pending = layer.context.start_all_reduce(sums, layer.axis)
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        of_weight = (rows * normal.reshape(rows.shape)).sum(0) if ctx.needs_input_grad[1] else None
-        of_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
-        pending.wait()
+        sums = torch.stack([grad_normal.sum(-1), (grad_normal * wide).sum(-1)])
+        reduction = layer.context.start_all_reduce(sums, layer.axis)
+        rows = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_weight = (rows * normal.reshape(rows.shape)).sum(0) if ctx.needs_input_grad[1] else None
+        grad_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
+        reduction.wait()
         first, second = (sums / layer.features).unsqueeze(-1).unbind(0)
-        of_input = (of_normal - first - wide * second).mul_(scale).to(gradient.dtype)
-        return of_input, of_weight, of_bias, None
+        grad_input = (grad_normal - first - wide * second).mul_(scale).to(grad_output.dtype)
+        return grad_input, grad_weight, grad_bias, None
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -179,15 +179,15 @@ class _RMSNorm(torch.autograd.Function):
         return (normal if weight is None else normal * weight).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         normal, scale, weight = ctx.saved_tensors
         layer = ctx.layer
-        of_normal = (gradient if weight is None else gradient * weight).to(scale.dtype)
+        grad_normal = (grad_output if weight is None else grad_output * weight).to(scale.dtype)
         wide = normal.to(scale.dtype)
-        product = (of_normal * wide).sum(-1)
-        pending = layer.context.start_all_reduce(product, layer.axis)
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        of_weight = (rows * normal.reshape(rows.shape)).sum(0) if ctx.needs_input_grad[1] else None
-        pending.wait()
-        of_input = (of_normal - wide * (product / layer.features).unsqueeze(-1)).mul_(scale).to(gradient.dtype)
-        return of_input, of_weight, None
+        product = (grad_normal * wide).sum(-1)
+        reduction = layer.context.start_all_reduce(product, layer.axis)
+        rows = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_weight = (rows * normal.reshape(rows.shape)).sum(0) if ctx.needs_input_grad[1] else None
+        reduction.wait()
+        grad_input = (grad_normal - wide * (product / layer.features).unsqueeze(-1)).mul_(scale).to(grad_output.dtype)
+        return grad_input, grad_weight, None

@@ -1,1 +1,1 @@
-"""Supervision of the ranks of a run from outside: start, liveness, signals, end."""
+"""Supervision of the ranks of a run, from outside of them: start, liveness, signals, end."""

@@ -1,7 +1,7 @@
-"""Runs on clusters whose ranks are this suite's own: what they are started with, and what they leave.
+"""Launch on a cluster of runs whose ranks are this suite's own, and reading of their results.
 
-The folder in which such a run is started is a run folder: `spec.json` lies in it, and every rank leaves its trail there
-(`axonn.training.run_folder`). What is read afterwards are those files and what the ranks printed, in any order.
+The folder in which such a run is started is a run folder: it has `spec.json`, and every rank writes its files there
+(`axonn.training.run_folder`). Those files and the output of the ranks, in any order, are read afterwards.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from axonn.training.run_folder import SPEC
 from axonn.training.supervision.log_failures import failure_of
 
 LARGEST_TOKEN = 65_535
-"""Of a file of uint16."""
+"""Largest token of a file of uint16."""
 READ_LATER = f"the ranks print no times: to read the run, {BATCHES} and rank-*.json are part of its output"
 
 
@@ -32,10 +32,10 @@ def spec_of(
     device: DeviceType = "cpu",
     stoppable: bool = False,
 ) -> str:
-    """Content of the `spec.json` of a run folder.
+    """Return the content of the `spec.json` of a run folder.
 
-    `checkpoint`: the one to go on from, or `NEWEST`. `stoppable`: whether the ranks look for the file `STOP` after
-    every batch, and end with the status `STOPPED` when it is there.
+    `checkpoint`: the one to go on from, or `NEWEST`. `stoppable`: whether the ranks look for the file `STOP` between
+    batches, and end with the status `STOPPED` when it exists.
     """
     grid = config.grid
     spec = {
@@ -60,27 +60,30 @@ def launch_worker(
     stoppable: bool = False,
     messages_over_mpi: bool = False,
 ) -> Launch:
-    """How every rank of `config` runs the worker of this suite on `device`; `checkpoint` and `stoppable` as of
-    `spec_of`. `messages_over_mpi`: whether what stages send each other goes over MPI, from where it lies."""
-    provided = [
+    """Return the launch by which every rank of `config` runs the suite's worker on `device`.
+
+    `checkpoint` and `stoppable`: see `spec_of`. `messages_over_mpi`: whether stages send their messages over MPI,
+    straight from device memory.
+    """
+    requirements = [
         "python is that of this suite's environment, and the folder in which it is started is one that all ranks see"
     ]
     return Launch(
         command=["python", "-m", "axonn.training.worker", "."],
         files={SPEC: spec_of(framework, config, checkpoint=checkpoint, device=device, stoppable=stoppable)},
         mpi_on_device=messages_over_mpi and device == "cuda",
-        notes=[*notes, *provided, READ_LATER],
+        notes=[*notes, *requirements, READ_LATER],
     )
 
 
 def data_of(work: ClusterWork) -> tuple[DataConfig, list[str]]:
-    """Where ranks of this suite find the tokens or images of `work`, and what is to be known of that.
+    """Return where ranks of this suite find the tokens or images of `work`, with notes on them.
 
-    Raises `LaunchError` when a file of them would not hold the vocabulary.
+    Raises `LaunchError` when a file of tokens cannot hold the vocabulary.
     """
     vocab = work.model.token_vocab
     if vocab is None:
-        # What a site has as its data is text.
+        # The data of a site is text.
         return DataConfig(), [f"the {work.model.sample_unit} are {work.model.default_data}"]
     if work.data is None:
         return DataConfig(), ["the tokens are bytes of Python's own sources"]
@@ -95,23 +98,23 @@ def data_of(work: ClusterWork) -> tuple[DataConfig, list[str]]:
 
 
 def read_run(lines: Iterable[str]) -> PrintedRun:
-    """What a run's files and its output say, whole or cut short, the lines of all ranks perhaps mixed."""
+    """Parse the lines of a run's files and output, which may be cut short or mixed between ranks."""
     batches: dict[int, dict[str, Any]] = {}
     states: list[dict[str, Any]] = []
     printed: list[str] = []
     for line in lines:
-        found = _object_in(line)
-        if found.keys() >= {"step", "loss", "seconds"}:
-            batches[found["step"]] = found
-        elif found.keys() >= {"state", "time"}:
-            states.append(found)
+        content = _object_in(line)
+        if content.keys() >= {"step", "loss", "seconds"}:
+            batches[content["step"]] = content
+        elif content.keys() >= {"state", "time"}:
+            states.append(content)
         else:
             printed.append(line)
     ordered = [batches[step] for step in sorted(batches)]
-    said = {state["state"] for state in states}
-    finished = said == {"done"}
-    # What a launcher prints of the status with which they ended is no failure.
-    stopped = "stopped" in said and said <= {"stopped", "done"}
+    endings = {state["state"] for state in states}
+    finished = endings == {"done"}
+    # A launcher reports the exit status of stopped ranks as an error, which it is not.
+    stopped = "stopped" in endings and endings <= {"stopped", "done"}
     return PrintedRun(
         seconds=[batch["seconds"] for batch in ordered],
         starts=[place for place, batch in enumerate(ordered) if batch.get("first")],
@@ -123,18 +126,18 @@ def read_run(lines: Iterable[str]) -> PrintedRun:
 
 
 def _raised(states: Iterable[dict[str, Any]]) -> list[str]:
-    """Why ranks failed, the first one first, as Python prints it: weighed with what else was printed."""
+    """Return why ranks failed, first failure first, as tracebacks, so that it is weighed like printed ones."""
     failed = sorted((state for state in states if state["state"] == "failed"), key=lambda state: state["time"])
     return [line for state in failed for line in ("Traceback (most recent call last):", state["detail"])]
 
 
 def _object_in(line: str) -> dict[str, Any]:
-    """The JSON object of a line, behind whatever a launcher puts before it; empty where there is none."""
+    """Return the JSON object of a line, after any prefix of a launcher; empty where there is none."""
     start = line.find("{")
     if start < 0:
         return {}
     try:
-        found, _ = json.JSONDecoder().raw_decode(line, start)
+        value, _ = json.JSONDecoder().raw_decode(line, start)
     except json.JSONDecodeError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}

@@ -1,7 +1,7 @@
-"""Signals that end a command, in one place: raised as `Interrupted`, or noted while something must come to its end.
+"""Signals that end a command: raised as `Interrupted`, or noted while some work must first come to its end.
 
-What a scheduler, a shell or a terminal sends is an interruption like Control-C: whoever handles `KeyboardInterrupt`
-keeps what is done, and the command ends with 128 + the number of the signal. A signal that was ignored when the command
+A signal from a scheduler, a shell or a terminal is an interruption like Control-C: the handlers of `KeyboardInterrupt`
+keep what is done, and the command ends with 128 + the number of the signal. A signal that was ignored when the command
 started stays ignored (`nohup`).
 """
 
@@ -25,11 +25,11 @@ ENDING = (
     signal.SIGUSR2,
     signal.SIGXCPU,
 )
-"""What ends a command beside SIGINT, whose `KeyboardInterrupt` is Python's own: cancelled by a scheduler or an
+"""Signals that end a command besides SIGINT, whose `KeyboardInterrupt` is Python's own: cancelled by a scheduler or an
 operator, terminal closed, Control-\\, and the warnings that schedulers send before a limit."""
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
-"""Those of them that come some time before the end."""
-SAID: Mapping[int, str] = {
+"""Signals of `ENDING` that come some time before the end."""
+SIGNAL_MESSAGES: Mapping[int, str] = {
     signal.SIGINT: "interrupted from the keyboard",
     signal.SIGTERM: "told to end (SIGTERM)",
     signal.SIGHUP: "the terminal was closed (SIGHUP)",
@@ -42,11 +42,15 @@ SAID: Mapping[int, str] = {
 
 
 class Interrupted(KeyboardInterrupt):
-    """The command was told to end by signal number `number`."""
+    """Request to end the command, by the signal `number`."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(SAID.get(number, f"signal {number}"))
+        super().__init__(_message_of(number))
         self.number = number
+
+
+def _message_of(number: int) -> str:
+    return SIGNAL_MESSAGES.get(number, f"signal {number}")
 
 
 def number_of(interruption: KeyboardInterrupt) -> int:
@@ -55,13 +59,13 @@ def number_of(interruption: KeyboardInterrupt) -> int:
 
 
 def exit_status(interruption: KeyboardInterrupt) -> int:
-    """Return the exit status by which shells tell that a signal ended a command."""
+    """Return the exit status by which shells report that a signal ended a command."""
     return 128 + number_of(interruption)
 
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Raise `Interrupted` inside of the block for every signal of `ENDING` that would else end this process."""
+    """Raise `Interrupted` inside of the block for every signal of `ENDING` that would otherwise end this process."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
@@ -73,10 +77,11 @@ def raised() -> Iterator[None]:
 
 
 class PendingSignals:
-    """The signals that came while they were noted.
+    """Signals that arrived while they were noted instead of raised.
 
-    `first`: the one that counts, and `since` when, by `time.monotonic`; `another`: whether one after it asked for more
-    haste. Shells send SIGHUP again that a terminal has sent, and after a warning the end itself is the first to count.
+    `first`: the one that counts; `since`: its time by `time.monotonic`; `another`: whether a later one asked for more
+    haste. Shells repeat the SIGHUP of a terminal, which does not count, and after a warning the end itself is the first
+    that counts.
     """
 
     def __init__(self) -> None:
@@ -85,27 +90,27 @@ class PendingSignals:
         self.another = False
 
     def note(self, number: int) -> None:
-        """Remember a signal."""
+        """Note a signal."""
         if self.first is None or (self.first in WARNINGS and number not in WARNINGS):
             self.first, self.since = number, time.monotonic()
         elif number == signal.SIGQUIT or (number != signal.SIGHUP and number not in WARNINGS):
             self.another = True
 
     def settle(self) -> None:
-        """Forget what came: the work was done all the same."""
+        """Forget the signals: the work came to its end in spite of them."""
         self.first = None
 
     @property
-    def said(self) -> str:
-        """What came first, in words."""
-        return "" if self.first is None else SAID.get(self.first, f"signal {self.first}")
+    def message(self) -> str:
+        """Text of the first signal; empty if none arrived."""
+        return "" if self.first is None else _message_of(self.first)
 
 
 @contextmanager
 def noted() -> Iterator[PendingSignals]:
-    """Note signals inside of the block in place of raising them, and raise the first one at its end.
+    """Note signals inside of the block instead of raising them, and raise the first one at its end.
 
-    Outside of the main thread, which alone hears signals, nothing ever comes.
+    Outside of the main thread, the only one that receives signals, none is ever noted.
     """
     pending = PendingSignals()
 
@@ -135,7 +140,7 @@ def _handled(handlers: Mapping[int, Handler]) -> Iterator[None]:
 
 
 def quiet_if_closed() -> None:
-    """Let standard output and error go nowhere where they were a terminal that is gone."""
+    """Discard standard output and error if they were a terminal that has been closed."""
     for handle in (1, 2):
         try:
             if stat.S_ISCHR(os.fstat(handle).st_mode) and not os.isatty(handle):
@@ -145,7 +150,7 @@ def quiet_if_closed() -> None:
 
 
 def to_nowhere(handle: int) -> None:
-    """Let what is written to an open file go nowhere."""
+    """Discard what is written to an open file from now on."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, handle)
     os.close(nowhere)

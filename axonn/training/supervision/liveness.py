@@ -1,8 +1,8 @@
-"""Tells ranks of this machine that are dead from ranks that are starved or blocked, by what /proc says of them.
+"""Liveness of this machine's ranks by /proc, which tells dead ranks from starved or blocked ones.
 
-A heartbeat that does not come proves nothing: its thread may wait for a core, for the interpreter's lock or for a slow
-disk. A rank is dead when its process has ended, or is stopped. Else it is waited for, as long as the limit of a
-standstill lets it.
+A missing heartbeat proves nothing: its thread may wait for a core, for the interpreter's lock or for a slow disk. A
+rank is dead when its process has ended or is stopped. Otherwise the supervisor waits for it, as long as the limit of a
+standstill allows.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 from axonn.observability.procfs import PROC, ProcessReading, read_machine, read_process
 
 _WORTH = 0.01
-"""Share of the time that a process computes or waits for a core, from which it counts as doing so."""
+"""Share of the time from which a process counts as computing, or as waiting for a core."""
 _LOOK_EVERY_S = 1.0
 _MOST_STARVED = 4.0
-"""How many times the limit of a standstill a run may take whose ranks are starved."""
+"""Multiple of the standstill limit that a run with starved ranks may take."""
 
 
 @dataclass
 class _Seen:
-    """The last reading of a rank's process, and what it did until then since it was first looked at."""
+    """Last reading of a rank's process, and the seconds it has computed and starved since the first reading."""
 
     at: float
     reading: ProcessReading
@@ -34,8 +34,8 @@ class _Seen:
 
 
 class Vitality:
-    """What the processes of ranks are doing. `state_of`: what a rank said of itself last, its process id among it;
-    `on_warning` hears of starved and blocked ranks, once each."""
+    """Activity of the processes of ranks. `state_of`: returns the last state that a rank wrote, with its process id;
+    `on_warning` is called for starved and blocked ranks, once each."""
 
     def __init__(
         self, state_of: Callable[[int], Mapping[str, Any]], on_warning: Callable[[str], None] = lambda text: None
@@ -48,11 +48,11 @@ class Vitality:
         self._starved_s = self._standstill_s = 0.0
 
     def why_dead(self, rank: int, silence_s: float) -> str | None:
-        """Return what ended or stopped a rank that has been silent for `silence_s` seconds, None while it lives."""
+        """Return why a rank that has been silent for `silence_s` seconds is dead; None while it lives."""
         reading = self._reading(rank)
         where = f"rank {rank} gave no sign of life for {silence_s:.0f} s"
         if reading is None:
-            # Without /proc there is only the silence.
+            # Without /proc, silence is the only sign.
             return f"{where}: its process has ended" if _has_proc() else where
         if reading.state in "ZX":
             return f"{where}: its process has ended"
@@ -62,7 +62,7 @@ class Vitality:
         return None
 
     def heard(self, rank: int) -> None:
-        """A rank gave a sign of life."""
+        """Note a heartbeat of a rank."""
         self._silent.pop(rank, None)
 
     def _warn_of(self, rank: int, silence_s: float, reading: ProcessReading) -> None:
@@ -70,15 +70,16 @@ class Vitality:
         if seen.elapsed < _LOOK_EVERY_S:
             return
         if seen.starved >= _WORTH * seen.elapsed:
-            what = "starved", f"it waits for a core {_share(seen.starved, seen.elapsed)} of the time"
+            activity, detail = "starved", f"it waits for a core {seen.starved / seen.elapsed:.0%} of the time"
         elif seen.computed >= _WORTH * seen.elapsed:
-            what = "busy", f"it computes {_share(seen.computed, seen.elapsed)} of the time"
+            activity, detail = "busy", f"it computes {seen.computed / seen.elapsed:.0%} of the time"
         else:
-            what = "blocked", f"it neither computes nor waits for a core (state {reading.state}), as on a slow disk"
-        if (rank, what[0]) not in self._warned:
-            self._warned.add((rank, what[0]))
+            activity = "blocked"
+            detail = f"it neither computes nor waits for a core (state {reading.state}), as on a slow disk"
+        if (rank, activity) not in self._warned:
+            self._warned.add((rank, activity))
             self._on_warning(
-                f"rank {rank} is {what[0]}: no sign of life for {silence_s:.0f} s, but {what[1]}; {load_said()}; "
+                f"rank {rank} is {activity}: no sign of life for {silence_s:.0f} s, but {detail}; {load_message()}; "
                 "it is waited for"
             )
 
@@ -111,13 +112,13 @@ class Vitality:
 
 
 def counted_standstill(standstill_s: float, starved_s: float) -> float:
-    """Return the seconds of a standstill that count against its limit: not those in which ranks waited for a core, but
-    at least a quarter of all."""
+    """Return the seconds of a standstill that count against its limit: those in which ranks did not wait for a core,
+    but at least a quarter of all."""
     return max(standstill_s - starved_s, standstill_s / _MOST_STARVED)
 
 
-def load_said() -> str:
-    """Return how busy the machine is, in words."""
+def load_message() -> str:
+    """Return the load of the machine as text."""
     machine = read_machine()
     return "the load of the machine is not known" if machine is None else f"load {machine.load:.1f}"
 
@@ -138,7 +139,7 @@ def _update(known: dict[int, _Seen], rank: int, process: int, reading: ProcessRe
     if reading.delay_s is not None and last.reading.delay_s is not None:
         starved = min(elapsed, max(0.0, reading.delay_s - last.reading.delay_s))
     if runnable and last.runnable and computed + starved == 0.0:
-        # The system adds a delay up when it ends.
+        # The system counts a delay only once it has ended.
         starved = elapsed
     last.elapsed += elapsed
     last.computed += computed
@@ -148,7 +149,7 @@ def _update(known: dict[int, _Seen], rank: int, process: int, reading: ProcessRe
 
 
 def _is_runnable(process: int) -> bool:
-    """Whether a thread of the process computes or waits for a core."""
+    """Return whether a thread of the process computes or waits for a core."""
     for task in (PROC / str(process) / "task").glob("*/stat"):
         try:
             if task.read_text(errors="replace").rpartition(")")[2].split()[0] == "R":
@@ -156,10 +157,6 @@ def _is_runnable(process: int) -> bool:
         except (OSError, IndexError):
             continue
     return False
-
-
-def _share(part: float, whole: float) -> str:
-    return f"{part / whole:.0%}"
 
 
 def _has_proc() -> bool:

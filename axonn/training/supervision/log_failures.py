@@ -1,6 +1,6 @@
-"""What the output of a failed run on a cluster says, whatever framework printed it.
+"""Causes of failure in the output of a run on a cluster, whatever framework printed it.
 
-The forms are those of PyTorch 1.4 to 2.6, its launchers, Slurm, LSF with jsrun, and Open MPI 4 and 5, as they stand in
+The patterns are those of PyTorch 1.4 to 2.6, its launchers, Slurm, LSF with jsrun, and Open MPI 4 and 5, as found in
 public logs and in the programs' sources.
 """
 
@@ -29,53 +29,53 @@ _PREFIX = re.compile(
     re.VERBOSE,
 )
 _DETAIL = 400
-"""Characters of a line that are kept in a failure."""
+"""Characters of a line that a failure keeps."""
 
 
 @dataclass(frozen=True)
 class LogLine:
-    """One printed line: its text and what its prefixes said."""
+    """One printed line: its text and the information in its prefixes."""
 
     text: str
     rank: int | None = None
-    """In the whole job, where a prefix names it."""
+    """Rank in the whole job, where a prefix names it."""
     prefix: str = ""
-    """All prefixes, which tell the lines of several ranks apart."""
+    """All prefixes, which distinguish the lines of several ranks."""
 
 
 def split(line: str) -> LogLine:
-    """Take colours, carriage returns and the prefixes of launchers off."""
+    """Strip colours, carriage returns and the prefixes of launchers from a line."""
     text = _ESCAPE.sub("", line).rstrip("\r\n")
     text = text.rpartition("\r")[2]
     rank, prefix = None, ""
-    while (found := _PREFIX.match(text)) is not None:
-        named = next((value for value in found.groupdict().values() if value is not None), None)
+    while (match := _PREFIX.match(text)) is not None:
+        named = next((value for value in match.groupdict().values() if value is not None), None)
         rank = int(named) if named is not None else rank
-        prefix += found[0]
-        text = text[found.end() :]
+        prefix += match[0]
+        text = text[match.end() :]
     return LogLine(text.rstrip(), rank, prefix.strip())
 
 
 def clean(line: str) -> str:
-    """The text alone; of what a carriage return overwrote only the last."""
+    """Return the text of a line alone; of texts that a carriage return overwrote only the last."""
     return split(line).text
 
 
 def lines_of(lines: Iterable[str]) -> Iterator[LogLine]:
-    """Every line; what a carriage return ended is one of its own, and empty ones are left out."""
-    for whole in lines:
-        for part in whole.splitlines():
+    """Yield every line that is not empty; text that a carriage return ended counts as a line."""
+    for printed in lines:
+        for part in printed.splitlines():
             if (line := split(part)).text:
                 yield line
 
 
 class _Weight(IntEnum):
-    """How near to the cause a notice is: the first of the lowest weight is taken for it."""
+    """Distance of a notice from the cause of failure; the first notice of the lowest weight is taken for the cause."""
 
     CAUSE = 0
-    """Follows from nothing else."""
+    """A cause that follows from nothing else."""
     EVENT = 1
-    """An exception, or a limit of the scheduler: of several the first."""
+    """An exception, or a limit of the scheduler: the first of several counts."""
     KILLED = 2
     """A process that ended without saying why."""
     WAITED = 3
@@ -83,9 +83,9 @@ class _Weight(IntEnum):
     CONSEQUENCE = 4
     """A broken connection, or an exit code that says only that something went wrong."""
     TOLD = 5
-    """Told to end, as all ranks are once one has failed."""
+    """A request to end, as all ranks get once one has failed."""
     SUMMARY = 6
-    """Says only that some rank failed."""
+    """A statement that some rank failed."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ _TEXTS: list[tuple[str, _Weight, Cause]] = [
 ]
 _NOTICES = [(re.compile(pattern), weight, cause) for pattern, weight, cause in _TEXTS]
 
-_SAYS_RANK = re.compile(
+_NAMED_RANK = re.compile(
     r"^srun: error: .*: task (?P<task>\d+): "
     r"|^MPI_ABORT was invoked on rank (?P<abort>\d+)"
     r"|\b[Rr]ank (?P<megatron>\d+)(?:: found|, node .*: Unexpected)"
@@ -166,10 +166,10 @@ _TOLD = re.compile(r"^(?:[\w.]*\.)?(SignalException|KeyboardInterrupt)\b")
 
 
 def failure_of(lines: Iterable[str]) -> Failure | None:
-    """The first cause of failure that the lines name, None where they name none.
+    """Return the first cause of failure that the lines name; None where they name none.
 
     A cause is preferred to its consequences, wherever they stand: a rank out of memory to the others' timeouts, an
-    exception to the exit codes that it leads to. `rank` is that of the line that says so.
+    exception to the exit codes that it leads to. `rank` is that of the line that names the cause.
     """
     notices = list(_notices(list(lines_of(lines))))
     if not notices:
@@ -205,14 +205,14 @@ def _notices(lines: list[LogLine]) -> Iterator[_Notice]:
 def _known(line: LogLine) -> _Notice | None:
     for pattern, weight, cause in _NOTICES:
         if pattern.search(line.text):
-            said = _SAYS_RANK.search(line.text)
-            named = next((v for v in said.groupdict().values() if v is not None), None) if said else None
+            match = _NAMED_RANK.search(line.text)
+            named = next((v for v in match.groupdict().values() if v is not None), None) if match else None
             return _Notice(weight, cause, line.text, int(named) if named is not None else line.rank)
     return None
 
 
 def _exception(line: LogLine) -> _Notice:
-    """Last line of a traceback."""
+    """Return the notice in the last line of a traceback."""
     if line.text.startswith(("MemoryError", "numpy.core._exceptions._ArrayMemoryError")):
         return _Notice(_Weight.CAUSE, "out-of-memory", line.text, line.rank)
     if line.text.startswith(("FloatingPointError", "NotFiniteError")):
@@ -226,7 +226,7 @@ def _exception(line: LogLine) -> _Notice:
 
 
 def _folded(lines: list[LogLine], number: int) -> str:
-    """The line, with what Open MPI folds its notices into."""
+    """Return a line, joined with the next one where Open MPI has folded its notice."""
     text = lines[number].text
     if " noticed that process rank " in text and number + 1 < len(lines):
         return f"{text} {lines[number + 1].text}"
@@ -235,8 +235,8 @@ def _folded(lines: list[LogLine], number: int) -> str:
 
 def _exit(text: str, rank: int | None) -> _Notice | None:
     for pattern in _EXITS:
-        if (found := pattern.search(text)) is not None:
-            named = found.groupdict()
+        if (match := pattern.search(text)) is not None:
+            named = match.groupdict()
             if named.get("rank") is not None:
                 rank = int(named["rank"])
             code = -int(named["signal"]) if named.get("signal") is not None else int(named["code"])
@@ -245,7 +245,7 @@ def _exit(text: str, rank: int | None) -> _Notice | None:
 
 
 def _ended(code: int, text: str, rank: int | None) -> _Notice | None:
-    """A process that ended with `code`, negative for a signal; None where that is no failure."""
+    """Return the notice of a process that ended with `code`, negative for a signal; None where that is no failure."""
     if code == 0:
         return None
     # A shell reports a signal as 128 and its number.
@@ -265,19 +265,19 @@ def _ended(code: int, text: str, rank: int | None) -> _Notice | None:
 
 
 class _Summary:
-    """The block that torchrun prints at the end, from its line "Root Cause" on."""
+    """Parser of the block that torchrun prints at the end, from its line "Root Cause" on."""
 
     def __init__(self) -> None:
         self._open = False
         self._rank: int | None = None
 
     def feed(self, text: str) -> _Notice | None:
-        """The notice, once the block has said rank and exit code of the first rank that failed."""
+        """Take the next line; return the notice once the block has named rank and exit code of the first failure."""
         if text.startswith("Root Cause (first observed failure):"):
             self._open, self._rank = True, None
-        elif self._open and (found := re.match(r"\s*rank\s+: (\d+)", text)) is not None:
-            self._rank = int(found[1])
-        elif self._open and (found := re.match(r"\s*exitcode\s+: (-?\d+)", text)) is not None:
+        elif self._open and (match := re.match(r"\s*rank\s+: (\d+)", text)) is not None:
+            self._rank = int(match[1])
+        elif self._open and (match := re.match(r"\s*exitcode\s+: (-?\d+)", text)) is not None:
             self._open = False
-            return _ended(int(found[1]), f"torchrun: rank {self._rank} failed first ({text.strip()})", self._rank)
+            return _ended(int(match[1]), f"torchrun: rank {self._rank} failed first ({text.strip()})", self._rank)
         return None

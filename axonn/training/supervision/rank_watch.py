@@ -1,4 +1,4 @@
-"""Watches the ranks of one run from outside until they end, or have to be ended."""
+"""Watch over the ranks of one run, from outside of them, until they end or have to be ended."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from axonn.training.metrics import BATCHES, Tail
 from axonn.training.run_folder import STOP, Heartbeats, stack_of
 from axonn.training.run_outcome import rank_state
 from axonn.training.supervision.interruption import WARNINGS, PendingSignals, number_of
-from axonn.training.supervision.liveness import Vitality, counted_standstill, load_said
+from axonn.training.supervision.liveness import Vitality, counted_standstill, load_message
 
 SILENCE_S = 20.0
-"""A rank that has not touched its heartbeat for so long is looked at: it may be dead."""
+"""Silence of a rank after which it is checked whether it is dead."""
 SAVE_S = 20.0
-"""What ranks are given to end their batch and save. Schedulers and shells that end a command give it about 30 s."""
+"""Time for ranks to end their batch and save; schedulers and shells that end a command give it about 30 s."""
 _POLL_S = 0.1
 
 
 class Watch:
-    """The ranks of a run that was started, as `supervise` is asked to watch them.
+    """Watch over the ranks of a started run, with the options of `supervise`.
 
-    The first interruption that is `pending` tells the ranks, with `on_stop`, to save what they have and to end; what
-    comes then is up to the signal. After Control-C or a warning of a limit they have all the time they need, else
-    `SAVE_S`; a second one ends them at once, and so does SIGQUIT.
+    At the first `pending` interruption, with `on_stop`, the ranks are asked to save their state and end. How long that
+    may take depends on the signal: after Control-C or a warning of a limit as long as they need, otherwise `SAVE_S`.
+    A second interruption ends them at once, and so does SIGQUIT.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Watch:
         self._give_up = give_up
         self._pending = pending
         self._on_stop = on_stop
-        self._told_to_stop = False
+        self._asked_to_stop = False
         self._beats = Heartbeats(folder, ranks)
         self._vitality = Vitality(partial(rank_state, folder), on_warning)
 
@@ -93,26 +93,27 @@ class Watch:
         if pending.first is None:
             return None
         if self._on_stop is None or pending.first == signal.SIGQUIT:
-            return Failure(cause="interrupted", detail=pending.said)
-        if not self._told_to_stop:
-            self._told_to_stop = True
+            return Failure(cause="interrupted", detail=pending.message)
+        if not self._asked_to_stop:
+            self._asked_to_stop = True
             try:
                 (self._folder / STOP).touch()
             except OSError as error:
-                return Failure(cause="interrupted", detail=f"{pending.said}; the ranks cannot be told to save: {error}")
-            self._say_that_it_stops(self._on_stop)
+                detail = f"{pending.message}; the ranks cannot be told to save: {error}"
+                return Failure(cause="interrupted", detail=detail)
+            self._report_stop(self._on_stop)
             return None
         if pending.another:
-            return Failure(cause="interrupted", detail=f"{pending.said}, and again before the ranks had saved")
+            return Failure(cause="interrupted", detail=f"{pending.message}, and again before the ranks had saved")
         if pending.first not in (signal.SIGINT, *WARNINGS) and time.monotonic() - pending.since > SAVE_S:
-            detail = f"{pending.said}; the ranks had not saved after {SAVE_S:.0f} s and were ended"
+            detail = f"{pending.message}; the ranks had not saved after {SAVE_S:.0f} s and were ended"
             return Failure(cause="interrupted", detail=detail)
         return None
 
-    def _say_that_it_stops(self, say: Callable[[str], None]) -> None:
-        # Where nobody reads it, the ranks save all the same.
+    def _report_stop(self, on_stop: Callable[[str], None]) -> None:
+        # If printing fails because nobody reads the output, the ranks save all the same.
         with contextlib.suppress(KeyboardInterrupt):
-            say(self._pending.said)
+            on_stop(self._pending.message)
 
     def _dead_rank(self) -> Failure | None:
         for rank in self._ranks:
@@ -131,13 +132,13 @@ class Watch:
         if counted_standstill(standstill, starved) <= self._stall_limit_s:
             return None
         rank = self._beats.first_to_stop()
-        said = self._beats.said_of_standstill()
+        detail = self._beats.standstill_message()
         if starved > 0.1 * standstill:
-            said = f"{said}; ranks were starved of a core for {starved:.0f} s of it ({load_said()})"
+            detail = f"{detail}; ranks were starved of a core for {starved:.0f} s of it ({load_message()})"
         process = rank_state(self._folder, rank).get("pid")
         if isinstance(process, int) and (stack := stack_of(self._folder, rank, process)) is not None:
-            said = f"{said}; it stands at {stack}"
-        return Failure(cause="timeout", rank=rank, detail=said)
+            detail = f"{detail}; it stands at {stack}"
+        return Failure(cause="timeout", rank=rank, detail=detail)
 
     def _all_ended(self) -> bool:
         return all(rank_state(self._folder, rank).get("state") in ("done", "stopped") for rank in self._ranks)

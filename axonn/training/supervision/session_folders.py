@@ -1,7 +1,7 @@
-"""The temporary folders of a run's launcher and MPI library: its own, so that what a killed run leaves can be removed.
+"""Temporary folders of one run's launcher and MPI library, so that leftovers of a killed run can be removed.
 
 Open MPI removes its session folder and its segments of shared memory when it ends by itself; a launcher that is killed
-leaves them in the system's folders, under names that do not tell whose they were.
+leaves them in the system's folders, under names that do not tell to which run they belonged.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _VARIABLES: Mapping[str, str] = {
     "PRTE_MCA_prte_tmpdir_base": "temporary",
     "OMPI_MCA_btl_sm_backing_directory": "shared",
 }
-"""Where Open MPI's launcher keeps its session, and where its messages between ranks of a node lie."""
+"""Environment variables for the folder of Open MPI's session, and for that of messages between ranks of a node."""
 
 
 @contextmanager
 def session_folders() -> Iterator[dict[str, str]]:
-    """Make the folders of one run and remove them at its end; yield the environment that leads its ranks there.
+    """Create the folders of one run and remove them at its end; yield the environment that leads its ranks there.
 
-    A variable that the user has set stays. What runs left whose command was killed is removed before. The ranks remove
-    the folders where the command that started them is killed (`axonn.training.run_folder`).
+    A variable that the user has set stays. Folders that killed commands left are removed before. The ranks remove
+    the folders themselves if the command that started them is killed (`axonn.training.run_folder`).
     """
     roots = {"temporary": Path(tempfile.gettempdir()), "shared": SHARED_MEMORY}
     wanted = {
@@ -58,13 +58,13 @@ def _folder(root: Path) -> Iterator[Path]:
 
 
 def remove_stale(root: Path) -> None:
-    """Remove the folders under `root` that belong to runs of this user which have ended: the process that made them is
-    gone, and with it the lock that it held."""
+    """Remove the folders under `root` of this user's runs that have ended: the process that created them is gone, and
+    with it its lock."""
     for folder in root.glob(f"{_PREFIX}*-*"):
         try:
-            found = folder.lstat()
+            status = folder.lstat()
             process = int(folder.name.removeprefix(_PREFIX).partition("-")[0])
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or runs(process):
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or runs(process):
                 continue
             with locked(folder / LOCK, "in use"):
                 shutil.rmtree(folder, ignore_errors=True)

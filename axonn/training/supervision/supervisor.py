@@ -1,4 +1,9 @@
-"""Runs the ranks of a training run or a measured point; knows what became of them when they cannot say so."""
+"""Supervision of a run from its start to its end: starts the ranks, watches them, reports failures on their behalf.
+
+An interruption ends the run. With `on_stop`, which is called with the reason, the ranks first save their state after
+their current batch (`axonn.training.supervision.rank_watch`). Once everything has come to its end, the interruption is
+raised; but if the caller notes interruptions as `pending`, it is a failure of the outcome instead.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +13,18 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 from axonn.checkpoint.checkpoints import Checkpoint
 from axonn.config.train_config import TrainConfig
 from axonn.device.devices import DeviceType
 from axonn.distributed.launch import find_mpiexec, mpiexec_command, rank_environment
 from axonn.observability.records import Failure
-from axonn.training.framework import load_framework
+from axonn.training.framework import RankProgram, load_framework
 from axonn.training.resumption import forget_batches
 from axonn.training.run_folder import SPEC, STOP, SUPERVISOR
 from axonn.training.run_outcome import Outcome, outcome_of, rank_state
@@ -28,7 +35,7 @@ from axonn.training.supervision.rank_watch import Watch
 from axonn.training.supervision.session_folders import session_folders
 
 _GRACE_S = 3.0
-"""Between what asks the launcher to end and what ends it."""
+"""Time between the signal that asks the launcher to end and the one that kills it."""
 
 
 def supervise(
@@ -51,39 +58,69 @@ def supervise(
 ) -> Outcome:
     """Run `config` with `framework` on one process per rank of its grid; everything it writes is under `folder`.
 
-    `on_batch` is called with the number of finished batches; as soon as `give_up` names a failure, the run is ended
-    with it. With `resume` the run of that checkpoint goes on: what the folder says of later batches is removed;
+    `on_batch` is called with the number of finished batches; as soon as `give_up` returns a failure, the run is ended
+    with it. With `resume` the run goes on from that checkpoint, and metrics and spans of later batches are removed;
     without, everything of an earlier run but its checkpoints. With `turns` the ranks train a batch when the
-    `TurnTaking` of the folder says so. With `device` "cuda" they take the GPUs of this machine in turn. `own_cores` and
-    `link_only`: see `mpiexec_command`; `threads`: of each rank. The ranks never outlive this call.
+    `TurnTaking` of the folder grants one. With `device` "cuda" they take the GPUs of this machine in turn. `own_cores`
+    and `link_only`: see `mpiexec_command`; `threads`: of each rank. `pending` and `on_stop`: see the module.
+    `on_warning` is called for starved ranks, and `log.txt` has its messages. The ranks never outlive this call.
 
-    An interruption ends the run. With `on_stop`, which is told why, the ranks first save what they have after their
-    batch: see `axonn.training.supervision.rank_watch`. It is raised when everything has come to its end, but where the caller notes
-    interruptions as `pending`: then it is a failure of the outcome. `on_warning` hears of ranks that are starved, as
-    does `log.txt`. Raises `LaunchError` when there is no MPI to start several ranks with.
+    Raises `LaunchError` when there is no MPI to start several ranks with.
     """
-    grid = config.grid
-    ranks = grid.size
-    if ranks > 1:
-        # Before anything is written.
-        find_mpiexec()
-    folder.mkdir(parents=True, exist_ok=True)
-    _clear(folder, resume)
+    ranks = config.grid.size
     checkpoint = None if resume is None else str(resume.folder)
     stoppable = on_stop is not None
     spec = spec_of(framework, config, checkpoint=checkpoint, turns=turns, device=device, stoppable=stoppable)
+    _prepare(folder, spec, ranks, resume)
+    with noted() if pending is None else nullcontext(pending) as interruption, open(folder / NEWEST_LOG, "w") as log:
+        program = load_framework(framework).program(config, folder)
+        placement = {"link_only": link_only, "own_cores": own_cores}
+        with _running(program, folder, ranks, log, threads=threads, **placement) as process:
+            watch = Watch(
+                process,
+                folder,
+                ranks,
+                timeout_s=timeout_s,
+                # A job that waits for its turn finishes nothing meanwhile.
+                stall_limit_s=float("inf") if turns else config.stall_limit_s,
+                on_batch=on_batch,
+                give_up=give_up,
+                pending=interruption,
+                on_stop=on_stop,
+                on_warning=partial(_warn, log, on_warning),
+            )
+            failure = watch.until_end()
+            # Without a failure, a launcher that still runs is one that its ranks have outlived.
+            stuck = process.poll() is None
+        failure = failure or _failure_after_exit(0 if stuck else process.returncode, folder, ranks, interruption)
+        (folder / STOP).unlink(missing_ok=True)
+    # Earlier batches may have had fewer ranks.
+    return outcome_of(folder, ranks, failure, first=0 if resume is None else resume.state.batches)
+
+
+def _prepare(folder: Path, spec: str, ranks: int, resume: Checkpoint | None) -> None:
+    """Make the run folder ready for its ranks."""
+    if ranks > 1:
+        # Raises before anything is written.
+        find_mpiexec()
+    folder.mkdir(parents=True, exist_ok=True)
+    _clear(folder, resume)
     (folder / SPEC).write_text(spec)
-    with (
-        noted() if pending is None else nullcontext(pending) as interruption,
-        open(folder / NEWEST_LOG, "w") as log,
-        load_framework(framework).program(config, folder) as program,
-        session_folders() if ranks > 1 else nullcontext[dict[str, str]]({}) as session,
-    ):
 
-        def warn(text: str) -> None:
-            print(f"warning: {text}", file=log, flush=True)
-            on_warning(text)
 
+@contextmanager
+def _running(
+    started: AbstractContextManager[RankProgram],
+    folder: Path,
+    ranks: int,
+    log: IO[str],
+    *,
+    link_only: bool,
+    own_cores: bool,
+    threads: int,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the program on all ranks during the block, and end them, and the launcher, with it."""
+    with started as program, session_folders() if ranks > 1 else nullcontext[dict[str, str]]({}) as session:
         command = list(program.command)
         if ranks > 1:
             command = mpiexec_command(ranks, command, link_only=link_only, own_cores=own_cores, mpiexec=program.mpiexec)
@@ -98,39 +135,25 @@ def supervise(
             stderr=log,
             start_new_session=True,
         )
-        watch = Watch(
-            process,
-            folder,
-            ranks,
-            timeout_s=timeout_s,
-            # Who waits for its turn stands still.
-            stall_limit_s=float("inf") if turns else config.stall_limit_s,
-            on_batch=on_batch,
-            give_up=give_up,
-            pending=interruption,
-            on_stop=on_stop,
-            on_warning=warn,
-        )
         try:
-            failure = watch.until_end()
+            yield process
         finally:
-            # Where all is well, a launcher that is still there is one that the ranks have outlived.
-            stuck = process.poll() is None
             _end(process)
             _end_ranks(folder, ranks, session_id=process.pid)
-        failure = failure or _failure_after_exit(0 if stuck else process.returncode, folder, ranks, interruption)
-        (folder / STOP).unlink(missing_ok=True)
-    # Earlier batches may have had fewer ranks.
-    return outcome_of(folder, ranks, failure, first=0 if resume is None else resume.state.batches)
+
+
+def _warn(log: IO[str], on_warning: Callable[[str], None], text: str) -> None:
+    print(f"warning: {text}", file=log, flush=True)
+    on_warning(text)
 
 
 def kept_log(folder: Path) -> str | None:
-    """Name that the log of the newest start has once another goes on with the folder; None where there is no log."""
+    """Return the name under which the newest log is kept once another start writes its own; None without a log."""
     return f"log-{len(list(folder.glob('log-*.txt'))) + 1}.txt" if (folder / NEWEST_LOG).exists() else None
 
 
 def _clear(folder: Path, resume: Checkpoint | None) -> None:
-    """Remove what an earlier run left and this one does not go on with."""
+    """Remove the files of an earlier run that this one does not go on with."""
     for stale in [*folder.glob("rank-*"), *folder.glob(STOP)]:
         stale.unlink()
     forget_batches(folder, after=0 if resume is None else resume.state.batches)
@@ -146,8 +169,8 @@ def _clear(folder: Path, resume: Checkpoint | None) -> None:
 def _failure_after_exit(code: int, folder: Path, ranks: int, interruption: PendingSignals) -> Failure | None:
     states = {rank: rank_state(folder, rank) for rank in range(ranks)}
     if {s.get("state") for s in states.values()} == {"stopped"}:
-        told = interruption.said or f"told to end by the file '{STOP}' of the run folder"
-        return Failure(cause="interrupted", detail=told)
+        reason = interruption.message or f"told to end by the file '{STOP}' of the run folder"
+        return Failure(cause="interrupted", detail=reason)
     failed = sorted((s["time"], rank) for rank, s in states.items() if s.get("state") == "failed")
     killed = _killed_rank(folder, code, ranks)
     if killed is not None:
@@ -157,7 +180,7 @@ def _failure_after_exit(code: int, folder: Path, ranks: int, interruption: Pendi
         return Failure(cause="dead-rank", rank=rank, detail=f"rank {rank} was killed by {name}{hint}")
     if failed:
         state = states[failed[0][1]]
-        # The ranks that began it, where the one that failed first knows them.
+        # The rank where it began, if the one that failed first knows that.
         rank = min(state.get("ranks") or [failed[0][1]])
         return Failure(cause=state["cause"], rank=rank, detail=f"rank {rank}: {state['detail']}")
     unfinished = [rank for rank, s in states.items() if s.get("state") != "done"]
@@ -172,7 +195,7 @@ def _failure_after_exit(code: int, folder: Path, ranks: int, interruption: Pendi
 
 
 def _killed_rank(folder: Path, code: int, ranks: int) -> tuple[int, int] | None:
-    """(rank, signal) of the rank that a signal ended first, from the exit code or Open MPI's notice."""
+    """Return (rank, signal) of the rank that a signal ended first, from the exit code or Open MPI's notice."""
     if ranks == 1:
         return (0, -code) if code < 0 else None
     text = (folder / "log.txt").read_text(errors="replace")
@@ -181,7 +204,7 @@ def _killed_rank(folder: Path, code: int, ranks: int) -> tuple[int, int] | None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the launcher and all ranks, politely at first."""
+    """End the launcher and all ranks: SIGTERM first, then SIGKILL."""
     for how in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             break
@@ -195,10 +218,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _end_ranks(folder: Path, ranks: int, *, session_id: int) -> None:
-    """End ranks that have outlived their launcher: each has a process group of its own, in the launcher's session."""
-    ours = {pid for rank in range(ranks) if isinstance(pid := rank_state(folder, rank).get("pid"), int)}
+    """End ranks that have outlived their launcher: each has its own process group, in the launcher's session."""
+    pids = {pid for rank in range(ranks) if isinstance(pid := rank_state(folder, rank).get("pid"), int)}
     end = time.monotonic() + _GRACE_S
-    while time.monotonic() < end and (left := {pid for pid in ours if _is_of(pid, session_id)}):
+    while time.monotonic() < end and (left := {pid for pid in pids if _is_of(pid, session_id)}):
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,5 @@
-"""The other side of `axonn.training.run_folder.Turns`: several jobs are there at once and train batches one after the other."""
+"""Turns between several jobs that train batches one after the other; `axonn.training.run_folder.Turns` has the ranks'
+side."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from axonn.training.run_folder import END, TRAIN
 
 
 class TurnTaking:
-    """Gives the job of one run folder its turns. Make it before the ranks start; closing ends ranks that wait."""
+    """The turns of one run folder's job. Create it before the ranks start; closing it ends ranks that wait."""
 
     def __init__(self, folder: Path, ranks: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -20,27 +21,28 @@ class TurnTaking:
         for path in self._paths:
             path.unlink(missing_ok=True)
             os.mkfifo(path)
-        # Opened for both, so that neither side waits for the other to open.
+        # Opened for reading and writing, so that neither side waits for the other to open.
         *self._turns, self._finished = [os.open(path, os.O_RDWR | os.O_NONBLOCK) for path in self._paths]
 
     def grant(self) -> None:
-        """The job's ranks may train one batch (or go on to their end after the last)."""
-        self._say(TRAIN)
+        """Let the job's ranks train one batch, or come to their end after the last."""
+        self._send(TRAIN)
 
     def end(self) -> None:
-        """No more batches: the job's ranks come to their end, as after the last."""
-        self._say(END)
+        """Let the job's ranks come to their end without further batches."""
+        self._send(END)
 
-    def _say(self, what: bytes) -> None:
+    def _send(self, message: bytes) -> None:
         for turn in self._turns:
-            os.write(turn, what)
+            os.write(turn, message)
 
     def finished(self, timeout_s: float) -> bool:
-        """Wait for the end of the batch; False when it has not come in that time."""
+        """Wait for the end of the batch; return False if it has not come within `timeout_s` seconds."""
         ready, _, _ = select.select([self._finished], [], [], timeout_s)
         return bool(ready) and bool(os.read(self._finished, 1))
 
     def close(self) -> None:
+        """Close and remove the pipes."""
         for end in (*self._turns, self._finished):
             os.close(end)
         self._turns = []

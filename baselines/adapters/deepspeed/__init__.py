@@ -1,1 +1,1 @@
-"""DeepSpeed."""
+"""DeepSpeed: its strategies on this machine, and Megatron-DeepSpeed on clusters."""

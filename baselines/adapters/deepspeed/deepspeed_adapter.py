@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from axonn.training.framework import Adapter, Capabilities, ClusterWork, Framework, Launch, PrintedRun
 from baselines.adapters.deepspeed.deepspeed_frameworks import ENVIRONMENT, HALF_TOO, OFFLOAD_DISCLOSURE, STRATEGIES
 from baselines.adapters.deepspeed.deepspeed_launch import launch_of
-from baselines.adapters.deepspeed.deepspeed_log import printed_run
+from baselines.adapters.deepspeed.deepspeed_log import read_log
 
 
 class DeepSpeedAdapter(Adapter):
@@ -32,4 +32,4 @@ class DeepSpeedAdapter(Adapter):
         return launch_of(work)
 
     def read(self, lines: Iterable[str]) -> PrintedRun:
-        return printed_run(lines)
+        return read_log(lines)

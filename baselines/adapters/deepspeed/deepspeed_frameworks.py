@@ -23,8 +23,11 @@ HALF_TOO: tuple[FloatType, ...] = ("float32", "bfloat16")
 
 
 class DeepSpeed(ForeignFramework):
-    """What its strategies share. In bfloat16 only those whose recipe is ours: ZeRO-1 and ZeRO-2 keep float32 masters
-    beside bfloat16 parameters and gradients; the others keep gradients in ways of their own."""
+    """Checks and environment that all strategies share.
+
+    Only ZeRO-1 and ZeRO-2 run in bfloat16: like our engine they keep float32 masters beside bfloat16 parameters and
+    gradients, while the other strategies treat gradients in ways of their own.
+    """
 
     environment = ENVIRONMENT
     script = "deepspeed_ranks.py"
@@ -45,7 +48,7 @@ class DeepSpeed(ForeignFramework):
 
 
 class Zero(DeepSpeed):
-    """Data parallelism, nothing cut: gradients are all-reduced."""
+    """Data parallelism, nothing sharded: gradients are all-reduced."""
 
     label = "DeepSpeed DDP (ZeRO-0)"
     strategy = "zero-0"
@@ -57,7 +60,7 @@ class Zero(DeepSpeed):
 
 
 class Zero1(Zero):
-    """Data parallelism, the optimizer's state cut over the replicas."""
+    """Data parallelism, optimizer state sharded over the replicas."""
 
     precisions = HALF_TOO
     label = "DeepSpeed ZeRO-1"
@@ -65,7 +68,7 @@ class Zero1(Zero):
 
 
 class Zero2(Zero):
-    """Data parallelism, optimizer state and gradients cut over the replicas."""
+    """Data parallelism, optimizer state and gradients sharded over the replicas."""
 
     precisions = HALF_TOO
     label = "DeepSpeed ZeRO-2"
@@ -73,7 +76,7 @@ class Zero2(Zero):
 
 
 class Zero3(Zero):
-    """Data parallelism, optimizer state, gradients and parameters cut over the replicas."""
+    """Data parallelism, optimizer state, gradients and parameters sharded over the replicas."""
 
     label = "DeepSpeed ZeRO-3"
     strategy = "zero-3"
@@ -104,7 +107,7 @@ class Zero3Offload(Zero3):
 
 
 class DeepSpeedPipeline(DeepSpeed):
-    """PipelineModule (1F1B), stages cut as our engine's; with replicas, ZeRO-1 over them."""
+    """PipelineModule (1F1B), stages cut as in our engine; with replicas, ZeRO-1 over them."""
 
     label = "DeepSpeed pipeline"
     strategy = "pipeline"

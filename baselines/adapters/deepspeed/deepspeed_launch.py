@@ -1,7 +1,7 @@
 """DeepSpeed on clusters: Megatron-DeepSpeed's `pretrain_gpt.py`, tensor x pipeline x data parallel with ZeRO stage 1.
 
-Flags: megatron/arguments.py of github.com/deepspeedai/Megatron-DeepSpeed at 4efb479d; keys of the JSON file:
-deepspeed/runtime/config.py and runtime/zero/config.py of github.com/deepspeedai/DeepSpeed at v0.19.5.
+Sources: flags from megatron/arguments.py of github.com/deepspeedai/Megatron-DeepSpeed at 4efb479d; keys of the JSON
+file from deepspeed/runtime/config.py and runtime/zero/config.py of github.com/deepspeedai/DeepSpeed at v0.19.5.
 """
 
 from __future__ import annotations
@@ -20,22 +20,26 @@ from baselines.adapters.ignored_settings import OVERFLOW_AFTER
 CONFIG_FILE = "ds_config.json"
 CHECKPOINTS = "checkpoints"
 DATA = "tokens_text_document"
-"""Prefix of the data where none is named."""
+"""Prefix of the data where the work names none."""
 _NEVER = 1_000_000
 _BYTES_PER_PARAMETER = 14
-"""Of a checkpoint in half precision: the parameter, and in float32 its master copy and Adam's two moments."""
+"""Bytes of a half-precision checkpoint: the parameter, and in float32 its master copy and Adam's two moments."""
 _VOCAB_MULTIPLE = 128
-"""--make-vocab-size-divisible-by, its default: for each tensor-parallel rank."""
+"""Default of --make-vocab-size-divisible-by; it holds for each tensor-parallel rank."""
 _ORDER = ("inter", "data", "row", "col")
-"""Its ranks (PipeModelDataParallelTopology): those of a tensor-parallel group are neighbours, stages lie farthest."""
+"""Order of Megatron-DeepSpeed's ranks (PipeModelDataParallelTopology), slowest axis first: tensor-parallel ranks are
+neighbours, stages are farthest apart."""
 _COMMUNICATION: dict[FloatType, str] = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
 def launch_of(work: ClusterWork) -> Launch:
-    """How Megatron-DeepSpeed runs `work`. Raises `LaunchError` naming everything that it cannot do."""
-    found = refusals(work)
-    if found:
-        raise LaunchError(f"Megatron-DeepSpeed cannot run {work.name}: {'; '.join(found)}")
+    """Return the command, files and notes with which Megatron-DeepSpeed runs `work`.
+
+    Raises `LaunchError` naming everything that it cannot do.
+    """
+    reasons = refusals(work)
+    if reasons:
+        raise LaunchError(f"Megatron-DeepSpeed cannot run {work.name}: {'; '.join(reasons)}")
     return Launch(
         command=["python", "-u", "pretrain_gpt.py", *flags(work)],
         files={CONFIG_FILE: json.dumps(settings(work), indent=2) + "\n"},
@@ -45,7 +49,7 @@ def launch_of(work: ClusterWork) -> Launch:
 
 
 def refusals(work: ClusterWork) -> list[str]:
-    """What of `work` it does not do, and what to change."""
+    """Return what Megatron-DeepSpeed cannot do of `work`, and what to change."""
     strategy, grid = work.strategy, work.strategy.grid
     try:
         strategy.check(work.gpt)
@@ -95,17 +99,35 @@ def refusals(work: ClusterWork) -> list[str]:
 
 
 def _placed(strategy: Strategy, order: tuple[str, ...]) -> list[str]:
-    """The axes that there are, in that order."""
+    """Return the axes of extent above 1, sorted as in `order`."""
     return [axis for axis in order if getattr(strategy.grid, axis) > 1]
 
 
 def flags(work: ClusterWork) -> list[str]:
-    """What `pretrain_gpt.py` is told."""
-    model, strategy, o = work.gpt, work.strategy, OptimizerConfig()
-    clip = work.gradient_clipping or 0.0
-    values: dict[str, object] = {
-        "--tensor-model-parallel-size": strategy.grid.col,
-        "--pipeline-model-parallel-size": strategy.grid.inter,
+    """Return the command-line flags of `pretrain_gpt.py`."""
+    model, strategy = work.gpt, work.strategy
+    switches = {
+        "--untie-embeddings-and-output-weights": not model.tied_head,
+        "--fp16": strategy.compute == "float16",
+        "--bf16": strategy.compute == "bfloat16",
+        # The script stops without Apex's extension for the fusion, which its layers do not use.
+        "--no-gradient-accumulation-fusion": True,
+        "--no-pipeline-parallel": strategy.grid.inter == 1,
+        "--deepspeed": True,
+    }
+    values = {**_model_values(work), **_training_values(work), **_data_values(work), **_run_values(work)}
+    return [
+        *(text for flag, value in values.items() for text in (flag, str(value))),
+        *(flag for flag, on in switches.items() if on),
+        *_recompute(strategy),
+    ]
+
+
+def _model_values(work: ClusterWork) -> dict[str, object]:
+    model, grid = work.gpt, work.strategy.grid
+    return {
+        "--tensor-model-parallel-size": grid.col,
+        "--pipeline-model-parallel-size": grid.inter,
         "--num-layers": model.layers,
         "--hidden-size": model.hidden,
         "--num-attention-heads": model.heads,
@@ -113,7 +135,13 @@ def flags(work: ClusterWork) -> list[str]:
         "--max-position-embeddings": model.seq_len,
         "--hidden-dropout": model.dropout,
         "--attention-dropout": model.attention_dropout,
-        "--micro-batch-size": strategy.microbatch_size,
+    }
+
+
+def _training_values(work: ClusterWork) -> dict[str, object]:
+    o = OptimizerConfig()
+    return {
+        "--micro-batch-size": work.strategy.microbatch_size,
         "--global-batch-size": work.batch_size,
         "--train-iters": work.steps,
         "--optimizer": "adam",
@@ -123,7 +151,12 @@ def flags(work: ClusterWork) -> list[str]:
         "--adam-beta2": o.betas[1],
         "--adam-eps": o.eps,
         "--weight-decay": o.weight_decay,
-        "--clip-grad": clip,
+        "--clip-grad": work.gradient_clipping or 0.0,
+    }
+
+
+def _data_values(work: ClusterWork) -> dict[str, object]:
+    return {
         "--data-path": work.data or DATA,
         "--data-impl": "mmap",
         # No evaluation, so all of the data is to be trained on.
@@ -131,8 +164,13 @@ def flags(work: ClusterWork) -> list[str]:
         "--eval-iters": 0,
         # This tokenizer adds one token, the end of a document.
         "--tokenizer-type": "NullTokenizer",
-        "--vocab-size": model.vocab - 1,
+        "--vocab-size": work.gpt.vocab - 1,
         "--make-vocab-size-divisible-by": _VOCAB_MULTIPLE,
+    }
+
+
+def _run_values(work: ClusterWork) -> dict[str, object]:
+    return {
         "--distributed-backend": "nccl",
         "--log-interval": 1,
         # Between iterations its ranks look for the file by which a job is told to stop, save and end; started again,
@@ -142,23 +180,9 @@ def flags(work: ClusterWork) -> list[str]:
         "--load": CHECKPOINTS,
         # Required with --save, and after the last iteration.
         "--save-interval": work.steps + 1,
-        "--zero-stage": _zero_stage(strategy),
+        "--zero-stage": _zero_stage(work.strategy),
         "--deepspeed_config": CONFIG_FILE,
     }
-    switches = {
-        "--untie-embeddings-and-output-weights": not model.tied_head,
-        "--fp16": strategy.compute == "float16",
-        "--bf16": strategy.compute == "bfloat16",
-        # Without Apex's extension for it the script stops, and its layers do not use it.
-        "--no-gradient-accumulation-fusion": True,
-        "--no-pipeline-parallel": strategy.grid.inter == 1,
-        "--deepspeed": True,
-    }
-    return [
-        *(text for flag, value in values.items() for text in (flag, str(value))),
-        *(flag for flag, on in switches.items() if on),
-        *_recompute(strategy),
-    ]
 
 
 def _recompute(strategy: Strategy) -> list[str]:
@@ -181,7 +205,7 @@ def _zero_stage(strategy: Strategy) -> int:
 
 
 def settings(work: ClusterWork) -> dict[str, Any]:
-    """Contents of the JSON file. It says again what the flags say, and DeepSpeed compares."""
+    """Return the contents of DeepSpeed's JSON file. They repeat what the flags say, and DeepSpeed compares the two."""
     strategy = work.strategy
     precisions: dict[FloatType, dict[str, Any]] = {
         # loss_scale 0 is dynamic; the rest as in its own template (examples_deepspeed/rebase).
@@ -219,11 +243,11 @@ def settings(work: ClusterWork) -> dict[str, Any]:
 
 
 def notes(work: ClusterWork) -> list[str]:
-    """What differs from what was asked for, and what has to be there."""
+    """Return what differs from the requested work, and what has to be provided."""
     model, strategy = work.gpt, work.strategy
     multiple = _VOCAB_MULTIPLE * strategy.grid.col
     padded = -(-model.vocab // multiple) * multiple
-    found = [
+    lines = [
         "pretrain_gpt.py is that of github.com/deepspeedai/Megatron-DeepSpeed at 4efb479d: start it in its folder, "
         "with Apex installed; the first start compiles fused kernels, so it is no run to be timed.",
         "Weights are drawn by Megatron (normal, standard deviation 0.02); biases and norms have no weight decay.",
@@ -233,16 +257,16 @@ def notes(work: ClusterWork) -> list[str]:
     ]
     if work.data is None:
         tokens = work.steps * work.batch_size * model.seq_len
-        found.append(
+        lines.append(
             f"It has no synthetic data: {DATA}.bin and {DATA}.idx must lie beside the script, with at least {tokens} "
             f"tokens below {model.vocab} (tools/preprocess_data.py makes them)."
         )
     if strategy.compute == "float16" and strategy.agree_on_overflow is None:
-        found.append(OVERFLOW_AFTER)
+        lines.append(OVERFLOW_AFTER)
     if padded != model.vocab:
-        found.append(f"The vocabulary is padded from {model.vocab} to {padded}, a multiple of {multiple}.")
+        lines.append(f"The vocabulary is padded from {model.vocab} to {padded}, a multiple of {multiple}.")
     if model.layers % strategy.grid.inter:
-        found.append(f"{model.layers} layers are no multiple of {strategy.grid.inter} stages; it balances them itself.")
+        lines.append(f"{model.layers} layers are no multiple of {strategy.grid.inter} stages; it balances them itself.")
     if strategy.grid.inter == 1 and strategy.schedule.name != "1f1b":
-        found.append("There is no pipeline, so its schedule is not used.")
-    return found
+        lines.append("There is no pipeline, so its schedule is not used.")
+    return lines

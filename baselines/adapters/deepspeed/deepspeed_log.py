@@ -1,6 +1,7 @@
-"""What a run of DeepSpeed prints: Megatron-DeepSpeed's lines where there are any, else those of DeepSpeed's engines.
+"""Output of a DeepSpeed run: Megatron-DeepSpeed's lines where there are any, otherwise those of DeepSpeed's engines.
 
-DeepSpeed from 0.3 to 0.19 (runtime/pipe/engine.py, utils/timer.py, launcher/launch.py); its ThroughputTimer since 0.8.
+Covers DeepSpeed from 0.3 to 0.19 (runtime/pipe/engine.py, utils/timer.py, launcher/launch.py); its ThroughputTimer
+since 0.8.
 """
 
 from __future__ import annotations
@@ -12,23 +13,15 @@ from dataclasses import dataclass, field
 
 from axonn.observability.records import Failure
 from axonn.training.framework import PrintedRun
-from axonn.training.supervision.log_failures import failure_of, lines_of
-from baselines.adapters.iteration_lines import (
-    Iteration,
-    begins,
-    is_done,
-    iteration_of,
-    memory_of,
-    parameters_of,
-    sizes_of,
-)
+from axonn.training.supervision.log_failures import failure_of
+from baselines.adapters.iteration_lines import IterationLog
 
 _NUMBER = r"([-+\d.einfa]+)"
-# Of the pipeline engine; the time is the mean since the line before.
+# Line of the pipeline engine; its time is the mean since the line before.
 _STEPS = re.compile(
     rf"^steps: (\d+) loss: {_NUMBER} (?:[^:]+: \S+ )*iter time \(s\): (\d+\.\d{{3}}) samples/sec: \d+\.\d{{3}}$"
 )
-# Of the engine without a pipeline; the speed is that of the step before the line, of the whole job.
+# Line of the engine without a pipeline; its speed is the whole job's in the step before the line.
 _SPEED = re.compile(
     rf"/global_step=(\d+), RunningAvgSamplesPerSec={_NUMBER}, CurrSamplesPerSec=(\d+\.\d+(?:e[-+]\d+)?), "
     r"MemAllocated=[\d.]+GB, MaxMemAllocated=(\d+\.\d+)GB$"
@@ -40,43 +33,25 @@ _ENDED = re.compile(r"\[launch\.py:\d+:main\] Process \d+ exits successfully\.$"
 
 
 @dataclass
-class _Found:
-    """What the lines have said so far; each dictionary by the number of the iteration."""
+class _DeepSpeedLog(IterationLog):
+    """State of a log after the lines read so far; each dictionary is keyed by the number of the iteration."""
 
-    iterations: dict[int, Iteration] = field(default_factory=dict)
     steps: dict[int, tuple[float, float]] = field(default_factory=dict)
     """Loss and seconds."""
     speeds: dict[int, float] = field(default_factory=dict)
     """Samples per second."""
     batch_size: int | None = None
-    memory: int | None = None
     rough_memory: int | None = None
-    """Rounded to 10 MiB."""
+    """Peak rounded to 10 MiB."""
     unique: int | None = None
-    sizes: tuple[int, int] | None = None
-    own: dict[tuple[int, int], int] = field(default_factory=dict)
-    """Parameters by tensor rank and stage."""
-    starts: set[int] = field(default_factory=set)
-    """Numbers of the iterations that the starts of the run began with."""
-    begins: bool = False
-    """Whether the next iteration is one of them."""
-    done: bool = False
-    """Whether the training script said so."""
+    """Parameters as DeepSpeed counts them."""
     ended: bool = False
-    """Whether the launcher said so of a process."""
+    """True once the launcher has reported the end of a process."""
 
-    def feed(self, text: str) -> None:
-        """Take in one line. What is not understood is ignored."""
-        if (iteration := iteration_of(text)) is not None:
-            self.iterations[iteration.number] = iteration
-            self.starts -= {iteration.number}
-            self.starts |= {iteration.number} if self.begins else set()
-            self.begins = False
-        elif begins(text):
-            self.begins = True
-        elif (memory := memory_of(text)) is not None:
-            self.memory = max(memory, self.memory or 0)
-        elif (step := _STEPS.match(text)) is not None and (loss := _float(step[2])) is not None:
+    def feed(self, text: str) -> bool:
+        if super().feed(text):
+            return True
+        if (step := _STEPS.match(text)) is not None and (loss := _float(step[2])) is not None:
             self.steps[int(step[1])] = (loss, float(step[3]))
         elif (speed := _SPEED.search(text)) is not None:
             self.speeds[int(speed[1])] = float(speed[3])
@@ -85,21 +60,21 @@ class _Found:
             self.batch_size = int(batch[1])
         elif (unique := _UNIQUE.search(text)) is not None:
             self.unique = int(unique[1])
-        elif (sizes := sizes_of(text)) is not None:
-            self.sizes = sizes
-        elif (own := parameters_of(text)) is not None:
-            self.own[own[0]] = own[1]
         elif (peak := _PEAK.match(text)) is not None and (self.iterations or self.steps or self.speeds):
-            # Each such line starts the peak anew, and those before the first iteration are of building the model.
+            # Each such line resets the peak, and those before the first iteration belong to building the model.
             self.rough_memory = max(round(float(peak[1]) * 2**30), self.rough_memory or 0)
-        elif is_done(text):
-            self.done = True
         elif _ENDED.search(text) is not None:
             self.ended = True
+        else:
+            return False
+        return True
 
     def seconds(self) -> list[float]:
-        """Of each reported iteration, the first included; without Megatron's lines and a pipeline DeepSpeed leaves the
-        first two out, and counts from the start of a forward pass to the end of the step."""
+        """Return the seconds of each reported iteration, the first included.
+
+        Without Megatron's lines and without a pipeline, DeepSpeed omits the first two iterations, and counts from the
+        start of a forward pass to the end of the step.
+        """
         if self.iterations:
             return [self.iterations[number].seconds for number in sorted(self.iterations)]
         if self.steps:
@@ -107,7 +82,7 @@ class _Found:
         return [self.batch_size / speed for speed in self.speeds.values() if self.batch_size and speed > 0]
 
     def losses(self) -> list[float]:
-        """Those that are printed and finite."""
+        """Return the losses that are printed and finite."""
         printed = (
             [i.loss for _, i in sorted(self.iterations.items()) if i.loss is not None]
             if self.iterations
@@ -116,21 +91,17 @@ class _Found:
         return [loss for loss in printed if math.isfinite(loss)]
 
     def parameters(self) -> int | None:
-        """Of the whole model, where that can be said: DeepSpeed counts what tensor-parallel ranks have copies of once
-        for each of them."""
+        """Return the number of parameters of the whole model where it is known: DeepSpeed counts parameters that are
+        replicated over tensor-parallel ranks once for each of them."""
         if self.sizes is not None and self.sizes[0] > 1:
             return None
-        return self.own.get((0, 0)) if self.sizes == (1, 1) else self.unique
+        return self.rank_parameters.get((0, 0)) if self.sizes == (1, 1) else self.unique
 
     def diverged(self) -> Failure | None:
-        """The first step that was taken with a loss that is no number."""
+        """Return a failure naming the first step that was taken with a non-finite loss, or None."""
         bad = [i.number for i in self.iterations.values() if i.diverged]
         bad += [number for number, (loss, _) in self.steps.items() if not math.isfinite(loss)]
         return Failure(cause="nan", detail=f"the loss of iteration {min(bad)} is no finite number") if bad else None
-
-    def at_last(self) -> bool:
-        """Whether the last iteration of the run is among those reported."""
-        return any(i.number == i.last for i in self.iterations.values())
 
 
 def _float(text: str) -> float | None:
@@ -140,25 +111,22 @@ def _float(text: str) -> float | None:
         return None
 
 
-def printed_run(lines: Iterable[str]) -> PrintedRun:
-    """What the output of a run says: of all ranks, perhaps interleaved, prefixed or cut short; where a run was started
-    several times, that of its starts one after the other."""
-    whole = list(lines)
-    found = _Found()
-    texts = [line.text for line in lines_of(whole)]
-    # Nothing follows the number at the end of this line: cut, it would be another number.
-    if texts and parameters_of(texts[-1]) is not None:
-        texts.pop()
-    for text in texts:
-        found.feed(text)
-    # What ranks say that lose each other at the end of a finished run is no failure of it.
-    failure = found.diverged() or (None if found.done else failure_of(whole))
+def read_log(lines: Iterable[str]) -> PrintedRun:
+    """Parse the output of a run: of all ranks, possibly interleaved, prefixed or cut short.
+
+    A run that was started several times yields the iterations of its starts one after the other.
+    """
+    printed = list(lines)
+    log = _DeepSpeedLog()
+    log.read(printed)
+    # Ranks that lose each other after the end of a finished run are not a failure of it.
+    failure = log.diverged() or (None if log.done else failure_of(printed))
     return PrintedRun(
-        seconds=found.seconds(),
-        starts=[place for place, number in enumerate(sorted(found.iterations)) if number in found.starts],
-        losses=found.losses(),
-        memory_bytes=found.memory if found.memory is not None else found.rough_memory,
-        parameters=found.parameters(),
-        finished=found.done or (failure is None and (found.ended or found.at_last())),
+        seconds=log.seconds(),
+        starts=log.first_lines(),
+        losses=log.losses(),
+        memory_bytes=log.memory if log.memory is not None else log.rough_memory,
+        parameters=log.parameters(),
+        finished=log.done or (failure is None and (log.ended or log.at_last())),
         failure=failure,
     )

@@ -1,4 +1,4 @@
-"""Megatron-LM: megatron-core here, its own training script on clusters."""
+"""Megatron-LM: megatron-core on this machine, its own training script on clusters."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Megatron-LM on a cluster: its `pretrain_gpt.py` with the flags of a configuration.
 
-Names and checks are those of github.com/NVIDIA/Megatron-LM at core_v0.16.0, megatron/training/arguments.py and the
-configuration classes from which it makes flags.
+Names and checks follow github.com/NVIDIA/Megatron-LM at core_v0.16.0: megatron/training/arguments.py, and the
+configuration classes from which it generates flags.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from baselines.adapters.ignored_settings import OVERFLOW_AFTER
 
 VERSION = "core_v0.16.0"
 _VOCAB_UNIT = 128
-"""Megatron-LM pads the vocabulary to multiples of this and of the tensor-parallel ranks."""
+"""Padding unit: Megatron-LM pads the vocabulary to multiples of this times the tensor-parallel ranks."""
 _INITIAL_LOSS_SCALE = 65536
 _STOP_SIGNAL = "USR1"
-"""Open MPI's mpiexec and Slurm's srun hand it on to the ranks; TERM, its default, ends Open MPI's jobs."""
+"""Signal that Open MPI's mpiexec and Slurm's srun forward to the ranks; TERM, its default, ends Open MPI's jobs."""
 _CHECKPOINTS = "checkpoints"
 _BYTES_PER_PARAMETER = 14
-"""Of a checkpoint in half precision: the parameter, and in float32 its master copy and Adam's two moments."""
+"""Bytes of a half-precision checkpoint: the parameter, and in float32 its master copy and Adam's two moments."""
 _ORDERS: dict[tuple[Axis, ...], list[str]] = {
     ("inter", "data", "col"): [],
     ("data", "inter", "col"): ["--use-tp-pp-dp-mapping"],
 }
-"""Axes from the slowest to the fastest, and the flag that asks for it."""
+"""Axes from the slowest to the fastest, and the flag that selects the order."""
 _PRECISION: dict[FloatType, list[str]] = {
     "float16": ["--fp16", f"--initial-loss-scale {_INITIAL_LOSS_SCALE}"],
     "bfloat16": ["--bf16"],
@@ -37,7 +37,10 @@ _PRECISION: dict[FloatType, list[str]] = {
 
 
 def launch_of(work: ClusterWork) -> Launch:
-    """How to run `work`. Raises `LaunchError` for what Megatron-LM does not do, or would refuse to start."""
+    """Return the command with which Megatron-LM runs `work`.
+
+    Raises `LaunchError` for what it does not do, or would refuse to start.
+    """
     _check_kind(work)
     _check_sizes(work)
     flags = [
@@ -60,7 +63,7 @@ def launch_of(work: ClusterWork) -> Launch:
 
 
 def _check_kind(work: ClusterWork) -> None:
-    """What it has no flag for."""
+    """Raise `LaunchError` for settings that it has no flag for."""
     s = work.strategy
     interleaved = s.schedule.name == "interleaved-1f1b"
     for refused, why in (
@@ -114,14 +117,14 @@ def _check_kind(work: ClusterWork) -> None:
 
 
 def _check_sizes(work: ClusterWork) -> None:
-    """What its arguments.py checks once the job has started."""
+    """Raise `LaunchError` for sizes that its arguments.py would refuse once the job has started."""
     s, m, chunks = work.strategy, work.gpt, _chunks(work)
     g = s.grid
     ranks = g.data * g.inter * g.col
     if ranks != work.gpus:
         raise LaunchError(f"{work.name}: the grid has {ranks} ranks for {work.gpus} GPUs; change one of them")
     on_stage = m.layers // (g.inter * chunks)
-    for what, size, unit, meaning in (
+    for name, size, unit, meaning in (
         ("heads", m.heads, g.col, "col"),
         ("layers", m.layers, g.inter * chunks, "inter x chunks"),
         ("batch_size", work.batch_size, g.data * s.microbatch_size, "data x microbatch_size"),
@@ -141,7 +144,7 @@ def _check_sizes(work: ClusterWork) -> None:
     ):
         if size % unit:
             raise LaunchError(
-                f"{work.name}: Megatron-LM needs {what} ({size}) in multiples of {unit} ({meaning}); change one of them"
+                f"{work.name}: Megatron-LM needs {name} ({size}) in multiples of {unit} ({meaning}); change one of them"
             )
 
 
@@ -151,7 +154,7 @@ def _chunks(work: ClusterWork) -> int:
 
 
 def _mapping(work: ClusterWork) -> list[str]:
-    """The flag of the placement of ranks. Raises `LaunchError` for one that it does not have."""
+    """Return the flag of the placement of ranks. Raises `LaunchError` for a placement that it does not have."""
     extents = work.strategy.grid.extents()
     asked = [axis for axis in work.strategy.order if extents[axis] > 1]
     for order, flag in _ORDERS.items():
@@ -231,14 +234,14 @@ def _data(work: ClusterWork) -> Iterator[str]:
     else:
         yield f"--data-path {work.data}"
         yield "--split 100,0,0"
-    # It counts the tokenizer's own end of document.
+    # The tokenizer adds one token of its own, the end of a document.
     yield "--tokenizer-type NullTokenizer"
     yield f"--vocab-size {work.gpt.vocab - 1}"
     yield f"--make-vocab-size-divisible-by {_vocab_unit(work)}"
 
 
 def _vocab_unit(work: ClusterWork) -> int:
-    """The largest that leaves the vocabulary as it is; its default where none does."""
+    """Return the largest padding unit that leaves the vocabulary as it is; the default where none does."""
     unit = _VOCAB_UNIT
     while unit > 1 and work.gpt.vocab % (unit * work.strategy.grid.col):
         unit //= 2
@@ -254,13 +257,13 @@ def _logging(work: ClusterWork) -> Iterator[str]:
     yield "--log-interval 1"
     yield "--log-throughput"
     yield "--log-memory-interval 1"
-    # Without an interval it cannot size its data sets; no evaluation falls into the run.
+    # It cannot size its data sets without an interval; with this one no evaluation falls into the run.
     yield "--eval-iters 0"
     yield f"--eval-interval {work.steps + 1}"
 
 
 def _checkpoints(work: ClusterWork) -> Iterator[str]:
-    """It saves when it is told to end, and goes on from there when it is started again."""
+    """Yield the flags with which it saves its state when it is told to end, and resumes when it is started again."""
     yield f"--save {_CHECKPOINTS}"
     yield f"--load {_CHECKPOINTS}"
     # Required with --save, and after the last iteration.

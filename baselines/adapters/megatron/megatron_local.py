@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from axonn.config.train_config import TrainConfig
+from axonn.config.train_config import FloatType, TrainConfig
 from axonn.schedules import ScheduleSpec
-from baselines.adapters.adapter_common import DEVICE
+from baselines.adapters.adapter_common import DEVICE, gpt_of
 from baselines.adapters.isolated_framework import ForeignFramework
 from baselines.environments import Environment
 
@@ -17,18 +17,18 @@ DISCLOSURE = (
     "gradients accumulated inside of products and without sequence parallelism, which ask for them"
 )
 LEAST_CHUNKS = 2
-"""Of layers on each stage, in the interleaved schedule."""
+"""Fewest chunks of layers on each stage in the interleaved schedule."""
 
 
 class Megatron(ForeignFramework):
-    """What all strategies share: the local layers of its GPT, exact GELU, an untied head."""
+    """Checks and environment that all strategies share: the local layers of its GPT, exact GELU, an untied head."""
 
     disclosure = DISCLOSURE if DEVICE.type == "cpu" else None
     environment = ENVIRONMENT
     script = "megatron_ranks.py"
-    precisions = ("float32", "bfloat16")
+    precisions: ClassVar[Sequence[FloatType]] = ("float32", "bfloat16")
     axes: ClassVar[Sequence[str]]
-    """Those of the grid that the strategy cuts along."""
+    """Axes of the grid along which the strategy cuts."""
 
     def refuses(self, config: TrainConfig) -> str | None:
         return self._wrong_grid(config) or self._wrong_sizes(config)
@@ -37,29 +37,29 @@ class Megatron(ForeignFramework):
         extents = config.grid.extents()
         if extents["row"] > 1:
             return "Megatron-LM cuts layers along col only: set row to 1"
-        others = [axis for axis, extent in extents.items() if extent > 1 and axis not in self.axes]
-        if others:
-            return f"{self.label} cuts along {' and '.join(self.axes)} only: set {', '.join(others)} to 1"
+        uncut = [axis for axis, extent in extents.items() if extent > 1 and axis not in self.axes]
+        if uncut:
+            return f"{self.label} cuts along {' and '.join(self.axes)} only: set {', '.join(uncut)} to 1"
         return None
 
     def _wrong_sizes(self, config: TrainConfig) -> str | None:
-        grid, model = config.grid, config.model
+        grid, model = config.grid, gpt_of(config)
         if config.precision.compute not in self.precisions:
             return f"{self.label} runs in {' or '.join(self.precisions)} here: set precision to float32"
         if model.tied_head:
             return "Megatron-LM is compared with an untied head: set model.tied_head to false"
-        for what, size, axis, extent in (
+        for name, size, axis, extent in (
             ("heads", model.heads, "col", grid.col),
             ("vocab", model.vocab, "col", grid.col),
             ("layers", model.layers, "inter", grid.inter * self.chunks(config)),
             ("batch_size", config.batch_size, "data x microbatch_size", grid.data * config.microbatch_size),
         ):
             if size % extent:
-                return f"Megatron-LM needs {what} ({size}) to be a multiple of {extent} ({axis}): change one of them"
+                return f"Megatron-LM needs {name} ({size}) to be a multiple of {extent} ({axis}): change one of them"
         return None
 
     def chunks(self, config: TrainConfig) -> int:
-        """Of layers on each stage."""
+        """Return the number of chunks of layers on each stage."""
         return 1
 
     def schedule(self, config: TrainConfig) -> ScheduleSpec | None:
@@ -67,7 +67,7 @@ class Megatron(ForeignFramework):
 
 
 class Tensor(Megatron):
-    """Layers cut along col; the all-reduce of an input's gradient beside the weight's gradient."""
+    """Layers cut along col; an input's gradient is all-reduced while the weight's gradient is computed."""
 
     label = "Megatron-LM tensor"
     strategy = "tensor"
@@ -83,7 +83,7 @@ class MegatronPipeline(Megatron):
 
 
 class Interleaved(Megatron):
-    """Interleaved 1F1B: several chunks of layers per stage, messages beside computation."""
+    """Interleaved 1F1B: several chunks of layers per stage, messages overlapped with compute."""
 
     label = "Megatron-LM interleaved 1F1B"
     strategy = "interleaved"
@@ -107,7 +107,7 @@ class Interleaved(Megatron):
 
 
 class MegatronData(Megatron):
-    """Replicas whose gradients are all-reduced bucket by bucket beside the last backward."""
+    """Replicas whose gradients are all-reduced bucket by bucket during the last backward."""
 
     label = "Megatron-LM data"
     strategy = "data"
@@ -115,9 +115,9 @@ class MegatronData(Megatron):
 
 
 class DistributedOptimizer(MegatronData):
-    """Replicas that share the optimizer's state: gradients reduce-scattered, parameters gathered beside the forward."""
+    """Replicas that shard the optimizer state: gradients reduce-scattered, parameters gathered during the forward."""
 
-    # In half types its optimizer has settings of its own.
+    # Its optimizer has settings of its own for half types.
     precisions = ("float32",)
     label = "Megatron-LM distributed optimizer"
     strategy = "data-distributed-optimizer"

@@ -1,76 +1,44 @@
-"""What a run of Megatron-LM prints, from version 2.0 (2021) to core 0.19 (2026)."""
+"""Output of a Megatron-LM run, from version 2.0 (2021) to core 0.19 (2026)."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from axonn.observability.records import Failure
 from axonn.training.framework import PrintedRun
-from axonn.training.supervision.log_failures import failure_of, lines_of
-from baselines.adapters.iteration_lines import (
-    Iteration,
-    begins,
-    is_done,
-    iteration_of,
-    memory_of,
-    parameters_of,
-    sizes_of,
-)
+from axonn.training.supervision.log_failures import failure_of
+from baselines.adapters.iteration_lines import IterationLog
 
 _UNTIED = re.compile(r"^\s*untie_embeddings_and_output_weights \.+ True$")
-"""In the list of all arguments, from 2022 on."""
+"""Line of the list of all arguments, from 2022 on."""
 
 
 @dataclass
-class _Found:
-    """What the lines have said so far."""
+class _MegatronLog(IterationLog):
+    """State of a log after the lines read so far."""
 
-    iterations: dict[int, Iteration] = field(default_factory=dict)
-    """By number; where a run printed one again, what it said last."""
-    memory: int | None = None
-    sizes: tuple[int, int] | None = None
-    """Tensor- and pipeline-parallel ranks."""
-    own: dict[tuple[int, int], int] = field(default_factory=dict)
-    """Parameters by tensor rank and stage."""
     untied: bool = False
-    starts: set[int] = field(default_factory=set)
-    """Numbers of the iterations that the starts of the run began with."""
-    begins: bool = False
-    """Whether the next iteration is one of them."""
-    done: bool = False
+    """True once the list of arguments says that the head is not tied."""
 
-    def feed(self, text: str) -> None:
-        """Take in one line. What is not understood, or not whole, is ignored."""
-        if (iteration := iteration_of(text)) is not None:
-            self.iterations[iteration.number] = iteration
-            self.starts -= {iteration.number}
-            self.starts |= {iteration.number} if self.begins else set()
-            self.begins = False
-        elif begins(text):
-            self.begins = True
-        elif (memory := memory_of(text)) is not None:
-            self.memory = max(memory, self.memory or 0)
-        elif (sizes := sizes_of(text)) is not None:
-            self.sizes = sizes
-        elif (own := parameters_of(text)) is not None:
-            self.own[own[0]] = own[1]
+    def feed(self, text: str) -> bool:
         self.untied = self.untied or _UNTIED.match(text) is not None
-        self.done = self.done or is_done(text)
+        return super().feed(text)
 
     def parameters(self) -> int | None:
-        """Of the whole model, where that can be said: what several tensor-parallel ranks have copies of is counted on
-        each of them, and a tied head on the last stage again."""
+        """Return the number of parameters of the whole model where it is known: parameters that are replicated over
+        tensor-parallel ranks are counted on each of them, and a tied head again on the last stage."""
         if self.sizes is None or self.sizes[0] > 1 or (self.sizes[1] > 1 and not self.untied):
             return None
-        stages = [self.own.get((0, stage)) for stage in range(self.sizes[1])]
+        stages = [self.rank_parameters.get((0, stage)) for stage in range(self.sizes[1])]
         known = [count for count in stages if count is not None]
         return sum(known) if len(known) == len(stages) else None
 
     def diverged(self) -> Failure | None:
-        """A step that was taken with a loss that is no number, or a run that never took one."""
+        """Return a failure naming a step that was taken with a non-finite loss, or a run that never took one; or
+        None."""
         bad = [i.number for i in self.iterations.values() if i.diverged]
         if bad:
             return Failure(cause="nan", detail=f"the loss of iteration {min(bad)} is no finite number")
@@ -78,34 +46,25 @@ class _Found:
             return Failure(cause="nan", detail="every iteration was skipped: gradients overflowed")
         return None
 
-    def at_last(self) -> bool:
-        """Whether the last iteration of the run is among those reported."""
-        return any(i.number == i.last for i in self.iterations.values())
-
 
 def read_log(lines: Iterable[str]) -> PrintedRun:
-    """What the output of a run says: of all ranks, perhaps interleaved, prefixed or cut short; where a run was started
-    several times, that of its starts one after the other.
+    """Parse the output of a run: of all ranks, possibly interleaved, prefixed or cut short.
 
-    Seconds and losses are means over the iterations since the line before; an iteration that the loss scale made it
-    skip has no loss. Memory is the peak that PyTorch allocated. What ends a run that has said it is done is no failure.
+    A run that was started several times yields the iterations of its starts one after the other. Seconds and losses are
+    means over the iterations since the line before; an iteration that the loss scaler skipped has no loss. Memory is
+    the peak that PyTorch allocated. An error after the run has reported its end is not a failure.
     """
-    whole = list(lines)
-    texts = [line.text for line in lines_of(whole)]
-    # Nothing follows the number at the end of this line: cut, it would be another number.
-    if texts and parameters_of(texts[-1]) is not None:
-        texts.pop()
-    found = _Found()
-    for text in texts:
-        found.feed(text)
-    failure = found.diverged() or (None if found.done else failure_of(whole))
-    ordered = [found.iterations[number] for number in sorted(found.iterations)]
+    printed = list(lines)
+    log = _MegatronLog()
+    log.read(printed)
+    failure = log.diverged() or (None if log.done else failure_of(printed))
+    iterations = [log.iterations[number] for number in sorted(log.iterations)]
     return PrintedRun(
-        seconds=[i.seconds for i in ordered],
-        starts=[place for place, i in enumerate(ordered) if i.number in found.starts],
-        losses=[i.loss for i in ordered if i.loss is not None and math.isfinite(i.loss)],
-        memory_bytes=found.memory,
-        parameters=found.parameters(),
-        finished=failure is None and (found.done or found.at_last()),
+        seconds=[i.seconds for i in iterations],
+        starts=log.first_lines(),
+        losses=[i.loss for i in iterations if i.loss is not None and math.isfinite(i.loss)],
+        memory_bytes=log.memory,
+        parameters=log.parameters(),
+        finished=failure is None and (log.done or log.at_last()),
         failure=failure,
     )

@@ -1,1 +1,1 @@
-"""PyTorch's own pipelining and tensor parallelism."""
+"""PyTorch's own data, pipeline and tensor parallelism."""

@@ -15,7 +15,7 @@ from axonn.schedules import ScheduleSpec
 from axonn.training.framework import Adapter, Capabilities, ClusterWork, Framework, Launch, PrintedRun
 from axonn.training.run_folder import NEWEST
 from axonn.training.supervision.cluster_launch import data_of, launch_worker, read_run
-from baselines.adapters.ignored_settings import untold
+from baselines.adapters.ignored_settings import ignored_note
 from baselines.adapters.pytorch.pytorch_data import TorchDDP, TorchFullyShard
 from baselines.adapters.pytorch.pytorch_loop import PlainLoop
 from baselines.adapters.pytorch.pytorch_pipelining import (
@@ -54,7 +54,10 @@ class PyTorchAdapter(Adapter):
         return self.pick(strategy, self.strategies)
 
     def launch(self, work: ClusterWork) -> Launch:
-        """Every rank runs this suite's worker. Raises `LaunchError` for what none of the strategies does."""
+        """Return the launch in which every rank runs this suite's worker.
+
+        Raises `LaunchError` for work that none of the strategies does.
+        """
         name = _strategy_for(work)
         strategy = work.strategy.model_copy(update={"optimizer": "device", "clip_norm": False})
         data, notes = data_of(work)
@@ -67,12 +70,12 @@ class PyTorchAdapter(Adapter):
         if (reason := self.framework(name).unavailable(config)) is not None:
             raise LaunchError(f"{work.name} cannot be launched with {self.name}/{name}: {reason}")
         anew = "it saves no state: a new start begins from the first batch"
-        # There is no checkpoint to be the newest; what an earlier start left is removed.
+        # There are no checkpoints: NEWEST only removes the files of an earlier start.
         return launch_worker(
             f"{self.name}/{name}",
             config,
             device=work.device,
-            notes=[anew, untold(work.strategy), *notes],
+            notes=[anew, ignored_note(work.strategy), *notes],
             checkpoint=NEWEST,
             stoppable=True,
         )
@@ -82,7 +85,7 @@ class PyTorchAdapter(Adapter):
 
 
 def _strategy_for(work: ClusterWork) -> str:
-    """The strategy with which PyTorch itself runs `work`."""
+    """Return the strategy with which PyTorch itself runs `work`."""
     strategy = work.strategy
     parallel = [axis for axis in AXES if getattr(strategy.grid, axis) > 1]
     if len(parallel) > 1 or parallel == ["row"]:

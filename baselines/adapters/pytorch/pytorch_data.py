@@ -20,7 +20,7 @@ from axonn.models.gpt.gpt_model import GPT
 from axonn.schedules import ScheduleSpec
 from axonn.spans import SpanRecorder
 from axonn.training.framework import InProcessFramework
-from baselines.adapters.adapter_common import DEVICE, Batches, beyond, make_optimizer
+from baselines.adapters.adapter_common import DEVICE, Batches, gpt_of, make_optimizer, unsupported
 from baselines.adapters.plain import build
 from baselines.ranks import plain_gpt
 
@@ -34,7 +34,7 @@ class ReplicaTrainer(ABC):
         self._replicas = config.grid.data
         self._rows = config.batch_size // self._replicas
         self._size = config.microbatch_size
-        self._gpt = GPT(config.model)
+        self._gpt = GPT(gpt_of(config))
         self._batches = Batches(config, device)
         self._chain = build(config).to(device)
         self._model = self.wrap(nn.Sequential(*self._chain.values()))
@@ -42,24 +42,25 @@ class ReplicaTrainer(ABC):
 
     @abstractmethod
     def wrap(self, model: nn.Sequential) -> nn.Module:
-        """The model in data parallelism."""
+        """Return the model with data parallelism applied."""
 
     @abstractmethod
     def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
-        """What a microbatch runs in; gradients are reduced by the last one only."""
+        """Return the context in which a microbatch runs; only the last one reduces gradients."""
 
     def layers(self) -> dict[str, nn.Module]:
         return dict(self._chain.items())
 
     def train_batch(self, step: int) -> float:
-        mine = slice(self._rank * self._rows, (self._rank + 1) * self._rows)
-        inputs, targets = (whole[mine].split(self._size) for whole in self._batches(step))
+        shard = slice(self._rank * self._rows, (self._rank + 1) * self._rows)
+        inputs, targets = self._batches(step)
+        microbatches = list(plain_gpt.microbatches(inputs[shard], targets[shard], self._size))
         self.zero_gradients()
         total = torch.zeros(1, dtype=torch.float64, device=self._device)
-        for number, (x, y) in enumerate(zip(inputs, targets, strict=True), start=1):
-            with self.microbatch(last=number == len(inputs)):
-                loss = plain_gpt.loss_of(self._model(x), y) / len(inputs)
-                loss.backward()
+        for number, (x, y) in enumerate(microbatches, start=1):
+            with self.microbatch(last=number == len(microbatches)):
+                loss = plain_gpt.loss_of(self._model(x), y) / len(microbatches)
+                torch.autograd.backward(loss)
             total += loss.detach()
         self._optimizer.step()
         dist.all_reduce(total)
@@ -70,7 +71,7 @@ class ReplicaTrainer(ABC):
 
 
 class DDPTrainer(ReplicaTrainer):
-    """Whole replicas; buckets of gradients are all-reduced beside the last microbatch's backward."""
+    """Unsharded replicas; buckets of gradients are all-reduced during the last microbatch's backward."""
 
     def wrap(self, model: nn.Sequential) -> nn.Module:
         self._replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -81,15 +82,15 @@ class DDPTrainer(ReplicaTrainer):
         return synchronised
 
     def zero_gradients(self) -> None:
-        # They stay where they lie, in the buckets, which saves DDP a copy of all gradients.
+        # Gradients stay in the buckets, which saves DDP a copy of all of them.
         self._optimizer.zero_grad(set_to_none=False)
 
 
 class FullyShardTrainer(ReplicaTrainer):
-    """Parameters, gradients and optimizer state cut over the replicas, by transformer layer.
+    """Parameters, gradients and optimizer state sharded over the replicas, by transformer layer.
 
-    Until the last microbatch nothing is reduced, and the parameters stay gathered until its backward: of all settings
-    the one that sends least, at most memory.
+    Nothing is reduced before the last microbatch, and the parameters stay gathered until its backward: the setting that
+    sends least, at most memory.
     """
 
     def wrap(self, model: nn.Sequential) -> nn.Module:
@@ -99,9 +100,9 @@ class FullyShardTrainer(ReplicaTrainer):
             blocks.setdefault(layer.name if layer.block is None else layer.block, []).append(self._chain[layer.name])
         for block in blocks.values():
             fully_shard(block, mesh=mesh, reshard_after_forward=False)
-        whole = fully_shard(model, mesh=mesh, reshard_after_forward=False)
-        assert isinstance(whole, FSDPModule)
-        self._sharded = whole
+        sharded = fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        assert isinstance(sharded, FSDPModule)
+        self._sharded = sharded
         return model
 
     @contextmanager
@@ -112,7 +113,7 @@ class FullyShardTrainer(ReplicaTrainer):
 
 
 class TorchDDP(InProcessFramework):
-    """DistributedDataParallel: whole replicas, one all-reduce of gradients per batch."""
+    """DistributedDataParallel: unsharded replicas, one all-reduce of gradients per batch."""
 
     label = "PyTorch DDP"
     kind: ClassVar[type[ReplicaTrainer]] = DDPTrainer
@@ -124,9 +125,9 @@ class TorchDDP(InProcessFramework):
         grid = config.grid
         if grid.data < 2 or grid.inter * grid.tensor > 1:
             return f"{self.label} is data parallelism: set G_data to at least 2 and the other axes to 1"
-        if (reason := beyond(config, schedule=self.schedule(config))) is not None:
+        if (reason := unsupported(config, schedule=self.schedule(config))) is not None:
             return reason
-        if config.model.tied_head:
+        if gpt_of(config).tied_head:
             return "the plain modules do not tie an embedding to a head; untie the head"
         if config.batch_size % (grid.data * config.microbatch_size):
             return (
@@ -144,7 +145,7 @@ class TorchDDP(InProcessFramework):
 
 
 class TorchFullyShard(TorchDDP):
-    """fully_shard (FSDP2): parameters, gradients and optimizer state cut over the replicas."""
+    """fully_shard (FSDP2): parameters, gradients and optimizer state sharded over the replicas."""
 
     label = "PyTorch fully_shard"
     kind = FullyShardTrainer

@@ -19,18 +19,20 @@ from baselines.adapters.adapter_common import (
     Batches,
     Layers,
     Optimizer,
-    beyond,
+    gpt_of,
     layers_of,
     loss_of,
     optimizer_of,
+    unsupported,
 )
+from baselines.ranks import plain_gpt
 
 
 class PlainLoopTrainer:
-    """All layers on one rank, as a user of PyTorch writes it: nothing waits for the device but the loss of a batch.
+    """All layers on one rank, as a user of PyTorch writes it: only reading a batch's loss waits for the device.
 
-    `module`, `optimizer` and `loss` (of outputs and targets): another model of the same function, with its own weights,
-    and what updates it; by default our layers with our initial weights.
+    `module`, `optimizer` and `loss` (called with outputs and targets): another model of the same function with its own
+    weights, and what updates it; by default our layers with our initial weights.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class PlainLoopTrainer:
         self._config = config
         self._device = device
         self._batches = Batches(config, device)
-        self._model = GPT(config.model)
+        self._model = GPT(gpt_of(config))
         self._loss = loss or loss_of(self._model)
         self._module = module or Layers(self._model, range(len(self._model.layers)), config, device=device)
         self._optimizer = optimizer or optimizer_of(self._module, config)
@@ -60,9 +62,9 @@ class PlainLoopTrainer:
         microbatches = self._config.batch_size // size
         self._optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for x, y in zip(inputs.split(size), targets.split(size), strict=True):
+        for x, y in plain_gpt.microbatches(inputs, targets, size):
             loss = self._loss(self._module(x), y) / microbatches
-            loss.backward()
+            torch.autograd.backward(loss)
             total += loss.detach()
         self._optimizer.step()
         return float(total)
@@ -80,7 +82,7 @@ class PlainLoop(InProcessFramework):
         grid = config.grid
         if grid.size > 1:
             return "a plain loop runs on 1 rank"
-        return beyond(config, schedule=self.schedule(config))
+        return unsupported(config, schedule=self.schedule(config))
 
     def schedule(self, config: TrainConfig) -> ScheduleSpec | None:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import ClassVar
 
@@ -18,6 +18,7 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from axonn.config.train_config import TrainConfig
 from axonn.distributed.runtime import Runtime
@@ -26,7 +27,16 @@ from axonn.models.gpt.gpt_model import GPT
 from axonn.schedules import ChunkLayout, ScheduleSpec
 from axonn.spans import SpanRecorder
 from axonn.training.framework import InProcessFramework
-from baselines.adapters.adapter_common import Batches, Layers, beyond, layers_of, loss_of, make_optimizer
+from baselines.adapters.adapter_common import (
+    Batches,
+    Layers,
+    gpt_of,
+    layers_of,
+    lone_process_group,
+    loss_of,
+    make_optimizer,
+    unsupported,
+)
 
 Schedule = PipelineScheduleSingle | PipelineScheduleMulti
 
@@ -35,18 +45,18 @@ class TorchPipeliningTrainer:
     """The same layers, cut at the same places, from the same initial weights, run by PyTorch's schedule."""
 
     def __init__(self, config: TrainConfig, runtime: Runtime, layout: ChunkLayout, kind: type[Schedule]) -> None:
-        here = config.grid.coordinates(runtime.rank).inter
-        model = GPT(config.model)
+        stage = config.grid.coordinates(runtime.rank).inter
+        model = GPT(gpt_of(config))
         spans = virtual_spans(model, layout)
-        mine = [layout.virtual(here, chunk) for chunk in range(layout.chunks)]
+        virtual = [layout.virtual(stage, chunk) for chunk in range(layout.chunks)]
         self._batches = Batches(config, runtime.device)
-        self._chunks = [Layers(model, spans[v], config, device=runtime.device) for v in mine]
+        self._chunks = [Layers(model, spans[v], config, device=runtime.device) for v in virtual]
         self._device = runtime.device
-        self._first = 0 in mine
-        self._last = layout.virtual_stages - 1 in mine
-        stages = [
+        self._first = 0 in virtual
+        self._last = layout.virtual_stages - 1 in virtual
+        stages: list[_PipelineStageBase] = [
             PipelineStage(module, v, layout.virtual_stages, runtime.device)
-            for module, v in zip(self._chunks, mine, strict=True)
+            for module, v in zip(self._chunks, virtual, strict=True)
         ]
         microbatches = config.batch_size // config.microbatch_size
         self._schedule = (
@@ -64,7 +74,7 @@ class TorchPipeliningTrainer:
         self._optimizer.zero_grad()
         losses: list[torch.Tensor] = []
         arguments = (inputs,) if self._first else ()
-        # Nobody wants the logits, and putting them together would cost it time.
+        # Nobody needs the logits, and concatenating them would cost time.
         if self._last:
             self._schedule.step(*arguments, target=targets, losses=losses, return_outputs=False)
         else:
@@ -92,22 +102,24 @@ class TorchPipelining(InProcessFramework):
         if grid.data * grid.tensor > 1:
             return "torch.distributed.pipelining is run with G_inter only here; set the other axes to 1"
         if (
-            reason := beyond(config, schedule=self.schedule(config))
+            reason := unsupported(config, schedule=self.schedule(config))
             or self._too_few_layers(config)
             or self._wrong_number(config)
         ) is not None:
             return reason
-        return "torch.distributed.pipelining does not tie parameters of two stages" if config.model.tied_head else None
+        return (
+            "torch.distributed.pipelining does not tie parameters of two stages" if gpt_of(config).tied_head else None
+        )
 
     def _too_few_layers(self, config: TrainConfig) -> str | None:
         chunks = self.recorded.chunks
-        layers, needed = len(GPT(config.model).layers), chunks * config.grid.inter
+        layers, needed = len(GPT(gpt_of(config)).layers), chunks * config.grid.inter
         if layers < needed:
             return f"it places {chunks} chunks per stage, {needed} in all, of {layers} layers; lower G_inter"
         return None
 
     def _wrong_number(self, config: TrainConfig) -> str | None:
-        """What is wrong with the number of microbatches."""
+        """Return why the schedule cannot run this number of microbatches, or None."""
         if config.batch_size // config.microbatch_size < config.grid.inter:
             return "its 1F1B needs at least as many microbatches as stages; raise batch_size or lower microbatch_size"
         return None
@@ -119,15 +131,8 @@ class TorchPipelining(InProcessFramework):
     def trainer(
         self, config: TrainConfig, runtime: Runtime, spans: SpanRecorder | None
     ) -> Iterator[TorchPipeliningTrainer]:
-        alone = not dist.is_initialized()
-        if alone:
-            # It wants a process group even for a single stage.
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        try:
+        with nullcontext() if dist.is_initialized() else lone_process_group("gloo"):
             yield TorchPipeliningTrainer(config, runtime, self.recorded.layout(config.grid.inter), self.kind)
-        finally:
-            if alone:
-                dist.destroy_process_group()
 
 
 class TorchPipeliningGPipe(TorchPipelining):

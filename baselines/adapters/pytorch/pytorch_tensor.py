@@ -31,13 +31,13 @@ from axonn.models.gpt.gpt_model import GPT
 from axonn.schedules import ScheduleSpec
 from axonn.spans import SpanRecorder
 from axonn.training.framework import InProcessFramework
-from baselines.adapters.adapter_common import DEVICE, Batches, beyond, make_optimizer
+from baselines.adapters.adapter_common import DEVICE, Batches, gpt_of, make_optimizer, unsupported
 from baselines.adapters.plain import build
 from baselines.ranks import plain_gpt
 
 
 def plan_of(layer: nn.Module, *, cut_embedding: bool) -> dict[str, ParallelStyle]:
-    """How the parts of a layer are cut."""
+    """Return the parallel styles of a layer's modules."""
     if isinstance(layer, plain_gpt.PlainAttention):
         return {"qkv": ColwiseParallel(), "projection": RowwiseParallel()}
     if isinstance(layer, plain_gpt.PlainFeedForward):
@@ -48,7 +48,7 @@ def plan_of(layer: nn.Module, *, cut_embedding: bool) -> dict[str, ParallelStyle
 
 
 class TorchTensorParallelTrainer:
-    """The same model from the same initial weights, cut by PyTorch along one axis of `ranks` ranks."""
+    """The same model from the same initial weights, sharded by PyTorch along one axis of `ranks` ranks."""
 
     def __init__(
         self, config: TrainConfig, ranks: int, *, cut_embedding: bool = True, device: torch.device = DEVICE
@@ -76,12 +76,12 @@ class TorchTensorParallelTrainer:
         for optimizer in self._optimizers:
             optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for x, y in zip(inputs.split(self._size), targets.split(self._size), strict=True):
+        for x, y in plain_gpt.microbatches(inputs, targets, self._size):
             for layer in self._chain.values():
                 x = layer(x)  # noqa: PLW2901
             with loss_parallel():
                 loss = F.cross_entropy(x.flatten(0, 1), y.flatten()) / self._microbatches
-                loss.backward()
+                torch.autograd.backward(loss)
             assert isinstance(loss, DTensor)
             total += loss.to_local().detach()
         for optimizer in self._optimizers:
@@ -89,17 +89,17 @@ class TorchTensorParallelTrainer:
         return float(total)
 
 
-class CountedCollectives(TorchDispatchMode):
-    """Counts, inside of the block, the collectives that PyTorch issues for this thread's DTensors over all `ranks`.
+class CountedCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counter of the collectives that PyTorch issues inside the block for this thread's DTensors over all `ranks`.
 
-    Raises `NotImplementedError` for one that it does not know, since nothing may go uncounted.
+    Raises `NotImplementedError` for a collective that it does not know, since nothing may go uncounted.
     """
 
     KINDS: Mapping[str, CallKind] = {"sum": "all-reduce sum", "max": "all-reduce max"}
     SENDS_NOTHING = ("wait_tensor", "_wrap_tensor_autograd")
 
     def __init__(self, ranks: Sequence[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: Counter[Call] = Counter()
         self._ranks = tuple(ranks)
 
@@ -107,17 +107,17 @@ class CountedCollectives(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if DTensor in types:
-            # What it does to the local tensors comes here by itself.
+            # DTensor dispatches its operations on local tensors, which then arrive here.
             return NotImplemented
         library, _, name = func._schema.name.partition("::")
         if "c10d" in library and name not in self.SENDS_NOTHING:
             names = [argument.name for argument in func._schema.arguments]
-            given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+            arguments = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
             if name not in ("all_reduce", "all_reduce_"):
                 raise NotImplementedError(f"{name} is not counted yet")
-            tensor = given["input"]
+            tensor = arguments["input"]
             dtype = str(tensor.dtype).removeprefix("torch.")
-            kind = self.KINDS[given["reduce_op"]]
+            kind = self.KINDS[arguments["reduce_op"]]
             self.calls[Call(kind, ("col",), self._ranks, tensor.numel(), dtype, tensor.element_size())] += 1
         return func(*args, **(kwargs or {}))
 
@@ -135,13 +135,16 @@ class TorchTensorParallel(InProcessFramework):
         grid = config.grid
         if grid.col < 2 or grid.size > grid.col:
             return "PyTorch's tensor parallelism is run with G_col only here, at least 2; set the other axes to 1"
-        if config.model.tied_head:
+        if (reason := unsupported(config, schedule=self.schedule(config))) is not None:
+            return reason
+        model = gpt_of(config)
+        if model.tied_head:
             return "PyTorch's plans do not tie an embedding to a head; untie the head"
         try:
-            GPT(config.model).check(grid)
+            GPT(model).check(grid)
         except GridError as error:
             return str(error)
-        return beyond(config, schedule=self.schedule(config))
+        return None
 
     def schedule(self, config: TrainConfig) -> ScheduleSpec | None:
         return None
@@ -156,9 +159,9 @@ class TorchTensorParallel(InProcessFramework):
 
 
 class TorchTensorParallelWholeEmbedding(TorchTensorParallel):
-    """Tensor parallelism of DTensors with the embedding whole.
+    """Tensor parallelism of DTensors with an unsharded embedding.
 
-    It sends nothing for the embedding, and each rank updates the whole of it.
+    The embedding sends nothing, and each rank updates all of it.
     """
 
     label = "PyTorch tensor parallel, embedding whole"

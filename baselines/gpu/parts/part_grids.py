@@ -23,7 +23,7 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-3}
 """Largest relative difference from the losses of one rank. In float32 only the order of sums differs; TF32 is off."""
 MOST_S = 60.0
 LEAST_CORES = 4
-"""For each of the runs that are there at once."""
+"""Cores for each of the runs that are under way at once."""
 
 
 def name_of(grid: dict[str, int]) -> str:
@@ -31,7 +31,7 @@ def name_of(grid: dict[str, int]) -> str:
 
 
 def measure(context: Context) -> tuple[list[BenchRow], dict[str, Any]]:
-    """Float32 on all grids and bfloat16 on the first two, each beside one rank."""
+    """Measure float32 on all grids and bfloat16 on the first two, each compared with one rank."""
     rows: list[BenchRow] = []
     for precision, grids in (("float32", GRIDS), ("bfloat16", GRIDS[:2])):
         rows += compared(context, precision, grids)
@@ -40,7 +40,7 @@ def measure(context: Context) -> tuple[list[BenchRow], dict[str, Any]]:
 
 
 def compared(context: Context, precision: str, grids: tuple[dict[str, int], ...]) -> list[BenchRow]:
-    """One rank, and the grids beside it."""
+    """Measure one rank, and compare the grids with it."""
     plan = context.plan
     model = f"{plan.small.model.name}, {precision}"
 
@@ -76,6 +76,6 @@ def compared(context: Context, precision: str, grids: tuple[dict[str, int], ...]
         )
 
     serial = row({}, "one rank", None)
-    # Nothing is timed here, so that several runs may be under way where there are cores for them.
+    # Nothing is timed here, so several runs may be under way at once where there are cores for them.
     with ThreadPoolExecutor(max(1, context.host_threads // LEAST_CORES)) as pool:
         return [serial, *pool.map(lambda grid: row(grid, name_of(grid), serial.losses), grids)]

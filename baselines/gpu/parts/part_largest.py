@@ -9,22 +9,23 @@ from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.observability.records import Failure
 from axonn.perf.timing.memory_model import model_state_bytes
 from axonn.training.capacity import free_memory
+from baselines.adapters.adapter_common import gpt_of
 from baselines.gpu.bench_context import Context, NotMeasured
 from baselines.gpu.bench_rows import BenchRow, failed
 from baselines.gpu.parts.part_offload import ENGINE
 
 PART = "largest"
 PROBES = 3
-"""Models that are tried at most for each placement."""
+"""Most models that are tried for each placement."""
 MODEL_SHARE = 0.93
-"""Of the device's memory that the first model needs by the memory model, with its activations."""
+"""Share of the device's memory that the first model needs by the memory model, with its activations."""
 HOST_SHARE = 0.85
-"""Of the host's free memory that pinned buffers may take."""
+"""Share of the host's free memory that pinned buffers may take."""
 SHARES = {"device": 0.4, "offloaded": 1.0}
-"""Of the time, by when a placement is done: pinning host memory takes long."""
+"""Share of the time after which a placement is done: pinning host memory takes long."""
 
 
-def gpt_of(context: Context, layers: int) -> GPTConfig:
+def model_of(context: Context, layers: int) -> GPTConfig:
     plan = context.plan
     shape = plan.gpts[-1].model
     hidden = plan.largest_hidden
@@ -34,9 +35,9 @@ def gpt_of(context: Context, layers: int) -> GPTConfig:
 
 
 def config_of(context: Context, placement: str, layers: int) -> TrainConfig:
-    """One sequence at a time, every layer recomputed, so that state is what fills the memory."""
+    """Return a configuration with one sequence at a time and every layer recomputed, so that state fills the memory."""
     content = {
-        "model": gpt_of(context, layers).model_dump(),
+        "model": model_of(context, layers).model_dump(),
         "batch_size": 2,
         "microbatch_size": 1,
         "precision": "bfloat16",
@@ -47,8 +48,9 @@ def config_of(context: Context, placement: str, layers: int) -> TrainConfig:
 
 
 def device_bytes(config: TrainConfig) -> int:
-    """By the memory model, with the inputs of all layers, what one layer recomputes, and the logits."""
-    model, optimizer = config.model, config.optimizer
+    """Return the bytes by the memory model, with the inputs of all layers, what one layer recomputes, and the
+    logits."""
+    model, optimizer = gpt_of(config), config.optimizer
     state = model_state_bytes(
         model.parameters,
         optimizer=optimizer.placement,
@@ -60,12 +62,12 @@ def device_bytes(config: TrainConfig) -> int:
 
 
 def pinned_bytes(config: TrainConfig) -> int:
-    """Of host memory: float32 masters and two moments."""
+    """Return the pinned bytes of host memory: float32 masters and two moments."""
     return 0 if config.optimizer.placement == "device" else 12 * config.model.parameters
 
 
 def most_layers(context: Context, placement: str, *, device: int, host: int) -> tuple[int, str]:
-    """Layers that fit by the model, at least 1, and what keeps more from fitting."""
+    """Return the layers that fit by the model, at least 1, and what keeps more from fitting."""
     layers, why = 1, "the largest that is tried"
     while layers < context.plan.largest_limit:
         config = config_of(context, placement, layers + 1)
@@ -78,7 +80,7 @@ def most_layers(context: Context, placement: str, *, device: int, host: int) -> 
 
 
 def measure(context: Context) -> tuple[list[BenchRow], dict[str, Any]]:
-    """For each placement: what should just fit, then larger or smaller models by halves of the bracket."""
+    """Measure each placement: a model that should just fit, then larger or smaller ones by halves of the bracket."""
     total = None if context.peak is None else context.peak.memory
     host = free_memory() or 0
     about: dict[str, Any] = {
@@ -90,15 +92,16 @@ def measure(context: Context) -> tuple[list[BenchRow], dict[str, Any]]:
     rows = []
     start = context.clock()
     for placement in ENGINE:
-        whole = context.deadline
-        context.deadline = start + (whole - start) * SHARES[placement]
+        part_deadline = context.deadline
+        context.deadline = start + (part_deadline - start) * SHARES[placement]
         rows.append(search(context, placement, device=total, host=host))
-        context.deadline = whole
+        context.deadline = part_deadline
     return rows, about
 
 
 def next_layers(trains: int | None, refused: int | None, ceiling: int) -> int | None:
-    """What to try after the largest that trains and the smallest that does not; None when there is nothing between.
+    """Return the layers to try after the largest model that trains and the smallest that does not; None when there is
+    nothing between.
 
     With only one of the two known it goes up by a twelfth, or down by an eighth, so that some model is found to train.
     """
@@ -139,7 +142,7 @@ def search(context: Context, placement: str, *, device: int | None, host: int) -
         layers = step
     if best is None:
         assert refused is not None
-        return failed(PART, gpt_of(context, refused[0]).name, label, refused[1], ours=True, note="; ".join(tried))
+        return failed(PART, model_of(context, refused[0]).name, label, refused[1], ours=True, note="; ".join(tried))
     layers, result = best
     config = config_of(context, placement, layers)
     more = refused[1].cause if refused is not None else "no larger one was tried"

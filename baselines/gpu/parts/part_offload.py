@@ -19,7 +19,7 @@ MOST_S = 60.0
 
 
 def state_by_model(config: TrainConfig) -> int:
-    """Bytes of model state on the device as the memory model has them."""
+    """Return the bytes of model state on the device by the memory model."""
     optimizer = config.optimizer
     return model_state_bytes(
         config.model.parameters,
@@ -37,7 +37,7 @@ def config_of(context: Context, placement: str) -> TrainConfig:
 
 
 def measure(context: Context) -> tuple[list[BenchRow], dict[str, Any]]:
-    """Our engine in both ways, then PyTorch's and DeepSpeed's offloading of the same model."""
+    """Measure our engine in both ways, then PyTorch's and DeepSpeed's offloading of the same model."""
     resident_row = engine_row(context, "device")
     rows = [resident_row, engine_row(context, "offloaded", reference=resident_row)]
     rows += [fsdp_row(context), zero_row(context)]
@@ -54,7 +54,7 @@ def measure(context: Context) -> tuple[list[BenchRow], dict[str, Any]]:
 
 
 def engine_row(context: Context, placement: str, *, reference: BenchRow | None = None) -> BenchRow:
-    """`reference`: a row with the losses of the same batches."""
+    """Measure our engine. `reference`: a row with the losses of the same batches."""
     plan, label = context.plan, ENGINE[placement]
     config = config_of(context, placement)
     try:
@@ -109,7 +109,7 @@ def fsdp_row(context: Context) -> BenchRow:
 
 
 def zero_row(context: Context) -> BenchRow:
-    """Its peak is that of whole batches, as its ranks say it."""
+    """Measure DeepSpeed. Its peak is that of complete batches, as its ranks report it."""
     framework = load_framework(ZERO)
     config = config_of(context, "device").model_copy(update={"steps": context.plan.warmup + 2})
     base: dict[str, Any] = {"framework": version_of(framework)}
@@ -132,7 +132,7 @@ def zero_row(context: Context) -> BenchRow:
 
 
 def with_ratio(row: BenchRow, ours: BenchRow | None) -> BenchRow:
-    """With the seconds of our offloaded engine over its own."""
+    """Return the row with the seconds of our offloaded engine over its own."""
     if ours is None or ours.seconds is None or row.seconds is None or row is ours:
         return row
     return row.model_copy(update={"ratio": ours.seconds / row.seconds, "paired": False})

@@ -16,7 +16,7 @@ MOST_S = 90.0
 
 
 def measure(context: Context) -> tuple[list[BenchRow], dict[str, Any]]:
-    """Copies on one rank; collectives with 1 and with 2 sub-shards."""
+    """Measure copies on one rank, and collectives with 1 and with 2 sub-shards."""
     rows = copies(context)
     rows += [collectives(context, shards) for shards in (1, 2)]
     about = {
@@ -65,18 +65,18 @@ def collectives(context: Context, shards: int) -> BenchRow:
     label = f"{COLLECTIVES}, {shards} sub-shard{'s' if shards > 1 else ''}"
     config = plan.cut.config(steps=plan.warmup + plan.rounds, grid={"col": 2}, overdecomposition=shards)
     try:
-        # On a GPU the cores have nothing to do but to make initial weights; on a CPU each rank computes on one.
+        # On a GPU the cores only make initial weights; on a CPU each rank computes on one.
         threads = max(1, context.host_threads // 2)
         context.ranks("axonn", config, name=label, most_s=MOST_S, threads=threads)
     except NotMeasured as lost:
         return failed(PART, config.model.name, label, lost.failure, ours=True)
-    found = overlap(spans_of(context.folder(label), config, first=plan.warmup, last=config.steps))
+    measured = overlap(spans_of(context.folder(label), config, first=plan.warmup, last=config.steps))
     return BenchRow(
         part=PART,
         model=config.model.name,
         contender=label,
         ours=True,
-        share=found.hidden_share,
+        share=measured.hidden_share,
         share_of="collectives hidden under compute",
-        note=f"{1e3 * found.collective / plan.rounds:.1f} ms of collectives in a batch; both ranks share the device",
+        note=f"{1e3 * measured.collective / plan.rounds:.1f} ms of collectives in a batch; both ranks share the device",
     )

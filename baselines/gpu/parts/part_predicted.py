@@ -1,4 +1,4 @@
-"""Part predicted: what the performance model says of the GPTs of part gpt, from this machine's own calibration."""
+"""Part predicted: the performance model's predictions of the GPTs of part gpt, from this machine's own calibration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LABEL = "performance model"
 
 
 def describes(machine: MachineFile, context: Context) -> str | None:
-    """Why a machine file is not that of the GPU that was measured; None where it is, and for a CPU."""
+    """Return why a machine file does not describe the GPU that was measured; None where it does, and for a CPU."""
     if context.plan.device == "cpu" or context.peak is None:
         return None
     gpu, device = machine.gpu.name.lower(), context.peak.device.lower()
@@ -33,7 +33,7 @@ def _make(context: Context) -> str:
 
 
 def measure(context: Context) -> tuple[list[BenchRow], dict[str, Any]]:
-    """A row for each GPT that was measured."""
+    """Predict each GPT that was measured."""
     measured = context.earlier.get("gpt")
     rows = [row for row in measured.rows if row.ours and row.failure is None] if measured is not None else []
     if not rows:
@@ -59,7 +59,7 @@ def _row(row: BenchRow, machine: MachineFile) -> BenchRow:
     assert row.seconds is not None
     config = validate(row.config or {}, TrainConfig, where=PART)
     try:
-        found = predict(config.model, machine, strategy_of_config(config), batch_size=config.batch_size)
+        prediction = predict(config.model, machine, strategy_of_config(config), batch_size=config.batch_size)
     except AxonnError as error:
         return failed(PART, row.model, LABEL, Failure(cause="unavailable", detail=str(error)))
     return BenchRow(
@@ -67,7 +67,7 @@ def _row(row: BenchRow, machine: MachineFile) -> BenchRow:
         model=row.model,
         contender=LABEL,
         seconds=row.seconds,
-        predicted_s=found.batch_time_s,
-        error_pct=100 * (found.batch_time_s / row.seconds - 1),
+        predicted_s=prediction.batch_time_s,
+        error_pct=100 * (prediction.batch_time_s / row.seconds - 1),
         note="seconds are those that part gpt measured",
     )

@@ -1,4 +1,4 @@
-"""What the parts share: throughput by a named formula, and rows of it."""
+"""Helpers that the parts share: throughput by a named formula, and rows of it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from baselines.statistics import middle_half
 
 TOLERANCE = 5e-3
 """Largest relative difference of bfloat16 losses at which contenders have done the same work: of single batches, with
-float32 masters and the loss in float32. Another seed, or a lost microbatch, is ten times that after a few batches."""
+float32 masters and the loss in float32. Another seed, or a lost microbatch, makes ten times that after a few
+batches."""
 
 
 def flops_of(model: ModelConfig, batch_size: int) -> float:
-    """Floating-point operations of one batch without recompute, by `formula_of`."""
+    """Return the floating-point operations of one batch without recompute, by `formula_of`."""
     return Workload.of(model, gpus=1, batch_size=batch_size, precision="bfloat16").flops(recompute=False)
 
 
@@ -28,7 +29,7 @@ def formula_of(model: ModelConfig) -> str:
 
 
 def speed(context: Context, config: TrainConfig, seconds: Sequence[float]) -> dict[str, Any]:
-    """Fields of a row that say how fast a contender trained `config`, from the seconds of its batches."""
+    """Return the fields of a row that say how fast a contender trained `config`, from the seconds of its batches."""
     if not seconds:
         return {}
     spread = middle_half(seconds)
@@ -50,8 +51,8 @@ def speed(context: Context, config: TrainConfig, seconds: Sequence[float]) -> di
 
 
 def agreement(losses: Sequence[float], reference: Sequence[float], *, tolerance: float = TOLERANCE) -> dict[str, Any]:
-    """Fields of a row that say how near its losses are to the reference's; with a failure where they are not, or where
-    there is nothing to compare."""
+    """Return the fields of a row that say how near its losses are to the reference's; with a failure where they differ,
+    or where there is nothing to compare."""
     worst = difference(losses, reference)
     fields: dict[str, Any] = {
         "losses": list(losses),
@@ -70,5 +71,5 @@ def _apart(detail: str) -> Failure:
 
 
 def steady(seconds: Sequence[float], warmup: int) -> list[float]:
-    """Without the batches that warm up, as long as any are left."""
+    """Return the batches after those that warm up; the last one where there are none."""
     return list(seconds[warmup:] or seconds[-1:])

@@ -9,15 +9,31 @@ from typing import Any
 import torch
 
 from axonn.config.train_config import TrainConfig, validate
-from axonn.distributed.runtime import connect
+from axonn.distributed.runtime import Runtime, connect
 from axonn.grid import ProcessGrid
 from axonn.training.engine_framework import EngineTrainer
 from baselines.gpu.peaks import wait_for
 from baselines.gpu.peers import initial_weights, plain_loop, weights_of
+from baselines.rounds import turn_order
 
 ENGINE, LOOP, COMPILED = "engine", "loop", "compiled"
 LEAST_ROUNDS = 2
 Train = Callable[[int], float]
+
+
+def trainers(config: TrainConfig, runtime: Runtime, contenders: Sequence[str]) -> dict[str, Train]:
+    """Return each contender's function that trains batch number `step`; all begin with the same weights."""
+    trained: dict[str, Train] = {}
+    weights: dict[str, torch.Tensor] | None = None
+    if ENGINE in contenders:
+        engine = EngineTrainer(config, runtime, None)
+        trained[ENGINE] = engine.train_batch
+        weights = weights_of(engine)
+    for name in contenders:
+        if name != ENGINE:
+            source = initial_weights(config) if weights is None else weights
+            trained[name] = plain_loop(config, source, runtime.device, compiled=name == COMPILED).train_batch
+    return trained
 
 
 def run(
@@ -30,22 +46,16 @@ def run(
     rounds: int,
     batches: int,
 ) -> dict[str, Any]:
-    """Per contender: `losses` of the warm-up and of all turns, `times` (seconds of a batch, one for each turn), or the
-    reason for which there are none in `failed`. Turns alternate in order and in reversed order."""
+    """Return `losses` of the warm-up and of all turns and `times` (seconds of a batch, one for each turn) by contender,
+    or the reason why there are none in `failed`.
+
+    Turns alternate in order and in reversed order.
+    """
     began = time.monotonic()
     wanted = validate(dict(config), TrainConfig, where="task")
     with connect(ProcessGrid(), device=device) as runtime:
-        trained: dict[str, Train] = {}
+        trained = trainers(wanted, runtime, contenders)
         failed: dict[str, str] = {}
-        weights: dict[str, torch.Tensor] | None = None
-        if ENGINE in contenders:
-            engine = EngineTrainer(wanted, runtime, None)
-            trained[ENGINE] = engine.train_batch
-            weights = weights_of(engine)
-        for name in contenders:
-            if name != ENGINE:
-                source = initial_weights(wanted) if weights is None else weights
-                trained[name] = plain_loop(wanted, source, device, compiled=name == COMPILED).train_batch
         losses: dict[str, list[float]] = {name: [] for name in contenders}
         times: dict[str, list[float]] = {name: [] for name in contenders}
         for name in contenders:
@@ -55,13 +65,13 @@ def run(
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                # A compiler that is missing does not keep the others from being measured.
+                # A missing compiler does not keep the others from being measured.
                 failed[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:400]
         going = [name for name in contenders if name not in failed]
         for number in range(rounds):
             if number >= LEAST_ROUNDS and time.monotonic() - began > seconds:
                 break
-            for name in going if number % 2 == 0 else reversed(going):
+            for name in turn_order(going, number):
                 first = warmup + number * batches
                 wait_for(device)
                 start = time.perf_counter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,56 +11,43 @@ import torch
 from axonn.config.train_config import TrainConfig, validate
 from axonn.device.streams import Timeline
 from axonn.distributed.collectives import SerialCollectives
-from axonn.engine import Engine
 from axonn.grid import ProcessGrid
 from axonn.inter_layer.stage import StageChunk, parameter_specs, virtual_spans
-from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.gpt.gpt_model import GPT
 from axonn.models.initialization import Constant, Initial
 from axonn.optim.model_optimizer import ModelOptimizer
 from axonn.schedules import ChunkLayout
-from axonn.spans import SpanRecorder
 from axonn.tensor import TensorContext
+from baselines.adapters.adapter_common import gpt_of
 from baselines.gpu.peaks import wait_for
+from baselines.gpu.tasks.task_common import (
+    allocated,
+    engine_of,
+    free_cache,
+    peak_since_reset,
+    reset_peak,
+    timed_batches,
+    tokens_of,
+)
 
 ON_DEVICE = ("parameters", "gradients", "optimizer_state", "buckets")
 
 
 class QuickGPT(GPT):
-    """A GPT that begins with constants, which are there at once: for memory and for time, not for training."""
+    """A GPT that begins with constants, which are made at once: for memory and for time, not for training."""
 
     def initial(self, name: str) -> Initial:
-        found = super().initial(name)
-        return found if isinstance(found, Constant) else Constant(0.01)
-
-
-def allocated(device: torch.device) -> int | None:
-    """Bytes that tensors have on a GPU now; None on a CPU, where nobody counts them."""
-    if device.type != "cuda":
-        return None
-    wait_for(device)
-    gc.collect()
-    return torch.cuda.memory_allocated(device)
-
-
-def peak_since_reset(device: torch.device) -> int | None:
-    """Most bytes on a GPU since `reset_peak`."""
-    if device.type != "cuda":
-        return None
-    wait_for(device)
-    return torch.cuda.max_memory_allocated(device)
-
-
-def reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+        initial = super().initial(name)
+        return initial if isinstance(initial, Constant) else Constant(0.01)
 
 
 def state_alone(config: TrainConfig, device: torch.device) -> dict[str, int]:
-    """Model state made as the engine makes it, and one step of its optimizer without a pipeline: after_init and
-    step_peak on a GPU, and the bytes of its tensors by category anywhere."""
+    """Make model state as the engine makes it, and run one step of its optimizer without a pipeline.
+
+    Returns after_init and step_peak on a GPU, and the bytes of its tensors by category anywhere.
+    """
     before = allocated(device)
-    model = QuickGPT(config.model)
+    model = QuickGPT(gpt_of(config))
     grid = ProcessGrid()
     layout = ChunkLayout(stages=1)
     spans = virtual_spans(model, layout)
@@ -87,67 +73,38 @@ def state_alone(config: TrainConfig, device: torch.device) -> dict[str, int]:
         steps=config.steps,
     )
     after = allocated(device)
-    found = dict(optimizer.memory()._asdict())
+    memory = dict(optimizer.memory()._asdict())
     optimizer.zero()
     reset_peak(device)
     optimizer.step(0)
     peak = peak_since_reset(device)
     if before is not None and after is not None and peak is not None:
-        found |= {"after_init": after - before, "step_peak": peak - before}
+        memory |= {"after_init": after - before, "step_peak": peak - before}
     else:
-        found |= {"after_init": sum(found[name] for name in ON_DEVICE)}
-    return found
-
-
-def engine_of(
-    config: TrainConfig, device: torch.device, *, spans: SpanRecorder | None = None, quick: bool = True
-) -> Engine:
-    """On one rank; `quick`: with constants for weights. What is timed beside others has real ones, since a GPU draws
-    less power, and runs faster, on values that are all the same."""
-    return Engine(
-        (QuickGPT if quick else GPT)(config.model),
-        grid=ProcessGrid(),
-        batch_size=config.batch_size,
-        microbatch_size=config.microbatch_size,
-        optimizer=config.optimizer,
-        precision=config.precision,
-        activation_checkpointing=config.activation_checkpointing,
-        device=device,
-        seed=config.seed,
-        steps=config.steps,
-        spans=spans,
-    )
-
-
-def tokens_of(model: GPTConfig, rows: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random inputs and targets [rows, seq_len]."""
-    drawn = torch.randint(model.vocab, (rows, model.seq_len + 1), generator=torch.Generator().manual_seed(step))
-    return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
+        memory |= {"after_init": sum(memory[name] for name in ON_DEVICE)}
+    return memory
 
 
 def run(
     *, device: torch.device, seconds: float, config: Mapping[str, Any], warmup: int, batches: int
 ) -> dict[str, Any]:
-    """`memory` in bytes by category, and `times`, seconds of each batch."""
-    began = time.monotonic()
+    """Return `memory` in bytes by category, and `times`, seconds of each batch."""
+    deadline = time.monotonic() + seconds
     wanted = validate(dict(config), TrainConfig, where="task")
+    model = gpt_of(wanted)
     memory = state_alone(wanted, device)
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    engine = engine_of(wanted, device, quick=False)
-    times, losses = [], []
+    free_cache(device)
+    # Real weights: a GPU draws less power, and runs faster, on values that are all the same.
+    engine = engine_of(GPT(model), wanted, device)
     reset_peak(device)
-    for step in range(warmup + batches):
-        inputs, targets = tokens_of(wanted.model, wanted.batch_size, step)
-        wait_for(device)
-        start = time.perf_counter()
-        losses.append(engine.train_batch(inputs, targets).loss)
-        wait_for(device)
-        if step >= warmup:
-            times.append(time.perf_counter() - start)
-            if time.monotonic() - began > seconds:
-                break
+    times, losses = timed_batches(
+        lambda inputs, targets: engine.train_batch(inputs, targets).loss,
+        lambda step: tokens_of(model, wanted.batch_size, step),
+        device=device,
+        warmup=warmup,
+        batches=batches,
+        deadline=deadline,
+    )
     memory |= {name: size for name, size in engine.memory().items() if name not in memory}
     if (peak := peak_since_reset(device)) is not None:
         memory["batch_peak"] = peak
@@ -155,13 +112,15 @@ def run(
 
 
 def fits(*, device: torch.device, seconds: float, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Two batches of a GPT; running out of memory is the failure of the task. `seconds` of the second batch."""
+    """Train two batches of a GPT; running out of memory is the failure of the task. Returns `seconds` of the second
+    batch."""
     wanted = validate(dict(config), TrainConfig, where="task")
-    engine = engine_of(wanted, device)
+    model = gpt_of(wanted)
+    engine = engine_of(QuickGPT(model), wanted, device)
     reset_peak(device)
     taken = 0.0
     for step in range(2):
-        inputs, targets = tokens_of(wanted.model, wanted.batch_size, step)
+        inputs, targets = tokens_of(model, wanted.batch_size, step)
         start = time.perf_counter()
         engine.train_batch(inputs, targets)
         wait_for(device)

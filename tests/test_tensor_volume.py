@@ -1,4 +1,4 @@
-"""The closed forms of the tensor-parallel volume: they are what the exact model counts, and find its least."""
+"""The closed form of the tensor-parallel volume is what the exact model counts, and finds its minimum."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from math import sqrt
 
 import pytest
 
-from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.registry import outline_of
@@ -15,16 +14,7 @@ from axonn.perf.layers.layer_cost import TRANSPOSED, LinearCost
 from axonn.perf.layers.local_layers import WholeLossCost
 from axonn.perf.layers.model_outline import ModelOutline, OutlineLink
 from axonn.perf.timing.communication import Training
-from axonn.perf.timing.tensor_grid import (
-    Widths,
-    best_by_trying,
-    best_grid,
-    best_tensor_grid,
-    factorisations,
-    linear_elements,
-    neighbours,
-    widths_of,
-)
+from tests.tensor_volume import Widths, best_by_trying, best_tensor_grid, factorisations, neighbours, widths_of
 
 RANKS = (16, 64, 256)
 BATCH = 256
@@ -69,8 +59,6 @@ def test_the_elements_of_a_linear_layer(grid: ProcessGrid, transposed: bool) -> 
     outline = ModelOutline(links=[OutlineLink(name="only", parts={"linear": layer})], loss=WholeLossCost())
     out, inp = (48, 80) if transposed else (80, 48)
     expected = 2 * (8 * BATCH / 16) * ((grid.row - 1) * out + (grid.col - 1) * inp)
-    found = linear_elements(rows=8 * BATCH, inputs=48, outputs=80, grid=grid, transposed=transposed)
-    assert found == pytest.approx(expected, rel=1e-12)
     assert elements_sent(outline, grid) == pytest.approx(expected, rel=1e-12)
     assert widths_of(outline).sent(grid, BATCH) == pytest.approx(expected, rel=1e-12)
 
@@ -104,7 +92,6 @@ def test_the_closed_form_finds_the_least_of_all_that_is_issued(model: GPTConfig 
         closed = ProcessGrid(data=ranks // tensor, row=row, col=col)
         assert best_by_trying([grid for grid in grids if grid.tensor == tensor], sent.__getitem__) == closed
         assert best_by_trying([grid for grid in grids if grid.tensor >= tensor], sent.__getitem__) == closed
-        assert best_grid(widths, ranks, tensor_at_least=tensor) == closed
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -152,11 +139,3 @@ def test_every_factorisation_once() -> None:
     grids = list(factorisations(64))
     assert len(set(grids)) == len(grids) == 28  # Ways to share six factors of two among three axes.
     assert all(grid.size == 64 and grid.inter == 1 for grid in grids)
-
-
-def test_what_cannot_be_is_said() -> None:
-    widths = Widths(3, 1)
-    with pytest.raises(ConfigError, match="16 ranks cannot share a layer 17 ways"):
-        best_grid(widths, 16, tensor_at_least=17)
-    with pytest.raises(ConfigError, match="G_tensor is 0"):
-        best_tensor_grid(widths, 0)
