@@ -10,12 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
-from pydantic import Field, GetCoreSchemaHandler, ValidatorFunctionWrapHandler, create_model
-from pydantic_core import CoreSchema, core_schema
+from pydantic import Field, create_model
 
-from axonn.config.loading import StrictModel, validate
+from axonn.config.loading import FileValue, StrictModel, validate
 from axonn.errors import GridError
 
 if TYPE_CHECKING:
@@ -40,15 +39,13 @@ class Coordinates(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProcessGrid:
+class ProcessGrid(FileValue):
     """A grid of data x inter x row x col ranks.
 
     `order` lists the axes from the slowest to the fastest varying one; ranks are numbered and placed on nodes in that
     order. In a file a grid is its extents, by axis. Raises `GridError` when an extent is not a positive integer or
     `order` is not a permutation of the axes.
     """
-
-    file_keys: ClassVar[type[StrictModel]] = GridExtents
 
     data: int = 1
     inter: int = 1
@@ -105,16 +102,8 @@ class ProcessGrid:
         return value
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_wrap_validator_function(
-            cls._of_file,
-            handler.generate_schema(GridExtents),
-            serialization=core_schema.plain_serializer_function_ser_schema(cls.extents),
-        )
-
-    @classmethod
-    def _of_file(cls, value: object, validated: ValidatorFunctionWrapHandler) -> Self:
-        return value if isinstance(value, cls) else cls(**validated(value).model_dump())
+    def file_keys(cls) -> type[StrictModel]:
+        return GridExtents
 
     def check_world(self, world_size: int) -> None:
         """Raise `GridError` unless the grid uses exactly `world_size` ranks."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
+from axonn.config.loading import FileValue
 from axonn.config.train_config import TrainConfig
 from axonn.training.framework import Launch
 from experiments.definition import HERE, ROOT
@@ -54,7 +55,9 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def leaf_names(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Dotted names of all that a schema has."""
     for name, field in kind.model_fields.items():
-        inside = getattr(field.annotation, "file_keys", field.annotation)
+        inside = field.annotation
+        if isinstance(inside, type) and issubclass(inside, FileValue):
+            inside = inside.file_keys()
         if isinstance(inside, type) and issubclass(inside, BaseModel):
             yield from leaf_names(inside, f"{prefix}{name}.")
         else:
@@ -159,7 +162,7 @@ def stated_by_engine(launch: Launch) -> dict[str, Any]:
     recomputes = config.activation_checkpointing is not None
     return (
         {f"grid.{axis}": extent for axis, extent in config.grid.extents().items()}
-        | {f"schedule.{key}": value for key, value in config.schedule.model_dump().items()}
+        | {f"schedule.{key}": value for key, value in asdict(config.schedule).items()}
         | {f"model.{key}": value for key, value in leaves(config.model.model_dump(mode="json")).items()}
         | {
             "batch_size": config.batch_size,

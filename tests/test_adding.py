@@ -21,18 +21,23 @@ from axonn.autoparallel.layer_kinds.linear_kind import LinearKind
 from axonn.config import model_config
 from axonn.config.model_config import validate_model
 from axonn.config.optimizer_config import OptimizerConfig
-from axonn.config.train_config import PrecisionConfig, ScheduleConfig, TrainConfig, load_yaml, validate
+from axonn.config.train_config import PrecisionConfig, TrainConfig, load_yaml, validate
 from axonn.distributed.transport import InProcessCollectives, InProcessTransport, InProcessWorld
 from axonn.engine import Engine
 from axonn.errors import ConfigError, LaunchError
 from axonn.grid import ProcessGrid
+from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.registry import make_model, outline_of
 from axonn.observability.records import read_records
 from axonn.optim.algorithms import registry
 from axonn.optim.algorithms.base import Algorithm
 from axonn.perf.pipeline.simulator import simulate
-from axonn.perf.planner.closed_form import most_held
+from axonn.perf.planner.closed_form import Candidate, ClosedForm, Shape, most_held
 from axonn.perf.planner.engine_strategy import strategy_of_config
+from axonn.perf.planner.planner import plan
+from axonn.perf.planner.schedule_properties import most_held
+from axonn.perf.planner.search_space import Space
+from axonn.perf.prediction import predict
 from axonn.perf.timing.memory_model import model_state_bytes
 from axonn.schedules import ScheduleSpec, StaticOrder, Task, make_schedule
 from axonn.schedules.base import Kind
@@ -40,6 +45,8 @@ from axonn.training import framework
 from axonn.training.framework import Adapter, Capabilities, Framework, adapter_names, load_adapter, load_framework
 from experiments import predictor
 from experiments.cluster_work import ClusterWork
+from experiments.definition import find_machine
+from experiments.planning.planning import plannable
 from jobscripts import launchers, schedulers
 from tests import optimizing
 from tests.command_line import CommandLine
@@ -67,11 +74,11 @@ def _waves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_waves")
 def test_a_schedule() -> None:
-    spec = ScheduleConfig(name="waves").spec()
+    spec = ScheduleSpec(name="waves")
     made = [make_schedule(spec, stage=stage, stages=3, microbatches=6) for stage in range(3)]
     run = simulate(made, seconds=lambda stage, task: 1.0)
     assert run.makespan == 2 * (3 + 2) * 2
-    assert run.most_held == [3, 3, 3] == most_held(ScheduleConfig(name="waves"), 3, 6)
+    assert run.most_held == [3, 3, 3] == most_held(ScheduleSpec(name="waves"), 3, 6)
     driven = ScheduleSpec(pick="waves")
     run = simulate(
         [make_schedule(driven, stage=s, stages=3, microbatches=6) for s in range(3)], seconds=lambda stage, task: 1.0
@@ -85,6 +92,25 @@ def test_a_schedule_says_what_it_needs() -> None:
         make_schedule(ScheduleSpec(name="waves", chunks=2), stage=0, stages=2, microbatches=4)
     with pytest.raises(ConfigError, match=r"unknown schedule 'wave'; known are .*zero-bubble, waves"):
         make_schedule(ScheduleSpec(name="wave"), stage=0, stages=2, microbatches=4)
+
+
+@pytest.mark.usefixtures("_waves")
+def test_a_schedule_is_planned() -> None:
+    """The planner knows no more of it than what runs: estimates are near the simulation, and it may be pinned."""
+    model = GPTConfig(name="small", layers=8, hidden=1024, heads=16, seq_len=512, vocab=51200)
+    machine, spec = find_machine("summit"), ScheduleSpec(name="waves")
+    space = Space(gpus=4, batch_size=64, inter=4)
+    assert spec in space.schedules(4)
+    assert space.limits(spec, 4) == [spec]
+    closed = ClosedForm(plannable(model).outline, machine, batch_size=64)
+    for size in (1, 4):
+        candidate = Candidate(Shape((1, 4, 1, 1), size), spec, None, "device")
+        estimate = closed.estimate(candidate)
+        prediction = predict(closed.outline(1, 1), machine, closed.strategy(candidate), batch_size=64)
+        assert estimate.seconds == pytest.approx(prediction.batch_time_s, rel=0.1)
+        assert estimate.needs >= prediction.memory.total
+    found = plan(plannable(model), machine, replace(space, schedule=spec), shown=3)
+    assert {choice.strategy.schedule for choice in found.best} == {spec}
 
 
 # --- an architecture

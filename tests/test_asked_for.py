@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def assert_recorded(asked: AskedFor, record: Record, assumed: dict[str, Any]) ->
         "microbatch_size": ran.microbatch_size,
         "overdecomposition": ran.overdecomposition,
         **{f"grid.{axis}": extent for axis, extent in ran.grid.extents().items()},
-        **{f"schedule.{key}": value for key, value in (ran.schedule.model_dump() if ran.schedule else {}).items()},
+        **{f"schedule.{key}": value for key, value in (asdict(ran.schedule) if ran.schedule else {}).items()},
     }
     if "model.layers" in record.settings:
         twice |= {f"model.{key}": getattr(work, key) for key in ("seq_len", "layers", "hidden", "vocab")}
@@ -303,7 +304,7 @@ def test_what_is_measured_is_what_was_asked_for(path: Path, tmp_path: Path) -> N
         # What is stated twice is the same, and what was left open is what the ranks do.
         assert record.settings["overdecomposition"] == ran.overdecomposition is not None
         assert record.asked.precision == record.settings["precision.compute"]
-        chosen = {} if ran.schedule is None else {f"schedule.{k}": v for k, v in ran.schedule.model_dump().items()}
+        chosen = {} if ran.schedule is None else {f"schedule.{k}": v for k, v in asdict(ran.schedule).items()}
         assert {k: v for k, v in record.settings.items() if k.startswith("schedule.")} == chosen
         write_records(tmp_path / "record.json", [record])
         assert read_records(tmp_path / "record.json") == [record]

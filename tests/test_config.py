@@ -37,7 +37,7 @@ def test_a_short_file_is_complete(path: Path) -> None:
     config = load_yaml(path, TrainConfig)
     assert config.model == GPTConfig(name="tiny", layers=2, hidden=8, heads=2, seq_len=4, vocab=256)
     assert (config.batch_size, config.microbatch_size) == (4, 2)
-    assert config.schedule.spec().name == "message-driven"
+    assert config.schedule.name == "message-driven"
     assert TrainConfig.model_validate_json(config.model_dump_json()) == config
 
 

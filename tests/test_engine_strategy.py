@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axonn.config.train_config import ScheduleConfig, TrainConfig
+from axonn.config.train_config import TrainConfig
 from axonn.errors import ConfigError, GridError
 from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.perf.planner.engine_strategy import config_of_strategy, strategy_of_config
+from axonn.schedules import ScheduleSpec
 
 MODEL = GPTConfig(name="g", layers=8, hidden=64, heads=4, seq_len=32, vocab=64)
 
@@ -81,7 +82,7 @@ def test_a_strategy_that_the_engine_does_not_run_is_an_error(change: dict[str, A
                 AdamWConfig, placement=st.sampled_from(["device", "offloaded"]), k=st.integers(1, 9)
             ),
             "overdecomposition": st.sampled_from([None, 1, 2]),
-            "schedule": st.sampled_from([ScheduleConfig(), ScheduleConfig(name="1f1b"), ScheduleConfig(pick="1f1b")]),
+            "schedule": st.sampled_from([ScheduleSpec(), ScheduleSpec(name="1f1b"), ScheduleSpec(pick="1f1b")]),
         }
     )
 )

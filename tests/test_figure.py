@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from rich.console import RenderableType
 
-from axonn.config.train_config import ScheduleConfig, TrainConfig
+from axonn.config.train_config import TrainConfig
 from axonn.durable_files import locked_folder
 from axonn.errors import LaunchError, RecordError
 from axonn.observability.records import Failure, Machine, Record, read_records, write_records
+from axonn.schedules import ScheduleSpec
 from axonn.training.run_outcome import Outcome
 from axonn.training.run_record import configuration_of
 from experiments import predictor, runner
@@ -139,7 +140,7 @@ def test_what_is_left_of_another_configuration_is_no_repeat_of_this_one(
     experiment: Experiment, measured: Measured
 ) -> None:
     changed = experiment.runs.configs(where="test")[measured[0][0].label].model_copy(
-        update={"schedule": ScheduleConfig(in_flight_limit=1)}
+        update={"schedule": ScheduleSpec(in_flight_limit=1)}
     )
     change(measured[0][0], configuration=configuration_of(changed))
     # Of a run that has another name by now.

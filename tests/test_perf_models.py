@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from axonn.config.train_config import ScheduleConfig, load_yaml
+from axonn.config.train_config import load_yaml
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
@@ -30,6 +30,7 @@ from axonn.perf.machine.network import (
 from axonn.perf.strategy import Strategy
 from axonn.perf.timing.memory_model import DoesNotFit, model_state_bytes, stage_memory, stage_parameters
 from axonn.perf.timing.stage_times import stage_times
+from axonn.schedules import ScheduleSpec
 
 ROOT = Path(__file__).parents[1]
 SUMMIT = ROOT / "experiments/machines/summit.yaml"
@@ -395,7 +396,7 @@ def test_a_strategy_reads_from_yaml(tmp_path: Path) -> None:
     )
     strategy = load_yaml(path, Strategy)
     assert strategy.order == ("inter", "data", "row", "col")
-    assert strategy.schedule == ScheduleConfig(name="1f1b")
+    assert strategy.schedule == ScheduleSpec(name="1f1b")
     path.write_text("grid: {}\nmicrobatch_size: 2\nblocking_message: true\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="did you mean 'blocking_messages'"):
         load_yaml(path, Strategy)

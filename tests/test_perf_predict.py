@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from axonn.config.train_config import ScheduleConfig
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
 from axonn.models.registry import outline_of
@@ -22,7 +21,7 @@ from axonn.perf.strategy import Strategy
 from axonn.perf.timing.memory_model import stage_parameters
 from axonn.perf.timing.stage_times import StageTimes, stage_times
 from axonn.perf.timing.update_times import step_times
-from axonn.schedules import Kind
+from axonn.schedules import Kind, ScheduleSpec
 from axonn.spans import breakdown
 from experiments.definition import load_experiment, load_model, strategy_of
 from plots.summary import key, naive
@@ -114,7 +113,7 @@ def test_the_inter_layer_phase_grows_with_the_stages_as_published(machine: Machi
         strategy = Strategy(
             grid=ProcessGrid(data=48 // stages, inter=stages),
             microbatch_size=1,
-            schedule=ScheduleConfig(in_flight_limit=stages),
+            schedule=ScheduleSpec(in_flight_limit=stages),
             optimizer="offloaded",
             bsize=16_000_000,
         )
@@ -136,7 +135,7 @@ def test_the_breakdown_without_and_with_the_memory_optimisation_is_as_published(
     for row, change in zip(rows_of("ipdps22_fig6_breakdown.csv"), changes, strict=True):
         strategy = Strategy(
             optimizer_kernels="separate",
-            schedule=ScheduleConfig(in_flight_limit=int(row["config"].split("Ginter")[1])),
+            schedule=ScheduleSpec(in_flight_limit=int(row["config"].split("Ginter")[1])),
             order=("data", "row", "col", "inter"),
             bsize=16_000_000,
             **change,  # type: ignore[arg-type]
@@ -149,16 +148,16 @@ def test_the_breakdown_without_and_with_the_memory_optimisation_is_as_published(
 
 
 SCHEDULES = [
-    ScheduleConfig(),
-    ScheduleConfig(name="interleaved-1f1b", chunks=2),
-    ScheduleConfig(name="message-driven-zero-bubble", chunks=2, placement="v"),
+    ScheduleSpec(),
+    ScheduleSpec(name="interleaved-1f1b", chunks=2),
+    ScheduleSpec(name="message-driven-zero-bubble", chunks=2, placement="v"),
 ]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.name} x{s.chunks}")
 @pytest.mark.parametrize("optimizer", ["device", "offloaded"])
 def test_spans_of_a_predicted_batch_break_down_to_its_parts(
-    machine: MachineFile, schedule: ScheduleConfig, optimizer: str
+    machine: MachineFile, schedule: ScheduleSpec, optimizer: str
 ) -> None:
     """The same function as for measured runs, all parts of it, and they add up to the batch time."""
     grid = ProcessGrid(inter=6, data=8)
@@ -181,7 +180,7 @@ def test_what_a_strategy_changes_changes_the_prediction_the_right_way(machine: M
     base = Strategy(
         grid=ProcessGrid(data=2, inter=24),
         microbatch_size=1,
-        schedule=ScheduleConfig(name="1f1b"),
+        schedule=ScheduleSpec(name="1f1b"),
         optimizer="offloaded",
     )
 
@@ -205,7 +204,7 @@ def test_the_last_stage_carries_the_head_and_the_first_the_embedding(machine: Ma
 
 def test_the_end_of_a_v_lies_on_the_first_stage(machine: MachineFile) -> None:
     def times(**schedule: object) -> list[StageTimes]:
-        strategy = Strategy(grid=ProcessGrid(inter=6), microbatch_size=8, schedule=ScheduleConfig(**schedule))
+        strategy = Strategy(grid=ProcessGrid(inter=6), microbatch_size=8, schedule=ScheduleSpec(**schedule))
         return stage_times(model_of("12B"), machine, strategy)
 
     whole, v = times(), times(chunks=2, placement="v")
@@ -223,7 +222,7 @@ def test_the_end_of_a_v_lies_on_the_first_stage(machine: MachineFile) -> None:
 
 def test_split_backwards_and_chunks_shorten_the_predicted_bubble(machine: MachineFile) -> None:
     def bubble(**schedule: object) -> float:
-        strategy = Strategy(grid=ProcessGrid(inter=6), microbatch_size=8, schedule=ScheduleConfig(**schedule))
+        strategy = Strategy(grid=ProcessGrid(inter=6), microbatch_size=8, schedule=ScheduleSpec(**schedule))
         prediction = predict(model_of("12B"), machine, strategy, batch_size=192)
         assert sum(vars(prediction.parts).values()) == pytest.approx(prediction.batch_time_s)
         return prediction.parts.bubble

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from axonn.config.train_config import ScheduleConfig, TrainConfig, load_yaml
+from axonn import schedules
+from axonn.config.train_config import TrainConfig, load_yaml
 from axonn.errors import ConfigError
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.perf.machine.machine_file import MachineFile
@@ -15,10 +17,12 @@ from axonn.perf.pipeline.extrapolation import pipeline_seconds
 from axonn.perf.planner.closed_form import Candidate, ClosedForm, Shape
 from axonn.perf.planner.engine_strategy import strategy_of_config
 from axonn.perf.planner.planner import plan
+from axonn.perf.planner.schedule_properties import bubble, in_flight, most_held, splits_backward
 from axonn.perf.planner.search_space import Space
 from axonn.perf.prediction import predict, simulate_pipeline
 from axonn.perf.timing.memory_model import DoesNotFit
 from axonn.perf.timing.stage_times import stage_times
+from axonn.schedules import ScheduleSpec
 from experiments.definition import find_machine, load_model
 from experiments.planning import planning
 from tests.command_line import CommandLine
@@ -41,16 +45,14 @@ def closed_form(machine: MachineFile, model: GPTConfig, batch: int) -> ClosedFor
 
 
 CANDIDATES = [
-    Candidate(Shape((6, 1, 1, 1), 2), ScheduleConfig(), None, "device"),
-    Candidate(Shape((2, 3, 1, 1), 2), ScheduleConfig(), 1, "offloaded"),
-    Candidate(Shape((1, 6, 1, 1), 2), ScheduleConfig(name="1f1b"), None, "device"),
-    Candidate(Shape((1, 3, 1, 2), 2, 2), ScheduleConfig(), None, "offloaded"),
-    Candidate(Shape((1, 3, 2, 1), 2, 1), ScheduleConfig(name="zero-bubble"), 1, "device"),
+    Candidate(Shape((6, 1, 1, 1), 2), ScheduleSpec(), None, "device"),
+    Candidate(Shape((2, 3, 1, 1), 2), ScheduleSpec(), 1, "offloaded"),
+    Candidate(Shape((1, 6, 1, 1), 2), ScheduleSpec(name="1f1b"), None, "device"),
+    Candidate(Shape((1, 3, 1, 2), 2, 2), ScheduleSpec(), None, "offloaded"),
+    Candidate(Shape((1, 3, 2, 1), 2, 1), ScheduleSpec(name="zero-bubble"), 1, "device"),
+    Candidate(Shape((2, 3, 1, 1), 2, 1, 2, "loop"), ScheduleSpec(name="interleaved-1f1b", chunks=2), None, "offloaded"),
     Candidate(
-        Shape((2, 3, 1, 1), 2, 1, 2, "loop"), ScheduleConfig(name="interleaved-1f1b", chunks=2), None, "offloaded"
-    ),
-    Candidate(
-        Shape((2, 3, 1, 1), 2, 1, 2, "v"), ScheduleConfig(name="zero-bubble", chunks=2, placement="v"), None, "device"
+        Shape((2, 3, 1, 1), 2, 1, 2, "v"), ScheduleSpec(name="zero-bubble", chunks=2, placement="v"), None, "device"
     ),
 ]
 
@@ -72,18 +74,18 @@ def test_the_closed_form_is_near_the_full_prediction(machine: MachineFile, candi
 @pytest.mark.parametrize(
     "schedule",
     [
-        ScheduleConfig(),
-        ScheduleConfig(in_flight_limit=4),
-        ScheduleConfig(name="1f1b"),
-        ScheduleConfig(name="interleaved-1f1b", chunks=2),
-        ScheduleConfig(name="zero-bubble"),
-        ScheduleConfig(name="zero-bubble", chunks=2, placement="v"),
-        ScheduleConfig(name="message-driven-zero-bubble", in_flight_limit=4),
-        ScheduleConfig(name="message-driven-zero-bubble", chunks=2, placement="v", in_flight_limit=6),
+        ScheduleSpec(),
+        ScheduleSpec(in_flight_limit=4),
+        ScheduleSpec(name="1f1b"),
+        ScheduleSpec(name="interleaved-1f1b", chunks=2),
+        ScheduleSpec(name="zero-bubble"),
+        ScheduleSpec(name="zero-bubble", chunks=2, placement="v"),
+        ScheduleSpec(name="message-driven-zero-bubble", in_flight_limit=4),
+        ScheduleSpec(name="message-driven-zero-bubble", chunks=2, placement="v", in_flight_limit=6),
     ],
     ids=lambda s: f"{s.name} x{s.chunks} {s.in_flight_limit}",
 )
-def test_few_microbatches_tell_how_long_many_take(machine: MachineFile, schedule: ScheduleConfig) -> None:
+def test_few_microbatches_tell_how_long_many_take(machine: MachineFile, schedule: ScheduleSpec) -> None:
     closed = closed_form(machine, SMALL, 403)
     shape = Shape((1, 4, 1, 1), 1, 1, schedule.chunks, schedule.placement)
     strategy = closed.strategy(Candidate(shape, schedule, None, "device"))
@@ -94,6 +96,47 @@ def test_few_microbatches_tell_how_long_many_take(machine: MachineFile, schedule
     assert short == pytest.approx(whole.makespan, rel=0.01 if schedule.chunks == 1 else 0.02)
     few = simulate_pipeline(outline, machine, strategy, microbatches=7, stages=stages)
     assert pipeline_seconds(outline, machine, strategy, microbatches=7, stages=stages) == few.makespan
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        ScheduleSpec(),
+        ScheduleSpec(name="gpipe"),
+        ScheduleSpec(name="1f1b"),
+        ScheduleSpec(name="interleaved-1f1b", chunks=2),
+        ScheduleSpec(name="zero-bubble", chunks=2, placement="v"),
+        ScheduleSpec(name="message-driven-zero-bubble"),
+        ScheduleSpec(name="message-driven-zero-bubble", chunks=2, placement="v", in_flight_limit=4),
+    ],
+    ids=str,
+)
+def test_what_a_schedule_states_is_what_running_it_comes_to(
+    schedule: ScheduleSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On even stages, a forward and each half of a backward taking as long."""
+    stages, microbatches = 4, 64
+
+    def properties() -> tuple[float, bool, list[int], float]:
+        return (
+            bubble(schedule, microbatches, period=3.0, whole=[3.0] * stages, weight=[1.0] * stages),
+            splits_backward(schedule, stages),
+            most_held(schedule, stages, microbatches),
+            in_flight(schedule, stages, microbatches),
+        )
+
+    seconds, splits, held, under_way = properties()
+    for registry in (schedules.DRIVEN, schedules.STATIC):
+        if (definition := registry.get(schedule.name)) is not None:
+            silent = replace(definition, most_held=None, in_flight=None, weights_in_bubble=None)
+            monkeypatch.setitem(registry, schedule.name, silent)
+    ran_seconds, ran_splits, ran_held, ran_under_way = properties()
+    assert (ran_seconds, ran_splits) == (pytest.approx(seconds), splits)
+    # Of the last stage of whole backwards in one chunk more is known than its limit.
+    assert ran_held[:-1] == held[:-1]
+    assert ran_held[-1] >= held[-1]
+    # Stated is a bound of one chunk, and of several the average.
+    assert under_way - 1 <= ran_under_way <= 1.5 * under_way
 
 
 def test_the_best_is_the_best_of_all_when_everything_is_simulated(machine: MachineFile) -> None:
@@ -119,7 +162,7 @@ def test_pins_are_kept(machine: MachineFile) -> None:
         inter=2,
         col=2,
         microbatch_size=4,
-        schedule=ScheduleConfig(name="1f1b"),
+        schedule=ScheduleSpec(name="1f1b"),
         checkpointing=2,
         optimizer="offloaded",
     )

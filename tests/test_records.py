@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from axonn.config.train_config import ScheduleConfig
 from axonn.errors import RecordError
 from axonn.grid import ProcessGrid
 from axonn.observability.records import (
@@ -25,6 +24,7 @@ from axonn.observability.records import (
     read_records,
     write_records,
 )
+from axonn.schedules import ScheduleSpec
 from axonn.spans import Span, SpanKind, SpanRecorder, TimeBreakdown, breakdown, read_spans, write_spans
 
 
@@ -49,7 +49,7 @@ def record(**changes: Any) -> Record:
             version="0.1",
             grid=ProcessGrid(inter=2),
             microbatch_size=4,
-            schedule=ScheduleConfig(in_flight_limit=4),
+            schedule=ScheduleSpec(in_flight_limit=4),
             microbatches=8,
         ),
         "machine": Machine(name="this machine", cores=2),

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from axonn.config.train_config import ScheduleConfig, load_yaml
+from axonn.config.train_config import load_yaml
 from axonn.errors import ConfigError
 from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
@@ -17,6 +17,7 @@ from axonn.perf.strategy import Strategy
 from axonn.perf.timing.communication import Training
 from axonn.perf.timing.memory_model import stage_memory
 from axonn.perf.timing.stage_times import stage_times
+from axonn.schedules import ScheduleSpec
 from experiments.definition import ROOT, find_machine
 
 SELENE = find_machine("selene")
@@ -65,7 +66,7 @@ def test_interleaved_stages_hold_the_published_share_more() -> None:
         microbatch_size=1,
         recompute="selective",
         sequence_parallel=True,
-        schedule=ScheduleConfig(name="interleaved-1f1b", chunks=m),
+        schedule=ScheduleSpec(name="interleaved-1f1b", chunks=m),
     )
     prediction = predict(model(layers), SELENE, strategy, batch_size=16)
     assert prediction.simulation.most_held[0] == p * m + p - 1

@@ -6,11 +6,23 @@ import difflib
 import re
 import reprlib
 from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Self, TypeVar, get_args, get_type_hints
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    create_model,
+)
+from pydantic_core import CoreSchema, core_schema
 
 from axonn.durable_files import parse_json, read_bytes, reason_of
 from axonn.errors import AxonnError, ConfigError, RecordError
@@ -47,6 +59,43 @@ class StrictModel(BaseModel):
     def called(cls) -> str:
         """Return the words for this one of several alternatives in a message."""
         return cls.__name__
+
+
+class FileValue:
+    """Base of frozen dataclasses that a model holds as they are; a file has their fields as keys.
+
+    A constraint on a key is an annotation of its field, and holds for what is read from a file.
+    """
+
+    @classmethod
+    def file_keys(cls) -> type[StrictModel]:
+        """Return the keys of a file, as a model."""
+        dataclass: Any = cls
+        return _keys_of_fields(dataclass)
+
+    def _in_file(self) -> StrictModel:
+        keys = self.file_keys()
+        return keys.model_construct(**{key: getattr(self, key) for key in keys.model_fields})
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        keys = handler.generate_schema(cls.file_keys())
+        return core_schema.no_info_wrap_validator_function(
+            cls._of_file,
+            keys,
+            serialization=core_schema.plain_serializer_function_ser_schema(cls._in_file, return_schema=keys),
+        )
+
+    @classmethod
+    def _of_file(cls, value: object, validated: ValidatorFunctionWrapHandler) -> Self:
+        return value if isinstance(value, cls) else cls(**validated(value).model_dump())
+
+
+@cache
+def _keys_of_fields(dataclass: Any) -> type[StrictModel]:
+    types = get_type_hints(dataclass, include_extras=True)
+    keys: dict[str, Any] = {field.name: (types[field.name], field.default) for field in fields(dataclass)}
+    return create_model(dataclass.__name__, __base__=StrictModel, **keys)
 
 
 M = TypeVar("M", bound=StrictModel)
@@ -303,7 +352,8 @@ def _follow(
 
 def _models(annotation: Any) -> list[type[StrictModel]]:
     """Return all models that a value of this type can be or contain."""
-    annotation = getattr(annotation, "file_keys", annotation)
+    if isinstance(annotation, type) and issubclass(annotation, FileValue):
+        return [annotation.file_keys()]
     if isinstance(annotation, type) and issubclass(annotation, StrictModel):
         return annotation.alternatives()
     return [model for argument in get_args(annotation) for model in _models(argument)]

@@ -11,7 +11,7 @@ from axonn.config.model_config import AnyModel
 from axonn.config.optimizer_config import AnyOptimizer, LearningRateConfig, OptimizerConfig, OptimizerPlacement
 from axonn.grid import ProcessGrid
 from axonn.optim.algorithms.adamw import AdamWConfig
-from axonn.schedules import ChunkPlacement, ScheduleSpec
+from axonn.schedules import ScheduleSpec
 
 __all__ = [
     "CheckpointConfig",
@@ -22,30 +22,12 @@ __all__ = [
     "OptimizerConfig",
     "OptimizerPlacement",
     "PrecisionConfig",
-    "ScheduleConfig",
     "StrictModel",
     "TrainConfig",
     "load_yaml",
     "read_yaml",
     "validate",
 ]
-
-
-class ScheduleConfig(StrictModel):
-    """The pipeline schedule; `in_flight_limit` defaults to twice G_inter.
-
-    Each stage has `chunks` chunks of layers, placed in loops or in a V (`axonn.schedules.ChunkLayout`).
-    """
-
-    name: str = "message-driven"
-    in_flight_limit: int | None = Field(default=None, ge=1)
-    pick: str = "backward-first"
-    chunks: int = Field(default=1, ge=1)
-    placement: ChunkPlacement = "loop"
-
-    def spec(self) -> ScheduleSpec:
-        """Return the specification that `make_schedule` takes."""
-        return ScheduleSpec(**self.model_dump())
 
 
 class DataConfig(StrictModel):
@@ -129,7 +111,7 @@ class TrainConfig(StrictModel):
     grid: ProcessGrid = ProcessGrid()
     batch_size: int = Field(ge=1)
     microbatch_size: int = Field(ge=1)
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: ScheduleSpec = ScheduleSpec()
     optimizer: AnyOptimizer = AdamWConfig()
     data: DataConfig = DataConfig()
     precision: PrecisionConfig = PrecisionConfig()

@@ -11,11 +11,12 @@ from pydantic import Field
 
 from axonn.config.loading import Line, Loss, dotted, load_json, shortened
 from axonn.config.model_config import ModelConfig
-from axonn.config.train_config import ScheduleConfig, StrictModel
+from axonn.config.train_config import StrictModel
 from axonn.durable_files import read_json, reason_of, replace_durably
 from axonn.errors import RecordError
 from axonn.grid import ProcessGrid
 from axonn.observability.machine_usage import BatchUsage, busy_share, is_busy
+from axonn.schedules import ScheduleSpec
 
 SCHEMA = "axonn-records/1"
 RecordKind = Literal["published", "predicted", "measured"]
@@ -82,7 +83,7 @@ class Execution(StrictModel):
     """None if the publication does not state it."""
     overdecomposition: int | None = None
     """Sub-shards per microbatch; None if unknown."""
-    schedule: ScheduleConfig | None = None
+    schedule: ScheduleSpec | None = None
     microbatches: int | None = None
     """Number per pipeline."""
 

@@ -220,7 +220,7 @@ def simulate_pipeline(
     `record`: keep the messages, which spans need.
     """
     count = len(stages)
-    spec = strategy.schedule.spec()
+    spec = strategy.schedule
     host_seconds = _host_seconds(outline, machine, strategy)
     times = [
         [[chunk.of(kind) + host_seconds(index, kind, c) for c, chunk in enumerate(stage.chunks)] for kind in Kind]
@@ -245,7 +245,7 @@ def _host_seconds(outline: ModelOutline, machine: MachineFile, strategy: Strateg
 
     It is 0 if the device does not wait for its host.
     """
-    layout = strategy.schedule.spec().layout(strategy.grid.inter)
+    layout = strategy.schedule.layout(strategy.grid.inter)
     host = machine.gpu.host
     curve = None if host is None else host.messages.get(strategy.message_library)
     per_message = 0.0 if curve is None else curve.seconds(message_bytes(outline, strategy))

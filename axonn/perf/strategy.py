@@ -9,7 +9,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from axonn.config.model_config import ModelConfig
 from axonn.config.optimizer_config import DEFAULT_ALGORITHM
-from axonn.config.train_config import FloatType, ScheduleConfig, StrictModel
+from axonn.config.train_config import FloatType, StrictModel
 from axonn.errors import ConfigError
 from axonn.grid import AXES, Axis, ProcessGrid
 from axonn.inter_layer.partition import partition_chunks
@@ -17,7 +17,7 @@ from axonn.optim.algorithms.base import Algorithm
 from axonn.optim.algorithms.registry import ALGORITHMS, AlgorithmName
 from axonn.perf.layers.model_outline import ModelOutline, with_sequence_parallelism
 from axonn.perf.machine.machine_file import Library, MachineFile
-from axonn.schedules import ChunkLayout
+from axonn.schedules import ChunkLayout, ScheduleSpec
 
 OptimizerPlacement = Literal["device", "offloaded", "sharded"]
 """device: 20 bytes per parameter; offloaded: streamed from host memory in buckets (IPDPS 2022, section V-B); sharded:
@@ -36,7 +36,7 @@ class Strategy(StrictModel):
     order: tuple[Axis, ...] = Field(default=AXES, strict=False)
     """Placement on nodes: the axes from the slowest to the fastest varying one (`ProcessGrid.order`)."""
     microbatch_size: int = Field(ge=1)
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: ScheduleSpec = ScheduleSpec()
     blocking_messages: bool = False
     """True if sends and receives occupy the compute stream, so that no computation overlaps them."""
     message_library: Library = "mpi"
@@ -151,7 +151,7 @@ class Strategy(StrictModel):
 
     def virtual_spans(self, outline: ModelOutline) -> list[range]:
         """Return the links of each virtual stage. Raises `ConfigError` when the model has too few layers."""
-        layout = self.schedule.spec().layout(self.grid.inter)
+        layout = self.schedule.layout(self.grid.inter)
         if self.partition == "work":
             return list(_cut(tuple(link.cost for link in outline.links), layout))
         count = layout.virtual_stages
@@ -172,7 +172,7 @@ class Strategy(StrictModel):
     def spans_of_stages(self, outline: ModelOutline) -> list[list[range]]:
         """Return the links of each chunk of each stage."""
         spans = self.virtual_spans(outline)
-        layout = self.schedule.spec().layout(self.grid.inter)
+        layout = self.schedule.layout(self.grid.inter)
         return [[spans[layout.virtual(s, c)] for c in range(layout.chunks)] for s in range(layout.stages)]
 
     def check(self, model: ModelConfig) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 from axonn.errors import ConfigError
 from axonn.schedules.base import Direction, Kind, StageSchedule, Task
+from axonn.schedules.definition import DrivenSchedule, ScheduleDefinition
 from axonn.schedules.follower import FollowerSchedule
 from axonn.schedules.forward_only import Forwards
 from axonn.schedules.layout import ChunkLayout, ChunkPlacement
 from axonn.schedules.message_driven import PICKS, MessageDriven
 from axonn.schedules.orders import GPIPE, INTERLEAVED, ONE_F_ONE_B, ZERO_BUBBLE, StaticOrder
+from axonn.schedules.spec import ScheduleSpec
 from axonn.schedules.static import StaticSchedule
 
 __all__ = [
@@ -21,47 +22,22 @@ __all__ = [
     "ChunkLayout",
     "ChunkPlacement",
     "Direction",
+    "DrivenSchedule",
+    "FollowerSchedule",
     "Forwards",
     "Kind",
     "MessageDriven",
+    "ScheduleDefinition",
     "ScheduleSpec",
     "StageSchedule",
     "StaticOrder",
     "StaticSchedule",
     "Task",
-    "FollowerSchedule",
+    "definition_of",
     "make_schedule",
     "names",
+    "variants",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleSpec:
-    """A schedule by name, with its options.
-
-    `in_flight_limit` and `pick` are those of the message-driven schedules. The limit defaults to twice the number of
-    stages: at the published limit, one per stage, a stage waits whenever a message takes time (DESIGN section 5). With
-    split backwards it limits the activations that a stage holds, in whole microbatches (`MessageDriven`). `pick` says
-    which of several ready tasks runs; with the name of a static schedule it is the one that comes first in its order.
-    """
-
-    name: str = "message-driven"
-    in_flight_limit: int | None = None
-    pick: str = "backward-first"
-    chunks: int = 1
-    placement: ChunkPlacement = "loop"
-
-    def layout(self, stages: int) -> ChunkLayout:
-        """Where this schedule's chunks lie on so many stages."""
-        return ChunkLayout(stages=stages, chunks=self.chunks, placement=self.placement)
-
-
-def _message_driven(spec: ScheduleSpec, stage: int, stages: int, microbatches: int) -> StageSchedule:
-    return _driven(spec, stage, stages, microbatches, splits=False)
-
-
-def _message_driven_zero_bubble(spec: ScheduleSpec, stage: int, stages: int, microbatches: int) -> StageSchedule:
-    return _driven(spec, stage, stages, microbatches, splits=True)
 
 
 def _driven(spec: ScheduleSpec, stage: int, stages: int, microbatches: int, *, splits: bool) -> MessageDriven:
@@ -84,10 +60,25 @@ def _driven(spec: ScheduleSpec, stage: int, stages: int, microbatches: int, *, s
         stages=stages,
         microbatches=microbatches,
         layout=spec.layout(stages),
-        in_flight_limit=2 * stages if spec.in_flight_limit is None else spec.in_flight_limit,
+        in_flight_limit=spec.limit_on(stages),
         pick=pick,
         splits_backward=splits,
     )
+
+
+def _held_with_whole_backwards(spec: ScheduleSpec, stages: int, microbatches: int) -> list[int]:
+    limit = min(microbatches, spec.limit_on(stages))
+    # With one chunk the last stage runs each backward right after its forward.
+    return [limit] * (stages - 1) + [1 if spec.chunks == 1 else limit]
+
+
+def _zero_bubble_variants(stages: int) -> list[ScheduleSpec]:
+    name = "message-driven-zero-bubble"
+    return [
+        ScheduleSpec(name=name, in_flight_limit=stages),
+        ScheduleSpec(name=name),
+        ScheduleSpec(name=name, chunks=2, placement="v", in_flight_limit=stages),
+    ]
 
 
 def _static(spec: ScheduleSpec, stage: int, stages: int, microbatches: int) -> StageSchedule:
@@ -118,9 +109,25 @@ STATIC: dict[str, StaticOrder] = {
     "zero-bubble": ZERO_BUBBLE,
 }
 """Schedules whose order is fixed in advance, by name. A new one is one file and one line here."""
-DRIVEN: dict[str, Callable[[ScheduleSpec, int, int, int], StageSchedule]] = {
-    "message-driven": _message_driven,
-    "message-driven-zero-bubble": _message_driven_zero_bubble,
+DRIVEN: dict[str, DrivenSchedule] = {
+    "message-driven": DrivenSchedule(
+        make=partial(_driven, splits=False),
+        most_held=_held_with_whole_backwards,
+        in_flight=lambda spec, stages, microbatches: min(spec.limit_on(stages), microbatches),
+        weights_in_bubble=lambda spec: 0,
+        has_limit=True,
+    ),
+    "message-driven-zero-bubble": DrivenSchedule(
+        make=partial(_driven, splits=True),
+        tried=_zero_bubble_variants,
+        most_held=lambda spec, stages, microbatches: [min(microbatches, spec.limit_on(stages))] * stages,
+        # A microbatch holds its chunks one after the other.
+        in_flight=lambda spec, stages, microbatches: min(
+            2 * spec.chunks * spec.limit_on(stages) / (spec.chunks + 1), microbatches
+        ),
+        weights_in_bubble=lambda spec: 2,
+        has_limit=True,
+    ),
 }
 """Schedules that decide as messages arrive; a new one likewise."""
 
@@ -130,13 +137,25 @@ def names() -> list[str]:
     return [*DRIVEN, *STATIC]
 
 
+def definition_of(name: str) -> ScheduleDefinition:
+    """Return the definition of the schedule `name`. Raises `ConfigError` where there is none."""
+    if name not in names():
+        raise ConfigError(f"unknown schedule '{name}'; known are {', '.join(names())}")
+    return DRIVEN.get(name) or STATIC[name]
+
+
+def variants(stages: int) -> list[ScheduleSpec]:
+    """Return what a planner tries on so many stages, the default first."""
+    tried = [spec for name in (*STATIC, *DRIVEN) for spec in definition_of(name).variants(name, stages)]
+    return list(dict.fromkeys([ScheduleSpec(), *tried]))
+
+
 def make_schedule(spec: ScheduleSpec, *, stage: int, stages: int, microbatches: int) -> StageSchedule:
     """The schedule of one stage. Raises `ConfigError` for an unknown name or an option the schedule does not have."""
-    if spec.name not in names():
-        raise ConfigError(f"unknown schedule '{spec.name}'; known are {', '.join(names())}")
+    definition = definition_of(spec.name)
     if spec.chunks < 1:
         raise ConfigError(f"chunks is {spec.chunks}; it must be at least 1")
     if spec.placement == "v" and spec.chunks == 1:
         raise ConfigError("placement 'v' needs two or more chunks per stage; set chunks: 2 or remove placement")
-    make = DRIVEN.get(spec.name, _static)
+    make = definition.make if isinstance(definition, DrivenSchedule) else _static
     return make(spec, stage, stages, microbatches)

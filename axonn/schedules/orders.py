@@ -6,7 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from axonn.schedules.base import Kind, Task
+from axonn.schedules.definition import ScheduleDefinition
 from axonn.schedules.layout import ChunkPlacement
+from axonn.schedules.spec import ScheduleSpec
+
+_TRIED: tuple[tuple[int, ChunkPlacement], ...] = ((1, "loop"), (2, "loop"), (2, "v"))
+"""Chunks and placements that the planner tries of a static schedule, where they fit."""
 
 
 def _one_chunk(chunks: int, placement: ChunkPlacement) -> bool:
@@ -15,7 +20,7 @@ def _one_chunk(chunks: int, placement: ChunkPlacement) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StaticOrder:
+class StaticOrder(ScheduleDefinition):
     """A static schedule: its order, and the chunks that it is defined for."""
 
     make: Callable[[int, int, int, int], list[Task]]
@@ -24,6 +29,12 @@ class StaticOrder:
     """Whether it is defined for so many chunks that lie so."""
     needs: str = "one chunk per stage; remove chunks and placement"
     """What to say where it does not fit."""
+    outdone: bool = False
+    """Whether the planner need not try it, another schedule being always as good."""
+
+    def variants(self, name: str, stages: int) -> list[ScheduleSpec]:
+        fitting = [] if self.outdone else [pair for pair in _TRIED if self.fits(*pair)]
+        return [ScheduleSpec(name=name, chunks=chunks, placement=placement) for chunks, placement in fitting]
 
 
 def gpipe_order(microbatches: int) -> list[Task]:
@@ -128,12 +139,35 @@ class _Builder:
             self.count[kind, chunk] += 1
 
 
-GPIPE = StaticOrder(make=lambda stage, stages, microbatches, chunks: gpipe_order(microbatches))
+def _held_of_interleaved(spec: ScheduleSpec, stages: int, microbatches: int) -> list[int]:
+    pairs = [2 * (stages - 1 - stage) + (spec.chunks - 1) * stages + 1 for stage in range(stages)]
+    return [min(microbatches, -(-count // spec.chunks)) for count in pairs]
+
+
+def _one_on_each_stage(spec: ScheduleSpec, stages: int, microbatches: int) -> float:
+    """Microbatches under way where each stage holds one per stage, and a microbatch its chunks one after the other."""
+    return min(stages * (2 * spec.chunks / (spec.chunks + 1)), microbatches)
+
+
+GPIPE = StaticOrder(
+    make=lambda stage, stages, microbatches, chunks: gpipe_order(microbatches),
+    most_held=lambda spec, stages, microbatches: [microbatches] * stages,
+    in_flight=lambda spec, stages, microbatches: microbatches,
+    weights_in_bubble=lambda spec: 0,
+    # 1F1B takes as long and holds less.
+    outdone=True,
+)
 ONE_F_ONE_B = StaticOrder(
-    make=lambda stage, stages, microbatches, chunks: one_f_one_b_order(stage, stages, microbatches)
+    make=lambda stage, stages, microbatches, chunks: one_f_one_b_order(stage, stages, microbatches),
+    most_held=lambda spec, stages, microbatches: [min(microbatches, stages - stage) for stage in range(stages)],
+    in_flight=_one_on_each_stage,
+    weights_in_bubble=lambda spec: 0,
 )
 INTERLEAVED = StaticOrder(
     make=interleaved_order,
+    most_held=_held_of_interleaved,
+    in_flight=_one_on_each_stage,
+    weights_in_bubble=lambda spec: 0,
     fits=lambda chunks, placement: chunks > 1 and placement == "loop",
     needs="two or more chunks in loops; set chunks: 2, placement: loop",
 )
@@ -143,4 +177,7 @@ ZERO_BUBBLE = StaticOrder(
     ),
     fits=lambda chunks, placement: (chunks, placement) in ((1, "loop"), (2, "v")),
     needs="one chunk (ZB-H1) or two in a V (ZB-V); set chunks: 2, placement: v, or remove both",
+    most_held=lambda spec, stages, microbatches: [min(microbatches, stages)] * stages,
+    in_flight=_one_on_each_stage,
+    weights_in_bubble=lambda spec: 1 if spec.chunks == 1 else 2,
 )

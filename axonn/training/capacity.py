@@ -13,8 +13,8 @@ from axonn.config.train_config import TrainConfig
 from axonn.errors import ConfigError, GridError
 from axonn.models.registry import outline_of
 from axonn.observability.procfs import PROC, available_cores
-from axonn.perf.planner.closed_form import most_held
 from axonn.perf.planner.engine_strategy import strategy_of_config
+from axonn.perf.planner.schedule_properties import most_held
 from axonn.perf.timing.memory_model import RankBytes, rank_bytes
 
 RANKS_PER_CORE = 4

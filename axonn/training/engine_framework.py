@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from axonn.checkpoint.local_shard import LocalShard
 from axonn.config.defaults import sub_shards
-from axonn.config.train_config import FloatType, ScheduleConfig, TrainConfig
+from axonn.config.train_config import FloatType, TrainConfig
 from axonn.device.devices import DeviceType
 from axonn.distributed.runtime import Runtime
 from axonn.engine import Engine, microbatches_of
@@ -19,7 +19,7 @@ from axonn.inter_layer.stage import virtual_spans
 from axonn.models.registry import make_data, make_model
 from axonn.observability.traffic import Traffic
 from axonn.perf.planner.engine_strategy import as_the_engine, config_of_strategy, differences
-from axonn.schedules import make_schedule
+from axonn.schedules import ScheduleSpec, make_schedule
 from axonn.spans import SpanRecorder
 from axonn.training.framework import (
     Adapter,
@@ -42,7 +42,7 @@ def layers_of_chunks(config: TrainConfig) -> list[range]:
     model.check(grid)
     sub_shards(config.overdecomposition, microbatch_size=config.microbatch_size, grid=grid)
     count = microbatches_of(batch_size=config.batch_size, microbatch_size=config.microbatch_size, grid=grid)
-    schedule = make_schedule(config.schedule.spec(), stage=0, stages=grid.inter, microbatches=count)
+    schedule = make_schedule(config.schedule, stage=0, stages=grid.inter, microbatches=count)
     return virtual_spans(model, schedule.layout)
 
 
@@ -59,7 +59,7 @@ class EngineTrainer(ResumableTrainer):
             microbatch_size=config.microbatch_size,
             transport=runtime.transport,
             collectives=runtime.collectives,
-            schedule=config.schedule.spec(),
+            schedule=config.schedule,
             optimizer=config.optimizer,
             precision=config.precision,
             activation_checkpointing=config.activation_checkpointing,
@@ -120,7 +120,7 @@ class EngineFramework(InProcessFramework):
             return str(error)
         return None
 
-    def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
+    def schedule(self, config: TrainConfig) -> ScheduleSpec | None:
         return config.schedule
 
     def sub_shards(self, config: TrainConfig) -> int:

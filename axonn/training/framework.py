@@ -10,7 +10,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Protocol
 from axonn.checkpoint.local_shard import LocalShard
 from axonn.config.loading import dotted
 from axonn.config.model_config import ModelConfig
-from axonn.config.train_config import FloatType, ScheduleConfig, TrainConfig
+from axonn.config.train_config import FloatType, TrainConfig
 from axonn.device.devices import DeviceType
 from axonn.distributed.runtime import Runtime
 from axonn.engine import BatchResult
@@ -29,6 +29,7 @@ from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.observability.records import Execution, Failure, settings_of
 from axonn.observability.traffic import Traffic
 from axonn.perf.strategy import Strategy
+from axonn.schedules import ScheduleSpec
 from axonn.spans import SpanRecorder
 
 
@@ -115,7 +116,7 @@ class Framework(ABC):
         """Return why this framework cannot run `config` on this machine; None when it can."""
 
     @abstractmethod
-    def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
+    def schedule(self, config: TrainConfig) -> ScheduleSpec | None:
         """Return the pipeline schedule that runs `config`, for its record; None where there is no pipeline."""
 
     def sub_shards(self, config: TrainConfig) -> int:
@@ -309,5 +310,5 @@ def ran_by(framework: Framework, config: TrainConfig) -> Execution:
 def settings_ran(config: TrainConfig, ran: Execution) -> dict[str, Any]:
     """Return the settings of `config` for a record, with those that the framework chose taken from `ran`."""
     settings = {name: value for name, value in settings_of(config).items() if not name.startswith("schedule.")}
-    chosen = {} if ran.schedule is None else {"schedule": ran.schedule.model_dump(mode="json")}
+    chosen = {} if ran.schedule is None else {"schedule": asdict(ran.schedule)}
     return settings | dict(dotted(chosen)) | {"overdecomposition": ran.overdecomposition}

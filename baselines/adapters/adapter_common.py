@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import HashStore
 
-from axonn.config.train_config import FloatType, LearningRateConfig, PrecisionConfig, ScheduleConfig, TrainConfig
+from axonn.config.train_config import FloatType, LearningRateConfig, PrecisionConfig, TrainConfig
 from axonn.data.text import TextData
 from axonn.device.devices import on_device
 from axonn.errors import LaunchError
@@ -20,6 +20,7 @@ from axonn.inter_layer.stage import StageChunk, initialise
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.gpt.gpt_model import GPT
 from axonn.optim.algorithms.adamw import AdamWConfig
+from axonn.schedules import ScheduleSpec
 from axonn.tensor import TensorContext
 from baselines.ranks.mixed import HALF, MixedAdamW
 
@@ -41,7 +42,7 @@ def gpt_of(config: TrainConfig) -> GPTConfig:
 
 
 def unsupported(
-    config: TrainConfig, *, schedule: ScheduleConfig | None, precisions: Sequence[FloatType] = EXACT
+    config: TrainConfig, *, schedule: ScheduleSpec | None, precisions: Sequence[FloatType] = EXACT
 ) -> str | None:
     """Return what `config` asks for that no baseline supports, and what to change; None where there is nothing.
 
@@ -53,7 +54,7 @@ def unsupported(
         return str(error)
     optimizer, precision = config.optimizer, config.precision
     # Our engine's schedule, the default, stands for whatever the framework has.
-    other_schedule = config.grid.inter > 1 and config.schedule not in (ScheduleConfig(), schedule)
+    other_schedule = config.grid.inter > 1 and config.schedule not in (ScheduleSpec(), schedule)
     asked = {
         f"schedule {config.schedule.name} as it is configured": other_schedule,
         f"optimizer.name {optimizer.name}": optimizer.name != "adamw",

@@ -15,10 +15,10 @@ from typing import ClassVar
 import torch
 from safetensors.torch import save_file
 
-from axonn.config.train_config import FloatType, ScheduleConfig, TrainConfig
+from axonn.config.train_config import FloatType, TrainConfig
 from axonn.inter_layer.stage import virtual_spans
 from axonn.models.gpt.gpt_model import GPT
-from axonn.schedules import ChunkLayout
+from axonn.schedules import ChunkLayout, ScheduleSpec
 from axonn.training.framework import Framework, RankProgram
 from axonn.training.places import ROOT
 from baselines.adapters.adapter_common import EXACT, Batches, Layers, gpt_of, layers_of, unsupported
@@ -80,7 +80,7 @@ class ForeignFramework(Framework):
     def refuses(self, config: TrainConfig) -> str | None:
         """Return why this strategy cannot run `config`, or None when it can."""
 
-    def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
+    def schedule(self, config: TrainConfig) -> ScheduleSpec | None:
         return None
 
     def settings(self, config: TrainConfig) -> Mapping[str, str]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
-from axonn.config.train_config import PrecisionConfig, ScheduleConfig, TrainConfig
+from axonn.config.train_config import PrecisionConfig, TrainConfig
 from axonn.errors import ConfigError, LaunchError
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.models.registry import outline_of
+from axonn.schedules import ScheduleSpec
 from axonn.training.framework import Adapter, Capabilities, ClusterWork, Framework, Launch, PrintedRun
 from axonn.training.run_folder import SPEC
 from axonn.training.supervision.cluster_launch import READ_LATER, read_run, spec_of
@@ -80,8 +81,8 @@ class ReferencePipeline(Reference):
             return str(error)
         return None
 
-    def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
-        return ScheduleConfig(name="message-driven", in_flight_limit=config.grid.inter)
+    def schedule(self, config: TrainConfig) -> ScheduleSpec | None:
+        return ScheduleSpec(name="message-driven", in_flight_limit=config.grid.inter)
 
 
 class ReferenceData(Reference):
@@ -126,7 +127,7 @@ class ReferenceAdapter(Adapter):
             grid=strategy.grid,
             batch_size=work.batch_size,
             microbatch_size=strategy.microbatch_size,
-            schedule=ScheduleConfig(name="message-driven", in_flight_limit=strategy.grid.inter),
+            schedule=ScheduleSpec(name="message-driven", in_flight_limit=strategy.grid.inter),
             precision=PrecisionConfig(compute=strategy.compute),
             activation_checkpointing=strategy.checkpoint_layers if strategy.recompute == "full" else None,
             steps=work.steps,
@@ -167,7 +168,7 @@ def _refusal(work: ClusterWork) -> str | None:
             grid.inter > 1
             and (schedule.name != "message-driven" or schedule.chunks > 1 or schedule.placement != "loop")
         ),
-        f"pick '{schedule.pick}'; it has a rule of its own: remove pick": schedule.pick != ScheduleConfig().pick,
+        f"pick '{schedule.pick}'; it has a rule of its own: remove pick": schedule.pick != ScheduleSpec().pick,
         "messages over NCCL; its go over MPI: set message_library: mpi": (
             grid.inter > 1 and strategy.message_library != "mpi"
         ),

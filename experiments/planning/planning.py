@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 from axonn.config.model_config import ModelConfig
-from axonn.config.train_config import FloatType, ScheduleConfig, TrainConfig
+from axonn.config.train_config import FloatType, TrainConfig
 from axonn.errors import ConfigError
 from axonn.grid import AXES, ProcessGrid
 from axonn.models.registry import make_model, outline_of
@@ -25,7 +25,7 @@ from axonn.perf.planner.engine_strategy import config_of_strategy
 from axonn.perf.planner.planner import Plannable, PlannedStrategy, StrategyPlan
 from axonn.perf.planner.search_space import Checkpointing, Space
 from axonn.perf.strategy import Strategy
-from axonn.schedules import make_schedule
+from axonn.schedules import ScheduleSpec, definition_of, make_schedule
 from axonn.training.capacity import lacking_here
 from experiments.definition import HERE, load_experiment, load_model
 
@@ -50,8 +50,8 @@ def described(strategy: Strategy) -> list[str]:
     how = schedule.name
     if schedule.chunks > 1:
         how += f" {schedule.chunks}{'V' if schedule.placement == 'v' else ''}"
-    if g.inter > 1 and schedule.name.startswith("message-driven"):
-        how += f" ({schedule.in_flight_limit or 2 * g.inter})"
+    if g.inter > 1 and definition_of(schedule.name).has_limit:
+        how += f" ({schedule.limit_on(g.inter)})"
     optimizer: str = strategy.optimizer
     if optimizer == "offloaded":
         optimizer = f"offloaded {strategy.bsize / 1e6:g}M x {strategy.k}"
@@ -212,7 +212,7 @@ def space_of(
     precision: FloatType,
     extents: tuple[int | None, int | None, int | None, int | None],
     microbatch: int | None,
-    schedule: ScheduleConfig | None,
+    schedule: ScheduleSpec | None,
     checkpointing: str | None,
     optimizer: Literal["device", "offloaded"] | None,
     algorithm: str,
@@ -265,19 +265,19 @@ def taken_by_default(left: Collection[str], space: Space, *, pick: int) -> list[
     if space.schedule is not None:
         defaults["chunks"] = f"{space.schedule.chunks} chunk per stage"
         defaults["placement"] = f"placement {space.schedule.placement}"
-        if space.schedule.name.startswith("message-driven"):
+        if definition_of(space.schedule.name).has_limit:
             defaults["in_flight"] = "in-flight limit 2 G_inter"
     return [f"{text} (--{name.replace('_', '-')})" for name, text in defaults.items() if name in left]
 
 
 def pinned_schedule(
     name: str | None, chunks: int, placement: Literal["loop", "v"], in_flight: int | None
-) -> ScheduleConfig | None:
+) -> ScheduleSpec | None:
     """Return the schedule that the options pin. Raises `ConfigError` for one that does not exist."""
     if name is None:
         if chunks > 1 or placement != "loop" or in_flight is not None:
             raise ConfigError("--chunks, --placement and --in-flight are those of a pinned schedule: give --schedule")
         return None
-    pinned = ScheduleConfig(name=name, chunks=chunks, placement=placement, in_flight_limit=in_flight)
-    make_schedule(pinned.spec(), stage=0, stages=2, microbatches=2)
+    pinned = ScheduleSpec(name=name, chunks=chunks, placement=placement, in_flight_limit=in_flight)
+    make_schedule(pinned, stage=0, stages=2, microbatches=2)
     return pinned

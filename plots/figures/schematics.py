@@ -71,7 +71,7 @@ def draw_grid(config: TrainConfig) -> Figure:
 
     grid = config.grid
     model = make_model(config.model)
-    layout = config.schedule.spec().layout(grid.inter)
+    layout = config.schedule.layout(grid.inter)
     spans = virtual_spans(model, layout)
     columns, rows = shown(grid.inter), shown(grid.data)
     palette = colours(len(columns))
@@ -152,7 +152,7 @@ def scheduled(config: TrainConfig) -> Simulation:
     """Simulate the configured schedule on a clock on which a forward of a whole stage takes 1."""
     grid = config.grid
     count = microbatches_of(batch_size=config.batch_size, microbatch_size=config.microbatch_size, grid=grid)
-    spec = config.schedule.spec()
+    spec = config.schedule
     chunks = spec.layout(grid.inter).chunks
 
     def seconds(stage: int, task: Task) -> float:

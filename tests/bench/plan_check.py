@@ -20,7 +20,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from axonn.config.train_config import PrecisionConfig, ScheduleConfig, TrainConfig
+from axonn.config.train_config import PrecisionConfig, TrainConfig
 from axonn.grid import ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.optim.algorithms.adamw import AdamWConfig
@@ -29,6 +29,7 @@ from axonn.perf.planner.engine_strategy import config_of_strategy, strategy_of_c
 from axonn.perf.planner.planner import plan
 from axonn.perf.planner.search_space import Space
 from axonn.perf.prediction import predict
+from axonn.schedules import ScheduleSpec
 from axonn.training.provenance import commit
 from experiments.definition import find_machine
 from experiments.planning.planning import described, plannable
@@ -59,7 +60,7 @@ def listed(model: GPTConfig) -> list[TrainConfig]:
                 grid=ProcessGrid(**grid),
                 batch_size=BATCH,
                 microbatch_size=size,
-                schedule=ScheduleConfig(**schedule),
+                schedule=ScheduleSpec(**schedule),
                 activation_checkpointing=blocks,
             )
         )
@@ -91,7 +92,7 @@ def as_measured(config: TrainConfig) -> TrainConfig:
     if strategy.optimizer == "device":
         config = config.model_copy(update={"optimizer": AdamWConfig()})
     if strategy.grid.inter == 1:
-        config = config.model_copy(update={"schedule": ScheduleConfig()})
+        config = config.model_copy(update={"schedule": ScheduleSpec()})
     sub_shards = {"overdecomposition": strategy.overdecomposition}
     return config.model_copy(update={**sub_shards, "precision": PrecisionConfig()})
 

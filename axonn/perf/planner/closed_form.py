@@ -12,13 +12,14 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from axonn.config.optimizer_config import DEFAULT_ALGORITHM
-from axonn.config.train_config import FloatType, PrecisionConfig, ScheduleConfig, TrainConfig
+from axonn.config.train_config import FloatType, PrecisionConfig, TrainConfig
 from axonn.grid import AXES, TENSOR_AXES, Axis, ProcessGrid
 from axonn.models.gpt.gpt_config import GPTConfig
 from axonn.perf.layers.model_outline import ModelOutline
 from axonn.perf.machine.machine_file import MachineFile
 from axonn.perf.machine.network import GroupPlacement, StageEdge, edge, message_time, place
 from axonn.perf.planner.engine_strategy import strategy_of_config
+from axonn.perf.planner.schedule_properties import bubble, in_flight, most_held, splits_backward
 from axonn.perf.prediction import message_bytes
 from axonn.perf.strategy import OptimizerPlacement, Strategy
 from axonn.perf.timing.memory_model import (
@@ -31,7 +32,7 @@ from axonn.perf.timing.memory_model import (
 )
 from axonn.perf.timing.stage_times import ChunkTimes, link_times
 from axonn.perf.timing.update_times import step_time
-from axonn.schedules import ChunkPlacement, make_schedule
+from axonn.schedules import ChunkPlacement, ScheduleSpec
 
 Extents = tuple[int, int, int, int]
 """G_data, G_inter, G_row, G_col."""
@@ -51,7 +52,7 @@ class Candidate(NamedTuple):
     """A configuration. `together`: blocks per activation checkpoint, None without checkpointing."""
 
     shape: Shape
-    schedule: ScheduleConfig
+    schedule: ScheduleSpec
     together: int | None
     optimizer: OptimizerPlacement
     bsize: int = 4_000_000
@@ -212,11 +213,11 @@ class ClosedForm:
         key = (inter, row, col, shape.chunks, shape.placement)
         if key not in self._cuts:
             outline, grid = self.outline(row, col), ProcessGrid(row=row, col=col)
-            schedule = ScheduleConfig(chunks=shape.chunks, placement=shape.placement)
+            schedule = ScheduleSpec(chunks=shape.chunks, placement=shape.placement)
             spans = self.strategy(Candidate(shape, schedule, None, "device")).spans_of_stages(outline)
             self._cuts[key] = _Cut(
                 spans=spans,
-                sink=schedule.spec().layout(inter).place(inter * shape.chunks - 1)[0],
+                sink=schedule.layout(inter).place(inter * shape.chunks - 1)[0],
                 parameters=[sum(outline.parameters(mine, grid).values()) for mine in spans],
                 blocks=max(len({outline.links[i].block for i in span} - {None}) for mine in spans for span in mine),
             )
@@ -252,7 +253,7 @@ class ClosedForm:
         key = (row, col, shape.microbatch_size, shape.sub_shards, places)
         if key not in self._tables:
             outline = self.outline(row, col)
-            strategy = self.strategy(Candidate(shape._replace(chunks=1), ScheduleConfig(), None, "device"))
+            strategy = self.strategy(Candidate(shape._replace(chunks=1), ScheduleSpec(), None, "device"))
             times, loss = link_times(outline, self.machine, strategy)
             self._tables[key] = _Table(
                 forward=_before([t.forward for t in times]),
@@ -287,14 +288,11 @@ class ClosedForm:
         if inter == 1:
             return count * whole[0]
         hop = self._hop(shape)
-        splits = "zero-bubble" in schedule.name
-        # Weight halves fill idle time: more of them, the more microbatches a stage may hold.
-        filling = 0 if not splits else 1 if (schedule.name, shape.chunks) == ("zero-bubble", 1) else 2
-        idle = [max(0.0, t - filling * w) for t, w in zip(whole, stages.weight, strict=True)]
-        fill = (sum(idle) - max(idle)) / shape.chunks
+        splits = splits_backward(schedule, inter)
         around = sum(whole) - (sum(stages.weight) if splits else 0.0) + 2 * (inter * shape.chunks - 1) * hop
         # Interleaved 1F1B takes longer if chunks are uneven; the simulator accounts for it.
         period = max(*whole, around / in_flight(schedule, inter, count))
+        fill = bubble(schedule, count, period=period, whole=whole, weight=stages.weight)
         return count * period + fill + 2 * (inter - 1) * hop
 
     def _hop(self, shape: Shape) -> float:
@@ -302,7 +300,7 @@ class ClosedForm:
         key = (shape.grid, shape.microbatch_size)
         if key not in self._messages:
             _, _, row, col = shape.grid
-            strategy = self.strategy(Candidate(shape._replace(chunks=1), ScheduleConfig(), None, "device"))
+            strategy = self.strategy(Candidate(shape._replace(chunks=1), ScheduleSpec(), None, "device"))
             grid = strategy.process_grid(self.machine)
             if shape.grid not in self._edges:
                 self._edges[shape.grid] = edge(grid, 0)
@@ -324,44 +322,6 @@ class ClosedForm:
         if key not in self._steps:
             self._steps[key] = sum(step_time(self.machine, self.strategy(candidate), phi, where))
         return self._steps[key]
-
-
-def in_flight(schedule: ScheduleConfig, stages: int, microbatches: int) -> float:
-    """Return the number of microbatches that can be in flight at once in the pipeline."""
-    limit = schedule.in_flight_limit or 2 * stages
-    match schedule.name:
-        case "message-driven":
-            found: float = limit
-        case "message-driven-zero-bubble":
-            found = 2 * schedule.chunks * limit / (schedule.chunks + 1)
-        case "gpipe":
-            found = microbatches
-        case _:
-            found = stages * (2 * schedule.chunks / (schedule.chunks + 1))
-    return min(found, microbatches)
-
-
-def most_held(schedule: ScheduleConfig, stages: int, microbatches: int) -> list[int]:
-    """Return the most microbatches that each stage can hold, in any order of arriving messages.
-
-    A microbatch that all chunks of a stage hold counts as one.
-    """
-    chunks = schedule.chunks
-    if schedule.name.startswith("message-driven"):
-        limit = min(microbatches, schedule.in_flight_limit or 2 * stages)
-        ends = [1] if schedule.name == "message-driven" and chunks == 1 else [limit]
-        return [limit] * (stages - 1) + ends
-    if schedule.name == "gpipe":
-        return [microbatches] * stages
-    if schedule.name == "1f1b":
-        return [min(microbatches, stages - stage) for stage in range(stages)]
-    if schedule.name == "interleaved-1f1b":
-        pairs = [2 * (stages - 1 - stage) + (chunks - 1) * stages + 1 for stage in range(stages)]
-        return [min(microbatches, -(-count // chunks)) for count in pairs]
-    if schedule.name == "zero-bubble":
-        return [min(microbatches, stages)] * stages
-    made = [make_schedule(schedule.spec(), stage=s, stages=stages, microbatches=microbatches) for s in range(stages)]
-    return [-(-one.limit // chunks) for one in made]
 
 
 def _before(values: Sequence[float]) -> list[float]:

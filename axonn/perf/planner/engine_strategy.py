@@ -65,7 +65,7 @@ def strategy_of_config(config: TrainConfig) -> Strategy:
     if config.activation_checkpointing is None:
         return strategy
     outline = outline_of(config.model)
-    first = make_schedule(config.schedule.spec(), stage=0, stages=grid.inter, microbatches=microbatches)
+    first = make_schedule(config.schedule, stage=0, stages=grid.inter, microbatches=microbatches)
     span = strategy.spans_of_stages(outline)[0][0]
     blocks = checkpoint_blocks(
         config.activation_checkpointing,

@@ -270,7 +270,7 @@ class _Search:
         """Return the seconds of a batch; the pipeline is simulated once for all optimizer settings."""
         strategy = self.closed.strategy(candidate)
         outline = self.model.outline(strategy.grid.row, strategy.grid.col)
-        key = (candidate.shape, candidate.schedule.model_dump_json(), candidate.together)
+        key = (candidate.shape, candidate.schedule, candidate.together)
         if key not in self.times:
             self.times[key] = pipeline_seconds(
                 outline,

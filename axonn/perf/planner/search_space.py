@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from axonn.config.optimizer_config import DEFAULT_ALGORITHM
-from axonn.config.train_config import FloatType, ScheduleConfig
+from axonn.config.train_config import FloatType
 from axonn.errors import ConfigError
 from axonn.grid import AXES, Axis
 from axonn.perf.planner.closed_form import Extents
 from axonn.perf.strategy import OptimizerPlacement
+from axonn.schedules import ScheduleSpec, definition_of, variants
 
 Checkpointing = Literal["none", "auto"] | int
 """auto: the number of blocks per checkpoint that needs the least memory."""
@@ -43,7 +44,7 @@ class Space:
     row: int | None = None
     col: int | None = None
     microbatch_size: int | None = None
-    schedule: ScheduleConfig | None = None
+    schedule: ScheduleSpec | None = None
     checkpointing: Checkpointing | None = None
     optimizer: OptimizerPlacement | None = None
     overdecomposition: int | None = None
@@ -73,29 +74,18 @@ class Space:
             return [] if share % self.microbatch_size else [self.microbatch_size]
         return [n for n in range(1, min(share, MOST_ROWS) + 1) if share % n == 0]
 
-    def schedules(self, inter: int) -> list[ScheduleConfig]:
+    def schedules(self, inter: int) -> list[ScheduleSpec]:
         """Return the schedules to try; with one stage they are all equal, so only one."""
         if self.schedule is not None:
             return [self.schedule]
-        if inter == 1:
-            return [ScheduleConfig()]
-        return [
-            ScheduleConfig(),
-            ScheduleConfig(name="1f1b"),
-            ScheduleConfig(name="interleaved-1f1b", chunks=2),
-            ScheduleConfig(name="zero-bubble"),
-            ScheduleConfig(name="zero-bubble", chunks=2, placement="v"),
-            ScheduleConfig(name="message-driven-zero-bubble", in_flight_limit=inter),
-            ScheduleConfig(name="message-driven-zero-bubble"),
-            ScheduleConfig(name="message-driven-zero-bubble", chunks=2, placement="v", in_flight_limit=inter),
-        ]
+        return [ScheduleSpec()] if inter == 1 else variants(inter)
 
-    def limits(self, schedule: ScheduleConfig, inter: int) -> list[ScheduleConfig]:
+    def limits(self, schedule: ScheduleSpec, inter: int) -> list[ScheduleSpec]:
         """Return the schedule with each in-flight limit to try."""
-        if not schedule.name.startswith("message-driven") or inter == 1 or self.schedule is not None:
+        if not definition_of(schedule.name).has_limit or inter == 1 or self.schedule is not None:
             return [schedule]
         limits = sorted({max(1, round(limit * inter)) for limit in LIMITS})
-        return [schedule.model_copy(update={"in_flight_limit": limit}) for limit in limits]
+        return [replace(schedule, in_flight_limit=limit) for limit in limits]
 
     def optimizers(self) -> Sequence[OptimizerPlacement]:
         """Return the placements of the optimizer to try."""

@@ -19,7 +19,7 @@ def bytes_by_axis(outline: ModelOutline, strategy: Strategy, *, batch_size: int)
     inter, and the all-gather of the shards along col.
     """
     grid = strategy.logical_grid
-    layout = strategy.schedule.spec().layout(grid.inter)
+    layout = strategy.schedule.layout(grid.inter)
     training = Training(
         outline=outline,
         grid=grid,

@@ -148,7 +148,7 @@ class _Times:
         self.kernels = kernels_of(machine, strategy)
         host = machine.gpu.host
         self.start = [] if host is None else [TaskSegment(host.task.si)]
-        self.layout = strategy.schedule.spec().layout(self.grid.inter)
+        self.layout = strategy.schedule.layout(self.grid.inter)
         share, rest = divmod(strategy.microbatch_size, strategy.overdecomposition)
         self.rows = [share + (lane < rest) for lane in range(strategy.overdecomposition)]
         self._chunks: dict[object, ChunkTimes] = {}

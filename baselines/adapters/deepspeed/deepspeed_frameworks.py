@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from axonn.config.train_config import FloatType, ScheduleConfig, TrainConfig
+from axonn.config.train_config import FloatType, TrainConfig
 from axonn.errors import ConfigError
 from axonn.models.gpt.gpt_config import GPTConfig
+from axonn.schedules import ScheduleSpec
 from axonn.training.framework import Framework
 from baselines.adapters.isolated_framework import ForeignFramework, stage_settings, stage_starts
 from baselines.environments import Environment
@@ -122,8 +123,8 @@ class DeepSpeedPipeline(DeepSpeed):
             return str(error)
         return super().refuses(config)
 
-    def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
-        return ScheduleConfig(name="1f1b")
+    def schedule(self, config: TrainConfig) -> ScheduleSpec | None:
+        return ScheduleSpec(name="1f1b")
 
     def settings(self, config: TrainConfig) -> Mapping[str, str]:
         return stage_settings(stage_starts(config))

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from axonn.config.train_config import FloatType, ScheduleConfig
+from axonn.config.train_config import FloatType
 from axonn.errors import ConfigError, LaunchError
 from axonn.optim.algorithms.adamw import AdamWConfig
 from axonn.perf.strategy import Strategy
+from axonn.schedules import ScheduleSpec
 from axonn.training.framework import ClusterWork, Launch
 from axonn.training.run_folder import STOP
 from baselines.adapters.ignored_settings import OVERFLOW_AFTER
@@ -66,7 +67,7 @@ def refusals(work: ClusterWork) -> list[str]:
         f"it places ranks in the order {', '.join(_ORDER)}; set order so": _placed(strategy, strategy.order)
         != _placed(strategy, _ORDER),
         "its pipeline runs 1F1B with as many microbatches in flight as stages follow; set schedule: {name: 1f1b}": (
-            pipelined and schedule != ScheduleConfig(name="1f1b")
+            pipelined and schedule != ScheduleSpec(name="1f1b")
         ),
         "its messages occupy the stream that computes; set blocking_messages": pipelined
         and not strategy.blocking_messages,

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from axonn.config.train_config import FloatType, ScheduleConfig
+from axonn.config.train_config import FloatType
 from axonn.errors import LaunchError
 from axonn.grid import Axis
 from axonn.optim.algorithms.adamw import AdamWConfig
+from axonn.schedules import ScheduleSpec
 from axonn.training.framework import ClusterWork, Launch
 from baselines.adapters.ignored_settings import OVERFLOW_AFTER
 
@@ -88,7 +89,7 @@ def _check_kind(work: ClusterWork) -> None:
             "Megatron-LM interleaves 2 stages only with messages beside computation: set blocking_messages to false",
         ),
         (s.schedule.in_flight_limit is not None, "its schedules set their own limit: remove in_flight_limit"),
-        (s.schedule.pick != ScheduleConfig().pick, "its schedules have one order: remove the schedule's pick"),
+        (s.schedule.pick != ScheduleSpec().pick, "its schedules have one order: remove the schedule's pick"),
         (
             s.grid.inter > 1 and not interleaved and not s.blocking_messages,
             "Megatron-LM's 1F1B waits for its messages: set blocking_messages to true",

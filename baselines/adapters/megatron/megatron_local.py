@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from axonn.config.train_config import FloatType, ScheduleConfig, TrainConfig
+from axonn.config.train_config import FloatType, TrainConfig
+from axonn.schedules import ScheduleSpec
 from baselines.adapters.adapter_common import DEVICE, gpt_of
 from baselines.adapters.isolated_framework import ForeignFramework
 from baselines.environments import Environment
@@ -61,8 +62,8 @@ class Megatron(ForeignFramework):
         """Return the number of chunks of layers on each stage."""
         return 1
 
-    def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
-        return ScheduleConfig(name="1f1b") if config.grid.inter > 1 else None
+    def schedule(self, config: TrainConfig) -> ScheduleSpec | None:
+        return ScheduleSpec(name="1f1b") if config.grid.inter > 1 else None
 
 
 class Tensor(Megatron):
@@ -101,8 +102,8 @@ class Interleaved(Megatron):
     def chunks(self, config: TrainConfig) -> int:
         return max(config.schedule.chunks, LEAST_CHUNKS)
 
-    def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
-        return ScheduleConfig(name="interleaved-1f1b", chunks=self.chunks(config))
+    def schedule(self, config: TrainConfig) -> ScheduleSpec | None:
+        return ScheduleSpec(name="interleaved-1f1b", chunks=self.chunks(config))
 
 
 class MegatronData(Megatron):

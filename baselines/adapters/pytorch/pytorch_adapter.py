@@ -7,11 +7,11 @@ from typing import ClassVar, get_args
 
 import torch
 
-from axonn.config.train_config import ScheduleConfig
 from axonn.device.devices import DeviceType
 from axonn.errors import ConfigError, LaunchError
 from axonn.grid import AXES
 from axonn.perf.planner.engine_strategy import as_the_engine, config_of_strategy
+from axonn.schedules import ScheduleSpec
 from axonn.training.framework import Adapter, Capabilities, ClusterWork, Framework, Launch, PrintedRun
 from axonn.training.run_folder import NEWEST
 from axonn.training.supervision.cluster_launch import data_of, launch_worker, read_run
@@ -105,7 +105,7 @@ def _strategy_for(work: ClusterWork) -> str:
     return "tensor" if parallel else "loop"
 
 
-def _pipelining_for(schedule: ScheduleConfig) -> str:
+def _pipelining_for(schedule: ScheduleSpec) -> str:
     kinds = {name: kind for name, kind in PyTorchAdapter.strategies.items() if issubclass(kind, TorchPipelining)}
     for name, kind in kinds.items():
         if kind.recorded == schedule:

@@ -14,9 +14,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from axonn.config.train_config import ScheduleConfig, TrainConfig
+from axonn.config.train_config import TrainConfig
 from axonn.distributed.runtime import Runtime
 from axonn.models.gpt.gpt_model import GPT
+from axonn.schedules import ScheduleSpec
 from axonn.spans import SpanRecorder
 from axonn.training.framework import InProcessFramework
 from baselines.adapters.adapter_common import DEVICE, Batches, gpt_of, make_optimizer, unsupported
@@ -135,7 +136,7 @@ class TorchDDP(InProcessFramework):
             )
         return None
 
-    def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
+    def schedule(self, config: TrainConfig) -> ScheduleSpec | None:
         return None
 
     @contextmanager

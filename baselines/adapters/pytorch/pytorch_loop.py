@@ -8,9 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from axonn.config.train_config import ScheduleConfig, TrainConfig
+from axonn.config.train_config import TrainConfig
 from axonn.distributed.runtime import Runtime
 from axonn.models.gpt.gpt_model import GPT
+from axonn.schedules import ScheduleSpec
 from axonn.spans import SpanRecorder
 from axonn.training.framework import InProcessFramework
 from baselines.adapters.adapter_common import (
@@ -83,7 +84,7 @@ class PlainLoop(InProcessFramework):
             return "a plain loop runs on 1 rank"
         return unsupported(config, schedule=self.schedule(config))
 
-    def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
+    def schedule(self, config: TrainConfig) -> ScheduleSpec | None:
         return None
 
     @contextmanager

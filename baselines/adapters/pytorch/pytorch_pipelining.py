@@ -20,11 +20,11 @@ from torch.distributed.pipelining import (
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
-from axonn.config.train_config import ScheduleConfig, TrainConfig
+from axonn.config.train_config import TrainConfig
 from axonn.distributed.runtime import Runtime
 from axonn.inter_layer.stage import virtual_spans
 from axonn.models.gpt.gpt_model import GPT
-from axonn.schedules import ChunkLayout
+from axonn.schedules import ChunkLayout, ScheduleSpec
 from axonn.spans import SpanRecorder
 from axonn.training.framework import InProcessFramework
 from baselines.adapters.adapter_common import (
@@ -92,7 +92,7 @@ class TorchPipelining(InProcessFramework):
 
     label = "PyTorch 1F1B"
     kind: ClassVar[type[Schedule]] = Schedule1F1B
-    recorded: ClassVar[ScheduleConfig] = ScheduleConfig(name="1f1b")
+    recorded: ClassVar[ScheduleSpec] = ScheduleSpec(name="1f1b")
 
     def version(self) -> str:
         return f"torch {torch.__version__}"
@@ -124,7 +124,7 @@ class TorchPipelining(InProcessFramework):
             return "its 1F1B needs at least as many microbatches as stages; raise batch_size or lower microbatch_size"
         return None
 
-    def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
+    def schedule(self, config: TrainConfig) -> ScheduleSpec | None:
         return self.recorded
 
     @contextmanager
@@ -132,7 +132,7 @@ class TorchPipelining(InProcessFramework):
         self, config: TrainConfig, runtime: Runtime, spans: SpanRecorder | None
     ) -> Iterator[TorchPipeliningTrainer]:
         with nullcontext() if dist.is_initialized() else lone_process_group("gloo"):
-            yield TorchPipeliningTrainer(config, runtime, self.recorded.spec().layout(config.grid.inter), self.kind)
+            yield TorchPipeliningTrainer(config, runtime, self.recorded.layout(config.grid.inter), self.kind)
 
 
 class TorchPipeliningGPipe(TorchPipelining):
@@ -140,7 +140,7 @@ class TorchPipeliningGPipe(TorchPipelining):
 
     label = "PyTorch GPipe"
     kind = ScheduleGPipe
-    recorded = ScheduleConfig(name="gpipe")
+    recorded = ScheduleSpec(name="gpipe")
 
     def _wrong_number(self, config: TrainConfig) -> str | None:
         return None
@@ -154,7 +154,7 @@ class TorchPipeliningInterleaved(TorchPipelining):
 
     label = "PyTorch interleaved 1F1B"
     kind = ScheduleInterleaved1F1B
-    recorded = ScheduleConfig(name="interleaved-1f1b", chunks=2)
+    recorded = ScheduleSpec(name="interleaved-1f1b", chunks=2)
 
     def _wrong_number(self, config: TrainConfig) -> str | None:
         microbatches = config.batch_size // config.microbatch_size
@@ -175,7 +175,7 @@ class TorchPipeliningZBV(TorchPipelining):
 
     label = "PyTorch ZBV"
     kind = ScheduleZBVZeroBubble
-    recorded = ScheduleConfig(name="zero-bubble", chunks=2, placement="v")
+    recorded = ScheduleSpec(name="zero-bubble", chunks=2, placement="v")
 
     def _wrong_number(self, config: TrainConfig) -> str | None:
         return None

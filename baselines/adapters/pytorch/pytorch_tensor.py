@@ -23,11 +23,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.parallel.style import ParallelStyle
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from axonn.config.train_config import ScheduleConfig, TrainConfig
+from axonn.config.train_config import TrainConfig
 from axonn.distributed.collectives import Call, CallKind
 from axonn.distributed.runtime import Runtime
 from axonn.errors import GridError
 from axonn.models.gpt.gpt_model import GPT
+from axonn.schedules import ScheduleSpec
 from axonn.spans import SpanRecorder
 from axonn.training.framework import InProcessFramework
 from baselines.adapters.adapter_common import DEVICE, Batches, gpt_of, make_optimizer, unsupported
@@ -145,7 +146,7 @@ class TorchTensorParallel(InProcessFramework):
             return str(error)
         return None
 
-    def schedule(self, config: TrainConfig) -> ScheduleConfig | None:
+    def schedule(self, config: TrainConfig) -> ScheduleSpec | None:
         return None
 
     @contextmanager
