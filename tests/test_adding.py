@@ -32,7 +32,7 @@ from axonn.observability.records import read_records
 from axonn.optim.algorithms import registry
 from axonn.optim.algorithms.base import Algorithm
 from axonn.perf.pipeline.simulator import simulate
-from axonn.perf.planner.closed_form import Candidate, ClosedForm, Shape, most_held
+from axonn.perf.planner.closed_form import Candidate, ClosedForm, Shape
 from axonn.perf.planner.engine_strategy import strategy_of_config
 from axonn.perf.planner.planner import plan
 from axonn.perf.planner.schedule_properties import most_held
