@@ -89,7 +89,7 @@ test-pages: $(READY) ## the commands of the pages that measure or train for long
 	@$(BIN)/python -m pytest -m full -n $(or $(WORKERS),2) tests/test_docs.py
 
 test-isa: $(READY) ## the numeric tests under each instruction set of the processor (OPTIONS='--only default --margin 3')
-	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.isa --workers $(or $(WORKERS),2) $(OPTIONS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.isa --workers $(or $(WORKERS),2) $(OPTIONS)
 
 test-slurm: $(READY) ## jobs on a real Slurm cluster of four nodes on this machine (root; apt-get install slurm-wlm munge)
 	@$(BIN)/python -m pytest -m slurm tests/slurm
@@ -97,11 +97,12 @@ test-slurm: $(READY) ## jobs on a real Slurm cluster of four nodes on this machi
 # A short form of all of these is among the tests.
 faults: $(READY) ## break it on purpose, for long: faults, damaged files (EXAMPLES=2000 of each kind), then make soak
 	@AXONN_FUZZ_EXAMPLES=$(or $(EXAMPLES),2000) $(BIN)/python -m pytest -n $(or $(WORKERS),2) --timeout 0 \
-		-m 'not slurm' tests/test_fault*.py tests/test_endings.py tests/test_fuzz*.py tests/test_messages.py tests/test_trust.py tests/test_determinism.py tests/test_checkpoint*.py
+		-m 'not slurm' tests/*/test_fault*.py tests/training/test_endings.py tests/*/test_fuzz*.py tests/config/test_messages.py \
+		tests/config/test_trust.py tests/inter_layer/test_determinism.py tests/checkpoint
 	@$(MAKE) soak
 
 soak: $(READY) ## kill or stop training runs 50 times at random moments; every resumed one ends as if nothing had happened
-	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --times $(or $(TIMES),50) $(if $(SEED),--seed $(SEED))
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.soak --times $(or $(TIMES),50) $(if $(SEED),--seed $(SEED))
 
 docs: $(READY) ## the reference of the Python interface: build/docs/index.html
 	@$(BIN)/python -m tools.reference build/docs

@@ -13,9 +13,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.command_line import CommandLine, tiny
-from tests.every_rank import run_ranks  # noqa: F401  A fixture of several files.
-from tests.rank_pool import RankPool
+from tests.helpers.command_line import CommandLine, tiny
+from tests.helpers.every_rank import run_ranks  # noqa: F401  A fixture of several files.
+from tests.helpers.rank_pool import RankPool
 
 if TYPE_CHECKING:
     from jobscripts.generate import ClusterJob
@@ -77,7 +77,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def small(tmp_path: Path) -> tuple[Path, ClusterJob]:
     """One small job of two ranks that was written, and nothing more."""
-    from tests.jobs_left import small_job, written
+    from tests.helpers.job_folders import small_job, written
 
     job = small_job("tiny-2r", "axonn", tiny(inter=2, steps=11))
     return written(tmp_path / "jobs", [job]), job

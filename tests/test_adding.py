@@ -48,13 +48,13 @@ from experiments.cluster_work import ClusterWork
 from experiments.definition import find_machine
 from experiments.planning.planning import plannable
 from jobscripts import launchers, schedulers
-from tests import optimizing
-from tests.command_line import CommandLine
-from tests.comparing import check_every_rank
+from tests.helpers import optimizer_cases
+from tests.helpers.command_line import CommandLine
+from tests.helpers.comparing import check_every_rank
+from tests.helpers.parallelizing import check
+from tests.helpers.training import Case as Training
+from tests.helpers.training import train, train_in_process
 from tests.outside.residual_mlp.residual_mlp_config import ResidualMLPConfig
-from tests.parallelizing import check
-from tests.training import Case as Training
-from tests.training import train, train_in_process
 
 MODEL = {"name": "small", "layers": 2, "hidden": 8, "heads": 2, "seq_len": 4, "vocab": 16}
 
@@ -256,8 +256,8 @@ class Adagrad(Algorithm[AdagradConfig]):
 def _adagrad(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.ALGORITHMS, "adagrad", Adagrad())
     # Where the tests have the reference.
-    monkeypatch.setitem(optimizing.TORCH, "adagrad", torch.optim.Adagrad)
-    monkeypatch.setitem(optimizing.OPTIONS, "adagrad", {"lr": 2e-3, "eps": 1e-7})
+    monkeypatch.setitem(optimizer_cases.TORCH, "adagrad", torch.optim.Adagrad)
+    monkeypatch.setitem(optimizer_cases.OPTIONS, "adagrad", {"lr": 2e-3, "eps": 1e-7})
 
 
 @pytest.mark.usefixtures("_adagrad")
@@ -281,12 +281,12 @@ def test_an_optimizer_is_configured_skipped_saved_and_counted_as_the_others_are(
     strategy = strategy_of_config(config)
     assert strategy.algorithm == "adagrad"
     for placement in ("device", "offloaded"):
-        case = optimizing.Case(
+        case = optimizer_cases.Case(
             algorithm="adagrad", precision="float16", spike=(1, 0, math.inf), options={"placement": placement}
         )
-        outcome = optimizing.optimize(case)
+        outcome = optimizer_cases.optimize(case)
         assert [result.applied for result in outcome.results] == [True, False, True, True]
-        assert optimizing.same_bits(outcome.states[0], outcome.states[1])
+        assert optimizer_cases.same_bits(outcome.states[0], outcome.states[1])
         assert {name.partition(".")[0] for name in outcome.states[0]} == {"master", "sum"}
         assert outcome.memory is not None
         elements = sum(tensor.numel() for tensor in outcome.parameters[0].values())

@@ -13,7 +13,7 @@ import pytest
 
 from axonn.config.train_config import TrainConfig
 from experiments import definition
-from tests.clones import copy_of_the_project, newcomers_environment
+from tests.helpers.clones import copy_of_the_project, newcomers_environment
 
 ROOT = definition.ROOT
 DOCS = ROOT / "docs"

@@ -18,9 +18,9 @@ from axonn.optim.algorithms.registry import ALGORITHMS
 from axonn.optim.algorithms.sgd import SGDConfig
 from axonn.perf.timing.memory_model import model_state_bytes
 from axonn.spans import SpanKind, SpanRecorder, overlap
-from tests.comparing import check_every_rank
-from tests.rank_pool import RankPool
-from tests.training import Case, train, train_over_mpi
+from tests.helpers.comparing import check_every_rank
+from tests.helpers.rank_pool import RankPool
+from tests.helpers.training import Case, train, train_over_mpi
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 DEVICE = torch.device("cuda", 0)

@@ -1,4 +1,4 @@
-"""The numeric tests are all on the list of `tests/isa.py`, and run under what it asks for."""
+"""The numeric tests are all on the list of `tests/helpers/isa.py`, and run under what it asks for."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from tests.isa import INSTRUCTION_SETS, NUMERIC, ROOT, SHORT, SWITCHES, environment
-from tests.rank_pool import RankPool
-from tests.rounding import SIGMAS, bound, tightened, unit_roundoff
+from tests.helpers.isa import INSTRUCTION_SETS, NUMERIC, ROOT, SHORT, SWITCHES, environment
+from tests.helpers.rank_pool import RankPool
+from tests.helpers.rounding import SIGMAS, bound, tightened, unit_roundoff
 
 COMPARES = re.compile(
-    r"^from tests\.(comparing|tensor_layers|parallelizing|optimizing|rounding) import|\bassert_close\(|\ballclose\(",
+    r"^from tests\.helpers\.(comparing|tensor_layers|parallelizing|optimizer_cases|rounding) import|\bassert_close\(|\ballclose\(",
     re.MULTILINE,
 )
 """What a test uses that holds tensors against each other."""
@@ -31,10 +31,12 @@ ELSEWHERE = {
 
 
 def test_every_numeric_test_is_on_the_list() -> None:
-    files = {path.stem.removeprefix("test_"): path for path in (ROOT / "tests").glob("test_*.py")}
+    files = {path.stem.removeprefix("test_"): path for path in (ROOT / "tests").rglob("test_*.py")}
     comparing = {name for name, path in files.items() if COMPARES.search(path.read_text(encoding="utf-8"))}
     missing = comparing - set(NUMERIC) - ELSEWHERE.keys()
-    assert not missing, f"add {sorted(missing)} to NUMERIC of tests/isa.py, or to ELSEWHERE here with the reason"
+    assert not missing, (
+        f"add {sorted(missing)} to NUMERIC of tests/helpers/isa.py, or to ELSEWHERE here with the reason"
+    )
     assert set(NUMERIC) <= files.keys()
     assert set(SHORT) <= set(NUMERIC)
     assert list(NUMERIC) == sorted(set(NUMERIC))

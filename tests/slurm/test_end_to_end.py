@@ -26,7 +26,7 @@ from plots import figure
 from plots.figure import make_figure
 from plots.figures import fig6
 from plots.summary import machine_of
-from tests.command_line import CommandLine
+from tests.helpers.command_line import CommandLine
 from tests.slurm.cluster import FOUR_NODES, Cluster, cluster, unavailable
 
 pytestmark = pytest.mark.slurm

@@ -16,7 +16,7 @@ from jobscripts.launchers import load_launcher
 from jobscripts.schedulers import load_scheduler
 from jobscripts.site import Site
 from jobscripts.system import load_system
-from tests import cluster_jobs
+from tests.helpers import cluster_jobs
 from tests.slurm.cluster import PERLMUTTER, Cluster, cluster, unavailable
 
 pytestmark = pytest.mark.slurm

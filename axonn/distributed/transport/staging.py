@@ -2,7 +2,7 @@
 
 An outgoing message waits for an event of the stream that computes it, an incoming one makes its consumer's stream wait:
 neither synchronises the device. The GPU paths have not been run on a GPU; the order of their streams is tested without
-one (`tests/cuda_standin.py`), and so are the host paths, staging included.
+one (`tests/helpers/cuda_standin.py`), and so are the host paths, staging included.
 """
 
 from __future__ import annotations
