@@ -14,7 +14,8 @@ from tests.helpers.rank_pool import RankPool
 from tests.helpers.rounding import SIGMAS, bound, tightened, unit_roundoff
 
 COMPARES = re.compile(
-    r"^from tests\.helpers\.(comparing|tensor_layers|parallelizing|optimizer_cases|rounding) import|\bassert_close\(|\ballclose\(",
+    r"^from tests\.helpers\.(comparing|tensor_layers|parallelizing|optimizer_cases|rounding) import"
+    r"|\bassert_close\(|\ballclose\(",
     re.MULTILINE,
 )
 """What a test uses that holds tensors against each other."""
@@ -35,7 +36,7 @@ def test_every_numeric_test_is_on_the_list() -> None:
     comparing = {name for name, path in files.items() if COMPARES.search(path.read_text(encoding="utf-8"))}
     missing = comparing - set(NUMERIC) - ELSEWHERE.keys()
     assert not missing, (
-        f"add {sorted(missing)} to NUMERIC of tests/helpers/isa.py, or to ELSEWHERE here with the reason"
+        f"add {sorted(missing)} to NUMERIC of tests/helpers/isa.py, or here to ELSEWHERE with the reason"
     )
     assert set(NUMERIC) <= files.keys()
     assert set(SHORT) <= set(NUMERIC)

@@ -2,8 +2,8 @@
 
     .venv/bin/python -m tests.helpers.isa [--short] [--only NAME] [--margin 3] [--workers 2]
 
-`make test-isa` runs all of it, .ci/run the short form. With `--margin` every bound of `tests/helpers/rounding.py` is that many
-times smaller: what fails then has less room than that.
+`make test-isa` runs all of it, .ci/run the short form. With `--margin` every bound of `tests/helpers/rounding.py` is that
+many times smaller: what fails then has less room than that.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ NUMERIC = [
     "unet",
     "unet_training",
 ]
-"""Each test_NAME.py below tests/ whose results go through floating-point kernels and are held to bounds, or to the bit."""
+"""Each test_NAME.py below tests/ whose results go through floating-point kernels and are held to bounds or bits."""
 SHORT = ("isa", "exact_sum", "accumulation", "optimizer", "precision")
 """What CI runs under a second instruction set: each kind of bound, every type."""
 SWITCHES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")

@@ -1,4 +1,4 @@
-"""Kills and stops training runs at random moments and lets them go on: python -m tests.helpers.soak --times 50 [--seed N].
+"""Training runs killed and stopped at random moments, then resumed: python -m tests.helpers.soak --times 50 [--seed N].
 
 Ranks are killed or stopped, or the command itself is told to end, by SIGTERM or SIGHUP: then it saves what it has
 (`--signals TERM`: by that one every time). Whatever happened, and whenever, every resumed run goes on from a good
