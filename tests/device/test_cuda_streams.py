@@ -1,5 +1,5 @@
-"""The work that the engine gives a GPU, tried without one (`tests.helpers.cuda_standin`): in order, on one device, and the
-host waits only for the numbers of the batch."""
+"""The work that the engine gives a GPU, tried without one (`tests.helpers.cuda_standin`): in order, on one device, and
+the host waits only for the numbers of the batch."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     .venv/bin/python -m tests.helpers.isa [--short] [--only NAME] [--margin 3] [--workers 2]
 
-`make test-isa` runs all of it, .ci/run the short form. With `--margin` every bound of `tests/helpers/rounding.py` is that
-many times smaller: what fails then has less room than that.
+`make test-isa` runs all of it, .ci/run the short form. With `--margin` every bound of `tests/helpers/rounding.py` is
+that many times smaller: what fails then has less room than that.
 """
 
 from __future__ import annotations
