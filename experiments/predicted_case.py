@@ -41,6 +41,10 @@ class PredictedCase:
             case "tflops_per_gpu":
                 flops = self.case.batch_size * self.outline.flops_recomputing
                 return flops / p.batch_time_s / self.case.gpus / 1e12
+            case "model_tflops_per_gpu":
+                return self.case.batch_size * self.outline.flops / p.batch_time_s / self.case.gpus / 1e12
+            case "samples_per_s":
+                return self.case.batch_size / p.batch_time_s
 
     @property
     def flops(self) -> float:

@@ -43,10 +43,12 @@ from axonn.schedules import ScheduleSpec, StaticOrder, Task, make_schedule
 from axonn.schedules.base import Kind
 from axonn.training import framework
 from axonn.training.framework import Adapter, Capabilities, Framework, adapter_names, load_adapter, load_framework
+from axonn.training.places import ROOT
 from experiments import predictor
 from experiments.cluster_work import ClusterWork
 from experiments.definition import find_machine
 from experiments.planning.planning import plannable
+from experiments.validation import validate as validate_command
 from jobscripts import launchers, schedulers
 from tests.helpers import optimizer_cases
 from tests.helpers.command_line import CommandLine
@@ -417,3 +419,32 @@ def test_a_framework(monkeypatch: pytest.MonkeyPatch) -> None:
         load_framework("toy")
     with pytest.raises(LaunchError, match="unknown framework 'tuy'; did you mean 'toy'"):
         load_framework("tuy")
+
+
+# --- a machine, and a published set
+
+
+def test_a_machine_and_a_published_set(axonn: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validate_command, "RESULT", axonn.root / "validation.json")
+    machine = yaml.safe_load((ROOT / "experiments" / "machines" / "summit.yaml").read_text(encoding="utf-8"))
+    (axonn.root / "mine.yaml").write_text(yaml.safe_dump(machine | {"name": "mine"}), encoding="utf-8")
+    model = {"name": "small", "layers": 4, "hidden": 512, "heads": 8, "seq_len": 512, "vocab": 51200}
+    point = {"label": "small", "gpus": 2, "published": 0.3, "model": model}
+    data_set = {
+        "name": "set",
+        "title": "One model",
+        "source": "a test",
+        "status": "text",
+        "machine": "mine.yaml",
+        "defaults": {"batch_size": 64, "strategy": {"microbatch_size": 2, "grid": {"inter": 2}}},
+        "points": [point],
+    }
+    (axonn.root / "set.yaml").write_text(yaml.safe_dump(data_set), encoding="utf-8")
+    code, output, error = axonn("predict", "--validate", "set.yaml")
+    assert code == 0, error
+    assert "small" in output
+    (axonn.root / "model.yaml").write_text(yaml.safe_dump(model), encoding="utf-8")
+    plan_command = ("plan", "--model", "model.yaml", "--machine", "mine.yaml", "--gpus", "2", "--batch", "64")
+    code, output, error = axonn(*plan_command, "--out", "plan.yaml")
+    assert code == 0, error
+    assert "GPUs of mine" in (axonn.root / "plan.yaml").read_text(encoding="utf-8")

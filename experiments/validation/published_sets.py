@@ -36,11 +36,21 @@ from experiments.definition import (
 
 FOLDER = HERE / "validation"
 
-Quantity = Literal["batch_time_s", "pipeline_s", "step_s", "all_reduce_s", "optimizer_s", "tflops_per_gpu"]
+Quantity = Literal[
+    "batch_time_s",
+    "pipeline_s",
+    "step_s",
+    "all_reduce_s",
+    "optimizer_s",
+    "tflops_per_gpu",
+    "model_tflops_per_gpu",
+    "samples_per_s",
+]
 """Published quantities. pipeline_s: from the first forward to the last backward; step_s: the rest of the batch;
 all_reduce_s, optimizer_s: the two parts of step_s on the stage that ends last. Except for waiting, pipeline_s and these
 two add up to batch_time_s, as published bars do. tflops_per_gpu: by 96bslh^2(1+s/6h+V/16lh), recomputation counted
-(`axonn.observability.records.gpt_flops`)."""
+(`axonn.observability.records.gpt_flops`). model_tflops_per_gpu: without recomputation, as a model FLOPs utilisation
+counts. samples_per_s: sequences or images of the whole job."""
 
 
 class Open(StrictModel):
@@ -77,6 +87,8 @@ class MeasuredQuantities(StrictModel):
     all_reduce_s: float | None = Field(default=None, gt=0)
     optimizer_s: float | None = Field(default=None, gt=0)
     tflops_per_gpu: float | None = Field(default=None, gt=0)
+    model_tflops_per_gpu: float | None = Field(default=None, gt=0)
+    samples_per_s: float | None = Field(default=None, gt=0)
 
 
 class SetPoint(StrictModel):
@@ -130,6 +142,7 @@ class Variant(StrictModel):
     memory_gb: float | None = Field(default=None, gt=0)
     """Memory of a device, GB."""
     model: Any = None
+    """A name of experiments/models, the keys of a model, or without `name` those that differ from the point's own."""
     batch_scale: float = Field(default=1.0, gt=0)
     strategy: dict[str, Any] = {}
     points: list[str] | None = None
@@ -207,10 +220,17 @@ class Case:
             raise ConfigError(f"{where}: variant '{variant.label}': {batch} is no batch size; change batch_scale")
         return replace(
             self,
-            model=self.model if variant.model is None else model_of(variant.model, where=where),
+            model=self._model_under(variant, where),
             batch_size=int(batch),
             strategy=merge(merge(self.strategy, variant.strategy), variant.strategies.get(self.label, {})),
         )
+
+    def _model_under(self, variant: Variant, where: str) -> ModelConfig:
+        if variant.model is None:
+            return self.model
+        if isinstance(variant.model, dict) and "name" not in variant.model:
+            return model_of(self.model.model_dump(mode="json") | variant.model, where=where)
+        return model_of(variant.model, where=where)
 
 
 def model_of(model: object, *, where: str) -> ModelConfig:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import RenderableType
 
 from axonn.training.provenance import this_machine
+from plots import style
 from plots.figure import FigureKind, main
 from plots.figure_records import Content
 from plots.style import COLUMN_IN, LINES, colours, mark, mark_handle
@@ -59,12 +61,29 @@ def draw(summary: dict[str, Any], content: Content) -> Figure:
     figure, axes = plt.subplots(
         1 + len(panels), 1, figsize=(COLUMN_IN, 2.8 * (1 + len(panels))), constrained_layout=True
     )
-    _draw_at_scale(axes[0], [r for r in rows if r["kind"] == "published" or r["published_s"] is not None], looks)
+    at_scale = [r for r in rows if r["kind"] == "published" or r["published_s"] is not None]
+    _draw_at_scale(axes[0], at_scale, looks)
     for lower, (title, panel_rows) in zip(axes[1:], panels, strict=True):
         _draw_measured(lower, panel_rows, looks)
         lower.set(xlabel="ranks, model (gpt-layers x hidden)", ylabel="seconds per batch", title=title)
     figure.suptitle(summary["title"], fontsize=9)
+    _write_published_panel([r for r in at_scale if r["kind"] != "measured"], looks)
     return figure
+
+
+def published_panel() -> Path:
+    """Return the file of the published scale alone, without what was measured anywhere."""
+    return style.OUT / "fig6-published.png"
+
+
+def _write_published_panel(at_scale: Sequence[dict[str, Any]], looks: Looks) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(COLUMN_IN, 2.8), constrained_layout=True)
+    _draw_at_scale(axes, at_scale, looks)
+    published_panel().parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(published_panel())
+    plt.close(figure)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +243,7 @@ def tables(summary: dict[str, Any], content: Content) -> Iterator[RenderableType
     yield from measured_tables(rows, content.failures)
 
 
-FIG6 = FigureKind(name="fig6", draw=draw, tables=tables, extras=extras)
+FIG6 = FigureKind(name="fig6", draw=draw, tables=tables, extras=extras, outputs=lambda content: [published_panel()])
 
 if __name__ == "__main__":
     main(FIG6)

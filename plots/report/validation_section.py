@@ -41,6 +41,8 @@ QUANTITIES = {
     "all_reduce_s": "all-reduce, s",
     "optimizer_s": "optimizer, s",
     "tflops_per_gpu": "TFLOP/s per GPU",
+    "model_tflops_per_gpu": "model TFLOP/s per GPU",
+    "samples_per_s": "samples per second",
     "ratio": "ratio",
 }
 """Names of the quantities in captions."""

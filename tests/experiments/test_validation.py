@@ -94,6 +94,30 @@ def test_rules_for_open_settings_are_carried_out(tmp_path: Path) -> None:
         chosen("first-that-fits", [7])
 
 
+def test_rates_are_those_of_the_predicted_time(tmp_path: Path) -> None:
+    """FLOPs with and without recomputation, samples: of one point, each beside its batch time."""
+    parts = {"batch_time_s": 0.4, "tflops_per_gpu": 30.0, "model_tflops_per_gpu": 25.0, "samples_per_s": 160.0}
+    point = {key: value for key, value in TINY["points"][0].items() if key != "published"} | {"parts": parts}
+    result = validate_set(write(tmp_path / "tiny.yaml", points=[point]))
+    predicted = {row.quantity: row.predicted for row in result.rows}
+    model = load_data_set(tmp_path / "tiny.yaml")[1][0].model
+    seconds = predicted["batch_time_s"]
+    assert predicted["samples_per_s"] == pytest.approx(64 / seconds)
+    for quantity, recompute in (("tflops_per_gpu", True), ("model_tflops_per_gpu", False)):
+        flops = 64 * model.training_flops(recompute=recompute)
+        assert predicted[quantity] == pytest.approx(flops / 1e12 / 2 / seconds)
+
+
+def test_a_variant_changes_one_key_of_a_model(tmp_path: Path) -> None:
+    path = write(tmp_path / "tiny.yaml", variants=[{"label": "wide", "model": {"hidden": 2048}}])
+    data, cases = load_data_set(path)
+    wide = [case.under(data.variants[0], "tiny.yaml").model for case in cases]
+    assert [model.model_dump() for model in wide] == [case.model.model_dump() | {"hidden": 2048} for case in cases]
+    path = write(tmp_path / "tiny.yaml", variants=[{"label": "wide", "model": {"hiden": 2048}}])
+    with pytest.raises(ConfigError, match=r"unknown key 'hiden'; did you mean 'hidden'"):
+        validate_set(path)
+
+
 def test_variants_and_ratios_say_what_hangs_on_an_assumption(tmp_path: Path) -> None:
     ratio = {"label": "large over small", "slower": "large", "faster": "small", "published": 3.0}
     variants = [{"label": "batch 128", "batch_scale": 2.0}, {"label": "no memory", "memory_gb": 0.1}]
