@@ -150,7 +150,7 @@ def make_figure(
     current = fingerprint(
         [[r.model_dump(mode="json") for r in content.records], content.missing, with_busy],
         [
-            *source_files(kind.draw.__module__),
+            *source_files(kind.draw.__globals__["__spec__"].name),
             *described_files(f"experiments/{kind.name}.yaml"),
             *(ROOT / reading.file for reading in content.experiment.readings.values()),
             *kind.inputs(content),
