@@ -82,7 +82,7 @@ def _write_published_panel(at_scale: Sequence[dict[str, Any]], looks: Looks) -> 
     figure, axes = plt.subplots(figsize=(COLUMN_IN, 2.8), constrained_layout=True)
     _draw_at_scale(axes, at_scale, looks)
     published_panel().parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(published_panel())
+    figure.savefig(published_panel(), dpi=300)
     plt.close(figure)
 
 
