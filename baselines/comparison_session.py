@@ -18,6 +18,7 @@ from pathlib import Path
 from axonn.config.train_config import StrictModel
 from axonn.errors import LaunchError
 from axonn.training.places import ROOT
+from axonn.training.supervision.process_group import end_process_group
 from baselines.comparison_progress import Reporter
 from baselines.contenders import KINDS, Contender, Device, Kind
 from baselines.coordinator import (
@@ -253,8 +254,7 @@ def run_over_link(part: SessionPart, folder: Path) -> PartMeasurements:
         return measurements.model_copy(update={"interrupted": measurements.interrupted or interrupted})
     finally:
         if process.poll() is None:
-            process.kill()
-            process.wait()
+            end_process_group(process)
         asked.unlink(missing_ok=True)
         answer.unlink(missing_ok=True)
 

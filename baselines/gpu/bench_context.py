@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -22,6 +21,7 @@ from axonn.observability.records import Failure
 from axonn.training.framework import load_adapter, load_framework
 from axonn.training.places import PROJECT
 from axonn.training.run_outcome import Outcome
+from axonn.training.supervision.process_group import end_process_group
 from axonn.training.supervision.supervisor import supervise
 from baselines.gpu.bench_rows import BenchRow, PartResult
 from baselines.gpu.bench_work import BenchPlan
@@ -105,7 +105,7 @@ class Context:
             except subprocess.TimeoutExpired:
                 raise NotMeasured(Failure(cause="timeout", detail=f"not finished after {limit:.0f} s")) from None
             finally:
-                _end(process)
+                end_process_group(process, grace_s=0.0)
         return _read(result, code, folder)
 
     def ranks(
@@ -147,13 +147,6 @@ def worker_environment(plan: BenchPlan) -> dict[str, str]:
         # Sizes change little from batch to batch; expandable segments use the gaps between them.
         environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     return environment
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill the process, with everything that it has started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _read(result: Path, code: int, folder: Path) -> dict[str, Any]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from axonn.observability.busy_watch import BusyWatch
 from axonn.observability.procfs import available_cores
 from axonn.perf.machine.machine_file import MachineFile
 from axonn.training.places import PROJECT
+from axonn.training.supervision.process_group import end_process_group
 from axonn.training.supervision.session_folders import session_folders
 from experiments.calibration.calibration_worker import PROGRESS, RESULT, CalibrationJob
 from experiments.calibration.machine_description import CalibrationResults, machine_of, write_machine
@@ -97,7 +96,7 @@ def _measured(job: CalibrationJob, ranks: int, on_part: Callable[[str], None]) -
             try:
                 _watch(process, folder / PROGRESS, on_part)
             finally:
-                _end(process)
+                end_process_group(process)
         if not (folder / RESULT).exists():
             tail = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-3:]
             raise LaunchError(
@@ -118,13 +117,3 @@ def _watch(process: subprocess.Popen[bytes], progress: Path, on_part: Callable[[
         reported = len(parts)
         if time.monotonic() - started > _TIMEOUT_S:
             raise LaunchError(f"calibrating is not done after {_TIMEOUT_S:.0f} s; try --quick, or fewer --ranks")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the launcher and all ranks."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, how)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(3.0)

@@ -165,7 +165,7 @@ def test_a_killed_launcher_ends_the_ranks(folder: Path) -> None:
 
 
 def test_a_stopped_rank_is_given_up_within_the_promise() -> None:
-    assert axonn.training.supervision.rank_watch.SILENCE_S + 2 * axonn.training.supervision.supervisor._GRACE_S < END_S
+    assert axonn.training.supervision.rank_watch.SILENCE_S + 2 * axonn.training.supervision.supervisor.GRACE_S < END_S
 
 
 def test_a_loss_that_is_not_a_number_is_a_failure_of_its_own(folder: Path) -> None:

@@ -31,11 +31,9 @@ from axonn.training.run_outcome import Outcome, outcome_of, rank_state
 from axonn.training.session_history import NEWEST_LOG
 from axonn.training.supervision.cluster_launch import spec_of
 from axonn.training.supervision.interruption import PendingSignals, noted
+from axonn.training.supervision.process_group import GRACE_S, end_process_group
 from axonn.training.supervision.rank_watch import Watch
 from axonn.training.supervision.session_folders import session_folders
-
-_GRACE_S = 3.0
-"""Time between the signal that asks the launcher to end and the one that kills it."""
 
 
 def supervise(
@@ -138,7 +136,7 @@ def _running(
         try:
             yield process
         finally:
-            _end(process)
+            end_process_group(process)
             _end_ranks(folder, ranks, session_id=process.pid)
 
 
@@ -203,24 +201,10 @@ def _killed_rank(folder: Path, code: int, ranks: int) -> tuple[int, int] | None:
     return (int(notice[1]), int(notice[2])) if notice else None
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the launcher and all ranks: SIGTERM first, then SIGKILL."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is not None:
-            break
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, how)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 def _end_ranks(folder: Path, ranks: int, *, session_id: int) -> None:
     """End ranks that have outlived their launcher: each has its own process group, in the launcher's session."""
     pids = {pid for rank in range(ranks) if isinstance(pid := rank_state(folder, rank).get("pid"), int)}
-    end = time.monotonic() + _GRACE_S
+    end = time.monotonic() + GRACE_S
     while time.monotonic() < end and (left := {pid for pid in pids if _is_of(pid, session_id)}):
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
