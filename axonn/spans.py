@@ -296,8 +296,8 @@ class Overlap(NamedTuple):
     """Time with a collective under way while the same rank computed."""
     hideable: float
     """Most that any order of a task's operations could hide: for each task, the lesser of its collectives' time and its
-    compute time. (No collective outlasts its task. Ignored is that the first computation of a task has nothing to hide
-    yet, and that nothing is left to hide its last collective.)"""
+    compute time. (No collective outlasts its task. Not accounted for: the first computation of a task has nothing to
+    hide yet, and nothing is left to hide its last collective.)"""
 
     @property
     def hidden_share(self) -> float:

@@ -39,7 +39,7 @@ def run_in_sub_shards(
     shards = _SubShards(module, [name in with_rows for name in inputs], cut_rows(number, count), context)
     tensors = list(inputs.values())
     if torch.is_grad_enabled():
-        # Autograd needs an input that requires a gradient, which no other may do.
+        # Autograd needs an input that requires a gradient; perhaps none of the module's does.
         anchor = torch.empty(0, requires_grad=True)
         outputs = _Function.apply(shards, anchor, *tensors)  # type: ignore[no-untyped-call]
     else:
