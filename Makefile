@@ -79,7 +79,7 @@ validate-local: $(READY) ## predicted and measured batch times of 21 runs on thi
 	@$(BIN)/python -m experiments.validation.local_validation
 
 # Two files at a time: many tests wait, or compute on one core.
-test: $(READY) ## the tests (17 to 45 minutes on 2 cores, by machine; WORKERS=4: on more)
+test: $(READY) ## the tests (15 to 35 minutes on 2 cores, by machine; WORKERS=4: on more)
 	@$(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadfile
 
 test-full: $(READY) ## the tests with the full product of configurations (long)

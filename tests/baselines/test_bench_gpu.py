@@ -14,7 +14,7 @@ import torch
 
 from axonn.errors import ConfigError, RecordError
 from axonn.grid import ProcessGrid
-from axonn.observability import provenance
+from axonn.training import provenance
 from axonn.observability.records import Execution, Failure, Machine, Record, Workload, read_records, write_records
 from axonn.spans import Span, SpanKind
 from baselines import environments

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from axonn.placement import Placement
-from tests.helpers.rounding import tightened
+from tests.helpers.rounding import bound, tightened
 from tests.helpers.training import Case, Outcome, serial_reference
 
 # In float64 far more than roundings explain: no fault is so small.
-GRADIENT_BOUND = {"float64": tightened(1e-12), "float32": tightened(1e-5)}
+# In float32 a sum over the 160 tokens of four microbatches, whose terms went forwards and backwards through 13 links.
+GRADIENT_BOUND = {"float64": tightened(1e-12), "float32": bound("float32", 160 * 26)}
 # Adam's steps are relative to the gradient: errors of its small elements count as much as those of the large ones.
 PARAMETER_BOUND = {"float64": tightened(1e-10), "float32": tightened(1e-3)}
 # The gradient of the key bias is zero, since softmax does not see it: what is computed is rounding.

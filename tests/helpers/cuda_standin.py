@@ -202,6 +202,8 @@ class _Noted(TorchDispatchMode):
             self._refuse_to_wait(name, tensors, args, kwargs)
         if name == "aten.copy_.default" and args[0].is_cpu and not args[1].is_cpu:
             result = args[0]  # There are no values to copy.
+        elif name.startswith("aten._fused_sgd_."):
+            result = None  # It changes its arguments, which have no values, and has no form without them.
         else:
             result = func(*args, **kwargs)
         results = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]

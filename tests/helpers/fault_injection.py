@@ -26,9 +26,9 @@ def harm_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None
 
 
 IN_A_LAYER = """
-from axonn.inter_layer.stage import Chunk
+from axonn.inter_layer.stage import StageChunk
 
-made = Chunk.__init__
+made = StageChunk.__init__
 
 def harmed(self, model, span, **options):
     made(self, model, span, **options)
@@ -44,6 +44,6 @@ def harmed(self, model, span, **options):
                         return output * {value}
             module.register_forward_hook(after)
 
-Chunk.__init__ = harmed
+StageChunk.__init__ = harmed
 """
 """Makes what comes out of a layer, or the gradient that comes into it, not finite once, in its call number `call`."""

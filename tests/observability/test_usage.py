@@ -176,14 +176,14 @@ import importlib.util, sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
 assert importlib.util.find_spec("axonn") is None
 sys.path.insert(0, {ranks!r})
-import common
+import rank_common
 
 def set_up(work):
     def train(step):
         return sum(1.0 for _ in range(3_000_000)) / 3e6
     return train
 
-common.main(set_up)
+rank_common.main(set_up)
 """
 
 

@@ -59,7 +59,7 @@ def test_it_is_refused_without_loading_pytorch(tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(of_64(grid={"data": 64, "inter": 32, "col": 4}).model_dump(mode="json")))
     code = (
-        "import sys\nfrom experiments import cli\n"
+        "import sys\nfrom axonn.cli import main as cli\n"
         "try:\n    cli.main()\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)"
     )
     ended = subprocess.run(

@@ -282,7 +282,8 @@ def test_another_command_ends_with_the_usual_status(
     script = f"""
 import sys, time, threading, os
 from pathlib import Path
-from experiments import cli, runner
+from axonn.cli import main as cli
+from experiments import runner
 runner.PROJECT = Path({str(tmp_path)!r})
 runner.RUNS, runner.MEASURED = runner.PROJECT / "runs", runner.PROJECT / "measured"
 def send():

@@ -289,7 +289,7 @@ def test_every_place_to_write_to_is_where_one_stands(clone: Path, here: Path) ->
     # `make baselines` installs them, in the clone.
     assert absent == {"baselines.environments.FOLDER"}
     # Below a clone, results are those of the clone, wherever one stands in it.
-    inside: dict[str, str] = run_here(clone / "docs", PATHS, ["experiments"])
+    inside: dict[str, str] = run_here(clone / "docs", PATHS, ["axonn", "experiments"])
     assert inside["axonn.training.places.PROJECT"] == str(clone)
     assert inside["experiments.runner.MEASURED"] == str(clone / "results" / "measured")
 
