@@ -14,9 +14,9 @@ import torch
 
 from axonn.errors import ConfigError, RecordError
 from axonn.grid import ProcessGrid
-from axonn.training import provenance
 from axonn.observability.records import Execution, Failure, Machine, Record, Workload, read_records, write_records
 from axonn.spans import Span, SpanKind
+from axonn.training import provenance
 from baselines import environments
 from baselines.gpu import bench_gpu
 from baselines.gpu.bench_context import Context, NotMeasured
