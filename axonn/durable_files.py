@@ -94,7 +94,7 @@ def opened(path: Path | str) -> Iterator[BufferedReader]:
 def read_bytes(path: Path | str, *, most: int = LARGEST) -> bytes:
     """Return the content of a regular file. Raises `OSError` for anything else and for more than `most` bytes."""
     with opened(path) as file:
-        # Files of /proc say that they are empty, so what is read counts, and not the size.
+        # Files in /proc report size 0, so the bytes read count, not the size.
         content = file.read(most + 1)
     if len(content) > most:
         raise OSError(errno.EFBIG, f"is larger than {most} bytes, which no file of this kind is", str(path))
@@ -151,7 +151,7 @@ def locked(path: Path, otherwise: str) -> Iterator[None]:
         except BlockingIOError as error:
             raise LaunchError(otherwise) from error
         except OSError:
-            pass  # A file system without locks.
+            pass  # The file system has no locks.
         yield
 
 

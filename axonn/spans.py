@@ -218,7 +218,7 @@ def read_spans(path: Path | str) -> list[Span]:
 
 
 class TimeBreakdown(NamedTuple):
-    """Mean seconds per rank in one window of time, by part; each instant is counted once."""
+    """Mean seconds per rank in one window of time, each instant counted once (docs/design.md, section 4.6)."""
 
     compute: float
     optimizer: float
@@ -296,8 +296,8 @@ class Overlap(NamedTuple):
     """Time with a collective under way while the same rank computed."""
     hideable: float
     """Most that any order of a task's operations could hide: for each task, the lesser of its collectives' time and its
-    compute time. (No collective outlasts its task. Ignored is that the first computation of a task has nothing to hide
-    yet, and that nothing is left to hide its last collective.)"""
+    compute time. (No collective outlasts its task. Not accounted for: the first computation of a task has nothing to
+    hide yet, and nothing is left to hide its last collective.)"""
 
     @property
     def hidden_share(self) -> float:

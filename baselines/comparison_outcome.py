@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from axonn.durable_files import replace_durably
 from axonn.errors import LaunchError
 from axonn.observability.machine_usage import BUSY_SHARE
 from axonn.observability.records import Failure, Record, Workload, write_records
@@ -96,7 +97,7 @@ def write_summary(
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "summary.json"
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    replace_durably(path, json.dumps(content, indent=1) + "\n")
     return path
 
 

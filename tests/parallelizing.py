@@ -103,7 +103,7 @@ def _same(a: torch.Tensor | None, b: torch.Tensor | None, what: str) -> None:
 
 
 def kinds(outcome: Outcome) -> dict[str, int]:
-    """How many re-layouts of each kind there are."""
+    """How many redistributions of each kind there are."""
     found: dict[str, int] = {}
     for line in outcome.report.redistributions:
         found[line.kind] = found.get(line.kind, 0) + 1

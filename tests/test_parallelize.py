@@ -103,7 +103,7 @@ class Residual(nn.Module):
 @pytest.mark.parametrize(("row", "col"), [(2, 2), (2, 3), (3, 4)])
 def test_a_path_with_an_odd_number_of_layers_needs_one_redistribution(depth: int, row: int, col: int) -> None:
     for outcome in check(Residual(depth), [normal(4, 12)], row=row, col=col):
-        assert kinds(outcome) == {"split": 1, "gather": 1} | ({"re-layout": 1} if depth % 2 else {})
+        assert kinds(outcome) == {"split": 1, "gather": 1} | ({"redistribute": 1} if depth % 2 else {})
 
 
 def test_the_cheaper_side_of_a_path_is_laid_out_another_way() -> None:
@@ -124,7 +124,7 @@ def test_the_cheaper_side_of_a_path_is_laid_out_another_way() -> None:
             return y
 
     for outcome in check(Wide(), [normal(4, 12)], row=2, col=2):
-        (line,) = outcome.report.of_kind("re-layout")
+        (line,) = outcome.report.of_kind("redistribute")
         assert sum(call.elements for call in line.forward) == 4 * 12 // 2
 
 
@@ -159,14 +159,14 @@ def test_one_redistribution_that_two_paths_share_is_cheaper_than_two_small_ones(
             return self.one(x + self.a(x)), self.two(x + self.b(x))
 
     for outcome in check(Paths(), [normal(4, 12)], row=2, col=2):
-        (line,) = outcome.report.of_kind("re-layout")
+        (line,) = outcome.report.of_kind("redistribute")
         assert line.value == "first"
 
 
 def test_the_layouts_of_a_u_net() -> None:
     for outcome in check(UNet(), [normal(2, 3, 4, 4), normal(2, 4)], row=2, col=2):
         # Two skips of one layer, the time embedding that both kinds of blocks read, and the output.
-        assert len(outcome.report.of_kind("re-layout")) == 3
+        assert len(outcome.report.of_kind("redistribute")) == 3
         assert layer(outcome, "up1.norm1").input.form.segments == (12, 12)
         assert layer(outcome, "up2.conv1").input.form.segments == (24, 24)
         assert layer(outcome, "input").note == "in_channels (3) is no multiple of row = 2 or col = 2"

@@ -1,6 +1,6 @@
-"""Layouts that follow the data flow of an ordinary module: what `axonn.parallelize` is made of.
+"""Automatic tensor parallelism: layouts that follow the data flow of an ordinary module (`axonn.parallelize`).
 
-`trace` records the graph and its shapes, `operations` and `table` say which cuts each operation carries, `layers` which
-layers can be cut and how, `assign` and `search` choose the layouts, `rows` finds out whether rows are independent, and
-`rewrite` builds the module of one rank.
+`tracing` records the graph of the module with its shapes; `layouts` knows how each operation carries a cut and searches
+for the cheapest layouts; `layer_kinds` and `sharded_layers` say which layers can be cut and how; `rewrite` builds the
+module of one rank; `parallelize` puts these together.
 """

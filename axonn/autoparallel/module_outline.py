@@ -1,8 +1,8 @@
-"""What a module that `parallelize` has cut computes, keeps and sends, for the performance model.
+"""Outline of a module cut by `parallelize`, for the performance model: what it computes, keeps and sends.
 
-Nothing is computed here: the module is traced, its layouts are searched as for a run, and each layer becomes a part of
-`axonn.perf`. The graph is one link, so the plan has no stages. Layers that are cut, norms, embeddings, re-layouts and
-whole linear layers are known; of what else the graph does, elementwise operations count as passes over memory.
+Nothing is computed: the module is traced, its layouts are searched as for a run, and each layer becomes a cost of
+`axonn.perf`. The graph is a single link, so it has no stages. Known are layers that are cut, norms, embeddings,
+redistributions and whole linear layers; all other operations count as elementwise passes over memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
-from axonn.autoparallel.layouts.layout_assignment import LayoutPlan, assign
+from axonn.autoparallel.layouts.layout_assignment import LayoutPlan, assign_layouts
 from axonn.autoparallel.layouts.op_table import elements, is_tensor
 from axonn.autoparallel.parallel_report import Report, SentCollective
 from axonn.autoparallel.rewrite import Rewriter
@@ -33,21 +33,21 @@ _ONE_RANK = ProcessGrid()
 
 
 def outline_of_module(module: nn.Module, grid: ProcessGrid, example: Example) -> ModelOutline:
-    """The module on the row and col of `grid`, its outputs gathered; `example` as for `parallelize`, rows first.
+    """Return the outline of `module` on the row and col of `grid`, with its outputs gathered.
 
-    Raises `ConfigError` when the module cannot be traced.
+    `example`: inputs as for `parallelize`, rows first. Raises `ConfigError` when the module cannot be traced.
     """
     meta = copy.deepcopy(module).to("meta")
     on_meta = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in _values(example)]
     traced = trace(meta, on_meta)
     tensor = ProcessGrid(row=grid.row, col=grid.col)
-    # A context cannot be without collectives; nothing is sent.
+    # The context needs collectives, although nothing is sent.
     context = TensorContext(tensor, 0, InProcessCollectives(InProcessWorld(tensor.size), tensor, 0))
-    plan = assign(traced.root, context, whole_outputs=True)
+    plan = assign_layouts(traced.root, context, whole_outputs=True)
     report = Rewriter(traced.root, meta, plan, context).report
     rows = next(t.shape[0] for t in on_meta if isinstance(t, torch.Tensor))
-    parts = dict(_parts(traced.root, plan, report, rows))
-    flops = sum(_forward_flops(part) for part in parts.values())
+    parts = dict(_costs(traced.root, plan, report, rows))
+    flops = sum(_forward_flops(cost) for cost in parts.values())
     outputs = sum(elements(n) for n in traced.root.graph.nodes if n.op == "output") or 1
     return ModelOutline(
         links=[OutlineLink(name="module", parts=parts, cost=float(flops))],
@@ -62,26 +62,26 @@ def _values(example: Example) -> list[object]:
     return list(example.values() if hasattr(example, "values") else example)
 
 
-def _parts(root: fx.GraphModule, plan: LayoutPlan, report: Report, rows: int) -> Iterator[tuple[str, LayerCost]]:
-    """In the order of the graph, each re-layout before what it is for."""
-    waiting: dict[str, list[tuple[str, LayerCost]]] = {}
+def _costs(root: fx.GraphModule, plan: LayoutPlan, report: Report, rows: int) -> Iterator[tuple[str, LayerCost]]:
+    """Yield (name, cost) in the order of the graph, each redistribution before its user."""
+    pending: dict[str, list[tuple[str, LayerCost]]] = {}
     for number, line in enumerate(report.redistributions):
-        moved = Issued(
+        redistribution = Issued(
             rows=rows,
             of_forward=tuple(map(_exchange, line.forward)),
             of_backward=tuple(map(_exchange, line.backward)) if line.trained else (),
         )
-        waiting.setdefault(line.user, []).append((f"redistribute{number}", moved))
+        pending.setdefault(line.user, []).append((f"redistribute{number}", redistribution))
     for node in root.graph.nodes:
-        yield from waiting.pop(node.name, [])
+        yield from pending.pop(node.name, [])
         operation, option = plan.operations.get(node), plan.options.get(node)
         if isinstance(operation, LayerOperation) and option is not None and option.choice is not None:
             yield node.name, _layer(operation, option.choice, rows, gradient=operation.inputs[0] in plan.gradients)
         elif node.op in ("call_function", "call_method", "call_module") and operation is not None and is_tensor(node):
             axis = None if option is None or option.output is None else option.output.axis
             yield node.name, ActivationCost(kind="gelu", positions=1, features=elements(node) // rows, axis=axis)
-    for rest in waiting.values():
-        yield from rest
+    for unused in pending.values():
+        yield from unused
 
 
 def _exchange(call: SentCollective) -> Exchange:
@@ -91,17 +91,17 @@ def _exchange(call: SentCollective) -> Exchange:
 
 
 def _layer(operation: LayerOperation, choice: LayerLayout, rows: int, *, gradient: bool) -> LayerCost:
-    before, after = (None if state is None else state.axis for state in (choice.input, choice.output))
-    return operation.kind.part(
+    input_axis, output_axis = (None if state is None else state.axis for state in (choice.input, choice.output))
+    return operation.kind.cost(
         operation.module,
         operation.shapes,
         rows=rows,
-        axes=(before, after),
+        axes=(input_axis, output_axis),
         segments=None if choice.output is None else choice.output.form.segments,
         gradient=gradient,
     )
 
 
-def _forward_flops(part: LayerCost) -> int:
-    """Of the products of one row."""
-    return sum(o.flops for o in work_of(part, _ONE_RANK, 1).forward if isinstance(o, Product | Convolution))
+def _forward_flops(cost: LayerCost) -> int:
+    """Return the forward FLOPs of one row: those of matrix products and convolutions."""
+    return sum(o.flops for o in work_of(cost, _ONE_RANK, 1).forward if isinstance(o, Product | Convolution))

@@ -1,4 +1,4 @@
-"""What has become of a module: its layers, what is laid out another way and why, and what has stayed whole."""
+"""Report of `parallelize`: the layers that are cut, the redistributions with reasons, and what stays whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from axonn.tensor.context import TensorAxis
 
 
 class SentCollective(NamedTuple):
-    """A collective, as each rank issues it: `elements` are those of the tensor that it contributes, along `axis`."""
+    """A collective along `axis` as each rank issues it; `elements`: size of the tensor that a rank contributes."""
 
     kind: CallKind
     axis: TensorAxis
@@ -21,7 +21,7 @@ class SentCollective(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLine:
-    """A layer that is cut. `note`: why it is not cut along more axes; empty when it is cut along all."""
+    """A layer that is cut. `note`: why it is not cut along more axes; empty if it is cut along all."""
 
     name: str
     kind: str
@@ -32,10 +32,10 @@ class LayerLine:
 
 @dataclass(frozen=True, kw_only=True)
 class RedistributionLine:
-    """`value`, which lies as `source` says, is laid out as `target` says for `user`.
+    """A redistribution of `value` from layout `source` to layout `target`, for the node `user`.
 
-    `forward`, `backward`: the collectives of it, for as many rows as the example has. `trained`: whether the value
-    depends on trained parameters; otherwise there is a backward only if an input of the module requires gradients.
+    `forward`, `backward`: its collectives, for the number of rows of the example. `trained`: True if the value depends
+    on trained parameters; otherwise there is a backward only if an input of the module requires gradients.
     """
 
     value: str
@@ -48,16 +48,16 @@ class RedistributionLine:
     trained: bool
 
     @property
-    def kind(self) -> Literal["split", "gather", "re-layout", "sum of gradients"]:
-        """Whether a whole value is cut, a cut one is made whole, or one is cut in another way."""
+    def kind(self) -> Literal["split", "gather", "redistribute", "sum of gradients"]:
+        """Kind of redistribution: a whole value is split, a cut one gathered, or one is cut in another way."""
         if isinstance(self.source, Shard):
-            return "re-layout" if isinstance(self.target, Shard) else "gather"
+            return "redistribute" if isinstance(self.target, Shard) else "gather"
         return "split" if isinstance(self.target, Shard) else "sum of gradients"
 
 
 @dataclass(frozen=True, kw_only=True)
 class WholeLine:
-    """A module, or a parameter that is used directly, that stays as it is: whole, on every rank."""
+    """A module, or a parameter used directly, that stays whole on every rank, and why."""
 
     name: str
     kind: str
@@ -66,8 +66,11 @@ class WholeLine:
 
 @dataclass(kw_only=True)
 class Report:
-    """`sub_shards`: how many each batch is computed in, and `sub_shards_problem` why not in as many as was asked.
-    `outputs`: how each output lies. `exact`: whether no other layouts make smaller re-layouts."""
+    """Report about a parallel module.
+
+    `sub_shards`: number of sub-shards in which a batch is computed; `sub_shards_problem`: why not in as many as were
+    requested. `outputs`: layout of each output. `exact`: True if no other layouts need less redistribution.
+    """
 
     grid: str
     layers: list[LayerLine] = field(default_factory=list)
@@ -79,16 +82,16 @@ class Report:
     sub_shards_problem: str = ""
 
     def of_kind(self, kind: str) -> list[RedistributionLine]:
-        """The lines of one kind."""
+        """Return the redistributions of one kind."""
         return [line for line in self.redistributions if line.kind == kind]
 
     def sent(self, *, input_gradients: bool = False) -> list[SentCollective]:
-        """The collectives of all lines in one forward and backward, apart from those of the layers themselves.
+        """Return the collectives of all redistributions in one forward and backward, without those of the layers.
 
-        `input_gradients`: whether all inputs of the module require gradients.
+        `input_gradients`: True if all inputs of the module require gradients.
         """
-        found = [call for line in self.redistributions for call in line.forward]
-        return found + [c for line in self.redistributions if line.trained or input_gradients for c in line.backward]
+        forward = [call for line in self.redistributions for call in line.forward]
+        return forward + [c for line in self.redistributions if line.trained or input_gradients for c in line.backward]
 
     def __str__(self) -> str:
         forward = sum(call.elements for line in self.redistributions for call in line.forward)
@@ -101,8 +104,8 @@ class Report:
                 [[x.name, x.kind, describe(x.input), describe(x.output), x.note] for x in self.layers],
             ),
             _table(
-                f"laid out another way ({forward} elements forward, {backward} backward"
-                f"{'' if self.exact else '; not searched to the end'})",
+                f"redistributed ({forward} elements forward, {backward} backward"
+                f"{'' if self.exact else '; search not exhaustive'})",
                 ["value", "for", "from", "to", "kind", "forward", "backward", "reason"],
                 [_redistribution_line(line) for line in self.redistributions],
             ),

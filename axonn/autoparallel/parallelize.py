@@ -5,7 +5,7 @@
 
     grid = ProcessGrid(row=2, col=2)            # in a job of four ranks, torch.distributed initialised
     parallel = axonn.parallelize(model, grid, example_inputs=(torch.zeros(8, 3, 32, 32),))
-    print(parallel.report)                      # layers, what is laid out another way and why, what stays whole
+    print(parallel.report)                      # layers, redistributions and their reasons, what stays whole
 
     optimizer = torch.optim.AdamW(parallel.parameters(), lr=1e-3)
     with parallel.at(step, samples):            # needed if the model has dropout: which rows of the data these are
@@ -16,11 +16,11 @@
     optimizer.step()
     whole = parallel.full_state_dict()          # under the names of `model`, on every rank
 
-Every rank of row x col calls it with the same inputs, whole, and gets the same outputs. The model must be one that
-`torch.fx` can trace: its control flow must not depend on tensors or their sizes (asserts are left out). It is traced in
-training mode; dropout follows `train()` and `eval()`, what else depends on the mode does not. Linear, Conv2d,
-Embedding, LayerNorm, RMSNorm and GroupNorm are cut along row and col; everything else that is known (elementwise
-operations, attention, reshapes, concatenations, pooling, ...) works on parts where it can.
+Every rank of row x col calls it with the same whole inputs and gets the same outputs. The model must be traceable by
+`torch.fx`: its control flow must not depend on tensors or their sizes (asserts are left out). It is traced in training
+mode; dropout follows `train()` and `eval()`, but nothing else that depends on the mode does. Linear, Conv2d, Embedding,
+LayerNorm, RMSNorm and GroupNorm are cut along row and col; all other known operations (elementwise operations,
+attention, reshapes, concatenations, pooling, ...) work on shards where they can.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from axonn.autoparallel.layouts.layout_assignment import LayoutPlan, assign
+from axonn.autoparallel.layouts.layout_assignment import LayoutPlan, assign_layouts
 from axonn.autoparallel.parallel_report import Report
 from axonn.autoparallel.part_gradients import GradientAgreement
 from axonn.autoparallel.rewrite import Rewriter, part_of
@@ -58,13 +58,14 @@ def parallelize(
     gather_output: bool = True,
     seed: int = 0,
 ) -> ParallelModule:
-    """This rank's part of `module`, cut along row and col of `grid` with layouts that follow its data flow.
+    """Return this rank's part of `module`, cut along row and col of `grid` with layouts that follow its data flow.
 
-    `example_inputs`: the arguments of a forward, of which shapes and types count; at least two rows if rows are to be
-    computed in sub-shards. `module` has whole weights, the same on every rank; it is copied in parts and not changed.
-    `collectives` and `rank`: those of the running job by default. `overdecomposition`: into how many sub-shards the
-    rows of a batch are cut, whose collectives run under the compute of each other; as many as rows at most.
-    `gather_output=False` leaves the outputs as they lie (`report.outputs`). `seed`: of the masks of dropout.
+    `example_inputs`: the arguments of a forward, of which only shapes and types matter; at least two rows if rows are
+    to be computed in sub-shards. `module` has whole weights, the same on every rank; it is not changed, and each rank
+    copies its shards. `collectives` and `rank`: those of the running job by default. `overdecomposition`: number of
+    sub-shards into which the rows of a batch are cut, so that the collectives of one overlap with the compute of
+    another; at most the number of rows. `gather_output=False` leaves the outputs cut (`report.outputs`). `seed`: seed
+    of the dropout masks.
 
     Raises `GridError` when the grid does not fit the job, and `ConfigError` when the module cannot be traced.
     """
@@ -79,7 +80,7 @@ def parallelize(
     rank, collectives = _job(grid, collectives, rank, device)
     context = TensorContext(grid, rank, collectives, seed=seed)
     traced = trace(module, example_inputs)
-    plan = assign(traced.root, context, whole_outputs=gather_output)
+    plan = assign_layouts(traced.root, context, whole_outputs=gather_output)
     rewriter = Rewriter(traced.root, module, plan, context)
     report = rewriter.report
     report.sub_shards_problem = plan.rows.problem if sub_shards > 1 else ""
@@ -88,17 +89,17 @@ def parallelize(
         rewriter,
         plan,
         context,
-        inspect.signature(module.forward),
-        traced.constants,
-        list(module.state_dict()),
+        signature=inspect.signature(module.forward),
+        constants=traced.constants,
+        names=list(module.state_dict()),
     ).train(module.training)
 
 
 class ParallelModule(nn.Module):
-    """One rank's part of a module, made by `parallelize`. Inputs and outputs are those of the original.
+    """One rank's part of a module, made by `parallelize`, with the inputs and outputs of the original.
 
-    `report` says what has become of it. Parameters have the names of the original behind "module."; their gradients are
-    complete inside of row x col. In sub-shards they are accumulated into `.grad` while the backward runs.
+    `report` describes its layouts. Parameters have the names of the original with the prefix "module."; their gradients
+    are complete within row x col. In sub-shards they are accumulated into `.grad` while the backward runs.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class ParallelModule(nn.Module):
         rewriter: Rewriter,
         plan: LayoutPlan,
         context: TensorContext,
+        *,
         signature: inspect.Signature,
         constants: Mapping[str, Any],
         names: Sequence[str],
@@ -121,11 +123,11 @@ class ParallelModule(nn.Module):
         self._with_rows = plan.rows.inputs
         self._agreement = GradientAgreement(context)
 
-    # Collectives, and lanes that take turns, are no graph: torch.compile lets the module run as it is.
+    # torch.compile cannot trace collectives and lanes, so it runs the module eagerly.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
-            # Here, since parameters may be unfrozen, replaced or copied at any time.
+            # In every forward, since parameters may be unfrozen, replaced or copied at any time.
             self._agreement.watch(dict(self.module.named_parameters()), self._placed)
         inputs = self._bound(args, kwargs)
         if self.report.sub_shards == 1:
@@ -134,29 +136,31 @@ class ParallelModule(nn.Module):
 
     @contextmanager
     def at(self, step: int, samples: Sequence[int]) -> Iterator[None]:
-        """Inside of the block, forwards and backwards are of these samples (the global numbers of the rows) in step
-        number `step`, from which the masks of dropout follow."""
+        """Set the samples (global numbers of the rows) and the step of forwards and backwards inside the block.
+
+        The dropout masks depend on them.
+        """
         with self.context.positions.at(step, samples):
             yield
 
     def placements(self) -> dict[str, Placement]:
-        """How each parameter and buffer lies on the grid, by every name that it has here."""
+        """Return the placement of each parameter and buffer on the grid, under each of its names in this module."""
         return {f"module.{name}": placement for name, placement in self._placed.items()}
 
     @torch.no_grad()
     def average_gradients(self) -> None:
-        """Average the gradients over the data-parallel ranks; all ranks call it. A missing one counts as zero."""
+        """Average the gradients over the data-parallel ranks; all ranks call it. A missing gradient counts as zero."""
         self._agreement.average(list(self.parameters()))
 
     @torch.no_grad()
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
     ) -> torch.Tensor:
-        """Clip the norm of all gradients together and return it, as `torch.nn.utils.clip_grad_norm_` does of the module
-        itself, the same on every rank. All ranks call it; with data-parallel ranks after `average_gradients`.
+        """Clip the total gradient norm and return it, as `torch.nn.utils.clip_grad_norm_` on the original module.
 
-        torch's own function does the same, with a collective for each parameter; this has one for each axis. Raises
-        `RuntimeError` for a norm that is no number with `error_if_nonfinite`, `ConfigError` before the average.
+        The norm is the same on every rank. All ranks call it; with data-parallel ranks, after `average_gradients`.
+        torch's function does the same with one collective per parameter; this one has one per axis. Raises
+        `RuntimeError` for a non-finite norm if `error_if_nonfinite`, and `ConfigError` before `average_gradients`.
         """
         parameters = [p for p in self.parameters() if p.grad is not None]
         if not parameters:
@@ -168,7 +172,7 @@ class ParallelModule(nn.Module):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> Sequence[str]:
-        """What DistributedDataParallel asks for when it wraps a module, which would give every rank rank 0's parts."""
+        """Attribute that DistributedDataParallel reads; raises, since it would copy rank 0's shards to every rank."""
         raise ConfigError(
             "DistributedDataParallel would copy rank 0's parts to the ranks that have others; do without it, give the "
             "grid a G_data and call average_gradients() after the backward"
@@ -176,39 +180,41 @@ class ParallelModule(nn.Module):
 
     @torch.no_grad()
     def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """The whole state under the names of the original, on every rank; all ranks of row x col call it."""
-        mine = self.module.state_dict(keep_vars=True)
+        """Return the whole state under the names of the original, on every rank; all ranks of row x col call it."""
+        shards = self.module.state_dict(keep_vars=True)
         gathered: dict[int, torch.Tensor] = {}
         for name in self._names:
-            if id(mine[name]) not in gathered:
-                value = mine[name].detach()
+            if id(shards[name]) not in gathered:
+                value = shards[name].detach()
                 for cut in self._placed[name].cuts:
                     value = gather(value, cut.dim, cut.axis, context=self.context, segments=cut.segments)  # type: ignore[arg-type]
-                gathered[id(mine[name])] = value
-        return {name: gathered[id(mine[name])].clone() for name in self._names}
+                gathered[id(shards[name])] = value
+        return {name: gathered[id(shards[name])].clone() for name in self._names}
 
     @torch.no_grad()
     def load_full_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take this rank's parts of a whole state under the names of the original. Raises `ConfigError` naming what is
-        missing, unknown or of another shape; nothing is changed then."""
-        mine = self.module.state_dict()
+        """Load this rank's shards of a whole state under the names of the original.
+
+        Raises `ConfigError` naming what is missing, unknown or of another shape; nothing is changed then.
+        """
+        own_state = self.module.state_dict()
         problems = [f"{name} is missing" for name in self._names if name not in state]
         problems += [f"{name} is not known" for name in state if name not in self._names]
-        parts = {}
+        shards = {}
         for name in self._names:
             if name in state:
                 placement = self._placed[name]
                 if tuple(state[name].shape) != placement.shape:
                     problems.append(f"{name} has shape {list(state[name].shape)} instead of {list(placement.shape)}")
                 else:
-                    parts[name] = part_of(state[name], placement, self.context)
+                    shards[name] = part_of(state[name], placement, self.context)
         if problems:
             raise ConfigError(f"the state is not one of this module: {'; '.join(problems)}")
-        for name, part in parts.items():
-            mine[name].copy_(part)
+        for name, shard in shards.items():
+            own_state[name].copy_(shard)
 
     def _bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """The tensors that the graph takes, by name. Raises `ConfigError` for other constants than the example's."""
+        """Return the graph's input tensors by name. Raises `ConfigError` for other constants than the example's."""
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         for name, constant in self._constants.items():
@@ -227,12 +233,12 @@ class ParallelModule(nn.Module):
 
 
 def _job(grid: ProcessGrid, collectives: Collectives | None, rank: int | None, device: str) -> tuple[int, Collectives]:
-    """The rank and the collectives that are given, or else those of the running job."""
+    """Return the rank and the collectives that were passed, or else those of the running job."""
     if collectives is not None:
         if collectives.grid != grid:
             raise GridError(f"the collectives are of the grid {collectives.grid}, not {grid}; give those of one grid")
         if rank not in (None, collectives.rank):
             raise GridError(f"the collectives are of rank {collectives.rank}, not {rank}; leave out rank")
         return collectives.rank, collectives
-    found = job_collectives(grid, rank, device)
-    return found.rank, found
+    job = job_collectives(grid, rank, device)
+    return job.rank, job

@@ -1,8 +1,7 @@
-"""Gradients of which a rank holds a part: what torch's own functions ask of all of them together is answered alike on
-every rank.
+"""Gradients of which each rank holds a part, with norms and finiteness tests that agree on all ranks.
 
-`torch.nn.utils.clip_grad_norm_` takes norms of gradients, `torch.amp.GradScaler` asks whether all are finite. Answered
-from one rank's parts, each rank would clip or skip by itself, and replicas would drift apart without a word.
+`torch.nn.utils.clip_grad_norm_` takes norms of gradients, `torch.amp.GradScaler` tests whether all are finite. Computed
+from one rank's parts, each rank would clip or skip by itself, and replicas would silently drift apart.
 """
 
 from __future__ import annotations
@@ -29,8 +28,10 @@ _NOT_ELEMENTWISE = tuple(
 
 
 class GradientAgreement:
-    """What the ranks of a grid agree on about gradients. Made by all ranks in the same order; copies are the same
-    object, as a rank has one place in its job."""
+    """Agreement of the ranks of a grid on averages, norms and finiteness of gradients.
+
+    Made by all ranks in the same order. Copying returns the same object, since a rank has one place in its job.
+    """
 
     def __init__(self, context: TensorContext) -> None:
         self.context = context
@@ -47,7 +48,7 @@ class GradientAgreement:
         return GradientAgreement, (self.context,)
 
     def watch(self, parameters: Mapping[str, nn.Parameter], placements: Mapping[str, Placement]) -> None:
-        """Let each gradient of the trained `parameters` become a `PartGradient` as soon as it is there."""
+        """Turn each gradient of the trained `parameters` into a `PartGradient` as soon as it has been accumulated."""
         if self._everyone is None:
             return
         for name, parameter in parameters.items():
@@ -60,15 +61,15 @@ class GradientAgreement:
         """Average the gradients over the data-parallel ranks; a missing one counts as zero."""
         if self._data is None:
             return
-        of_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
         for parameter in parameters:
             if parameter.requires_grad:
-                of_dtype.setdefault(parameter.dtype, []).append(parameter)
-        for found in of_dtype.values():
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in found]
+                by_dtype.setdefault(parameter.dtype, []).append(parameter)
+        for group in by_dtype.values():
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
             flat = torch.cat([g.flatten() for g in gradients]).div_(self.context.grid.data)
             self.context.collectives.all_reduce(flat, self._data).wait()
-            for parameter, part in zip(found, torch.split(flat, [p.numel() for p in found]), strict=True):
+            for parameter, part in zip(group, torch.split(flat, [p.numel() for p in group]), strict=True):
                 parameter.grad = PartGradient.of(part.view_as(parameter), self, self._axes(parameter))
 
     def _axes(self, parameter: nn.Parameter) -> tuple[TensorAxis, ...]:
@@ -76,45 +77,45 @@ class GradientAgreement:
         return axes
 
     def norms(self, gradients: Sequence[torch.Tensor], order: float) -> list[torch.Tensor]:
-        """The norm of each whole gradient, in its own type, the same on every rank; one collective for each axis."""
+        """Return the norm of each whole gradient, in its own type, the same on every rank; one collective per axis."""
         local = [torch.linalg.vector_norm(_plain(g), order) for g in gradients]
         axes = [g.axes if isinstance(g, PartGradient) else () for g in gradients]
-        if any(isinstance(g, PartGradient) and g.of_own_rows for g in gradients):
+        if any(isinstance(g, PartGradient) and g.unaveraged for g in gradients):
             raise ConfigError(
                 "these gradients are of this rank's rows alone, and so would be their norm; call "
                 "average_gradients() of the parallel module before norms are taken or gradients clipped"
             )
         if not any(axes):
             return local
-        wide = torch.float64 if any(n.dtype == torch.float64 for n in local) else torch.float32
-        values = torch.stack([n.to(local[0].device, wide) for n in local])
+        dtype = torch.float64 if any(n.dtype == torch.float64 for n in local) else torch.float32
+        values = torch.stack([n.to(local[0].device, dtype) for n in local])
         for axis in _TENSOR_AXES:
-            if any(axis in cut for cut in axes):
-                # Nothing is summed that cannot be summed: the norm of norms, as torch's own functions take it.
+            if any(axis in cut_axes for cut_axes in axes):
+                # The norm of the ranks' norms, as torch's own functions combine norms.
                 parts = self.context.all_gather(values, axis)
-                whole = parts.sum(0) if order == 0 else torch.linalg.vector_norm(parts, order, dim=0)
-                cut_here = torch.tensor([axis in cut for cut in axes], device=values.device)
-                values = torch.where(cut_here, whole, values)
+                total = parts.sum(0) if order == 0 else torch.linalg.vector_norm(parts, order, dim=0)
+                is_cut = torch.tensor([axis in cut_axes for cut_axes in axes], device=values.device)
+                values = torch.where(is_cut, total, values)
         return [value.to(n.device, n.dtype) for value, n in zip(values, local, strict=True)]
 
     def agree_on_flag(self, flag: torch.Tensor) -> None:
-        """Put the largest `flag` of all ranks in its place."""
+        """Replace `flag` by the maximum over all ranks."""
         if self._everyone is not None:
             self.context.collectives.all_reduce(flag, self._everyone, "max").wait()
 
 
 class PartGradient(torch.Tensor):
-    """The gradient of one rank's part of a parameter, [shape of the part].
+    """The gradient of one rank's shard of a parameter, [shape of the shard].
 
-    It is this rank's part to everything but norms (`torch.linalg.vector_norm`, `Tensor.norm`, and so
-    `torch.nn.utils.clip_grad_norm_` and `get_total_norm`) and `torch.amp.GradScaler`, which hear of the whole: all
-    ranks of the grid have to call these. `axes`: along which it is cut. `of_own_rows`: whether it has yet to be
+    It acts as this rank's shard except in norms (`torch.linalg.vector_norm`, `Tensor.norm`, and so
+    `torch.nn.utils.clip_grad_norm_` and `get_total_norm`) and in `torch.amp.GradScaler`, which see the whole gradient:
+    all ranks of the grid must call these. `axes`: axes along which it is cut. `unaveraged`: True if it has yet to be
     averaged over data-parallel ranks; it has no norm until then.
     """
 
     agreement: GradientAgreement
     axes: tuple[TensorAxis, ...]
-    of_own_rows: bool
+    unaveraged: bool
 
     @classmethod
     def of(
@@ -123,20 +124,20 @@ class PartGradient(torch.Tensor):
         agreement: GradientAgreement,
         axes: tuple[TensorAxis, ...],
         *,
-        own_rows: bool = False,
+        unaveraged: bool = False,
     ) -> PartGradient:
-        """The same memory as `gradient`."""
+        """Return `gradient`, in the same memory, as a `PartGradient`."""
         part = gradient.as_subclass(cls)
-        part.agreement, part.axes, part.of_own_rows = agreement, axes, own_rows
+        part.agreement, part.axes, part.unaveraged = agreement, axes, unaveraged
         return part
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        run = _HANDLED.get(func, func)
+        function = _HANDLED.get(func, func)
         with torch._C.DisableTorchFunctionSubclass():
-            result = run(*args, **(kwargs or {}))
+            result = function(*args, **(kwargs or {}))
         source = args[0] if args else None
         if (
             isinstance(source, PartGradient)
@@ -145,8 +146,8 @@ class PartGradient(torch.Tensor):
             and result.shape == source.shape
             and result.is_floating_point()
         ):
-            # `p.grad = p.grad / 2` is one as well.
-            return cls.of(result, source.agreement, source.axes, own_rows=source.of_own_rows)
+            # So that `p.grad = p.grad / 2` keeps the type.
+            return cls.of(result, source.agreement, source.axes, unaveraged=source.unaveraged)
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
@@ -157,19 +158,19 @@ class PartGradient(torch.Tensor):
 
 
 class _Mark:
-    """Runs when a parameter's gradient has been accumulated."""
+    """Hook that runs when a parameter's gradient has been accumulated, and makes it a `PartGradient`."""
 
     def __init__(self, agreement: GradientAgreement, axes: tuple[TensorAxis, ...]) -> None:
         self._agreement = agreement
         self._axes = axes
 
     def __call__(self, parameter: torch.Tensor) -> None:
-        own_rows = self._agreement.context.grid.data > 1
+        unaveraged = self._agreement.context.grid.data > 1
         gradient = parameter.grad
         if isinstance(gradient, PartGradient):
-            gradient.of_own_rows = own_rows
+            gradient.unaveraged = unaveraged
         elif gradient is not None and not gradient.is_sparse:
-            parameter.grad = PartGradient.of(gradient, self._agreement, self._axes, own_rows=own_rows)
+            parameter.grad = PartGradient.of(gradient, self._agreement, self._axes, unaveraged=unaveraged)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -188,7 +189,7 @@ def _vector_norm(x: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, *
     return norm.reshape([1] * x.dim()) if keepdim else norm
 
 
-def _norm(
+def _norm(  # noqa: PLR0917 (the signature of torch.norm)
     x: Any, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: None = None, dtype: Any = None
 ) -> torch.Tensor:
     if p == "nuc":
@@ -216,7 +217,7 @@ def _check_whole(x: Any, dim: Any) -> None:
 
 
 def _unscale(tensors: Sequence[Any], found_inf: torch.Tensor, inverse_scale: torch.Tensor) -> None:
-    """`GradScaler`'s own function, with one `found_inf` for all ranks."""
+    """Unscale as `GradScaler` does, with one `found_inf` for all ranks."""
     torch._amp_foreach_non_finite_check_and_unscale_([_plain(t) for t in tensors], found_inf, inverse_scale)
     _agreement_of(tensors).agree_on_flag(found_inf)
 
@@ -233,14 +234,14 @@ _HANDLED: dict[Any, Callable[..., Any]] = {
 
 @cache
 def _check_optimizers() -> None:
-    """Register, once in a process, the check that each step's gradients are what the optimizer takes them for."""
+    """Register, once per process, the check that gradients are averaged and the optimizer is elementwise."""
     register_optimizer_step_pre_hook(_check_step)
 
 
 def _check_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
     parts = [g for g in gradients if isinstance(g, PartGradient)]
-    if any(g.of_own_rows for g in parts):
+    if any(g.unaveraged for g in parts):
         raise ConfigError(
             "the gradients are of this rank's rows alone, and replicas would drift apart; call average_gradients() of "
             "the parallel module before the optimizer's step"

@@ -1,4 +1,4 @@
-"""The modules that lay an activation out another way, and what they send."""
+"""Modules that redistribute an activation, and the collectives they issue."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from axonn.tensor.context import TensorAxis, TensorContext
 from axonn.tensor.redistribution import gather, redistribute, split
 
 
-class Change(nn.Module):
-    """Lays out as `target` says what lies as `source` says."""
+class Redistribute(nn.Module):
+    """Redistribution of an activation from layout `source` to layout `target`."""
 
     def __init__(self, source: State, target: Wanted, context: TensorContext) -> None:
         super().__init__()
@@ -42,10 +42,10 @@ class Change(nn.Module):
         return f"{describe(self.source)} -> {describe(self.target)}"
 
 
-def sent(
+def redistribution_collectives(
     size: int, has_gradient: bool, source: State, target: Wanted, context: TensorContext
 ) -> tuple[list[SentCollective], list[SentCollective]]:
-    """The collectives, forward and backward, of a `Change` of a value of `size` elements in the whole."""
+    """Return the collectives, forward and backward, of a `Redistribute` of a whole value of `size` elements."""
     if source == target:
         return [], []
     if source is not None and isinstance(target, Shard) and source.form == target.form:
@@ -60,33 +60,33 @@ def sent(
     return forward, backward
 
 
-def received(call: SentCollective, context: TensorContext) -> float:
-    """Elements that a rank receives in it, as in a ring."""
+def elements_received(call: SentCollective, context: TensorContext) -> float:
+    """Return the elements that a rank receives in a collective, with the ring algorithm."""
     extent = context.extent(call.axis)
     return call.elements * (extent - 1 if call.kind == "all-gather" else 2 * (extent - 1) / extent)
 
 
 def _moved(size: int, source: Shard, target: Shard, context: TensorContext) -> SentCollective:
-    """As `redistribute` does it."""
+    """Return the collective by which `redistribute` moves the cut."""
     if context.extent(target.axis) > 2:
         return SentCollective("all-reduce sum", source.axis, size // context.extent(target.axis))
     return SentCollective("all-gather", source.axis, size // context.extent(source.axis))
 
 
 def _segments(form: Form) -> tuple[int, ...] | None:
-    """Several segments have the lengths of the example; one may have any."""
+    """Return the segments if there are several, which keep the example's lengths; a single one may have any length."""
     return None if len(form.segments) == 1 else form.segments
 
 
 class _Repeat(torch.autograd.Function):
-    """Hands a whole tensor to something that is cut along `axis`: the gradients of the ranks are parts of a sum."""
+    """Identity on a whole tensor used by shards along `axis`; all-reduces the gradients, which are partial sums."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, axis: TensorAxis, context: TensorContext) -> torch.Tensor:
-        ctx.how = axis, context
+        ctx.arguments = axis, context
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        axis, context = ctx.how
-        return context.all_reduce(gradient.clone(memory_format=torch.contiguous_format), axis), None, None
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        axis, context = ctx.arguments
+        return context.all_reduce(grad_output.clone(memory_format=torch.contiguous_format), axis), None, None

@@ -1,4 +1,4 @@
-"""Which modules of torch become tensor-parallel layers, in which layouts, and what they compute and send then."""
+"""Modules of torch that become tensor-parallel layers: their possible layouts, and what each layout sends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from axonn.tensor.layers.layer import Layout
 
 AXES: tuple[TensorAxis, ...] = ("row", "col")
 Key = tuple[Cut, ...]
-"""The cuts of a parameter. Whoever holds the same parameter must have it under the same key."""
+"""Cuts of a parameter. All nodes that hold the same parameter must cut it alike."""
 
 
 _ATTENTIONS = (
@@ -33,17 +33,17 @@ _ATTENTIONS = (
 
 
 class LayerLayout(NamedTuple):
-    """One way to lay out a layer. `cost`: elements that the layer itself sends; `ranks`: how many share its work."""
+    """One layout of a layer. `cost`: elements that the layer itself sends; `ranks`: how many ranks share its work."""
 
     input: State
-    """For an embedding, whose input has no features, how its vocabulary lies."""
+    """Layout of the input features; for an embedding, whose input has none, of its vocabulary."""
     output: State
     cost: float
     ranks: int
 
 
 class LayerOperation(Operation):
-    """A layer that can be cut. It carries no cut by itself: it has `choices`."""
+    """A layer that can be cut. Except for norms it carries no cut from input to output; it has `choices`."""
 
     def __init__(self, node: fx.Node, inputs: Sequence[fx.Node], module: nn.Module) -> None:
         super().__init__(node, inputs)
@@ -54,8 +54,8 @@ class LayerOperation(Operation):
         self.shapes = Shapes(shape_of(inputs[0]), shape_of(node))
         self.features = self.kind.features(module, self.shapes)
         self.norm = self.kind.normalises
-        source, output = self.kind.alike(module, len(self.shapes.input))
-        self.alike = Labelled(node, inputs, [source], output)
+        source, output = self.kind.labels(module, len(self.shapes.input))
+        self.for_rows = Labelled(node, inputs, [source], output)
 
     def carry(self, position: int, form: Form) -> list[ShardingRule]:
         f = self.features
@@ -69,70 +69,75 @@ class LayerOperation(Operation):
         return "its layout is another one"
 
     def own_forms(self) -> tuple[Form, Form]:
-        """Those of its input and its output features in one segment. (The first dim for what has no features.)"""
+        """Return the forms of its input and output features in one segment (dim 0 for an input without features)."""
         f = self.features
         return Form(f.input or 0, (f.input_size,)), Form(f.output, (f.output_size,))
 
     def wanted(self, choice: LayerLayout) -> State:
-        """How it wants its input."""
+        """Return the layout in which it wants its input."""
         return None if self.features.input is None else choice.input
 
     def choices(
         self, context: TensorContext, inputs: Sequence[Form], outputs: Sequence[Form], *, gradient: bool
     ) -> list[LayerLayout]:
-        """All layouts, whole first. `inputs`, `outputs`: forms that its neighbours have or want; `gradient`: whether
-        its input needs one."""
-        one, two = self.own_forms()
+        """Return all layouts, whole first.
+
+        `inputs`, `outputs`: forms that its neighbours have or want; `gradient`: True if its input needs a gradient.
+        """
+        input_form, output_form = self.own_forms()
         cutting = _cutting(context)
         if self.norm:
-            forms = _unique(one, inputs) if self.kind.segmented else [one]
-            parts = [Shard(axis, form) for axis, form in product(cutting, forms) if form.divides(context.extent(axis))]
-            return [LayerLayout(None, None, 0.0, 1), *(LayerLayout(p, p, 0.0, context.extent(p.axis)) for p in parts)]
-        ins = [one] if self.features.input is None else _unique(one, inputs)
+            forms = _unique(input_form, inputs) if self.kind.segmented else [input_form]
+            shards = [Shard(axis, form) for axis, form in product(cutting, forms) if form.divides(context.extent(axis))]
+            return [
+                LayerLayout(None, None, 0.0, 1),
+                *(LayerLayout(shard, shard, 0.0, context.extent(shard.axis)) for shard in shards),
+            ]
+        ins = [input_form] if self.features.input is None else _unique(input_form, inputs)
         return [
             self._choice(context, source, target, gradient)
             for source, target in product(
-                _parts(cutting, ins, context), _parts(cutting, _unique(two, outputs), context)
+                _shards(cutting, ins, context), _shards(cutting, _unique(output_form, outputs), context)
             )
             if source is None or target is None or source.axis != target.axis
         ]
 
     def key(self, name: str, choice: LayerLayout) -> Key:
-        """Of the parameter `name` of the module."""
+        """Return the cuts of the parameter `name` of the module."""
         parameter: nn.Parameter = getattr(self.module, name)
-        of_output, of_input = self.kind.weight_dims
+        output_dim, input_dim = self.kind.weight_dims
         cuts = {}
         if choice.output is not None:
-            cuts[parameter.dim() - 1 if self.norm else of_output] = choice.output
+            cuts[parameter.dim() - 1 if self.norm else output_dim] = choice.output
         if name == "weight" and not self.norm and choice.input is not None:
-            cuts[of_input] = choice.input
+            cuts[input_dim] = choice.input
         return tuple(Cut(dim, cuts[dim].axis, cuts[dim].form.segments) for dim in sorted(cuts))
 
     def why(self, choice: LayerLayout, context: TensorContext) -> str:
-        """Why it is not cut along more axes; empty when it is cut along all there are."""
+        """Return why it is not cut along more axes; empty if it is cut along all there are."""
         if choice.ranks == context.grid.tensor or (self.norm and choice.output is not None):
             return ""
         if self.norm:
             return "its input is whole"
-        found = []
+        reasons = []
         for size, name in zip((self.features.input_size, self.features.output_size), self.features.names, strict=True):
             undivided = [
                 f"{axis} = {context.extent(axis)}" for axis in _cutting(context) if size % context.extent(axis)
             ]
             if undivided:
-                found.append(f"{name} ({size}) is no multiple of {' or '.join(undivided)}")
-        return "; ".join(found) or "its neighbours lie so"
+                reasons.append(f"{name} ({size}) is no multiple of {' or '.join(undivided)}")
+        return "; ".join(reasons) or "its neighbours lie so"
 
     def _choice(self, context: TensorContext, source: State, target: State, gradient: bool) -> LayerLayout:
-        e_in, e_out = (context.extent(_axis(state)) for state in (source, target))
-        cost = 2 * (e_in - 1) / e_in * prod(shape_of(self.node)) / e_out
+        input_extent, output_extent = (context.extent(_axis(state)) for state in (source, target))
+        cost = 2 * (input_extent - 1) / input_extent * prod(shape_of(self.node)) / output_extent
         if self.features.input is not None and gradient:
-            cost += 2 * (e_out - 1) / e_out * prod(shape_of(self.inputs[0])) / e_in
-        return LayerLayout(source, target, cost, e_in * e_out)
+            cost += 2 * (output_extent - 1) / output_extent * prod(shape_of(self.inputs[0])) / input_extent
+        return LayerLayout(source, target, cost, input_extent * output_extent)
 
 
 class WholeModule(Operation):
-    """A module that stays as it is."""
+    """A module that stays whole."""
 
     def __init__(self, node: fx.Node, inputs: Sequence[fx.Node], module: nn.Module, reason: str) -> None:
         super().__init__(node, inputs, reason)
@@ -143,11 +148,11 @@ class WholeModule(Operation):
         if known and not has_hooks(module):
             source, output = (range(len(shape_of(n))) for n in (inputs[0], node))
             labels = [["rows", *[None] * (len(dims) - 1)] for dims in (source, output)]
-            self.alike: Operation = Labelled(node, inputs, [labels[0]], labels[1])
+            self.for_rows: Operation = Labelled(node, inputs, [labels[0]], labels[1])
 
 
-class Dropped(Operation):
-    """`nn.Dropout`, whose layer knows cuts in one segment and rows in dim 0."""
+class DropoutOperation(Operation):
+    """`nn.Dropout`, whose layer supports cuts in one segment and rows in dim 0."""
 
     def carry(self, position: int, form: Form) -> list[ShardingRule]:
         return [ShardingRule((form,), form)] if form.dim > 0 and len(form.segments) == 1 else []
@@ -157,18 +162,18 @@ class Dropped(Operation):
 
 
 def module_operation(node: fx.Node, inputs: Sequence[fx.Node], module: nn.Module) -> Operation:
-    """What a module that the graph calls does with cuts."""
+    """Return the operation of a module that the graph calls."""
     if type(module) is nn.Dropout:
-        found: Operation = Dropped(node, inputs)
+        dropout: Operation = DropoutOperation(node, inputs)
         labels = range(len(shape_of(node)))
-        found.alike = Labelled(node, inputs, [labels], labels)
-        return found
+        dropout.for_rows = Labelled(node, inputs, [labels], labels)
+        return dropout
     reason = refusal(module)
     return WholeModule(node, inputs, module, reason) if reason else LayerOperation(node, inputs, module)
 
 
 def refusal(module: nn.Module) -> str:
-    """Why a module stays whole; empty when it is one that can be cut."""
+    """Return why a module stays whole; empty if it can be cut."""
     kind = layer_kind(module)
     if kind is not None:
         return kind.refusal(module)
@@ -178,14 +183,14 @@ def refusal(module: nn.Module) -> str:
         return "batch norm mixes rows, and its statistics are those of whole channels"
     if has_hooks(module):
         return "its hooks expect whole tensors"
-    why = f"parallelize does not cut {type(module).__name__}"
+    reason = f"parallelize does not cut {type(module).__name__}"
     if isinstance(module, _ATTENTIONS):
-        why += ", but nn.Linear and F.scaled_dot_product_attention, of which it can be written"
-    return why
+        reason += ", but nn.Linear and F.scaled_dot_product_attention, of which it can be written"
+    return reason
 
 
 def build(module: nn.Module, choice: LayerLayout, context: TensorContext) -> nn.Module:
-    """The layer of `choice` on this rank, its parameters still empty."""
+    """Return the layer of `choice` on this rank, its parameters uninitialised."""
     parameter = next(module.parameters(), None)
     like: dict[str, Any] = {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
     place = Place(
@@ -197,7 +202,7 @@ def build(module: nn.Module, choice: LayerLayout, context: TensorContext) -> nn.
 
 
 def build_dropout(module: nn.Dropout, state: State, context: TensorContext, *, name: str) -> nn.Module:
-    """That of an activation that lies so."""
+    """Return the dropout layer for an activation in layout `state`."""
     cuts = () if state is None else ((state.form.dim, state.axis),)
     return tensor.Dropout(module.p, name=name, context=context, cuts=cuts).train(module.training)
 
@@ -206,9 +211,9 @@ def _unique(whole: Form, forms: Iterable[Form]) -> list[Form]:
     return list(dict.fromkeys([whole, *(f for f in forms if f.dim == whole.dim)]))
 
 
-def _parts(axes: Sequence[TensorAxis], forms: Sequence[Form], context: TensorContext) -> list[State]:
-    cut = [Shard(axis, form) for axis, form in product(axes, forms) if form.divides(context.extent(axis))]
-    return [None, *cut]
+def _shards(axes: Sequence[TensorAxis], forms: Sequence[Form], context: TensorContext) -> list[State]:
+    shards = [Shard(axis, form) for axis, form in product(axes, forms) if form.divides(context.extent(axis))]
+    return [None, *shards]
 
 
 def _cutting(context: TensorContext) -> list[TensorAxis]:

@@ -1,4 +1,4 @@
-"""A module whose rows are independent, computed in sub-shards that take turns, forward and backward."""
+"""Overdecomposition of a module whose rows are independent: sub-shards take turns, forward and backward."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def run_in_sub_shards(
     count: int,
     context: TensorContext,
 ) -> Any:
-    """What `module` returns for `inputs`, of which those `with_rows` are cut in dim 0; its outputs have the rows there.
+    """Return the outputs of `module` for `inputs`, computed in `count` sub-shards.
 
-    Autograd sees one function of the inputs. Its backward runs that of each sub-shard in a lane, which adds to the
-    gradients of the parameters; it can run once. Raises `ConfigError` when there are fewer rows than sub-shards.
+    Inputs in `with_rows` are cut in dim 0, where the outputs have the rows too. Autograd sees one function of the
+    inputs. Its backward runs that of each sub-shard in a lane, which adds to the gradients of the parameters; it can
+    run only once. Raises `ConfigError` when there are fewer rows than sub-shards or inputs differ in their rows.
     """
     rows = {name: inputs[name].shape[0] for name in inputs if name in with_rows}
     number = next(iter(rows.values()))
@@ -38,7 +39,7 @@ def run_in_sub_shards(
     shards = _SubShards(module, [name in with_rows for name in inputs], cut_rows(number, count), context)
     tensors = list(inputs.values())
     if torch.is_grad_enabled():
-        # Something to differentiate with respect to, where no input is.
+        # Autograd needs an input that requires a gradient; perhaps none of the module's does.
         anchor = torch.empty(0, requires_grad=True)
         outputs = _Function.apply(shards, anchor, *tensors)  # type: ignore[no-untyped-call]
     else:
@@ -48,7 +49,7 @@ def run_in_sub_shards(
 
 
 class _SubShards:
-    """The lanes of one forward and its backward. `structure`: how the module nests its outputs."""
+    """Sub-shards of one forward and its backward. `structure`: the nesting of the module's outputs."""
 
     def __init__(
         self, module: nn.Module, with_rows: Sequence[bool], rows: Sequence[range], context: TensorContext
@@ -61,20 +62,20 @@ class _SubShards:
         self._position = _position(context)
 
     def cut(self, tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-        """The inputs of each sub-shard."""
+        """Return the inputs of each sub-shard."""
         return [
             [t[rows.start : rows.stop] if cut else t for t, cut in zip(tensors, self.with_rows, strict=True)]
             for rows in self._rows
         ]
 
     def forward(self, parts: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
-        """The outputs of each sub-shard."""
+        """Run the forward; return the outputs of each sub-shard."""
         return self._context.lanes.run([partial(self._forward, lane, part) for lane, part in enumerate(parts)])
 
     def backward(
         self, outputs: Sequence[Sequence[GradientEdge | None]], gradients: Sequence[torch.Tensor | None]
     ) -> None:
-        """Add to the gradients of the parameters and of the sub-shards' inputs."""
+        """Run the backward, which adds to the gradients of the parameters and of the sub-shards' inputs."""
         lanes = range(len(self._rows))
         self._context.lanes.run([partial(self._backward, lane, outputs[lane], gradients) for lane in lanes])
 
@@ -92,7 +93,7 @@ class _SubShards:
             for output, gradient in zip(outputs, gradients, strict=True)
             if output is not None and gradient is not None
         ]
-        # Whatever the device, in this thread, since it is the one that has the turn.
+        # On any device in this thread, since it is the one whose turn it is.
         with self._at(lane), torch.autograd.set_multithreading_enabled(False):
             torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
 
@@ -105,7 +106,7 @@ class _SubShards:
 
 
 class _Function(torch.autograd.Function):
-    """Sub-shards as one function: their graphs begin and end with it."""
+    """Autograd function of all sub-shards, whose own graphs are inside it."""
 
     @staticmethod
     def forward(ctx: Any, shards: _SubShards, anchor: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -120,8 +121,8 @@ class _Function(torch.autograd.Function):
         ctx.graph = parts, [[get_gradient_edge(t) if t.requires_grad else None for t in output] for output in outputs]
         ctx.set_materialize_grads(False)
         joined = _joined([[t.detach() for t in output] for output in outputs])
-        fixed = [whole for whole, part in zip(joined, outputs[0], strict=True) if not part.requires_grad]
-        ctx.mark_non_differentiable(*fixed)
+        constant = [joint for joint, part in zip(joined, outputs[0], strict=True) if not part.requires_grad]
+        ctx.mark_non_differentiable(*constant)
         return tuple(joined)
 
     @staticmethod
@@ -131,14 +132,14 @@ class _Function(torch.autograd.Function):
         parts, outputs = ctx.graph
         ctx.graph = None
         ctx.shards.backward(outputs, gradients)
-        found = []
+        input_gradients = []
         for tensors, cut in zip(zip(*parts, strict=True), ctx.shards.with_rows, strict=True):
-            found.append(_gradient(tensors, cut))
-        return None, None, *found
+            input_gradients.append(_gradient(tensors, cut))
+        return None, None, *input_gradients
 
 
 def _gradient(parts: Sequence[torch.Tensor], cut: bool) -> torch.Tensor | None:
-    """Of a whole input; that of one without rows, which all sub-shards read, is the sum of theirs."""
+    """Return the gradient of an input: concatenated if it was `cut`, else the sum over the sub-shards."""
     if all(part.grad is None for part in parts):
         return None
     gradients = [torch.zeros_like(part) if part.grad is None else part.grad for part in parts]
@@ -150,7 +151,7 @@ def _joined(parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
 
 
 def _position(context: TensorContext) -> Position | None:
-    """The position that the caller has said, if any: the threads of the lanes do not know it."""
+    """Return the caller's position in training, if set: the lanes' threads do not have it."""
     try:
         return context.positions.now
     except ConfigError:

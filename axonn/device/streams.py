@@ -25,7 +25,7 @@ class Completion(Protocol):
         ...
 
     def wait(self) -> None:
-        """Return when the result is available."""
+        """Wait until the result is available."""
         ...
 
 

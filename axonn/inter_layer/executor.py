@@ -244,10 +244,10 @@ class PipelineExecutor:
         if spans is None:
             return
         if not messages:
-            # What ended was waiting for a decision, which has no microbatch before it is known.
+            # The wait was for a decision, which has no microbatch before it is known.
             spans.add(SpanKind.RECEIVE_WAIT, start, spans.now())
             return
-        # Waiting ended with the first message; that one was waited for.
+        # The wait ended with the first message, so it counts as a wait for that one.
         direction, chunk, microbatch = messages[0].address
         spans.add(
             SpanKind.RECEIVE_WAIT,

@@ -1,4 +1,4 @@
-"""Two-dimensional tensor parallelism: layers whose weights are cut along row and col (arXiv 2305.13525)."""
+"""Two-dimensional tensor parallelism: layers whose weights are cut along row and col (docs/design.md, section 5)."""
 
 from axonn.tensor.context import Position, Positions, TensorAxis, TensorContext
 from axonn.tensor.divisibility import Requirement, check_fit

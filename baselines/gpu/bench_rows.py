@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from axonn.config.loading import Loss
 from axonn.config.train_config import StrictModel
+from axonn.durable_files import replace_durably
 from axonn.observability.records import Failure, Machine
 
 SCHEMA = "axonn-gpu/1"
@@ -91,9 +92,7 @@ def write_part(folder: Path, result: PartResult) -> Path:
     """Write the file of a part, replacing an earlier one."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result.part}.json"
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(result.model_dump(mode="json", exclude_none=True), indent=1) + "\n")
-    temporary.replace(path)
+    replace_durably(path, json.dumps(result.model_dump(mode="json", exclude_none=True), indent=1) + "\n")
     return path
 
 

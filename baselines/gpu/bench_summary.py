@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from axonn.config.train_config import TrainConfig, validate
+from axonn.durable_files import replace_durably
 from axonn.observability.records import Execution, Failure, Machine, Record, Workload, settings_of, write_records
 from axonn.training.engine_framework import EngineFramework
 from axonn.training.places import PROJECT
@@ -54,9 +55,7 @@ def write_summary(
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "summary.json"
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    replace_durably(path, json.dumps(content, indent=1) + "\n")
     return path
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from axonn.device.devices import rank_device
+from axonn.durable_files import replace_durably
 from baselines.gpu.tasks import task_fsdp, task_gpt, task_images, task_memory, task_overlap, task_peak
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -51,9 +52,7 @@ def main() -> None:
         traceback.print_exc()
         detail = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         content = {"failure": {"cause": cause_of(error), "detail": detail[:500]}}
-    temporary = folder / ".result.json"
-    temporary.write_text(json.dumps(content))
-    temporary.replace(folder / "result.json")
+    replace_durably(folder / "result.json", json.dumps(content))
     sys.stdout.flush()
     sys.stderr.flush()
     # Libraries with threads of their own have been seen to abort at exit, after all work was done.

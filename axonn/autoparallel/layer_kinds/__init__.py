@@ -1,4 +1,4 @@
-"""Which modules of torch become tensor-parallel layers: `KINDS`."""
+"""Kinds of torch modules that become tensor-parallel layers: `KINDS`."""
 
 from __future__ import annotations
 
@@ -23,31 +23,33 @@ KINDS: dict[type[nn.Module], LayerKind[Any]] = {
     nn.RMSNorm: RMSNormKind(),
     nn.GroupNorm: GroupNormKind(),
 }
-"""By the class itself; `layer_kind` says of a module whether it is one of them."""
+"""Kinds by class; `layer_kind` finds that of a module."""
 
 _HARMLESS = frozenset(
     ["__init__", "extra_repr", "__repr__", "reset_parameters", "_get_name", "__constants__", *vars(type("_", (), {}))]
 )
-"""What a derived class may define without computing anything else."""
+"""Names that a derived class may define without computing anything else."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether functions run before or after the module's forward or backward, which expect whole tensors."""
+    """Return True if the module has forward or backward hooks, which expect whole tensors."""
     return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def layer_kind(module: nn.Module) -> LayerKind[Any] | None:
-    """How `module` is cut; None for what is none of `KINDS`.
+    """Return the kind of `module`; None if it is none of `KINDS`.
 
-    A derived class is of the kind of its base where it inherits all of what that computes. A module with hooks, or
-    whose weight is computed from other parameters, is none: it may compute something else.
+    A derived class is of its base's kind if it inherits everything that the base computes. A module with hooks, or
+    whose weight is computed from other parameters, has no kind: it may compute something else.
     """
     base = next((ancestor for ancestor in type(module).__mro__ if ancestor in KINDS), None)
     if base is None or "weight" not in module._parameters or has_hooks(module):
         return None
     inherited = {name for ancestor in base.__mro__ for name in vars(ancestor)} - _HARMLESS
-    before = type(module).__mro__[: type(module).__mro__.index(base)]
-    changed = any(name in inherited for derived in before for name in vars(derived)) or "forward" in vars(module)
+    derived_classes = type(module).__mro__[: type(module).__mro__.index(base)]
+    changed = any(name in inherited for derived in derived_classes for name in vars(derived)) or "forward" in vars(
+        module
+    )
     extra = set(module._parameters) - {"weight", "bias"} or module._buffers or module._modules
     return None if changed or extra else KINDS[base]

@@ -1,4 +1,4 @@
-"""What has to be known of a class of torch for its modules to be cut."""
+"""The interface of layer kinds: what must be known of a torch class for its modules to be cut."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Features(NamedTuple):
-    """The dims of a layer's activations that are features, and their sizes; None where there are none to cut.
+    """Feature dims of a layer's input and output and their sizes; None for an input without features.
 
-    `names` are those of the module's own arguments.
+    `names`: names of the sizes in the module's constructor.
     """
 
     input: int | None
@@ -30,14 +30,14 @@ class Features(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """What a layer reads and makes in the traced module."""
+    """Shapes of a layer's input and output in the traced module."""
 
     input: Sequence[int]
     output: Sequence[int]
 
 
 class Place(NamedTuple):
-    """Where a layer was put. `segments` of its input and output features, None where they are whole."""
+    """Place of a layer on the grid. `segments`: those of its input and output features, None where they are whole."""
 
     context: TensorContext
     layout: Layout
@@ -45,34 +45,36 @@ class Place(NamedTuple):
 
 
 class LayerKind(ABC, Generic[M]):
-    """How modules of one class of torch are cut, built and predicted. A new one is a file and a line in `KINDS`."""
+    """Rules to cut, build and predict modules of one torch class. A new kind is a file and a line in `KINDS`."""
 
     normalises: ClassVar[bool] = False
-    """Whether its input and output features are the same ones, cut alike and by themselves (a norm)."""
+    """True for norms: input and output features are the same and are cut alike, without partner layers."""
     segmented: ClassVar[bool] = True
-    """Of what normalises: whether features may be cut in several segments."""
+    """True if the features of a norm may be cut in several segments."""
     weight_dims: ClassVar[tuple[int, int]] = (0, 1)
-    """The dims of its weight that are output and input features."""
+    """Dims of the weight that are output and input features."""
 
     def refusal(self, module: M) -> str:
-        """Why this module stays whole; empty when it can be cut."""
+        """Return why this module stays whole; empty if it can be cut."""
         return ""
 
     @abstractmethod
     def features(self, module: M, shapes: Shapes) -> Features:
-        """What of its activations can be cut."""
+        """Return the features of its activations, which can be cut."""
 
     @abstractmethod
-    def alike(self, module: M, dims: int) -> tuple[list[Label], list[Label]]:
-        """Labels of the dims of its input, which has so many, and of its output: the same one where it treats all
-        places alike, None where it mixes them."""
+    def labels(self, module: M, dims: int) -> tuple[list[Label], list[Label]]:
+        """Return labels of the `dims` dims of its input and of those of its output.
+
+        Dims along which the layer works independently have the same label; dims that it mixes have None.
+        """
 
     @abstractmethod
     def build(self, module: M, place: Place, like: dict[str, Any]) -> nn.Module:
-        """The layer on this rank, its parameters still empty. `like`: their dtype and device."""
+        """Return the layer on this rank, its parameters uninitialised. `like`: their dtype and device."""
 
     @abstractmethod
-    def part(
+    def cost(
         self,
         module: M,
         shapes: Shapes,
@@ -82,11 +84,14 @@ class LayerKind(ABC, Generic[M]):
         segments: tuple[int, ...] | None,
         gradient: bool,
     ) -> LayerCost:
-        """What it is for the performance model. `rows`: of the example; `axes`: along which its input and output
-        features are cut, the latter in `segments`; `gradient`: whether its input needs one."""
+        """Return its cost for the performance model.
+
+        `rows`: rows of the example; `axes`: axes along which its input and output features are cut, the latter in
+        `segments`; `gradient`: True if its input needs a gradient.
+        """
 
 
 def mixing(dims: int, mixed: int) -> tuple[list[Label], list[Label]]:
-    """Labels of what mixes the last dims, so many, and no others."""
+    """Return input and output labels of a layer that mixes the last `mixed` of `dims` dims and no others."""
     labels: list[Label] = [dim if dim < dims - mixed else None for dim in range(dims)]
     return labels, labels

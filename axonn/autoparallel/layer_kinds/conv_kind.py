@@ -1,4 +1,4 @@
-"""`nn.Conv2d`."""
+"""The kind of `nn.Conv2d`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from axonn.perf.layers.layer_cost import LayerCost, LinearCost
 
 
 class Conv2dKind(LayerKind[nn.Conv2d]):
-    """Activations [..., channels, height, width]; weight [out_channels, in_channels, height, width]."""
+    """Kind of `nn.Conv2d`: activations [..., channels, height, width], weight [out, in, height, width]."""
 
     def refusal(self, module: nn.Conv2d) -> str:
         return f"grouped convolution (groups = {module.groups})" if module.groups != 1 else ""
@@ -24,7 +24,7 @@ class Conv2dKind(LayerKind[nn.Conv2d]):
         before, after = len(shapes.input), len(shapes.output)
         return Features(before - 3, module.in_channels, after - 3, module.out_channels, ("in_channels", "out_channels"))
 
-    def alike(self, module: nn.Conv2d, dims: int) -> tuple[list[Label], list[Label]]:
+    def labels(self, module: nn.Conv2d, dims: int) -> tuple[list[Label], list[Label]]:
         return mixing(dims, 3)
 
     def build(self, module: nn.Conv2d, place: Place, like: dict[str, Any]) -> nn.Module:
@@ -45,7 +45,7 @@ class Conv2dKind(LayerKind[nn.Conv2d]):
             out_segments=place.segments[1],
         )
 
-    def part(
+    def cost(
         self, module: nn.Conv2d, shapes: Shapes, *, rows: int, axes: Any, segments: Any, gradient: bool
     ) -> LayerCost:
         return LinearCost(
@@ -61,8 +61,7 @@ class Conv2dKind(LayerKind[nn.Conv2d]):
 
 
 def _pixels_read(module: nn.Conv2d, size: Sequence[int]) -> int:
-    """Pixels of the image that the convolution itself reads: with what is padded beforehand, since a convolution pads
-    zeros alone, as many on both sides."""
+    """Return the pixels that the convolution itself reads, which include padding that is not zeros or not symmetric."""
     left, right, top, bottom = module._reversed_padding_repeated_twice
     if module.padding_mode == "zeros" and left == right and top == bottom:
         return prod(size)

@@ -1,4 +1,4 @@
-"""`nn.Embedding`."""
+"""The kind of `nn.Embedding`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from axonn.perf.layers.layer_cost import EmbeddingCost, LayerCost
 
 
 class EmbeddingKind(LayerKind[nn.Embedding]):
-    """Indices have no features: what is cut of the input is the vocabulary. Weight [num_embeddings, embedding_dim]."""
+    """Kind of `nn.Embedding`: weight [num_embeddings, embedding_dim]. Its input axis cuts the vocabulary."""
 
     weight_dims = (1, 0)
 
@@ -26,7 +26,7 @@ class EmbeddingKind(LayerKind[nn.Embedding]):
         names = "num_embeddings", "embedding_dim"
         return Features(None, module.num_embeddings, len(shapes.output) - 1, module.embedding_dim, names)
 
-    def alike(self, module: nn.Embedding, dims: int) -> tuple[list[Label], list[Label]]:
+    def labels(self, module: nn.Embedding, dims: int) -> tuple[list[Label], list[Label]]:
         return list(range(dims)), [*range(dims), None]
 
     def build(self, module: nn.Embedding, place: Place, like: dict[str, Any]) -> nn.Module:
@@ -39,7 +39,7 @@ class EmbeddingKind(LayerKind[nn.Embedding]):
             layout=place.layout,
         )
 
-    def part(
+    def cost(
         self, module: nn.Embedding, shapes: Shapes, *, rows: int, axes: Any, segments: Any, gradient: bool
     ) -> LayerCost:
         return EmbeddingCost(

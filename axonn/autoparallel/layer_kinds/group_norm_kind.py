@@ -1,4 +1,4 @@
-"""`nn.GroupNorm`."""
+"""The kind of `nn.GroupNorm`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from axonn.perf.layers.layer_cost import GroupNormCost, LayerCost
 
 
 class GroupNormKind(LayerKind[nn.GroupNorm]):
-    """Activations [rows, channels, ...]; weight and bias [channels]."""
+    """Kind of `nn.GroupNorm`: activations [rows, channels, ...], weight and bias [channels]."""
 
     normalises = True
 
     def features(self, module: nn.GroupNorm, shapes: Shapes) -> Features:
         return Features(1, module.num_channels, 1, module.num_channels, ("num_channels", "num_channels"))
 
-    def alike(self, module: nn.GroupNorm, dims: int) -> tuple[list[Label], list[Label]]:
+    def labels(self, module: nn.GroupNorm, dims: int) -> tuple[list[Label], list[Label]]:
         return mixing(dims, dims - 1)
 
     def build(self, module: nn.GroupNorm, place: Place, like: dict[str, Any]) -> nn.Module:
@@ -36,7 +36,7 @@ class GroupNormKind(LayerKind[nn.GroupNorm]):
             segments=place.segments[0],
         )
 
-    def part(
+    def cost(
         self, module: nn.GroupNorm, shapes: Shapes, *, rows: int, axes: Any, segments: Any, gradient: bool
     ) -> LayerCost:
         return GroupNormCost(

@@ -1,4 +1,4 @@
-"""`nn.Linear`."""
+"""The kind of `nn.Linear`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from axonn.perf.layers.layer_cost import LayerCost, LinearCost
 
 
 class LinearKind(LayerKind[nn.Linear]):
-    """The last dim of activations are features; weight [out_features, in_features]."""
+    """Kind of `nn.Linear`: activations [..., features], weight [out_features, in_features]."""
 
     def features(self, module: nn.Linear, shapes: Shapes) -> Features:
         before, after = len(shapes.input), len(shapes.output)
         return Features(before - 1, module.in_features, after - 1, module.out_features, ("in_features", "out_features"))
 
-    def alike(self, module: nn.Linear, dims: int) -> tuple[list[Label], list[Label]]:
+    def labels(self, module: nn.Linear, dims: int) -> tuple[list[Label], list[Label]]:
         return mixing(dims, 1)
 
     def build(self, module: nn.Linear, place: Place, like: dict[str, Any]) -> nn.Module:
@@ -35,7 +35,7 @@ class LinearKind(LayerKind[nn.Linear]):
             out_segments=place.segments[1],
         )
 
-    def part(
+    def cost(
         self, module: nn.Linear, shapes: Shapes, *, rows: int, axes: Any, segments: Any, gradient: bool
     ) -> LayerCost:
         return LinearCost(

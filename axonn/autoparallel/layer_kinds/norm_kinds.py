@@ -1,4 +1,4 @@
-"""`nn.LayerNorm` and `nn.RMSNorm`."""
+"""The kinds of `nn.LayerNorm` and `nn.RMSNorm`."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from axonn.perf.layers.layer_cost import LayerCost, NormCost
 
 
 class _LastDims(LayerKind[M]):
-    """Normalises the last dims, of which the very last can be cut."""
+    """Kind of norms over the last dims, of which the very last can be cut."""
 
     normalises = True
     segmented = False
     centred: ClassVar[bool] = True
-    """Whether the mean is subtracted."""
+    """True if the mean is subtracted."""
 
     def features(self, module: M, shapes: Shapes) -> Features:
         last, size = len(shapes.input) - 1, shapes.input[-1]
         return Features(last, size, last, size, ("normalized_shape", "normalized_shape"))
 
-    def alike(self, module: M, dims: int) -> tuple[list[Label], list[Label]]:
+    def labels(self, module: M, dims: int) -> tuple[list[Label], list[Label]]:
         return mixing(dims, len(module.normalized_shape))  # type: ignore[arg-type]
 
-    def part(self, module: M, shapes: Shapes, *, rows: int, axes: Any, segments: Any, gradient: bool) -> LayerCost:
+    def cost(self, module: M, shapes: Shapes, *, rows: int, axes: Any, segments: Any, gradient: bool) -> LayerCost:
         features = prod(module.normalized_shape)  # type: ignore[arg-type]
         return NormCost(
             positions=prod(shapes.output) // features // rows,
@@ -41,7 +41,7 @@ class _LastDims(LayerKind[M]):
 
 
 class LayerNormKind(_LastDims[nn.LayerNorm]):
-    """Weight and bias [normalized_shape]."""
+    """Kind of `nn.LayerNorm`: weight and bias [normalized_shape]."""
 
     def build(self, module: nn.LayerNorm, place: Place, like: dict[str, Any]) -> nn.Module:
         return tensor.LayerNorm(
@@ -56,7 +56,7 @@ class LayerNormKind(_LastDims[nn.LayerNorm]):
 
 
 class RMSNormKind(_LastDims[nn.RMSNorm]):
-    """Weight [normalized_shape]."""
+    """Kind of `nn.RMSNorm`: weight [normalized_shape]."""
 
     centred = False
 

@@ -1,1 +1,1 @@
-"""Layouts of the values of a graph: how each operation carries a cut, and the search for the cheapest assignment."""
+"""Layouts of the values of a graph: the sharding rules of operations, and the search for the cheapest layouts."""

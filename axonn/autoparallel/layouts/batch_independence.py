@@ -1,4 +1,4 @@
-"""Whether the rows of a batch are independent of each other, so that they can be computed in sub-shards."""
+"""Analysis of whether the rows of a batch are independent, so that they can be computed in sub-shards."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from torch import fx
 from axonn.autoparallel.layouts.op_rules import Expand, Operation
 from axonn.autoparallel.layouts.op_table import is_tensor
 from axonn.autoparallel.layouts.shardings import Form
-from axonn.autoparallel.tracing.op_names import kind_of
+from axonn.autoparallel.tracing.op_names import op_name
 
 
 class Rows(NamedTuple):
-    """`forms`: where the rows lie in each value; None where there are none, nothing where that is unknown.
-    `problem`: why sub-shards cannot be computed by themselves; empty when they can. `inputs`: arguments with rows."""
+    """Rows of a batch in a graph.
+
+    `forms`: the dim of the rows in each value; None for values without rows, missing if unknown. `problem`: why rows
+    cannot be computed in sub-shards; empty if they can. `inputs`: names of the arguments with rows.
+    """
 
     forms: dict[fx.Node, Form | None]
     problem: str
@@ -23,7 +26,7 @@ class Rows(NamedTuple):
 
 
 def follow_rows(graph: fx.Graph, operations: Mapping[fx.Node, Operation]) -> Rows:
-    """Follow dim 0 of the inputs through the graph. The rows are as many as the first input has."""
+    """Follow dim 0 of the inputs through the graph. The number of rows is that of the first input."""
     forms: dict[fx.Node, Form | None] = {}
     problem = ""
     inputs = [n for n in graph.nodes if n.op == "placeholder" and is_tensor(n)]
@@ -49,27 +52,27 @@ def follow_rows(graph: fx.Graph, operations: Mapping[fx.Node, Operation]) -> Row
 
 
 def _rows_of(operation: Operation, forms: Mapping[fx.Node, Form | None]) -> tuple[Form | None, str]:
-    """Where the rows of its output lie, or why that is not known."""
+    """Return the form of the rows in the output, or why it is unknown."""
     node, inputs = operation.node, operation.inputs
     if any(i not in forms for i in inputs):
         return None, "its input has rows that are not followed"
-    given = tuple(forms[i] for i in inputs)
-    position = next((i for i, form in enumerate(given) if form is not None), None)
+    input_forms = tuple(forms[i] for i in inputs)
+    position = next((i for i, form in enumerate(input_forms) if form is not None), None)
     if position is None:
         return _spread(operation, forms), ""
-    form = given[position]
+    form = input_forms[position]
     assert form is not None
-    alike = operation.alike
-    for link in alike.carry(position, form):
-        if link.inputs == given:
-            if alike.fixes(link.output.dim):
+    row_rules = operation.for_rows
+    for rule in row_rules.carry(position, form):
+        if rule.inputs == input_forms:
+            if row_rules.fixes(rule.output.dim):
                 return None, f"the number of rows is written in the code: {node.format_node()}"
-            return link.output, ""
-    return None, f"rows are mixed: {alike.why_not(position, form)}"
+            return rule.output, ""
+    return None, f"rows are mixed: {row_rules.why_not(position, form)}"
 
 
 def _spread(operation: Operation, forms: Mapping[fx.Node, Form | None]) -> Form | None:
-    """The rows of what is expanded to as many."""
+    """Return the rows of a value that is expanded to the number of rows; None if it is not."""
     if not isinstance(operation, Expand):
         return None
     for dim, size in enumerate(operation.sizes):
@@ -81,11 +84,11 @@ def _spread(operation: Operation, forms: Mapping[fx.Node, Form | None]) -> Form 
 
 
 def _counted(size: fx.Node, forms: Mapping[fx.Node, Form | None]) -> Form | None:
-    """The rows that `size` is the number of."""
-    kind = kind_of(size)
-    if kind == "getitem" and isinstance(size.args[0], fx.Node) and kind_of(size.args[0]) in ("getattr", "size"):
+    """Return the form of the rows whose number `size` is; None if it is another size."""
+    name = op_name(size)
+    if name == "getitem" and isinstance(size.args[0], fx.Node) and op_name(size.args[0]) in ("getattr", "size"):
         source, dim = size.args[0].args[0], size.args[1]
-    elif kind == "size" and len(size.args) == 2:
+    elif name == "size" and len(size.args) == 2:
         source, dim = size.args
     else:
         return None

@@ -1,9 +1,9 @@
-"""The cheapest assignment of choices to the nodes of a graph, when costs are of single nodes and of pairs.
+"""Search for the cheapest assignment of choices to the nodes of a graph with costs of single nodes and of pairs.
 
 Variable elimination (Bertelè & Brioschi, Nonserial Dynamic Programming, 1972): one variable after the other is replaced
 by a table of its best choice, given those of its neighbours. A chain takes time proportional to its length; residual
-paths, branches and the nested skips of a U-Net have few neighbours at a time too, so the result is exact. Where a table
-would become too large, its best-connected variable is fixed first, and the result says that it need not be the best.
+paths, branches and the nested skips of a U-Net also have few neighbours at a time, so the result is exact. Where a
+table would become too large, its best-connected variable is fixed first, and the result is marked as not exact.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 Costs = NDArray[np.float64]
 _LARGEST = 1 << 21
-"""Entries of a table."""
+"""Most entries of a table."""
 
 
 class Assignment(NamedTuple):
-    """`choices`: of each variable. `exact`: whether there is none cheaper."""
+    """Result of the search: the choice of each variable. `exact`: True if there is no cheaper assignment."""
 
     choices: list[int]
     exact: bool
@@ -34,9 +34,10 @@ class _Factor(NamedTuple):
 
 
 def minimise(single: Sequence[Costs], pairs: Mapping[tuple[int, int], Costs], *, largest: int = _LARGEST) -> Assignment:
-    """Choices with the least sum of `single[i][choice of i]` and `pairs[i, j][choice of i, choice of j]`.
+    """Return the choices with the least sum of `single[i][choice of i]` and `pairs[i, j][choice of i, choice of j]`.
 
-    Infinite costs forbid. Of equally cheap choices the first is taken. No table has more than `largest` entries.
+    Infinite costs forbid a choice. Of equally cheap choices the first is taken. No table gets more than `largest`
+    entries.
     """
     problem = _Problem(single, pairs)
     exact = True
@@ -68,7 +69,7 @@ class _Problem:
         heapq.heapify(self._heap)
 
     def next(self) -> int | None:
-        """The variable whose elimination makes the smallest table."""
+        """Return the variable whose elimination makes the smallest table; None when all are eliminated."""
         while self._heap:
             entries, variable = heapq.heappop(self._heap)
             if variable not in self.neighbours:
@@ -83,7 +84,7 @@ class _Problem:
         return prod(self.sizes[v] for v in self.neighbours[variable]) * self.sizes[variable]
 
     def eliminate(self, variable: int, scope: tuple[int, ...]) -> NDArray[np.intp]:
-        """The best choice of `variable` for each choice of those in `scope`."""
+        """Eliminate `variable`; return its best choice for each choice of the variables in `scope`."""
         total = np.zeros([self.sizes[v] for v in (*scope, variable)])
         for factor in self._factors[variable]:
             total += _aligned(factor, (*scope, variable))
@@ -96,7 +97,7 @@ class _Problem:
         return best
 
     def fix(self, variable: int) -> NDArray[np.intp]:
-        """Give `variable` the choice that is cheapest when each of its factors may choose the rest for itself."""
+        """Fix `variable` to the choice that is cheapest if each of its factors may choose all others freely."""
         total = np.zeros(self.sizes[variable])
         for factor in self._factors[variable]:
             others = tuple(i for i, v in enumerate(factor.scope) if v != variable)
@@ -104,12 +105,12 @@ class _Problem:
         best = total.argmin()
         for factor in list(self._factors[variable]):
             if len(factor.scope) > 1:
-                at = factor.scope.index(variable)
-                rest = (*factor.scope[:at], *factor.scope[at + 1 :])
-                self._add(_Factor(rest, np.take(factor.costs, [int(best)], axis=at).squeeze(at)))
-        around = list(self.neighbours[variable])
+                dim = factor.scope.index(variable)
+                remaining = (*factor.scope[:dim], *factor.scope[dim + 1 :])
+                self._add(_Factor(remaining, np.take(factor.costs, [int(best)], axis=dim).squeeze(dim)))
+        neighbours = list(self.neighbours[variable])
         self._remove(variable)
-        for v in around:
+        for v in neighbours:
             heapq.heappush(self._heap, (self.entries(v), v))
         return np.asarray(best)
 
@@ -128,7 +129,7 @@ class _Problem:
 
 
 def _aligned(factor: _Factor, scope: tuple[int, ...]) -> Costs:
-    """Its costs with one dim for each variable of `scope`, of size 1 where it does not depend on it."""
+    """Return its costs with one dim per variable of `scope`, of size 1 for variables that it does not depend on."""
     order = sorted(range(len(factor.scope)), key=lambda i: scope.index(factor.scope[i]))
     costs = factor.costs.transpose(order)
     shape = [1] * len(scope)

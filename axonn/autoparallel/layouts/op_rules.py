@@ -1,4 +1,4 @@
-"""Which cuts an operation carries from its inputs to its output, one class for each kind of operation."""
+"""Sharding rules of operations: the cuts they carry from inputs to output, one class per kind of operation."""
 
 from __future__ import annotations
 
@@ -14,53 +14,54 @@ Label = Hashable
 
 
 def shape_of(node: Node) -> Shape:
-    """Of the example's value."""
+    """Return the shape of a node's value for the example."""
     value = node.meta["val"]
     assert isinstance(value, torch.Tensor), f"{node} is no tensor"
     return tuple(value.shape)
 
 
 class Operation:
-    """One node of the graph. `inputs`: the tensors among its arguments, as often as they occur, in their order.
+    """Operation of one node of the graph. `inputs`: the tensors among its arguments, in order, with repetitions.
 
-    This class carries nothing: its inputs and its output are whole. `reason` says why.
+    This class carries no cuts: its inputs and its output are whole. `reason` says why.
     """
 
     def __init__(self, node: Node, inputs: Sequence[Node], reason: str = "") -> None:
         self.node = node
         self.inputs = tuple(inputs)
         self.reason = reason
-        self.alike: Operation = self
-        """What it is to rows, of which it may carry a cut although it does not carry one between ranks."""
+        self.for_rows: Operation = self
+        """Operation that carries the rows of a batch, which may be more than it carries between ranks."""
 
     def carry(self, position: int, form: Form) -> list[ShardingRule]:
-        """The ways in which it takes input number `position` in this form."""
+        """Return the rules in which input number `position` has this form."""
         return []
 
     def demand(self, form: Form) -> list[ShardingRule]:
-        """The ways in which its output gets this form."""
+        """Return the rules in which the output has this form."""
         return []
 
     def seeds(self) -> list[ShardingRule]:
-        """Ways that are worth considering although no input comes in such a form yet."""
+        """Return rules worth considering although no input has such a form yet."""
         return []
 
     def fixes(self, dim: int) -> bool:
-        """Whether the size of this dim of the output is a number written in the code (or another dim's size)."""
+        """Return True if the size of this output dim is a number in the code (or another dim's size)."""
         return False
 
-    def localise(self, link: ShardingRule, extent: int) -> None:
-        """Change the node, which is one of the new graph by now, so that it works on parts."""
+    def localise(self, rule: ShardingRule, extent: int) -> None:
+        """Change the node, by now one of the new graph, so that it works on shards."""
 
     def why_not(self, position: int, form: Form) -> str:
-        """Why it does not take the input in this form."""
+        """Return why it does not take the input in this form."""
         return self.reason or f"it does not keep dim {form.dim} apart"
 
 
 class Labelled(Operation):
-    """An operation that treats all places along some dims alike. Dims with the same label run along each other.
+    """An operation that works independently along some dims. Dims with the same label correspond to each other.
 
-    `inputs_labels`, `labels`: of the dims of the inputs and of the output; None for those along which it mixes.
+    `input_labels`, `labels`: labels of the dims of the inputs and of the output; None for dims that it mixes. Raises
+    `ValueError` when the labels do not fit the tensors.
     """
 
     def __init__(
@@ -79,12 +80,12 @@ class Labelled(Operation):
             raise ValueError(f"{node.format_node()} has tensors of {dims} dims, which is not foreseen")
 
     def carry(self, position: int, form: Form) -> list[ShardingRule]:
-        return self._link(self._inputs[position][form.dim], form.segments)
+        return self._rules(self._inputs[position][form.dim], form.segments)
 
     def demand(self, form: Form) -> list[ShardingRule]:
-        return self._link(self._output[form.dim], form.segments)
+        return self._rules(self._output[form.dim], form.segments)
 
-    def _link(self, label: Label, segments: tuple[int, ...]) -> list[ShardingRule]:
+    def _rules(self, label: Label, segments: tuple[int, ...]) -> list[ShardingRule]:
         if label is None or label not in self._output:
             return []
         forms = tuple(Form(labels.index(label), segments) if label in labels else None for labels in self._inputs)
@@ -92,7 +93,7 @@ class Labelled(Operation):
 
 
 def elementwise(node: Node, inputs: Sequence[Node], reason: str = "") -> Labelled:
-    """Of broadcast inputs: dims are counted from the last one, those of size 1 are spread."""
+    """Return an elementwise operation with broadcasting: dims correspond from the last one, those of size 1 expand."""
     shape = shape_of(node)
     sizes = [shape_of(i) for i in inputs]
     labels = [
@@ -103,24 +104,24 @@ def elementwise(node: Node, inputs: Sequence[Node], reason: str = "") -> Labelle
 
 
 class Expand(Labelled):
-    """`expand` and `repeat`: as `elementwise` does, the new sizes being arguments."""
+    """`expand` and `repeat`: elementwise with broadcasting, the new sizes being arguments."""
 
     def __init__(self, node: Node, inputs: Sequence[Node], sizes: Sequence[Any]) -> None:
         plain = elementwise(node, inputs)
         super().__init__(node, inputs, plain._inputs, plain._output)
         self.sizes = list(sizes)
 
-    def _link(self, label: Label, segments: tuple[int, ...]) -> list[ShardingRule]:
-        # What is spread along a dim is not cut in it.
-        return super()._link(label, segments) if label in self._inputs[0] else []
+    def _rules(self, label: Label, segments: tuple[int, ...]) -> list[ShardingRule]:
+        # A dim that is expanded is not cut.
+        return super()._rules(label, segments) if label in self._inputs[0] else []
 
     def fixes(self, dim: int) -> bool:
         return isinstance(self.sizes[dim], int) and self.sizes[dim] > 1
 
-    def localise(self, link: ShardingRule, extent: int) -> None:
+    def localise(self, rule: ShardingRule, extent: int) -> None:
         if self.node.target == "expand":
             sizes = list(_sizes_of(self.node))
-            sizes[link.output.dim] = -1
+            sizes[rule.output.dim] = -1
             _set_sizes(self.node, sizes)
 
 
@@ -137,21 +138,21 @@ class Reshape(Operation):
         return [] if output is None else [ShardingRule((form,), output)]
 
     def demand(self, form: Form) -> list[ShardingRule]:
-        found = reshaped(form, self._target, self._source)
-        return [] if found is None else self.carry(0, found)
+        source_form = reshaped(form, self._target, self._source)
+        return [] if source_form is None else self.carry(0, source_form)
 
     def seeds(self) -> list[ShardingRule]:
-        return [link for form in splits(self._source, self._target) for link in self.demand(form)]
+        return [rule for form in splits(self._source, self._target) for rule in self.demand(form)]
 
     def fixes(self, dim: int) -> bool:
         return self._sizes is not None and isinstance(self._sizes[dim], int) and self._sizes[dim] > 1
 
-    def localise(self, link: ShardingRule, extent: int) -> None:
+    def localise(self, rule: ShardingRule, extent: int) -> None:
         if self._sizes is None:
             return
         sizes = list(_sizes_of(self.node))
-        dim = link.output.dim
-        # An unflatten lists the new dims alone.
+        dim = rule.output.dim
+        # An unflatten lists only the new dims.
         first: Any = self.node.args[1] if self.node.target == "unflatten" else 0
         if 0 <= dim - first < len(sizes):
             sizes[dim - first] = divided(self.node, sizes[dim - first], extent)
@@ -182,24 +183,24 @@ class Pieces(Operation):
         return [] if self.sizes is None else self.carry(0, Form(self.dim, tuple(self.sizes)))
 
     def piece(self, form: Form, number: int) -> Form | None:
-        """That of a piece when the source has `form`."""
+        """Return the form of piece `number` when the source has `form`; None if a segment crosses its border."""
         if form.dim != self.dim:
             return form._replace(dim=form.dim - (self.sizes is None and form.dim > self.dim))
         cut = None if self.sizes is None else pieces(form, self.sizes)
         return None if cut is None else cut[number]
 
     def sources(self, form: Form, number: int) -> list[Form]:
-        """Forms of the source of which piece `number` has `form`."""
+        """Return forms of the source with which piece `number` has `form`."""
         if self.sizes is None:
             return [form._replace(dim=form.dim + (form.dim >= self.dim))]
         if form.dim != self.dim:
             return [form]
-        parts = [(size,) if i != number else form.segments for i, size in enumerate(self.sizes)]
-        alike = [form.segments for size in self.sizes] if len(set(self.sizes)) == 1 else parts
-        return [Form(self.dim, tuple(s for part in found for s in part)) for found in (alike, parts)]
+        only_this = [(size,) if i != number else form.segments for i, size in enumerate(self.sizes)]
+        all_alike = [form.segments for _ in self.sizes] if len(set(self.sizes)) == 1 else only_this
+        return [Form(self.dim, tuple(s for piece in choice for s in piece)) for choice in (all_alike, only_this)]
 
-    def localise(self, link: ShardingRule, extent: int) -> None:
-        if self.sizes is not None and link.output.dim == self.dim:
+    def localise(self, rule: ShardingRule, extent: int) -> None:
+        if self.sizes is not None and rule.output.dim == self.dim:
             self.node.target = "split"
             self.node.op = "call_method"
             self.node.args = (self.node.args[0], [size // extent for size in self.sizes])
@@ -222,12 +223,15 @@ class SplitPiece(Operation):
         return [] if piece is None else [ShardingRule((form,), piece)]
 
     def demand(self, form: Form) -> list[ShardingRule]:
-        return [link for f in self._source.sources(form, self._number) for link in self.carry(0, f)]
+        return [rule for f in self._source.sources(form, self._number) for rule in self.carry(0, f)]
 
 
 class Slice(Operation):
-    """Indexing by slices, numbers, None and an ellipsis. `kept`: of each dim of the source, that of the result, and
-    the slice (start, stop) if it is a proper one; None for a dim that is no longer there or strided."""
+    """Indexing by slices, numbers, None and an ellipsis.
+
+    `kept`: for each dim of the source its dim in the result, and the slice (start, stop) unless it is the full one;
+    None for a dim that is dropped or strided.
+    """
 
     def __init__(
         self, node: Node, inputs: Sequence[Node], kept: Sequence[tuple[int, tuple[int, int] | None] | None]
@@ -258,11 +262,11 @@ class Slice(Operation):
         return []
 
     def seeds(self) -> list[ShardingRule]:
-        proper = [kept[0] for kept in self._kept if kept is not None and kept[1] is not None]
-        return [link for dim in proper for link in self.demand(Form(dim, (shape_of(self.node)[dim],)))]
+        sliced_dims = [kept[0] for kept in self._kept if kept is not None and kept[1] is not None]
+        return [rule for dim in sliced_dims for rule in self.demand(Form(dim, (shape_of(self.node)[dim],)))]
 
-    def localise(self, link: ShardingRule, extent: int) -> None:
-        form = link.inputs[0]
+    def localise(self, rule: ShardingRule, extent: int) -> None:
+        form = rule.inputs[0]
         assert form is not None
         kept = self._kept[form.dim]
         if kept is None or kept[1] is None:
@@ -278,7 +282,7 @@ class Slice(Operation):
 
 
 class Concatenate(Operation):
-    """`cat` along `dim`: cut in that dim, the segments of its inputs follow each other."""
+    """`cat` along `dim`: if that dim is cut, the segments of its inputs follow each other."""
 
     def __init__(self, node: Node, inputs: Sequence[Node], dim: int) -> None:
         super().__init__(node, inputs)
@@ -300,7 +304,7 @@ class Concatenate(Operation):
 
 
 class Gate(Operation):
-    """`glu` along `dim`: the first half of it times the sigmoid of the second."""
+    """`glu` along `dim`: its first half times the sigmoid of the second."""
 
     def __init__(self, node: Node, inputs: Sequence[Node], dim: int) -> None:
         super().__init__(node, inputs)
@@ -320,7 +324,7 @@ class Gate(Operation):
 
 
 def divided(node: Node, size: Any, extent: int) -> Any:
-    """A part of `size`, an argument of `node` of the new graph: a number, -1, or another node."""
+    """Return a rank's part of `size`, an argument of `node` of the new graph: a number, -1, or another node."""
     if isinstance(size, Node):
         with node.graph.inserting_before(node):
             return node.graph.call_function(_floordiv, (size, extent))
@@ -332,7 +336,7 @@ def _floordiv(size: int, extent: int) -> int:
 
 
 def _sizes_of(node: Node) -> Sequence[Any]:
-    """The sizes among the arguments of a view, reshape, expand or unflatten, which `table` has put in one list."""
+    """Return the sizes among the arguments of a reshape, expand or unflatten, a list made by `unify_shapes`."""
     sizes = node.args[2 if node.target == "unflatten" else 1]
     assert isinstance(sizes, list | tuple)
     return sizes
@@ -343,13 +347,13 @@ def _set_sizes(node: Node, sizes: list[Any]) -> None:
 
 
 def _item_of(items: Sequence[Any], dim: int, dims: int) -> int:
-    """Number of the item of an index that is for dim number `dim`."""
-    at = 0
+    """Return the number of the index item that applies to dim number `dim`."""
+    current = 0
     for number, item in enumerate(items):
         if item is Ellipsis:
-            at += dims - sum(i is not None and i is not Ellipsis for i in items)
+            current += dims - sum(i is not None and i is not Ellipsis for i in items)
         elif item is not None:
-            if at == dim:
+            if current == dim:
                 return number
-            at += 1
+            current += 1
     raise AssertionError(f"{items} says nothing of dim {dim}")

@@ -1,4 +1,4 @@
-"""The operations of torch that are known, and which of their dims they treat alike."""
+"""Table of the known torch operations and of the dims along which they work independently."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from axonn.autoparallel.layouts.op_rules import (
     elementwise,
     shape_of,
 )
-from axonn.autoparallel.tracing.op_names import kind_of
+from axonn.autoparallel.tracing.op_names import op_name
 
 _ELEMENTWISE_NAMES = """
     abs acos add addcdiv addcmul alpha_dropout and and_ asin atan atan2 bfloat16 bitwise_and bitwise_not bitwise_or
@@ -47,14 +47,14 @@ _POOLS = frozenset(["avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_p
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
-    """The arguments of a node that are tensors, or tuples of tensors, as often as they occur."""
-    found: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n) if is_tensor(n) else None)
-    return found
+    """Return the arguments of a node that are tensors or tuples of tensors, with repetitions."""
+    inputs: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), lambda n: inputs.append(n) if is_tensor(n) else None)
+    return inputs
 
 
 def is_tensor(node: fx.Node) -> bool:
-    """Whether its value is a tensor, or a tuple of tensors."""
+    """Return True if the value of a node is a tensor or a tuple of tensors."""
     value = node.meta.get("val")
     if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
         return any(isinstance(v, torch.Tensor) for v in value)
@@ -62,19 +62,19 @@ def is_tensor(node: fx.Node) -> bool:
 
 
 def operation_of(node: fx.Node, known: dict[fx.Node, Operation]) -> Operation:
-    """What a function or method does with cuts. `known`: the operations of the nodes before it."""
+    """Return the operation of a function or method call. `known`: the operations of the nodes before it."""
     inputs = tensor_inputs(node)
-    kind = kind_of(node)
+    kind = op_name(node)
     if not is_tensor(node) or not inputs:
         return Operation(node, inputs, "its result is no tensor" if inputs else "")
     if kind is None:
         return Operation(node, inputs, f"{_shown(node)} is not an operation that is known")
     try:
-        found = _operation(node, kind, inputs, known)
+        operation = _operation(node, kind, inputs, known)
     except (IndexError, KeyError, TypeError, ValueError):
-        # Arguments in a form that is not foreseen: nothing is carried.
-        found = None
-    return found or Operation(node, inputs, f"{kind} with these arguments is not an operation that is known")
+        # Unforeseen arguments: no cut is carried.
+        operation = None
+    return operation or Operation(node, inputs, f"{kind} with these arguments is not an operation that is known")
 
 
 def _operation(node: fx.Node, kind: str, inputs: list[fx.Node], known: dict[fx.Node, Operation]) -> Operation | None:
@@ -124,20 +124,20 @@ def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> A
 
 
 def _dims(node: fx.Node, position: int, count: int) -> set[int]:
-    """The argument `dim` (or dims) as a set; all dims where there is none."""
-    found = _argument(node, position, "dim")
-    found = found if found is not None else node.kwargs.get("dims")
-    if found is None and kind_of(node) == "normalize":
-        found = 1
-    if found is None:
+    """Return the argument `dim` (or `dims`) as a set; all dims if there is none."""
+    dims = _argument(node, position, "dim")
+    dims = dims if dims is not None else node.kwargs.get("dims")
+    if dims is None and op_name(node) == "normalize":
+        dims = 1
+    if dims is None:
         return set(range(count))
-    if isinstance(found, int) and kind_of(node) == "flip":
-        found = node.args[1:]
-    return {d % count for d in ((found,) if isinstance(found, int) else found)}
+    if isinstance(dims, int) and op_name(node) == "flip":
+        dims = node.args[1:]
+    return {d % count for d in ((dims,) if isinstance(dims, int) else dims)}
 
 
 def _sizes(node: fx.Node, kind: str) -> list[Any] | None:
-    """The size of each dim of the result as the code gives it; -1 where it follows."""
+    """Return the size of each dim of the result as written in the code; -1 where it follows from the input."""
     if kind == "reshape":
         return list(node.args[1])  # type: ignore[arg-type]
     if kind != "unflatten":
@@ -209,8 +209,8 @@ def _einsum(node: fx.Node, inputs: list[fx.Node]) -> Operation | None:
     terms = left.split(",")
     # A label that occurs twice in one term is a diagonal.
     labels = [[c if c in output and term.count(c) == 1 else None for c in term] for term in terms]
-    whole = all(c in "".join(map(str, labels)) for c in output)
-    return Labelled(node, inputs, labels, list(output), "the product sums over that dim") if whole else None
+    complete = all(c in "".join(map(str, labels)) for c in output)
+    return Labelled(node, inputs, labels, list(output), "the product sums over that dim") if complete else None
 
 
 def _attention(node: fx.Node, inputs: list[fx.Node]) -> Operation | None:
@@ -220,7 +220,7 @@ def _attention(node: fx.Node, inputs: list[fx.Node]) -> Operation | None:
     batch = list(range(len(q) - 2))
 
     def leading(shape: Sequence[int]) -> list[Label]:
-        """Labels of the batch dims alone."""
+        """Return labels of the batch dims only."""
         offset = len(q) - len(shape)
         return [
             d + offset if d < len(shape) - 2 and size == shape_of(node)[d + offset] else None
@@ -232,7 +232,7 @@ def _attention(node: fx.Node, inputs: list[fx.Node]) -> Operation | None:
 
 
 def _spatial(node: fx.Node, kind: str, dims: int) -> int | None:
-    """The last dims that pooling, interpolation or padding work along."""
+    """Return how many last dims pooling, interpolation or padding work along; None for other operations."""
     for pool in _POOLS:
         if kind.startswith(pool) and kind[len(pool) :] in ("1d", "2d", "3d"):
             return int(kind[len(pool)])
@@ -256,8 +256,8 @@ def _getitem(node: fx.Node, inputs: list[fx.Node], known: dict[fx.Node, Operatio
     assert isinstance(source, fx.Node)
     index = node.args[1]
     if isinstance(source.meta["val"], list | tuple):
-        before = known.get(source)
-        return SplitPiece(node, inputs, before, int(index)) if isinstance(before, Pieces) else None  # type: ignore[arg-type]
+        operation = known.get(source)
+        return SplitPiece(node, inputs, operation, int(index)) if isinstance(operation, Pieces) else None  # type: ignore[arg-type]
     items = list(index) if isinstance(index, tuple) else [index]
     if len(inputs) > 1 or not all(i is None or i is Ellipsis or isinstance(i, int | slice | fx.Node) for i in items):
         return None
@@ -297,7 +297,7 @@ def _shown(node: fx.Node) -> str:
 
 
 def elements(node: fx.Node) -> int:
-    """Of the example's value; of all tensors of a tuple."""
+    """Return the number of elements of a node's value for the example, summed over a tuple."""
     value = node.meta["val"]
     tensors = value if isinstance(value, list | tuple) else [value]
     return sum(math.prod(t.shape) for t in tensors if isinstance(t, torch.Tensor))

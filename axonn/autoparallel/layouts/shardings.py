@@ -1,4 +1,4 @@
-"""How an activation is cut, and what becomes of the cut when the activation is reshaped."""
+"""Shardings of activations: how one is cut, and how reshaping changes the cut."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ Shape = tuple[int, ...]
 
 
 class Form(NamedTuple):
-    """Dim `dim` is cut; it consists of `segments` (their whole lengths), each cut by itself into equal parts."""
+    """Form of a cut, without its axis: dim `dim` consists of `segments` (whole lengths), each cut into equal parts."""
 
     dim: int
     segments: tuple[int, ...]
 
     def divides(self, extent: int) -> bool:
-        """Whether each segment can be cut into `extent` parts."""
+        """Return True if each segment can be cut into `extent` parts."""
         return all(segment % extent == 0 for segment in self.segments)
 
 
 class Shard(NamedTuple):
-    """Cut along `axis` in this form, and repeated along the other tensor axis."""
+    """Layout of a value that is cut along `axis` in this form, and repeated along the other tensor axis."""
 
     axis: TensorAxis
     form: Form
@@ -34,7 +34,7 @@ class Shard(NamedTuple):
 
 
 class Repeated(NamedTuple):
-    """Whole on every rank, for something that is cut along `axis`, so that the gradients of the ranks add up."""
+    """Layout of a value that is whole on every rank but used by shards along `axis`: its gradient is summed there."""
 
     axis: TensorAxis
 
@@ -43,28 +43,28 @@ class Repeated(NamedTuple):
 
 
 State = Shard | None
-"""How a value lies; None is whole on every rank."""
+"""Layout of a value; None is whole on every rank."""
 Wanted = Shard | Repeated | None
-"""How an operation wants a value."""
+"""Layout in which an operation wants a value."""
 
 
 class ShardingRule(NamedTuple):
-    """One way in which an operation carries a cut: the forms of its inputs (None is whole) and that of its output."""
+    """Rule by which an operation carries a cut: the forms of its inputs (None is whole) and of its output."""
 
     inputs: tuple[Form | None, ...]
     output: Form
 
 
 def describe(state: Wanted) -> str:
-    """In words."""
+    """Return a layout as text, for instance "dim 1 along row"."""
     return "whole" if state is None else str(state)
 
 
 def reshaped(form: Form, source: Shape, target: Shape) -> Form | None:
-    """The form in `target` of what has `form` in `source`, both in row-major order; None where it is no cut of one dim.
+    """Return the form after a reshape from shape `source`, in which it is `form`, to `target`; None if there is none.
 
     A cut of a dim is a list of segments of the flattened dims around it. Dims of both shapes that hold the same
-    elements are compared: the innermost dim of the target that is cut in such segments is the answer.
+    elements are compared: the result is the innermost dim of the target that is cut in the same segments.
     """
     group = _group_of(form.dim, source, target)
     if group is None:
@@ -87,57 +87,57 @@ def reshaped(form: Form, source: Shape, target: Shape) -> Form | None:
 
 
 def splits(source: Shape, target: Shape) -> list[Form]:
-    """A form for each dim of `target` that is one of several that a dim of `source` is split into."""
-    found = []
+    """Return a form for each dim of `target` that is one of several into which a dim of `source` is split."""
+    forms = []
     for dim, size in enumerate(target):
         group = _group_of(dim, target, source)
         if group is not None and size > 1 and sum(target[d] > 1 for d in group[0]) > 1:
-            found.append(Form(dim, (size,)))
-    return found
+            forms.append(Form(dim, (size,)))
+    return forms
 
 
 def _group_of(dim: int, source: Shape, target: Shape) -> tuple[range, range] | None:
-    """The smallest runs of consecutive dims of both that hold the same elements, the first one with `dim`."""
+    """Return the smallest runs of dims of `source` (with `dim`) and of `target` that hold the same elements."""
     if prod(source) != prod(target) or not prod(source):
         return None
     i = j = 0
     while i < len(source):
-        first, second = i, j
-        here, there = source[i], target[j] if j < len(target) else 1
+        source_start, target_start = i, j
+        source_size, target_size = source[i], target[j] if j < len(target) else 1
         i, j = i + 1, min(j + 1, len(target))
-        while here != there:
-            if here < there:
-                here *= source[i]
+        while source_size != target_size:
+            if source_size < target_size:
+                source_size *= source[i]
                 i += 1
             else:
-                there *= target[j]
+                target_size *= target[j]
                 j += 1
         if dim < i:
-            return range(first, i), range(second, j)
+            return range(source_start, i), range(target_start, j)
     return None
 
 
 def concatenated(forms: Sequence[Form]) -> Form:
-    """That of tensors that are concatenated in the dim in which each is cut."""
+    """Return the form of tensors concatenated in the dim in which each is cut."""
     return Form(forms[0].dim, tuple(segment for form in forms for segment in form.segments))
 
 
 def pieces(form: Form, sizes: Sequence[int]) -> list[Form] | None:
-    """Those of the consecutive pieces of these sizes; None where a segment crosses a border."""
+    """Return the forms of consecutive pieces of these sizes; None if a segment crosses a border."""
     segments = list(form.segments)
-    found = []
+    forms = []
     for size in sizes:
         piece: list[int] = []
         while segments and sum(piece) + segments[0] <= size:
             piece.append(segments.pop(0))
         if sum(piece) != size:
             return None
-        found.append(Form(form.dim, tuple(piece)))
-    return found
+        forms.append(Form(form.dim, tuple(piece)))
+    return forms
 
 
 def brief(segments: tuple[int, ...]) -> str:
-    """Lengths of segments in words."""
+    """Return segment lengths as text: "6 x 4", or "4 + 8"."""
     if len(segments) > 4 and len(set(segments)) == 1:
         return f"{len(segments)} x {segments[0]}"
     return " + ".join(map(str, segments))

@@ -1,1 +1,1 @@
-"""The graph of an ordinary module, in one normal form, with the source line of each node."""
+"""Tracing of an ordinary module into a graph of normal form, with the source line of each node."""

@@ -1,4 +1,4 @@
-"""The graph of a module with the shapes of an example, in a form that the other files need not tell apart."""
+"""Tracing of a module with `torch.fx`: its graph in normal form, with the shapes of an example."""
 
 from __future__ import annotations
 
@@ -18,31 +18,34 @@ from torch.utils import checkpoint
 
 from axonn.autoparallel.layer_kinds import layer_kind
 from axonn.autoparallel.sharded_layers import refusal
-from axonn.autoparallel.tracing.normalisation import make_functional, name_random, unify_shapes
-from axonn.autoparallel.tracing.source_lines import at, calling, innermost, raised_at, shown
+from axonn.autoparallel.tracing.normalisation import make_functional, name_dropouts, unify_shapes
+from axonn.autoparallel.tracing.source_lines import call_stack, innermost_user_line, location, location_text, raised_at
 from axonn.errors import ConfigError
 
 Example = Sequence[Any] | Mapping[str, Any]
 
 
 class Traced(NamedTuple):
-    """`root`: the graph with the modules it calls, which share their parameters with the original. `constants`:
-    arguments of forward that are no tensors, whose values the graph holds."""
+    """A traced module.
+
+    `root`: the graph with the modules it calls, which share their parameters with the original. `constants`: arguments
+    of forward that are not tensors, whose values are part of the graph.
+    """
 
     root: fx.GraphModule
     constants: dict[str, Any]
 
 
 def trace(module: nn.Module, example: Example | None) -> Traced:
-    """Record `module` in training mode. Raises `ConfigError`, naming what cannot be recorded and what to do."""
+    """Trace `module` in training mode. Raises `ConfigError`, naming what cannot be traced and what to do."""
     if _is_leaf(module):
         kind, why = type(module).__name__, refusal(module)
         if why or type(module) is nn.Dropout:
             raise ConfigError(f"there is nothing to cut in {kind}: {why or 'it has no parameters'}")
-        found = layer_kind(module)
-        with_it = " with the layers before and after it" if found is not None and found.normalises else ""
+        layer = layer_kind(module)
+        with_it = " with the layers before and after it" if layer is not None and layer.normalises else ""
         raise ConfigError(f"{kind} is a single layer: put it into nn.Sequential{with_it}, whose layers are cut")
-    arguments = bound(module, example)
+    arguments = bind_example(module, example)
     original = copy.deepcopy(module, {id(p): p for p in module.parameters()}).train()
     tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     constants = {name: value for name, value in arguments.items() if name not in tensors and value not in ((), {})}
@@ -52,14 +55,14 @@ def trace(module: nn.Module, example: Example | None) -> Traced:
     except ConfigError:
         raise
     except Exception as error:
-        where = (f" in {tracer.inside}" if tracer.inside else "") + shown(raised_at(error.__traceback__))
+        place = (f" in {tracer.inside}" if tracer.inside else "") + location_text(raised_at(error.__traceback__))
         if "item assignment" in str(error):
             raise ConfigError(
-                f"the forward of {type(module).__name__} cannot be traced{where}: it assigns to a part of a tensor; "
+                f"the forward of {type(module).__name__} cannot be traced{place}: it assigns to a part of a tensor; "
                 "write it without, for instance with torch.where or torch.cat"
             ) from error
         raise ConfigError(
-            f"the forward of {type(module).__name__} cannot be traced{where}: {error}. A graph that depends on "
+            f"the forward of {type(module).__name__} cannot be traced{place}: {error}. A graph that depends on "
             "values or sizes of tensors cannot be parallelised; move that part out of the module, or parallelise the "
             "modules inside of it one by one"
         ) from error
@@ -69,31 +72,31 @@ def trace(module: nn.Module, example: Example | None) -> Traced:
     _propagate(root, tensors)
     make_functional(graph)
     unify_shapes(graph)
-    name_random(root)
+    name_dropouts(root)
     graph.eliminate_dead_code()
     return Traced(root, constants)
 
 
-def bound(module: nn.Module, example: Example | None) -> dict[str, Any]:
-    """Argument of forward by its name. Raises `ConfigError` that shows what an example looks like."""
+def bind_example(module: nn.Module, example: Example | None) -> dict[str, Any]:
+    """Return the arguments of forward by name. Raises `ConfigError`, which shows how to write an example."""
     signature = inspect.signature(module.forward)
     names = [p.name for p in signature.parameters.values() if p.default is p.empty]
     if example is None:
-        shown = ", ".join(f"torch.zeros(shape of {name})" for name in names)
+        zeros = ", ".join(f"torch.zeros(shape of {name})" for name in names)
         raise ConfigError(
             f"the layouts follow from shapes, which {type(module).__name__} alone does not say; give an example of its "
-            f"inputs (only their shapes and types count): parallelize(module, grid, example_inputs=({shown},))"
+            f"inputs (only their shapes and types count): parallelize(module, grid, example_inputs=({zeros},))"
         )
     by_name = isinstance(example, Mapping)
     try:
-        found = signature.bind(**example) if isinstance(example, Mapping) else signature.bind(*example)
+        binding = signature.bind(**example) if isinstance(example, Mapping) else signature.bind(*example)
     except TypeError as error:
         raise ConfigError(
             f"example_inputs do not fit forward{signature} of {type(module).__name__}: {error}; give a tuple of its "
             f"arguments{'' if by_name else ', or a dict by name'}"
         ) from error
-    found.apply_defaults()
-    for name, value in found.arguments.items():
+    binding.apply_defaults()
+    for name, value in binding.arguments.items():
         kind = signature.parameters[name].kind
         if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) and value:
             raise ConfigError(
@@ -101,14 +104,14 @@ def bound(module: nn.Module, example: Example | None) -> dict[str, Any]:
             )
         if isinstance(value, list | tuple | dict) and any(isinstance(t, torch.Tensor) for t in _leaves(value)):
             raise ConfigError(f"argument {name} holds tensors inside of a {type(value).__name__}; pass each by itself")
-    return dict(found.arguments)
+    return dict(binding.arguments)
 
 
 class _Proxy(fx.Proxy):
-    """Records `x += y` as what it is: torch.fx would take it for `x = x + y`, which others that hold x do not see."""
+    """Proxy that records `x += y` as in-place: torch.fx would record `x = x + y`, unseen by other holders of x."""
 
 
-def _record(name: str) -> Callable[..., Any]:
+def _recording_operator(name: str) -> Callable[..., Any]:
     def method(self: fx.Proxy, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
 
@@ -116,11 +119,11 @@ def _record(name: str) -> Callable[..., Any]:
 
 
 for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow"):
-    setattr(_Proxy, f"__{_name}__", _record(_name))
+    setattr(_Proxy, f"__{_name}__", _recording_operator(_name))
 
 
 class _Tracer(fx.Tracer):
-    """Looks inside of modules down to those of torch that have parameters. `inside`: where it is."""
+    """Tracer that looks into modules, down to torch's own with parameters. `inside`: the module it is in."""
 
     proxy_buffer_attributes = True
 
@@ -132,10 +135,10 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Asserts are taken to hold; anything else that depends on a traced value is an error."""
+        """Assume that asserts hold; control flow that depends on a traced value otherwise is an error."""
         frame = inspect.currentframe()
-        asking = frame.f_back.f_back if frame is not None and frame.f_back is not None else None
-        if asking is not None and _in_assert(asking):
+        caller = frame.f_back.f_back if frame is not None and frame.f_back is not None else None
+        if caller is not None and _in_assert(caller):
             return True
         return super().to_bool(obj)
 
@@ -143,28 +146,28 @@ class _Tracer(fx.Tracer):
         return _is_leaf(m)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Record the line of the user's code with each node."""
+        """Create a node with its line of the user's code. Raises `ConfigError` inside activation checkpointing."""
         node = super().create_node(*args, **kwargs)
-        frames = calling(inspect.currentframe())
-        node.meta["source"] = innermost(frames)
+        frames = call_stack(inspect.currentframe())
+        node.meta["source"] = innermost_user_line(frames)
         if any(file == checkpoint.__file__ for file, _ in frames):
             raise ConfigError(
-                f"the forward calls torch.utils.checkpoint{at(node)}, which the graph would lose; leave it out, and "
-                "call the parallel module, or modules that are parallelised one by one, in it instead"
+                f"the forward calls torch.utils.checkpoint{location(node)}, which the graph would lose; leave it out, "
+                "and call the parallel module, or modules that are parallelised one by one, in it instead"
             )
         return node
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        before, self.inside = self.inside, f"{self.path_of_module(m)} ({type(m).__name__})"
-        found = super().call_module(m, forward, args, kwargs)
-        self.inside = before
-        return found
+        outer, self.inside = self.inside, f"{self.path_of_module(m)} ({type(m).__name__})"
+        result = super().call_module(m, forward, args, kwargs)
+        self.inside = outer
+        return result
 
 
 def _in_assert(frame: FrameType) -> bool:
-    """Whether the code that a frame is at is the condition of an assert."""
+    """Return True if a frame is evaluating the condition of an assert."""
     following = [i for i in dis.get_instructions(frame.f_code) if i.offset >= frame.f_lasti and i.opname != "CACHE"][
         1:3
     ]
@@ -180,14 +183,14 @@ def _is_leaf(module: nn.Module) -> bool:
     if layer_kind(module) is not None or type(module) is nn.Dropout:
         return True
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        # Stays whole whatever a derived class adds, and so computes what it does alone.
+        # Batch norms stay whole modules, whatever a derived class adds.
         return True
-    held = any(True for _ in (*module.parameters(), *module.buffers()))
-    return held and type(module).__module__.startswith("torch.nn")
+    has_state = any(True for _ in (*module.parameters(), *module.buffers()))
+    return has_state and type(module).__module__.startswith("torch.nn")
 
 
 def _drop_checks(graph: fx.Graph, tensors: Mapping[str, Any]) -> None:
-    """Drop the arguments that are constants, and the checks that they are the same: the parallel module checks them."""
+    """Drop arguments that are constants, and fx's checks of their values: the parallel module checks them itself."""
     for node in list(graph.nodes):
         if node.op == "placeholder" and node.target not in tensors:
             for check in list(node.users):
@@ -198,7 +201,7 @@ def _drop_checks(graph: fx.Graph, tensors: Mapping[str, Any]) -> None:
 
 
 def _propagate(root: fx.GraphModule, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put an example of each node's value, without memory, into `node.meta["val"]`."""
+    """Put a fake tensor, the example of each node's value, into `node.meta["val"]`."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     values = [tensors[str(node.target).removeprefix("*")] for node in root.graph.nodes if node.op == "placeholder"]
     propagation = _Propagation(root, mode)
@@ -206,12 +209,12 @@ def _propagate(root: fx.GraphModule, tensors: Mapping[str, torch.Tensor]) -> Non
         propagation.propagate(*values)
     except Exception as error:
         reason = str(error).partition("\n\nWhile executing")[0]
-        where = "" if propagation.node is None else at(propagation.node)
-        raise ConfigError(f"the module does not run on the example inputs{where}: {reason}") from error
+        place = "" if propagation.node is None else location(propagation.node)
+        raise ConfigError(f"the module does not run on the example inputs{place}: {reason}") from error
 
 
 class _Propagation(FakeTensorProp):
-    """Computes the examples. `node`: the one that it is at."""
+    """Propagation of the example. `node`: the node being computed."""
 
     node: fx.Node | None = None
 

@@ -1,6 +1,6 @@
-"""A traced graph in a form in which there is one way to say a thing.
+"""Normalisation of a traced graph, so that every operation is expressed in only one way.
 
-Nothing happens in place, sizes are lists, and dropout has a name.
+Afterwards nothing happens in place, sizes are lists, and every dropout is a named module.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from axonn.autoparallel.tracing.op_names import ALIASES, kind_of
-from axonn.autoparallel.tracing.source_lines import at
+from axonn.autoparallel.tracing.op_names import ALIASES, op_name
+from axonn.autoparallel.tracing.source_lines import location
 from axonn.errors import ConfigError
 
 _RESHAPES = ("reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
@@ -29,16 +29,19 @@ _RANDOM = frozenset(_RANDOM_NAMES.split())
 
 
 def make_functional(graph: fx.Graph) -> None:
-    """Replace what changes a tensor in place by what makes a new one, and let whoever reads it later read that."""
+    """Replace in-place operations by ones that make a new tensor, and let later readers read that.
+
+    Raises `ConfigError` for operations where this is impossible.
+    """
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
         name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-        plain = _plain(node, name)
-        if kind_of(node) == "setitem" or plain is None:
+        plain = _out_of_place(node, name)
+        if op_name(node) == "setitem" or plain is None:
             raise ConfigError(
-                f"{name} changes a tensor in place{at(node)}, which cannot be followed through a graph; "
+                f"{name} changes a tensor in place{location(node)}, which cannot be followed through a graph; "
                 "write it without, for instance with torch.where or torch.cat"
             )
         changed = node.args[0] if node.args else None
@@ -49,7 +52,8 @@ def make_functional(graph: fx.Graph) -> None:
             continue
         if changed.op == "get_attr":
             raise ConfigError(
-                f"{name} changes {changed.target} of the module{at(node)}, which every rank holds; change it outside"
+                f"{name} changes {changed.target} of the module{location(node)}, which every rank holds; "
+                "change it outside"
             )
         _check_aliases(node, changed, order)
         if "inplace" in node.kwargs:
@@ -57,8 +61,8 @@ def make_functional(graph: fx.Graph) -> None:
         changed.replace_all_uses_with(node, lambda user, after=order[node]: order[user] > after)  # type: ignore[misc]
 
 
-def _plain(node: fx.Node, name: str) -> Any:
-    """The function or method that makes a new tensor; None if there is none."""
+def _out_of_place(node: fx.Node, name: str) -> Any:
+    """Return the out-of-place function or method of a node; None if there is none."""
     if node.op == "call_function" and name in ALIASES and getattr(operator, name, None) is node.target:
         return getattr(operator, ALIASES[name])
     if not name.endswith("_") or name.endswith("__"):
@@ -69,29 +73,29 @@ def _plain(node: fx.Node, name: str) -> Any:
 
 
 def _check_aliases(node: fx.Node, changed: fx.Node, order: Mapping[fx.Node, int]) -> None:
-    """Raise `ConfigError` when something that shares memory with `changed` is read after `node` changed it."""
+    """Raise `ConfigError` if another view of `changed` is read after `node` has changed it."""
     after = order[node]
     source: Any = changed
-    while isinstance(source, fx.Node) and kind_of(source) in _VIEWS:
+    while isinstance(source, fx.Node) and op_name(source) in _VIEWS:
         source = source.args[0]
-        others = [u for u in source.users if order[u] > after] if isinstance(source, fx.Node) else []
-        if others:
+        readers = [u for u in source.users if order[u] > after] if isinstance(source, fx.Node) else []
+        if readers:
             break
     else:
-        others = [
-            user for view in changed.users if kind_of(view) in _VIEWS for user in view.users if order[user] > after
+        readers = [
+            user for view in changed.users if op_name(view) in _VIEWS for user in view.users if order[user] > after
         ]
-    if others:
+    if readers:
         raise ConfigError(
-            f"{node.name} changes a tensor in place{at(node)} of which {others[0].name} reads another view"
-            f"{at(others[0])}; write it without in-place operations"
+            f"{node.name} changes a tensor in place{location(node)} of which {readers[0].name} reads another view"
+            f"{location(readers[0])}; write it without in-place operations"
         )
 
 
 def unify_shapes(graph: fx.Graph) -> None:
-    """Give shape operations one form: a method whose sizes are one list, one node or number for each dim."""
+    """Make shape operations methods with one list of sizes: a node or a number for each dim."""
     for node in list(graph.nodes):
-        kind = kind_of(node)
+        kind = op_name(node)
         if kind == "reshape" and not (len(node.args) > 1 and isinstance(node.args[1], torch.dtype)):
             _set_method(node, "reshape", _size_list(node, 1, "shape"))
         elif kind in ("expand", "repeat"):
@@ -105,11 +109,11 @@ def unify_shapes(graph: fx.Graph) -> None:
             _set_method(node, "squeeze", tuple(d for d, size in enumerate(shape) if size == 1))
 
 
-def name_random(root: fx.GraphModule) -> None:
-    """Make a module of every `F.dropout`, which so has a name. Raises `ConfigError` for what else is random."""
+def name_dropouts(root: fx.GraphModule) -> None:
+    """Turn every `F.dropout` into a named module. Raises `ConfigError` for other random operations."""
     number = 0
     for node in root.graph.nodes:
-        kind = kind_of(node)
+        kind = op_name(node)
         module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
         if kind == "dropout":
             p: Any
@@ -123,31 +127,33 @@ def name_random(root: fx.GraphModule) -> None:
             node.args, node.kwargs = (node.args[0],), {}
         elif kind in _RANDOM or (kind == "scaled_dot_product_attention" and _attention_dropout(node)):
             raise ConfigError(
-                f"{kind} ({node.name}) draws random numbers{at(node)}, which would differ between ranks; use "
+                f"{kind} ({node.name}) draws random numbers{location(node)}, which would differ between ranks; use "
                 "nn.Dropout, whose masks are counter-based, or draw them outside and pass them in"
             )
-        elif type(module) is not nn.Dropout and _own_dropout(module):
+        elif type(module) is not nn.Dropout and _has_dropout(module):
             raise ConfigError(
-                f"{node.target} ({type(module).__name__}) has dropout of its own{at(node)}, which would differ between "
-                "ranks; set it to 0"
+                f"{node.target} ({type(module).__name__}) has dropout of its own{location(node)}, which would differ "
+                "between ranks; set it to 0"
             )
         elif kind in ("batch_norm", "instance_norm") and _follows_a_mode(node):
             raise ConfigError(
-                f"F.{kind} of running statistics is recorded as it is in training{at(node)}, and would stay so after "
-                "eval(); use nn.BatchNorm2d, or a class derived of it, which stays whole and follows the mode"
+                f"F.{kind} of running statistics is recorded as it is in training{location(node)}, and would stay so "
+                "after eval(); use nn.BatchNorm2d, or a class derived of it, which stays whole and follows the mode"
             )
 
 
-def _own_dropout(module: nn.Module | None) -> bool:
-    parts = [] if module is None else list(module.modules())
-    found = [p.p if isinstance(p, nn.modules.dropout._DropoutNd) else getattr(p, "dropout", 0) for p in parts]
-    return any(isinstance(p, int | float) and p > 0 for p in found)
+def _has_dropout(module: nn.Module | None) -> bool:
+    submodules = [] if module is None else list(module.modules())
+    probabilities = [
+        p.p if isinstance(p, nn.modules.dropout._DropoutNd) else getattr(p, "dropout", 0) for p in submodules
+    ]
+    return any(isinstance(p, int | float) and p > 0 for p in probabilities)
 
 
 def _follows_a_mode(node: fx.Node) -> bool:
-    """Whether it updates running statistics, as norms do in training alone."""
+    """Return True if it updates running statistics, as norms do only in training."""
     running = node.args[1] if len(node.args) > 1 else node.kwargs.get("running_mean")
-    name, position = ("training", 5) if kind_of(node) == "batch_norm" else ("use_input_stats", 5)
+    name, position = ("training", 5) if op_name(node) == "batch_norm" else ("use_input_stats", 5)
     training = node.args[position] if len(node.args) > position else node.kwargs.get(name, name != "training")
     return running is not None and bool(training)
 
@@ -170,8 +176,8 @@ def _size_list(node: fx.Node, first: int, keyword: str) -> list[Any]:
         if isinstance(value, int):
             return [sizes[0]]
         with node.graph.inserting_before(node):
-            found = [node.graph.call_function(operator.getitem, (sizes[0], dim)) for dim in range(len(value))]
-        for item, size in zip(found, value, strict=True):
+            items = [node.graph.call_function(operator.getitem, (sizes[0], dim)) for dim in range(len(value))]
+        for item, size in zip(items, value, strict=True):
             item.meta["val"] = size
-        return list(found)
+        return list(items)
     return list(sizes)

@@ -1,4 +1,4 @@
-"""One name for a function of torch, the method and the operator that do the same."""
+"""Names of operations: one name for a torch function and the method and operator that do the same."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ ALIASES = {
 }
 
 
-def kind_of(node: fx.Node) -> str | None:
-    """One name for a function of torch, the method and the operator that do the same; None if it is none of torch's."""
+def op_name(node: fx.Node) -> str | None:
+    """Return the name of a node's operation, the same for function, method and operator; None if not torch's."""
     if node.op == "call_method":
         name = str(node.target)
     elif node.op == "call_function":
@@ -45,13 +45,13 @@ def kind_of(node: fx.Node) -> str | None:
 
 @cache
 def _names() -> dict[Callable[..., Any], str]:
-    found: dict[Callable[..., Any], str] = {getattr: "getattr"}
-    for place in (torch.Tensor, F, torch, operator, torch.special):
-        for name in dir(place):
-            value = getattr(place, name)
+    names: dict[Callable[..., Any], str] = {getattr: "getattr"}
+    for namespace in (torch.Tensor, F, torch, operator, torch.special):
+        for name in dir(namespace):
+            value = getattr(namespace, name)
             if callable(value) and not name.startswith("__") and not isinstance(value, type):
-                found.setdefault(value, name.strip("_"))
-    # Several names of one function: the usual one.
+                names.setdefault(value, name.strip("_"))
+    # Of several names of one function, the usual one.
     for name in ("add", "sub", "mul", "truediv", "matmul", "getitem", "pow", "neg", "eq", "lt", "gt", "le", "ge", "ne"):
-        found[getattr(operator, name)] = name
-    return found
+        names[getattr(operator, name)] = name
+    return names

@@ -1,4 +1,4 @@
-"""The line of the user's code that a node of a graph, or an error of tracing, comes from."""
+"""Source lines: the line of the user's code that a node of a graph, or an error of tracing, comes from."""
 
 from __future__ import annotations
 
@@ -13,50 +13,50 @@ import torch
 from torch import fx
 
 _LIBRARIES = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[2]))
-"""Folders of torch and of this package: code that users did not write."""
+"""Folders of torch and of this package, whose code is not the user's."""
 
 
 class SourceLine(NamedTuple):
-    """A line of a file."""
+    """A line of a source file."""
 
     file: str
     line: int
 
     def __str__(self) -> str:
         text = linecache.getline(self.file, self.line).strip()
-        here = os.getcwd() + os.sep
-        return f"{self.file.removeprefix(here)}:{self.line}" + (f": `{text}`" if text else "")
+        current_folder = os.getcwd() + os.sep
+        return f"{self.file.removeprefix(current_folder)}:{self.line}" + (f": `{text}`" if text else "")
 
 
-def innermost(frames: Iterable[tuple[str, int]]) -> SourceLine | None:
-    """The last of (file, line), the outermost call first, that is neither torch's nor this package's."""
-    found = [SourceLine(*f) for f in frames if not f[0].startswith((*_LIBRARIES, "<"))]
-    return found[-1] if found else None
+def innermost_user_line(frames: Iterable[tuple[str, int]]) -> SourceLine | None:
+    """Return the last of (file, line), outermost call first, that is neither torch's nor this package's."""
+    lines = [SourceLine(*f) for f in frames if not f[0].startswith((*_LIBRARIES, "<"))]
+    return lines[-1] if lines else None
 
 
-def calling(frame: FrameType | None) -> list[tuple[str, int]]:
-    """(file, line) of a frame and of all that called it, the outermost first."""
-    found = []
+def call_stack(frame: FrameType | None) -> list[tuple[str, int]]:
+    """Return (file, line) of a frame and of its callers, the outermost first."""
+    lines = []
     while frame is not None:
-        found.append((frame.f_code.co_filename, frame.f_lineno))
+        lines.append((frame.f_code.co_filename, frame.f_lineno))
         frame = frame.f_back
-    return found[::-1]
+    return lines[::-1]
 
 
 def raised_at(traceback: TracebackType | None) -> SourceLine | None:
-    """The line of the user's code at which an error was raised."""
-    found = []
+    """Return the line of the user's code at which an error was raised."""
+    lines = []
     while traceback is not None:
-        found.append((traceback.tb_frame.f_code.co_filename, traceback.tb_lineno))
+        lines.append((traceback.tb_frame.f_code.co_filename, traceback.tb_lineno))
         traceback = traceback.tb_next
-    return innermost(found)
+    return innermost_user_line(lines)
 
 
-def at(node: fx.Node) -> str:
-    """`` (at FILE:LINE: `code`)`` of a node of a traced graph; empty where it is not known."""
-    return shown(node.meta.get("source"))
+def location(node: fx.Node) -> str:
+    """Return `` (at FILE:LINE: `code`)`` of a node of a traced graph; empty if unknown."""
+    return location_text(node.meta.get("source"))
 
 
-def shown(line: SourceLine | None) -> str:
-    """`` (at FILE:LINE: `code`)``, or nothing."""
+def location_text(line: SourceLine | None) -> str:
+    """Return `` (at FILE:LINE: `code`)`` of a source line; empty for None."""
     return "" if line is None else f" (at {line})"

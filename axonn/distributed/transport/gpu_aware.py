@@ -14,7 +14,7 @@ def gpu_aware_mpi() -> bool | str:
     """Return True, or the reason why messages of GPU tensors go through host memory. Needs mpi4py, but no GPU."""
     from mpi4py import MPI
 
-    library = ctypes.CDLL(MPI.__file__)  # Symbols are looked for in the MPI library that it was linked with, too.
+    library = ctypes.CDLL(MPI.__file__)  # Looks up symbols in the MPI library that it is linked with, too.
     symbol = "MPIX_Query_rocm_support" if torch.version.hip else "MPIX_Query_cuda_support"
     return judge(MPI.Get_library_version(), os.environ, symbol, getattr(library, symbol, None))
 

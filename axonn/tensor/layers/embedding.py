@@ -124,7 +124,7 @@ class _Embedding(torch.autograd.Function):
                 total.index_add_(0, local_index.reshape(-1), rows.to(total.dtype))
                 return
             # On a GPU, index_add_ would round to the gradient's type after each row of a token. This function adds the
-            # rows up in float32, in a fixed order.
+            # rows up in float32, in an order of its own.
             sums = torch.ops.aten.embedding_dense_backward(rows, local_index.reshape(-1), len(total), -1, False)
             total.add_(sums)
 
