@@ -38,6 +38,8 @@ from axonn.training.run_record import function_of
 from baselines.adapters.adapter_common import adamw_settings
 from experiments.definition import find_machine, load_experiment, load_model
 from experiments.planning import planning
+from tests.checkpoint.test_resumption import case_of, check_resumed, start
+from tests.helpers.command_line import CommandLine
 from tests.helpers.comparing import check_every_rank
 from tests.helpers.optimizer_cases import (
     CPU,
@@ -279,26 +281,40 @@ def test_whole_matrices_are_reachable_in_every_flat_buffer(name: str, precision:
 
 
 @placements
-def test_sgd_goes_on_from_a_checkpoint_on_another_grid(placement: str, tmp_path: Path) -> None:
+def test_training_with_sgd_goes_on_from_a_checkpoint_to_the_bit(placement: str, tmp_path: Path) -> None:
     case = Training(optimizer=SGD, microbatches=2, steps=4, offloaded=placement == "offloaded")
     engine = make_engine(case, 0, None, None)
     for step in range(2):
         engine.train_batch(*batch_of(case, step))
-    state = CheckpointState(batches=2, samples=0, seed=7, progress=engine.progress(), config={}, grid={})
+    state = CheckpointState(batches=2, samples=0, seed=7, progress=dict(engine.progress()), config={}, grid={})
     saved = save(tmp_path, tensors=engine.state_tensors(), state=state)
     losses = [engine.train_batch(*batch_of(case, step)).loss for step in range(2, 4)]
-    same, other = make_engine(replace(case, offloaded=not case.offloaded), 0, None, None), None
-    state = load(saved, same.state_tensors())
-    same.state_loaded()
-    same.load_progress(state.progress)
-    assert [same.train_batch(*batch_of(case, step)).loss for step in range(2, 4)] == losses
-    tensors = {name: part.tensor for name, part in same.state_tensors().items()}
+    resumed = make_engine(replace(case, offloaded=not case.offloaded), 0, None, None)
+    resumed.load_progress(load(saved, resumed.state_tensors()).progress)
+    resumed.state_loaded()
+    assert [resumed.train_batch(*batch_of(case, step)).loss for step in range(2, 4)] == losses
+    tensors = {name: part.tensor for name, part in resumed.state_tensors().items()}
     assert same_bits(tensors, {name: part.tensor for name, part in engine.state_tensors().items()})
-    other = replace(case, optimizer=AdamWConfig())
+    adamw = make_engine(replace(case, optimizer=AdamWConfig()), 0, None, None)
     with pytest.raises(
         ConfigError, match=r"another optimizer: it has momentum_buffer, and exp_avg, exp_avg_sq is needed; set optimiz"
     ):
-        load(saved, make_engine(other, 0, None, None).state_tensors())
+        load(saved, adamw.state_tensors())
+
+
+def test_any_grid_goes_on_from_a_checkpoint_of_sgd(pool: RankPool, tmp_path: Path) -> None:
+    case = case_of(inter=2, optimizer=SGD)
+    expected = start(pool, tmp_path, case)
+    check_resumed(pool, tmp_path, case, expected, 0)
+    check_resumed(pool, tmp_path, replace(case, inter=1, row=2, col=2, offloaded=True), expected, 1e-10)
+
+
+def test_a_run_of_another_optimizer_is_not_gone_on_with(axonn: CommandLine) -> None:
+    path = axonn.config(checkpoints={"every": 1})
+    code, _, error = axonn("train", path, "--out", axonn.root / "run")
+    assert code == 0, error
+    path = axonn.config(checkpoints={"every": 1}, optimizer={"name": "sgd"})
+    axonn.refuses("optimizer.name was adamw, is sgd", "train", path, "--out", axonn.root / "run")
 
 
 @placements
