@@ -137,7 +137,7 @@ def test_a_rank_notes_what_it_computed_and_the_machine_did(tmp_path: Path) -> No
 @needs_proc
 def test_points_measured_beside_busy_processes_are_marked_and_none_is_ended(axonn: CommandLine) -> None:
     """Twice as many processes as cores at the same priority, beside one rank and beside two."""
-    experiment = axonn.experiment(layers_per_rank=2, hidden=64, max_ranks=2, batches=8)
+    experiment = axonn.experiment(layers_per_rank=2, hidden=64, max_ranks=2, batches=24)
     with busy_machine():
         code, _, error = axonn("run", experiment)
     assert code == 0, error
